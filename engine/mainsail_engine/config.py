@@ -1,0 +1,91 @@
+"""The engine's configuration: every field with its unit, its default and why.
+
+Frozen values, chained: `EngineConfig` holds one part for each room. They are checked once, when they are built
+(`InvalidConfigurationError` names the flag), and travel to the core process as JSON. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from mainsail_engine.errors import InvalidConfigurationError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+LOAD_FORMATS = ("auto", "dummy")
+BLOCK_SIZE = 16
+"""Tokens in a KV block. One value: kernels, prefix tree and host tier are built and tuned for it."""
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise InvalidConfigurationError(message)
+
+
+class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
+    path: str
+    """A folder in Hugging Face form (config.json, *.safetensors, tokenizer.json) or one .gguf file."""
+    dtype: str = "auto"
+    """Computation and KV dtype. auto: the checkpoint's on CUDA (float32 becomes bfloat16), float32 on the CPU."""
+    load_format: str = "auto"
+    """dummy: random weights from config.json alone, for load tests and benchmarks."""
+    max_model_len: int | None = None
+    """Tokens of prompt and answer together. None: the model's own limit, if the KV pool holds it."""
+
+    def __post_init__(self) -> None:
+        _require(self.dtype in DTYPES, f"--dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
+        _require(self.load_format in LOAD_FORMATS, f"--load-format must be one of {', '.join(LOAD_FORMATS)}")
+        _require(self.max_model_len is None or self.max_model_len >= 1, "--max-model-len must be at least 1")
+
+
+class CacheConfig(msgspec.Struct, frozen=True, kw_only=True):
+    num_blocks: int | None = None
+    """KV blocks of 16 tokens (--kv-cache-blocks). None: what memory_utilization leaves."""
+    memory_utilization: float = 0.92
+    """Share of the device's memory for weights, activations and KV together (--gpu-memory-utilization)."""
+    enable_prefix_caching: bool = True
+    """Keep the KV of finished requests in the prefix tree until its room is needed."""
+
+    def __post_init__(self) -> None:
+        _require(self.num_blocks is None or self.num_blocks >= 2, "--kv-cache-blocks must be at least 2")
+        _require(0 < self.memory_utilization <= 1, "--gpu-memory-utilization must be above 0 and at most 1")
+
+
+class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
+    max_num_seqs: int = 256
+    """Requests that run at once: the height of every per-request tensor."""
+    max_num_batched_tokens: int | None = None
+    """Token budget of one step. None: 8192 on CUDA, 512 on the CPU, where a longer step would stall every stream."""
+    watermark: float = 0.01
+    """Share of the blocks that admission leaves free, so that running requests grow without preempting at once."""
+
+    def __post_init__(self) -> None:
+        _require(self.max_num_seqs >= 1, "--max-num-seqs must be at least 1")
+        _require(
+            self.max_num_batched_tokens is None or self.max_num_batched_tokens >= 1,
+            "--max-num-batched-tokens must be at least 1",
+        )
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What the core process needs to run."""
+
+    model: ModelConfig
+    cache: CacheConfig = CacheConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    device: str = "auto"
+    """cuda or cpu. auto: CUDA where there is one."""
+    overlap: bool = True
+    """Launch step N+1 before step N's tokens are on the CPU (CUDA only; the tokens are the same without)."""
+
+
+class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What the API process needs besides."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    health_port: int | None = None
+    """A second listener with a thread of its own for /health/*, so that load never fails a probe. None: no second one."""
+    served_model_names: tuple[str, ...] = ()
+    """Names that clients may put into `model`. Empty: the last part of the model's path."""
+    drain_timeout_s: float = 120.0
+    """How long running requests may go on after SIGTERM."""

@@ -1,0 +1,88 @@
+"""The messages between an API process and the core process: msgspec structs as msgpack over ZMQ.
+
+API → core: `Add`, `Abort`, `Drain`. Core → API: `Ready` once, then one `StepOutputs` for every step (its counter is the
+heartbeat), or `Failed` with the last breath. Text never crosses: the core deals in token ids only.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from mainsail_engine.request import FinishReason, SamplingParams
+
+
+class Add(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    priority: int = 0
+    cache_salt: str = ""
+
+
+class Abort(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Forget these requests. reason: stop when a stop string ended them, abort when the client went away."""
+
+    request_ids: list[str]
+    reason: FinishReason = FinishReason.ABORT
+
+
+class Drain(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Finish what runs and waits, then exit with 0."""
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Weights are loaded and one token was generated."""
+
+    max_model_len: int
+    num_blocks: int
+    block_size: int
+    vocab_size: int
+    eos_token_ids: list[int]
+    device: str
+    dtype: str
+
+
+class RequestOutput(msgspec.Struct, frozen=True, array_like=True):
+    """What one step brought one request."""
+
+    request_id: str
+    token_ids: list[int]
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    num_cached_tokens: int = 0
+    error: str | None = None
+    """With finish_reason error: what went wrong with this request."""
+
+
+class SchedulerStats(msgspec.Struct, frozen=True, array_like=True):
+    """Gauges at the end of the step, counters since the core started."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    kv_usage: float = 0.0
+    """Share of the blocks that requests hold (cached but idle ones are free): 0 .. 1."""
+    num_preemptions: int = 0
+    prefix_cache_queries: int = 0
+    """Prompt tokens looked up."""
+    prefix_cache_hits: int = 0
+    """Prompt tokens found."""
+
+
+class StepOutputs(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    step: int
+    """Counts every step: the heartbeat."""
+    outputs: list[RequestOutput]
+    stats: SchedulerStats
+    num_step_tokens: int
+    step_time_s: float
+
+
+class Failed(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """The core cannot go on (or could not start). The process exits non-zero after this."""
+
+    reason: str
+    message: str
+
+
+ToCore = Add | Abort | Drain
+FromCore = Ready | StepOutputs | Failed

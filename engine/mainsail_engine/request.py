@@ -1,0 +1,112 @@
+"""A request as the core sees it: token ids, sampling parameters, where it stands, and the moves it may make.
+
+    WAITING ──admit──▶ RUNNING ──▶ FINISHED
+       ▲                  │
+       └────preempt───────┘        (abort: from anywhere to FINISHED)
+
+The scheduler owns every field below but `params` and `prompt_token_ids`, which never change. With two steps in
+flight a request's newest token may exist on the device only: `num_in_flight` counts those.
+Nothing here imports torch: the API process builds `SamplingParams` too.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+import msgspec
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How to pick tokens and when to stop. The API process has checked every value before it gets here."""
+
+    max_tokens: int
+    min_tokens: int = 0
+    temperature: float = 1.0
+    """0: greedy."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0: all tokens."""
+    min_p: float = 0.0
+    seed: int | None = None
+    """The same seed gives the same tokens whatever else is in the batch. None: a fresh one per request."""
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+
+class FinishReason(enum.StrEnum):
+    """OpenAI's finish reasons, and two of our own that never reach a client as a reason."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+class RequestStatus(enum.Enum):
+    WAITING = enum.auto()
+    RUNNING = enum.auto()
+    FINISHED = enum.auto()
+
+
+LEGAL_MOVES: dict[RequestStatus, frozenset[RequestStatus]] = {
+    RequestStatus.WAITING: frozenset({RequestStatus.RUNNING, RequestStatus.FINISHED}),
+    RequestStatus.RUNNING: frozenset({RequestStatus.WAITING, RequestStatus.FINISHED}),
+    RequestStatus.FINISHED: frozenset(),
+}
+
+
+class IllegalMoveError(RuntimeError):
+    """A bug: a request was moved to a state that it cannot reach from where it is."""
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    arrival_time_s: float
+    """Monotonic clock."""
+    priority: int = 0
+    """Higher first."""
+    cache_salt: str = ""
+    """Requests share cached prefixes only with the same salt."""
+    output_token_ids: list[int] = field(default_factory=list[int])
+    status: RequestStatus = RequestStatus.WAITING
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    slot: int = -1
+    """Row in the runner's per-request tensors while RUNNING, else -1."""
+    block_ids: list[int] = field(default_factory=list[int])
+    """Block table: block i holds the KV of positions [16 i, 16 i + 16)."""
+    num_computed_tokens: int = 0
+    """Positions whose KV is written, or will be by the steps in flight."""
+    num_in_flight: int = 0
+    """Tokens that launched steps will sample and that are not in output_token_ids yet."""
+    num_cached_tokens: int = 0
+    """Prompt tokens that the prefix tree gave at the first admission (usage.prompt_tokens_details.cached_tokens)."""
+    num_preemptions: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Known tokens: prompt and output so far."""
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def is_finished(self) -> bool:
+        return self.status is RequestStatus.FINISHED
+
+    def token_ids(self, start: int, stop: int) -> list[int]:
+        """Known token ids of positions [start, stop)."""
+        prompt_len = len(self.prompt_token_ids)
+        if stop <= prompt_len:
+            return self.prompt_token_ids[start:stop]
+        if start >= prompt_len:
+            return self.output_token_ids[start - prompt_len : stop - prompt_len]
+        return self.prompt_token_ids[start:] + self.output_token_ids[: stop - prompt_len]
+
+    def move(self, status: RequestStatus) -> None:
+        """Change state. Raises IllegalMoveError for a move that the diagram above does not have."""
+        if status not in LEGAL_MOVES[self.status]:
+            raise IllegalMoveError(f"request {self.request_id}: {self.status.name} -> {status.name}")
+        self.status = status

@@ -1,0 +1,88 @@
+"""What passes between scheduler and runner: a step's plan, and what came of it.
+
+    plan   = scheduler.schedule(now)          which tokens of which requests, block tables grown, copies to make
+    handle = runner.launch(plan)              asynchronous on CUDA
+    result = handle.result()                  the sampled tokens, on the CPU
+    outputs = scheduler.commit(plan, result, now)
+
+Up to two plans may be in flight: plan N+1 may name a token that step N is still sampling. Its id is then not in
+`request.output_token_ids` yet (`chunk.start >= request.num_tokens`), and the runner takes it from the device, where it
+keeps the newest sampled token of every slot. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from mainsail_engine.request import Request
+
+
+@dataclass(slots=True)
+class Chunk:
+    """Consecutive positions [start, start + num_tokens) of one request, to be computed in this step."""
+
+    request: Request
+    start: int
+    num_tokens: int
+    samples: bool
+    """The last position's logits are sampled: the chunk reaches the end of what is known (or in flight)."""
+    slot: int
+    """The request's slot when the plan was made (the request may be preempted or finished before the step ends)."""
+    block_ids: list[int]
+    """The request's own block table (a reference: it covers every position of the chunk)."""
+
+
+@dataclass(slots=True, frozen=True)
+class BlockCopy:
+    """Copy-on-write of a partly shared tail: the first num_tokens positions of block src, to block dst."""
+
+    src: int
+    dst: int
+    num_tokens: int
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """One forward pass. Decodes (one token, samples) come first, so that a pure prefix of the batch is uniform."""
+
+    chunks: list[Chunk] = field(default_factory=list[Chunk])
+    copies: list[BlockCopy] = field(default_factory=list[BlockCopy])
+    """Done before the forward pass, in order."""
+    num_decodes: int = 0
+    """The first num_decodes chunks have exactly one token and sample."""
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(chunk.num_tokens for chunk in self.chunks)
+
+
+FAILED_TOKEN = -1
+"""In place of a token: the row's logits held NaN or only infinities. That request alone fails."""
+
+
+@dataclass(slots=True, frozen=True)
+class StepResult:
+    """Sampled token ids, one for each chunk of the plan with `samples`, in the plan's order."""
+
+    token_ids: list[int]
+
+
+class PendingStep(Protocol):
+    def result(self) -> StepResult:
+        """Wait for the step and bring its tokens to the CPU. Called once, in launch order."""
+        ...
+
+
+class Runner(Protocol):
+    """What the core needs of a model runner."""
+
+    num_blocks: int
+    """KV blocks in the pool. The scheduler hands out ids 0 .. num_blocks - 1."""
+    max_model_len: int
+    eos_token_ids: frozenset[int]
+    vocab_size: int
+
+    def launch(self, plan: StepPlan) -> PendingStep:
+        """Start one step. Reads the plan's requests before it returns and keeps no reference to them."""
+        ...
