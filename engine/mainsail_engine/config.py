@@ -84,7 +84,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     host: str = "127.0.0.1"
     port: int = 8000
     health_port: int | None = None
-    """A second listener with a thread of its own for /health/*, so that load never fails a probe. None: no second one."""
+    """A second listener with a thread of its own for /health/*, so that load never fails a probe. None: none."""
     served_model_names: tuple[str, ...] = ()
     """Names that clients may put into `model`. Empty: the last part of the model's path."""
     drain_timeout_s: float = 120.0
