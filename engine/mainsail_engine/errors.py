@@ -8,7 +8,7 @@ from __future__ import annotations
 
 
 class StartupError(Exception):
-    """The engine cannot start. `reason` is stable (CamelCase); `message` names the file, tensor or flag, and a remedy."""
+    """The engine cannot start. `reason` is stable; `message` names the file, tensor or flag, and a remedy."""
 
     reason = "EngineFailed"
 
