@@ -1,0 +1,59 @@
+"""Objects that a user gets wrong are refused by the API server itself, with a message that says what to do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from e2e.kube import Kube, KubectlError, Object
+from e2e.services import service
+
+
+def put(path: str, value: Any) -> Callable[[Object], None]:
+    """A change: the value at a dotted path below spec."""
+
+    def change(obj: Object) -> None:
+        *parents, last = path.split(".")
+        node = obj["spec"]
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[last] = value
+
+    return change
+
+
+BAD: list[tuple[str, Callable[[Object], None], str]] = [
+    ("unknown scheme", put("model.uri", "ftp://models/x"), "pvc://"),
+    ("pvc without a path", put("model.uri", "pvc://models"), "pvc://"),
+    ("no model", lambda obj: obj["spec"].pop("model"), "model"),
+    ("negative replicas", put("replicas", -1), "replicas"),
+    ("replicas as text", put("replicas", "two"), "replicas"),
+    ("unknown field", put("engine.maxModelLength", 5), "maxModelLength"),
+    ("unknown dtype", put("engine.dtype", "int3"), "dtype"),
+    ("no context", put("engine.maxModelLen", 0), "maxModelLen"),
+    ("no sequences", put("engine.maxNumSeqs", 0), "maxNumSeqs"),
+    ("memory fraction above one", put("engine.kvCache.memoryFraction", "1.5"), "memoryFraction"),
+    ("too few blocks", put("engine.kvCache.blocks", 1), "blocks"),
+    ("served name twice", put("model.servedNames", ["a", "a"]), "servedNames"),
+    ("a served name with a space", put("model.servedNames", ["a b"]), "servedNames"),
+    ("a flag that a field owns", put("engine.extraArgs", ["--port=9"]), "--port"),
+    ("drain without a unit", put("drain.timeout", "soon"), "timeout"),
+    ("unknown load format", put("engine.loadFormat", "magic"), "loadFormat"),
+]
+
+
+@pytest.mark.parametrize(("change", "names"), [pytest.param(c, n, id=what) for what, c, n in BAD])
+def test_refused_with_a_helpful_message(kube: Kube, change: Callable[[Object], None], names: str) -> None:
+    obj = service("refused")
+    change(obj)
+    with pytest.raises(KubectlError) as refusal:
+        kube.apply(obj)
+    assert names in str(refusal.value)
+    assert kube.get("mis", "refused") is None
+
+
+def test_a_good_object_passes_the_same_door(kube: Kube) -> None:
+    kube.run("apply", "--dry-run=server", "--validate=strict", "-f", "-", stdin=json.dumps(service("good")))

@@ -1,0 +1,87 @@
+"""A changed spec rolls without a failed request; a killed operator goes on; a broken revision harms nobody."""
+
+from __future__ import annotations
+
+import pytest
+
+from e2e.kube import Kube, condition, wait_for
+from e2e.services import pods, service, steady_traffic, wait_ready, wait_routed
+
+
+@pytest.fixture(scope="module")
+def rolling(kube: Kube, gateway_url: str):
+    kube.apply(service("rolling"))
+    wait_ready(kube, "rolling")
+    wait_routed(gateway_url, "rolling")
+    yield "rolling"
+    kube.delete("mis", "rolling")
+
+
+def revisions(kube: Kube) -> set[str]:
+    return {pod["metadata"]["labels"]["mainsail.dev/revision"] for pod in pods(kube, "rolling")}
+
+
+def test_spec_change_rolls_without_a_failed_request(kube: Kube, gateway_url: str, rolling) -> None:
+    old = revisions(kube)
+    with steady_traffic(gateway_url, "rolling") as traffic:
+        kube.apply(service("rolling", maxNumSeqs=12))
+        wait_ready(kube, "rolling")
+        wait_for(
+            "only the new revision's pods", lambda: revisions(kube).isdisjoint(old), timeout_s=180, story=kube.story
+        )
+        after = traffic.completed
+        wait_for("answers from the new revision", lambda: traffic.completed >= after + 3, timeout_s=60)
+    assert traffic.failures == []
+
+
+def test_operator_killed_in_the_middle_of_a_roll(kube: Kube, gateway_url: str, rolling) -> None:
+    old = revisions(kube)
+    with steady_traffic(gateway_url, "rolling") as traffic:
+        kube.apply(service("rolling", maxNumSeqs=10))
+        wait_for("the new revision's pod", lambda: revisions(kube) - old, timeout_s=60, story=kube.story)
+        kube.run("delete", "pods", "-n", "mainsail-system", "-l", "app.kubernetes.io/component=operator",
+                 "--grace-period=0", "--force")  # fmt: skip
+        wait_ready(kube, "rolling")
+        wait_for(
+            "only the new revision's pods", lambda: revisions(kube).isdisjoint(old), timeout_s=180, story=kube.story
+        )
+    assert traffic.failures == []
+
+
+def test_restarted_operator_touches_nothing_that_is_right(kube: Kube, rolling) -> None:
+    wait_ready(kube, "rolling")
+
+    def versions() -> dict[str, str]:
+        kinds = ("mis", "deployments", "services", "serviceaccounts", "pods")
+        found = [
+            (k, o) for k in kinds for o in kube.list(k, selector="" if k == "mis" else "mainsail.dev/service=rolling")
+        ]
+        return {f"{k}/{o['metadata']['name']}": o["metadata"]["resourceVersion"] for k, o in found}
+
+    before = versions()
+    kube.run("rollout", "restart", "deployment", "-n", "mainsail-system", "-l", "app.kubernetes.io/component=operator")
+    kube.run("rollout", "status", "deployment", "-n", "mainsail-system", "-l", "app.kubernetes.io/component=operator",
+             "--timeout=120s", timeout_s=150)  # fmt: skip
+    # The new operator is proven awake by a change of its own making: it answers to a new object.
+    kube.apply(service("probe", replicas=0))
+    wait_for("the operator at work again", lambda: kube.get("service", "probe"), timeout_s=90)
+    kube.delete("mis", "probe")
+    wait_for("the probe gone", lambda: not kube.get("mis", "probe"), timeout_s=30)
+    assert versions() == before
+
+
+def test_missing_model_is_in_the_condition_and_the_old_revision_serves(kube: Kube, gateway_url: str, rolling) -> None:
+    with steady_traffic(gateway_url, "rolling", streams=1) as traffic:
+        kube.apply(service("rolling", uri="pvc://models/no-such-model.gguf"))
+        loaded = wait_for(
+            "ModelLoaded=False",
+            lambda: (c := condition(kube.get("mis", "rolling"), "ModelLoaded")).get("status") == "False" and c,
+            timeout_s=120,
+            story=kube.story,
+        )
+        assert loaded["reason"] == "ModelNotFound"
+        assert "no-such-model.gguf" in loaded["message"]
+        assert condition(kube.get("mis", "rolling"), "Ready")["status"] == "True"
+        kube.apply(service("rolling", maxNumSeqs=10))
+        wait_ready(kube, "rolling")
+    assert traffic.failures == []
