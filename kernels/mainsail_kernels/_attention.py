@@ -1,0 +1,41 @@
+"""What both attention kernels share: the checks of their arguments and the arithmetic of one score tile.
+
+Scores are kept in base 2 (exp2 is one instruction): scale * log2(e) is folded into one factor, and a soft cap
+c * tanh(s / c) is computed through exp2 as well. The softmax over tiles is online (Milakov and Gimelshein, 2018;
+Dao et al., "FlashAttention", 2022).
+"""
+
+import torch
+
+from mainsail_kernels._triton import require, tl, triton
+
+LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def scaled_scores(scores, scale, soft_cap, SOFT_CAP: tl.constexpr):
+    """Raw dot products to base-2 scores."""
+    if SOFT_CAP:
+        # tanh(y) = 1 - 2 / (1 + exp(2y)): right at both ends, where exp gives 0 or inf
+        doubled = tl.exp2(scores * (scale * 2.0 * 1.4426950408889634 / soft_cap))
+        return (soft_cap * 1.4426950408889634) * (1.0 - 2.0 / (1.0 + doubled))
+    return scores * (scale * 1.4426950408889634)
+
+
+def check_attention(
+    query: torch.Tensor, kv: torch.Tensor, block_tables: torch.Tensor, seq_lens: torch.Tensor, soft_cap: float
+) -> None:
+    """Raise ValueError unless the tensors of an attention call fit together."""
+    require(query.dim() == 3 and query.stride(2) == 1, f"query must be [n, heads, dim], got {tuple(query.shape)}")
+    require(kv.dim() == 5 and kv.shape[1] == 2, f"kv must be [blocks, 2, heads, size, dim], got {tuple(kv.shape)}")
+    require(kv.stride(4) == 1 and kv.stride(3) == kv.shape[4], "kv: the (size, dim) tile must be contiguous")
+    require(query.shape[2] == kv.shape[4], f"head_dim is {query.shape[2]} in query and {kv.shape[4]} in kv")
+    grouped = query.shape[1] % kv.shape[2] == 0
+    require(grouped, f"{query.shape[1]} query heads are no multiple of {kv.shape[2]} KV heads")
+    require(seq_lens.dim() == 1 and seq_lens.dtype == torch.int32, "seq_lens must be [num_seqs] int32")
+    tables = block_tables.dim() == 2 and block_tables.dtype == torch.int32 and block_tables.stride(1) == 1
+    require(
+        tables and block_tables.shape[0] == seq_lens.shape[0],
+        f"block_tables must be [{seq_lens.shape[0]}, max_blocks] int32, got {tuple(block_tables.shape)}",
+    )
+    require(soft_cap >= 0, f"soft_cap must be 0 (off) or positive, got {soft_cap}")

@@ -1,0 +1,308 @@
+"""Every kernel of this package in plain PyTorch: the definition that tests compare with, and the engine's CPU path.
+
+Owns the meaning of each operation (what is masked, what a tie does, which random number a row draws); the
+Triton kernels promise the same results up to rounding. Each function works in the precision it is given, at
+least float32: float64 in, float64 arithmetic, which is how the tests use it; bfloat16 and float16 are computed
+in float32 and rounded once at the end. There are no loops over tokens, so float32 models are served with it on
+a CPU. Shapes are checked by the public functions beside the kernels, which call these for tensors on the CPU.
+
+The KV cache of a layer is [num_blocks, 2 (K, V), num_kv_heads, block_size, head_dim]. Positions that a sequence
+does not own may hold anything, NaN included: nothing here lets them reach a result.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+NO_SLOT = -1
+"""Slot of a token whose keys and values must not be written (padding)."""
+BAD_ROW = -1
+"""Token reported for a row of logits that holds NaN or +inf, or nothing but -inf."""
+SAMPLE_CHUNK = 4096
+"""Logits are summed in chunks of this many tokens, in this order, whatever the batch: a part of the definition."""
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    """The tensor in the precision to compute in: float64 stays, everything else becomes float32."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """RMS norm over the last dimension; with a residual, of their sum, and the sum comes back too."""
+    if residual is None:
+        return normalized(_wide(x), weight, eps).to(x.dtype)
+    total = _wide(x) + _wide(residual)
+    return normalized(total, weight, eps).to(x.dtype), total.to(x.dtype)
+
+
+def normalized(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x over the root of its mean square, times weight, in x's own precision."""
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.to(x.dtype)
+
+
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up, where gate_up is [n, 2*d] with the gate first."""
+    gate, up = _wide(gate_up).chunk(2, dim=-1)
+    return (F.silu(gate) * up).to(gate_up.dtype)
+
+
+def gelu_tanh_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """gelu(gate) * up with the tanh approximation (Gemma), where gate_up is [n, 2*d] with the gate first."""
+    gate, up = _wide(gate_up).chunk(2, dim=-1)
+    return (F.gelu(gate, approximate="tanh") * up).to(gate_up.dtype)
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x [n, in] times weight [out, in] transposed, plus bias [out]."""
+    return F.linear(x, weight, bias)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of the first 2*cos.shape[-1] channels, halves apart (neox style); the rest passes through."""
+    half = cos.shape[-1]
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
+
+
+def rope_and_write_kv(
+    qkv: torch.Tensor,
+    positions: torch.Tensor,
+    cos_sin: torch.Tensor,
+    kv: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    q_norm: torch.Tensor | None = None,
+    k_norm: torch.Tensor | None = None,
+    eps: float = 1e-6,
+) -> torch.Tensor:
+    """Split qkv, norm and rotate queries and keys, write keys and values to their slots; returns the queries."""
+    head_dim, block_size = kv.shape[-1], kv.shape[-2]
+    heads = _wide(qkv).view(qkv.shape[0], num_heads + 2 * num_kv_heads, head_dim)
+    query, key, value = heads.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
+    if q_norm is not None:
+        query = normalized(query, q_norm, eps)
+    if k_norm is not None:
+        key = normalized(key, k_norm, eps)
+    cos, sin = cos_sin[positions.long()].to(heads.dtype).unsqueeze(1).chunk(2, dim=-1)
+    kept = (slot_mapping >= 0).nonzero().squeeze(1)
+    slots = slot_mapping[kept]
+    blocks, offsets = slots // block_size, slots % block_size
+    kv[blocks, 0, :, offsets] = rotate(key, cos, sin)[kept].to(kv.dtype)
+    kv[blocks, 1, :, offsets] = value[kept].to(kv.dtype)
+    return rotate(query, cos, sin).to(qkv.dtype)
+
+
+def _soft_capped(scores: torch.Tensor, soft_cap: float) -> torch.Tensor:
+    return soft_cap * torch.tanh(scores / soft_cap) if soft_cap else scores
+
+
+def paged_attention_decode(
+    query: torch.Tensor,
+    kv: torch.Tensor,
+    block_tables: torch.Tensor,
+    seq_lens: torch.Tensor,
+    scale: float,
+    *,
+    sliding_window: int = 0,
+    soft_cap: float = 0.0,
+) -> torch.Tensor:
+    """Attention of one query per sequence to its seq_len newest-included tokens; rows of length 0 give zeros."""
+    num_seqs, num_heads, head_dim = query.shape
+    num_kv_heads, block_size = kv.shape[2], kv.shape[3]
+    longest = int(seq_lens.max()) if num_seqs else 0
+    if longest == 0:
+        return torch.zeros_like(query)
+    used = -(-longest // block_size)
+    tables = block_tables[:, :used].long().clamp(0, kv.shape[0] - 1)
+    pages = kv[tables]  # [num_seqs, used, 2, num_kv_heads, block_size, head_dim]
+    key, value = (
+        _wide(pages[:, :, side].transpose(1, 2).reshape(num_seqs, num_kv_heads, used * block_size, head_dim))
+        for side in (0, 1)
+    )
+    position = torch.arange(used * block_size, device=query.device)
+    visible = position < seq_lens[:, None]
+    if sliding_window:
+        visible &= position >= seq_lens[:, None] - sliding_window
+    hidden = ~visible[:, None, :, None]
+    value = value.masked_fill(hidden, 0.0)
+    packed = _wide(query).view(num_seqs, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    scores = _soft_capped(packed @ key.transpose(-1, -2) * scale, soft_cap)
+    scores = scores.masked_fill(~visible[:, None, None, :], -math.inf)
+    weights = torch.softmax(scores, dim=-1)
+    weights = weights.masked_fill((seq_lens == 0)[:, None, None, None], 0.0)
+    return (weights @ value).view(num_seqs, num_heads, head_dim).to(query.dtype)
+
+
+def gather_sequence(kv: torch.Tensor, table: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of one sequence, each [num_kv_heads, length, head_dim], from its blocks."""
+    num_kv_heads, block_size, head_dim = kv.shape[2:]
+    pages = kv[table[: -(-length // block_size)].long()]
+    both = pages.permute(1, 2, 0, 3, 4).reshape(2, num_kv_heads, -1, head_dim)[:, :, :length]
+    return both[0], both[1]
+
+
+def paged_attention_prefill(
+    query: torch.Tensor,
+    kv: torch.Tensor,
+    block_tables: torch.Tensor,
+    query_start: torch.Tensor,
+    seq_lens: torch.Tensor,
+    max_query_len: int,
+    scale: float,
+    *,
+    sliding_window: int = 0,
+    soft_cap: float = 0.0,
+) -> torch.Tensor:
+    """Causal attention of each sequence's newest tokens to its whole context, sequence by sequence."""
+    del max_query_len  # the launch of the kernel needs it, the meaning does not
+    out = torch.zeros_like(query)
+    starts, lengths = query_start.tolist(), seq_lens.tolist()
+    for index, length in enumerate(lengths):
+        first, last = starts[index], starts[index + 1]
+        if last > first and length > 0:
+            key, value = gather_sequence(kv, block_tables[index], length)
+            out[first:last] = _attend(query[first:last], key, value, scale, sliding_window, soft_cap)
+    return out
+
+
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, sliding_window: int, soft_cap: float
+) -> torch.Tensor:
+    """One sequence: query [q, num_heads, head_dim] are the last q positions of key/value [num_kv_heads, n, head_dim]."""
+    num_queries, num_heads, head_dim = query.shape
+    num_kv_heads, length = key.shape[0], key.shape[1]
+    group = num_heads // num_kv_heads
+    at = torch.arange(length - num_queries, length, device=query.device)[:, None]
+    position = torch.arange(length, device=query.device)
+    visible = position <= at
+    if sliding_window:
+        visible &= position > at - sliding_window
+    packed = _wide(query).view(num_queries, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)
+    packed = packed.reshape(num_kv_heads, group * num_queries, head_dim)
+    visible = visible.repeat(group, 1)
+    if soft_cap:
+        scores = _soft_capped(packed @ _wide(key).transpose(-1, -2) * scale, soft_cap)
+        mixed = torch.softmax(scores.masked_fill(~visible, -math.inf), dim=-1) @ _wide(value)
+    else:
+        mixed = F.scaled_dot_product_attention(
+            packed[None], _wide(key)[None], _wide(value)[None], attn_mask=visible, scale=scale
+        )[0]
+    mixed = mixed.view(num_kv_heads, group, num_queries, head_dim).permute(2, 0, 1, 3)
+    return mixed.reshape(num_queries, num_heads, head_dim).to(query.dtype)
+
+
+def argmax(logits: torch.Tensor) -> torch.Tensor:
+    """The best token of each row, the lowest of equals; BAD_ROW where the row is broken. [n] int64."""
+    return torch.where(_broken(logits), BAD_ROW, logits.argmax(dim=-1))
+
+
+def _broken(logits: torch.Tensor) -> torch.Tensor:
+    best = logits.amax(dim=-1)  # NaN spreads through amax
+    return best.isnan() | best.isinf()
+
+
+def uniform(seeds: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+    """A number in [0, 1) for each (seed, step): 24 bits of the first word of Philox 4x32, 10 rounds.
+
+    The key is the seed and the counter is the step, both as two 32-bit words (Salmon et al., "Parallel random
+    numbers: as easy as 1, 2, 3", 2011), so a row draws the same number in whatever batch it runs.
+    """
+    low = 0xFFFFFFFF
+    key0, key1 = seeds & low, (seeds >> 32) & low
+    c0, c1 = steps & low, (steps >> 32) & low
+    c2, c3 = torch.zeros_like(c0), torch.zeros_like(c0)
+    for _ in range(10):
+        high0, low0 = _multiply_wide(c0, 0xD2511F53)
+        high1, low1 = _multiply_wide(c2, 0xCD9E8D57)
+        c0, c1, c2, c3 = high1 ^ c1 ^ key0, low1, high0 ^ c3 ^ key1, low0
+        key0, key1 = (key0 + 0x9E3779B9) & low, (key1 + 0xBB67AE85) & low
+    return (c0 >> 8).float() * 2.0**-24
+
+
+def _multiply_wide(a: torch.Tensor, b: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """High and low 32-bit words of a*b for unsigned 32-bit values held in int64 (the product itself would overflow)."""
+    low_part, high_part = a * (b & 0xFFFF), a * (b >> 16)
+    total = low_part + ((high_part & 0xFFFF) << 16)
+    return (high_part >> 16) + (total >> 32), total & 0xFFFFFFFF
+
+
+def kept_tokens(
+    logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
+) -> torch.Tensor:
+    """Which tokens each row may draw, [n, vocab] bool; a threshold on the logit, so equal logits share a fate.
+
+    top_k (0 or less: off) keeps the k best; top_p the smallest set of those whose probability, renormalized over
+    the top_k, reaches p; min_p whatever has at least min_p times the best token's probability.
+    """
+    x = _wide(logits)
+    ordered = x.sort(dim=-1, descending=True).values
+    k = torch.where(top_k > 0, top_k, x.shape[-1]).clamp(max=x.shape[-1]).long()
+    rank = torch.arange(x.shape[-1], device=x.device)
+    kth = ordered.gather(1, k[:, None] - 1)
+    heat = torch.where(temperature > 0, temperature, 1.0).to(x.dtype)[:, None]
+    weights = torch.exp((ordered - ordered[:, :1]) / heat).masked_fill(ordered < kth, 0.0)
+    before = weights.cumsum(dim=-1) - weights
+    inside = before < top_p.to(x.dtype)[:, None] * weights.sum(dim=-1, keepdim=True)
+    last = torch.where(inside, rank, 0).amax(dim=-1, keepdim=True)
+    floor = torch.maximum(kth, ordered.gather(1, last))
+    floor = torch.where((top_p < 1.0)[:, None], floor, kth)
+    least = ordered[:, :1] + heat * torch.log(min_p.to(x.dtype))[:, None]
+    return (x >= torch.maximum(floor, least)) & (x > -math.inf)
+
+
+def sample(
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    min_p: torch.Tensor,
+    seeds: torch.Tensor,
+    steps: torch.Tensor,
+) -> torch.Tensor:
+    """One token per row by inverting the distribution function at uniform(seed, step); temperature 0 is argmax."""
+    greedy = argmax(logits)
+    if bool((temperature <= 0).all()):
+        return greedy
+    x = _wide(logits)
+    heat = torch.where(temperature > 0, temperature, 1.0).to(x.dtype)[:, None]
+    filtered = bool(((top_k > 0) | (top_p < 1.0) | (min_p > 0.0)).any())
+    best = x.amax(dim=-1, keepdim=True)
+    weights = torch.exp((x - best) / heat)
+    if filtered:
+        weights = weights * kept_tokens(logits, temperature, top_k, top_p, min_p)
+    running = weights.cumsum(dim=-1)
+    target = uniform(seeds, steps).to(x.dtype)[:, None] * running[:, -1:]
+    drawn = (running <= target).sum(dim=-1)
+    last = torch.where(weights > 0, torch.arange(x.shape[-1], device=x.device), 0).amax(dim=-1)
+    drawn = torch.minimum(drawn, last)
+    return torch.where((temperature <= 0) | (greedy == BAD_ROW), greedy, drawn)
+
+
+def apply_token_bitmask(logits: torch.Tensor, bitmask: torch.Tensor) -> None:
+    """Set to -inf, in place, each logit whose bit in bitmask [n, ceil(vocab/32)] int32 is 0 (bit 0 is token 0)."""
+    bits = (bitmask[:, :, None] >> torch.arange(32, dtype=torch.int32, device=logits.device)) & 1
+    allowed = bits.flatten(1)[:, : logits.shape[1]].bool()
+    logits.masked_fill_(~allowed, -math.inf)
+
+
+def copy_blocks(kv_cache: torch.Tensor, src: torch.Tensor, dst: torch.Tensor, num_tokens: torch.Tensor) -> None:
+    """Copy the first num_tokens[i] positions of block src[i] to block dst[i], in every layer, in place."""
+    kept = torch.arange(kv_cache.shape[4], device=kv_cache.device) < num_tokens[:, None]
+    mask = kept[None, :, None, None, :, None]
+    source, target = src.long(), dst.long()
+    kv_cache[:, target] = torch.where(mask, kv_cache[:, source], kv_cache[:, target])
+
+
+def gather_blocks(kv_cache: torch.Tensor, blocks: torch.Tensor, staging: torch.Tensor) -> None:
+    """Copy whole blocks of every layer to staging [n, num_layers, 2, num_kv_heads, block_size, head_dim]."""
+    staging.copy_(kv_cache[:, blocks.long()].transpose(0, 1))
+
+
+def scatter_blocks(kv_cache: torch.Tensor, blocks: torch.Tensor, staging: torch.Tensor) -> None:
+    """The way back of gather_blocks: staging's blocks go to their places in every layer of the cache."""
+    kv_cache[:, blocks.long()] = staging.transpose(0, 1)

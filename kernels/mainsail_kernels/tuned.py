@@ -1,0 +1,84 @@
+"""Tuned launch configurations, as data: what `benchmarks/kernels.py --tune` found, by card, with the versions.
+
+A card without a table gets the defaults, which are safe everywhere (shared memory of 100 KiB is enough for them).
+`override` replaces a choice for a block of code: the tuning script's way to try a configuration.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from mainsail_kernels._triton import INTERPRETED, card_name
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillConfig:
+    """Tile of the prefill kernel: query rows, KV positions, warps, pipeline stages."""
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeConfig:
+    """Tile of the decode kernel, and how many programs a multiprocessor is given work for."""
+
+    block_n: int
+    warps: int
+    stages: int
+    programs_per_sm: int
+
+
+@dataclass(frozen=True, slots=True)
+class LinearConfig:
+    """Tile of a skinny linear: outputs, inputs, warps, stages, and parts the inputs are split in."""
+
+    block_out: int
+    block_in: int
+    warps: int
+    stages: int
+    splits: int = 1
+
+
+_override: dict[type, object] = {}
+
+
+@contextmanager
+def override(config: PrefillConfig | DecodeConfig | LinearConfig) -> Iterator[None]:
+    """Use this configuration, wherever one of its kind is asked for, within the block."""
+    _override[type(config)] = config
+    try:
+        yield
+    finally:
+        del _override[type(config)]
+
+
+def prefill_config(device: torch.device, head_dim: int, rows: int) -> PrefillConfig:
+    """For at most `rows` rows (query tokens times heads of a group) in the longest chunk."""
+    chosen = _override.get(PrefillConfig)
+    if isinstance(chosen, PrefillConfig):
+        return chosen
+    if INTERPRETED:
+        return PrefillConfig(16, 32, 4, 1)
+    if rows <= 16:
+        return PrefillConfig(16, 64, 4, 2)
+    if rows <= 64 or head_dim > 128:
+        return PrefillConfig(64, 64, 4, 2)
+    return PrefillConfig(128, 64, 8, 3) if card_name(device).startswith("NVIDIA H") else PrefillConfig(128, 32, 8, 2)
+
+
+def decode_config(device: torch.device, head_dim: int) -> DecodeConfig:
+    """For one query per sequence."""
+    chosen = _override.get(DecodeConfig)
+    if isinstance(chosen, DecodeConfig):
+        return chosen
+    if INTERPRETED:
+        return DecodeConfig(32, 4, 1, 2)
+    hopper = card_name(device).startswith("NVIDIA H")
+    if head_dim > 128:
+        return DecodeConfig(32, 4, 3 if hopper else 2, 4)
+    return DecodeConfig(64, 4, 3, 4) if hopper else DecodeConfig(32, 4, 2, 4)
