@@ -1,0 +1,71 @@
+"""How many KV blocks the device holds.
+
+CUDA: what `memory_utilization` of the card leaves after weights and a forward pass of the largest step. CPU: enough for
+every slot at full length, within a quarter of the memory that this process may still take (the container's limit counts).
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from mainsail_engine.config import BLOCK_SIZE
+from mainsail_engine.errors import OutOfMemoryError
+from mainsail_engine.model.architecture import Architecture
+
+_CPU_SHARE = 0.25
+_LIMIT_FILES = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+_USAGE_FILES = ("/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory/memory.usage_in_bytes")
+
+
+def block_bytes(architecture: Architecture, dtype: torch.dtype) -> int:
+    """Bytes of one block of 16 tokens over all layers."""
+    per_token = 2 * architecture.num_layers * architecture.num_kv_heads * architecture.head_dim
+    return BLOCK_SIZE * per_token * dtype.itemsize
+
+
+def _number(paths: tuple[str, ...]) -> int | None:
+    for path in paths:
+        try:
+            return int(Path(path).read_text())
+        except (OSError, ValueError):
+            continue
+    return None
+
+
+def available_host_bytes() -> int:
+    """Memory that this process may still take: the machine's available, or what its container's limit leaves."""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            free = int(line.split()[1]) * 1024
+    limit, usage = _number(_LIMIT_FILES), _number(_USAGE_FILES)
+    return min(free, limit - (usage or 0)) if limit is not None else free
+
+
+def cpu_blocks(per_block: int, *, max_num_seqs: int, max_model_len: int) -> int:
+    """Blocks for a CPU pool. Raises OutOfMemoryError when not even one request of full length fits."""
+    one = -(-max_model_len // BLOCK_SIZE) + 1
+    fits = int(available_host_bytes() * _CPU_SHARE) // per_block
+    return _checked(min(fits, one * max_num_seqs), one, per_block)
+
+
+def cuda_blocks(per_block: int, *, utilization: float, max_model_len: int, device: torch.device) -> int:
+    """Blocks for a CUDA pool, after the profiling pass has shown the peak of everything else."""
+    free, total = torch.cuda.mem_get_info(device)
+    peak = torch.cuda.max_memory_allocated(device)
+    others = total - free - torch.cuda.memory_reserved(device)
+    room = int(total * utilization) - peak - max(others, 0)
+    return _checked(room // per_block, -(-max_model_len // BLOCK_SIZE) + 1, per_block)
+
+
+def _checked(blocks: int, needed: int, per_block: int) -> int:
+    if blocks < needed:
+        raise OutOfMemoryError(
+            f"the KV pool would hold {max(blocks, 0) * BLOCK_SIZE} tokens, one request of full length needs "
+            f"{needed * BLOCK_SIZE} ({needed * per_block >> 20} MiB); lower --max-model-len, raise "
+            "--gpu-memory-utilization, or set --kv-cache-blocks"
+        )
+    return blocks

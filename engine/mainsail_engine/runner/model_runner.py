@@ -1,0 +1,212 @@
+"""The forward pass: loads the model, owns the KV cache, turns a step's plan into tokens.
+
+Launching and reading are apart: `launch` queues a step on the device and returns; `result` waits for its tokens. The newest
+token of every slot stays on the device (`_newest`), so that a step can be launched before the last one's tokens are read.
+On the CPU a launch computes at once, and the same code runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mainsail_engine.config import BLOCK_SIZE, EngineConfig
+from mainsail_engine.errors import InvalidConfigurationError, OutOfMemoryError
+from mainsail_engine.model.architecture import Architecture, read_architecture
+from mainsail_engine.model.attention import Attention
+from mainsail_engine.model.loader import open_weights
+from mainsail_engine.model.registry import MODELS
+from mainsail_engine.request import Request, SamplingParams
+from mainsail_engine.runner import memory
+from mainsail_engine.runner.batch import BlockTables, StepArrays, build
+from mainsail_engine.runner.threads import set_cpu_threads
+from mainsail_engine.sampling.sampler import SlotParameters, sample
+from mainsail_engine.step import BlockCopy, Chunk, StepPlan, StepResult
+from mainsail_kernels.blocks import copy_blocks
+
+CUDA_BATCHED_TOKENS = 8192
+CPU_BATCHED_TOKENS = 512
+
+
+@dataclass(slots=True)
+class PendingTokens:
+    """A launched step: its tokens, on the way to the CPU."""
+
+    tokens: torch.Tensor
+    done: torch.cuda.Event | None
+
+    def result(self) -> StepResult:
+        if self.done is not None:
+            self.done.synchronize()
+        return StepResult(token_ids=self.tokens.tolist())
+
+
+def choose_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise InvalidConfigurationError("--device cuda: torch sees no CUDA device; use --device cpu or auto")
+    return torch.device(name)
+
+
+def choose_dtype(name: str, architecture: Architecture, device: torch.device) -> torch.dtype:
+    """auto: float32 on the CPU; on CUDA the checkpoint's, where float32 becomes bfloat16."""
+    named = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name != "auto":
+        return named[name]
+    if device.type == "cpu":
+        return torch.float32
+    return named.get(architecture.dtype, torch.bfloat16) if architecture.dtype != "float32" else torch.bfloat16
+
+
+class ModelRunner:
+    """step.Runner over one device."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        """Loads the weights and takes the KV pool. Raises StartupError's kinds."""
+        path = Path(config.model.path)
+        self.architecture = read_architecture(path)
+        self.device = choose_device(config.device)
+        self.dtype = choose_dtype(config.model.dtype, self.architecture, self.device)
+        self.max_model_len = _model_len(config.model.max_model_len, self.architecture)
+        self.eos_token_ids = self.architecture.eos_token_ids
+        self.vocab_size = self.architecture.vocab_size
+        self._budget = batched_tokens(config, self.device)
+        if self.device.type == "cpu":
+            set_cpu_threads()
+        else:
+            torch.cuda.set_device(self.device)
+        dummy = config.model.load_format == "dummy"
+        weights = open_weights(path, self.architecture, dummy=dummy, device=self.device, dtype=self.dtype)
+        try:
+            self._model = MODELS[self.architecture.name](
+                self.architecture, weights, max_positions=self.max_model_len, device=self.device
+            )
+            self._take_pool(config)
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemoryError(
+                f"the device has too little memory for the model and its KV pool: {error}"
+            ) from error
+        self._warm_up(config)
+
+    def _take_pool(self, config: EngineConfig) -> None:
+        a, slots = self.architecture, config.scheduler.max_num_seqs
+        per_block = memory.block_bytes(a, self.dtype)
+        if config.cache.num_blocks is not None:
+            self.num_blocks = config.cache.num_blocks
+        elif self.device.type == "cpu":
+            self.num_blocks = memory.cpu_blocks(per_block, max_num_seqs=slots, max_model_len=self.max_model_len)
+        else:
+            self._allocate(-(-self._budget // BLOCK_SIZE), slots)
+            self._profile()
+            self.num_blocks = memory.cuda_blocks(
+                per_block, utilization=config.cache.memory_utilization, max_model_len=self.max_model_len,
+                device=self.device,
+            )  # fmt: skip
+            del self.kv_cache
+            torch.cuda.empty_cache()
+        self._allocate(self.num_blocks, slots)
+
+    def _allocate(self, num_blocks: int, slots: int) -> None:
+        a = self.architecture
+        shape = (a.num_layers, num_blocks, 2, a.num_kv_heads, BLOCK_SIZE, a.head_dim)
+        self.kv_cache = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        self._tables = BlockTables(slots, -(-self.max_model_len // BLOCK_SIZE))
+        self._sampling = SlotParameters(slots)
+        self._newest = torch.zeros(slots, dtype=torch.int64, device=self.device)
+
+    def _profile(self) -> None:
+        """One step of the whole token budget, so that its peak is counted before the pool is sized."""
+        length = min(self._budget, self.max_model_len)
+        request = _warm_up_request(length)
+        blocks = list(range(-(-length // BLOCK_SIZE)))
+        chunk = Chunk(request=request, start=0, num_tokens=length, samples=True, slot=0, block_ids=blocks)
+        self.launch(StepPlan(chunks=[chunk])).result()
+
+    def _warm_up(self, config: EngineConfig) -> None:
+        """Generate a token before anybody asks: kernels are compiled and caches are warm. Block 0 is overwritten later."""
+        request = _warm_up_request(1)
+        chunk = Chunk(request=request, start=0, num_tokens=1, samples=True, slot=0, block_ids=[0])
+        self.launch(StepPlan(chunks=[chunk], num_decodes=1)).result()
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> PendingTokens:
+        """Start a step; see step.Runner."""
+        if plan.copies:
+            self._copy(plan.copies)
+        arrays, moved_in = build(plan, self._tables)
+        for chunk in moved_in:
+            self._sampling.fill(chunk.slot, chunk.request)
+        token_ids = self._up(arrays.token_ids)
+        if len(arrays.from_device):
+            token_ids[self._up(arrays.from_device)] = self._newest[self._up(arrays.from_slots)]
+        hidden = self._model.forward(token_ids, self._attention(arrays), self.kv_cache)
+        if not len(arrays.sampled):
+            return self._pending(torch.empty(0, dtype=torch.int64))
+        logits = self._model.logits(hidden[self._up(arrays.sampled)])
+        self._forbid_early_end(logits, plan)
+        rows = self._sampling.rows(arrays.sampled_slots, arrays.positions[arrays.sampled] + 1, self.device)
+        tokens = sample(logits, rows)
+        self._newest[self._up(arrays.sampled_slots)] = tokens.clamp(min=0)
+        return self._pending(tokens)
+
+    def _up(self, values: np.ndarray) -> torch.Tensor:
+        tensor = torch.from_numpy(values)  # pyright: ignore[reportUnknownMemberType]
+        if self.device.type == "cpu":
+            return tensor
+        return tensor.pin_memory().to(self.device, non_blocking=True)
+
+    def _pending(self, tokens: torch.Tensor) -> PendingTokens:
+        if tokens.device.type == "cpu":
+            return PendingTokens(tokens, None)
+        on_host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+        on_host.copy_(tokens, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+        return PendingTokens(on_host, done)
+
+    def _attention(self, arrays: StepArrays) -> Attention:
+        return Attention(
+            positions=self._up(arrays.positions),
+            slot_mapping=self._up(arrays.slot_mapping),
+            block_tables=self._up(arrays.block_tables),
+            query_start=self._up(arrays.query_start),
+            seq_lens=self._up(arrays.seq_lens),
+            num_decodes=arrays.num_decodes,
+            max_query_len=arrays.max_query_len,
+        )
+
+    def _copy(self, copies: list[BlockCopy]) -> None:
+        columns = np.array([(copy.src, copy.dst, copy.num_tokens) for copy in copies], np.int64).T
+        src, dst, num_tokens = (self._up(np.ascontiguousarray(column)) for column in columns)
+        copy_blocks(self.kv_cache, src, dst, num_tokens)
+
+    def _forbid_early_end(self, logits: torch.Tensor, plan: StepPlan) -> None:
+        """min_tokens: the end tokens of rows that may not end yet get no probability."""
+        row = -1
+        for chunk in plan.chunks:
+            row += chunk.samples
+            request, params = chunk.request, chunk.request.params
+            if chunk.samples and len(request.output_token_ids) + request.num_in_flight < params.min_tokens:
+                banned = sorted(self.eos_token_ids.union(params.stop_token_ids))
+                logits[row, banned] = -torch.inf
+
+
+def _warm_up_request(length: int) -> Request:
+    return Request("warm-up", [0] * length, SamplingParams(max_tokens=1, temperature=0.0), arrival_time_s=0.0)
+
+
+def batched_tokens(config: EngineConfig, device: torch.device) -> int:
+    """The token budget of a step."""
+    default = CPU_BATCHED_TOKENS if device.type == "cpu" else CUDA_BATCHED_TOKENS
+    return config.scheduler.max_num_batched_tokens or default
+
+
+def _model_len(asked: int | None, architecture: Architecture) -> int:
+    longest = architecture.max_position_embeddings
+    if asked is not None and asked > longest:
+        raise InvalidConfigurationError(f"--max-model-len {asked} is over the model's own limit of {longest} tokens")
+    return asked or longest
