@@ -55,7 +55,7 @@ _GGUF_NAMES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3"
 
 
 def read_architecture(path: Path) -> Architecture:
-    """Raises ModelNotFoundError when there is no model at the path, UnsupportedModelError when it is not one of ours."""
+    """Raises ModelNotFoundError when there is no model there, UnsupportedModelError when it is not one of ours."""
     if path.is_dir():
         config = path / "config.json"
         if not config.is_file():

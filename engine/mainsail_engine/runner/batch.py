@@ -82,11 +82,11 @@ def build(plan: StepPlan, tables: BlockTables) -> tuple[StepArrays, list[Chunk]]
     query_start = np.zeros(len(chunks) + 1, np.int64)
     np.cumsum(lengths, out=query_start[1:])
     seq_of_token = np.repeat(np.arange(len(chunks)), lengths)
-    positions = np.arange(query_start[-1]) - query_start[seq_of_token] + starts[seq_of_token]
+    positions: np.ndarray = np.arange(int(query_start[-1])) - query_start[seq_of_token] + starts[seq_of_token]
     seq_lens = starts + lengths
     used = int(-(-seq_lens.max() // BLOCK_SIZE))
     block_tables = tables.rows[slots, :used]
-    slot_mapping = block_tables[seq_of_token, positions // BLOCK_SIZE].astype(np.int64) * BLOCK_SIZE
+    slot_mapping: np.ndarray = block_tables[seq_of_token, positions // BLOCK_SIZE].astype(np.int64) * BLOCK_SIZE
     slot_mapping += positions % BLOCK_SIZE
     token_ids, from_device = _token_ids(chunks, query_start)
     samples = np.array([chunk.samples for chunk in chunks], bool)

@@ -1,8 +1,8 @@
 """The forward pass: loads the model, owns the KV cache, turns a step's plan into tokens.
 
-Launching and reading are apart: `launch` queues a step on the device and returns; `result` waits for its tokens. The newest
-token of every slot stays on the device (`_newest`), so that a step can be launched before the last one's tokens are read.
-On the CPU a launch computes at once, and the same code runs.
+Launching and reading are apart: `launch` queues a step on the device and returns; `result` waits for its tokens. The
+newest token of every slot stays on the device (`_newest`), so that a step can be launched before the last one's tokens
+are read. On the CPU a launch computes at once, and the same code runs.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class PendingTokens:
     def result(self) -> StepResult:
         if self.done is not None:
             self.done.synchronize()
-        return StepResult(token_ids=self.tokens.tolist())
+        return StepResult(token_ids=[int(token) for token in self.tokens.numpy()])
 
 
 def choose_device(name: str) -> torch.device:
@@ -127,7 +127,7 @@ class ModelRunner:
         self.launch(StepPlan(chunks=[chunk])).result()
 
     def _warm_up(self, config: EngineConfig) -> None:
-        """Generate a token before anybody asks: kernels are compiled and caches are warm. Block 0 is overwritten later."""
+        """Generate a token before anybody asks: kernels are compiled, caches warm. Block 0 is overwritten later."""
         request = _warm_up_request(1)
         chunk = Chunk(request=request, start=0, num_tokens=1, samples=True, slot=0, block_ids=[0])
         self.launch(StepPlan(chunks=[chunk], num_decodes=1)).result()

@@ -1,4 +1,4 @@
-"""How many threads torch may use on the CPU: the container's quota and the affinity mask count, not the machine's cores."""
+"""How many threads torch may use on the CPU: the container's quota and the affinity mask count."""
 
 from __future__ import annotations
 
