@@ -1,13 +1,14 @@
 """The messages between an API process and the core process: msgspec structs as msgpack over ZMQ.
 
-API → core: `Add`, `Abort`, `Drain`. Core → API: `Ready` once, then one `StepOutputs` for every step (its counter is the
-heartbeat), or `Failed` with the last breath. Text never crosses: the core deals in token ids only.
+API → core: `Add`, `Abort`. Core → API: `Ready` once, then one `StepOutputs` for every step (its counter is the
+heartbeat), or `Failed` with the last breath. Draining is the API process's business: the core just runs out of work. Text never crosses: the core deals in token ids only.
 """
 
 from __future__ import annotations
 
 import msgspec
 
+from mainsail_engine.config import EngineConfig
 from mainsail_engine.request import FinishReason, SamplingParams
 
 
@@ -24,10 +25,6 @@ class Abort(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
     request_ids: list[str]
     reason: FinishReason = FinishReason.ABORT
-
-
-class Drain(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """Finish what runs and waits, then exit with 0."""
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -68,6 +65,13 @@ class SchedulerStats(msgspec.Struct, frozen=True, array_like=True):
     """Prompt tokens found."""
 
 
+class FirstScheduled(msgspec.Struct, frozen=True, array_like=True):
+    """A request's first tokens were planned: its time in the queue is over."""
+
+    request_id: str
+    queue_time_s: float
+
+
 class StepOutputs(msgspec.Struct, frozen=True, tag=True, array_like=True):
     step: int
     """Counts every step: the heartbeat."""
@@ -75,6 +79,7 @@ class StepOutputs(msgspec.Struct, frozen=True, tag=True, array_like=True):
     stats: SchedulerStats
     num_step_tokens: int
     step_time_s: float
+    first_scheduled: list[FirstScheduled] = []
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -84,5 +89,18 @@ class Failed(msgspec.Struct, frozen=True, tag=True, array_like=True):
     message: str
 
 
-ToCore = Add | Abort | Drain
+ToCore = Add | Abort
 FromCore = Ready | StepOutputs | Failed
+
+
+class CoreStart(msgspec.Struct, frozen=True, kw_only=True):
+    """The one line of JSON on the core's standard input: what to run, and the addresses to talk over."""
+
+    config: EngineConfig
+    commands_address: str
+    outputs_address: str
+
+
+encode = msgspec.msgpack.Encoder().encode
+decode_to_core = msgspec.msgpack.Decoder(ToCore).decode
+decode_from_core = msgspec.msgpack.Decoder(FromCore).decode

@@ -1,0 +1,235 @@
+"""EngineClient: what the API process holds of the core process.
+
+Starts the core, hands requests to it, and gives each its own stream of outputs. A stream that is left early (client
+gone, stop string found) aborts its request on the way out, whatever the way. When the core dies, every stream ends
+with an `EngineDeadError` and `died` is set: the owner then ends the process, for a pod to be replaced.
+
+The sockets are ipc files in a folder that only this user can enter. Everything runs on one event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import AsyncGenerator, Callable
+from pathlib import Path
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from mainsail_engine.config import EngineConfig
+from mainsail_engine.errors import RequestError, StartupError
+from mainsail_engine.protocol import (
+    Abort,
+    Add,
+    CoreStart,
+    Failed,
+    FirstScheduled,
+    FromCore,
+    Ready,
+    RequestOutput,
+    StepOutputs,
+    decode_from_core,
+    encode,
+)
+from mainsail_engine.request import FinishReason
+
+LAST_WORDS_S = 2.0
+"""How long after the core's end its last message may still arrive."""
+
+
+class EngineDeadError(RequestError):
+    """The core process ended under a running request."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(f"the engine failed: {message}", status=500, code="engine_failed")
+
+
+class _Stream:
+    """One request's outputs on their way from the socket to its handler."""
+
+    __slots__ = ("error", "outputs")
+
+    def __init__(self) -> None:
+        self.outputs: asyncio.Queue[RequestOutput | None] = asyncio.Queue()
+        self.error: RequestError | None = None
+
+
+class EngineClient:
+    """`on_step` sees every step's outputs before the streams do (metrics)."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        on_step: Callable[[StepOutputs], None] | None = None,
+        on_first_scheduled: Callable[[FirstScheduled], None] | None = None,
+    ) -> None:
+        self._config = config
+        self._on_step = on_step
+        self._on_first_scheduled = on_first_scheduled
+        self._streams: dict[str, _Stream] = {}
+        self._folder: Path | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._ready: asyncio.Future[Ready] | None = None
+        self._failed: Failed | None = None
+        self._closing = False
+        self.died = asyncio.Event()
+        self.process: asyncio.subprocess.Process | None = None
+        self.num_steps = 0
+        self.progress_at_s = time.monotonic()
+        """Monotonic time of the last step, or of the moment since when there is work."""
+
+    @property
+    def num_requests(self) -> int:
+        return len(self._streams)
+
+    @property
+    def is_alive(self) -> bool:
+        return self.process is not None and self.process.returncode is None and not self.died.is_set()
+
+    @property
+    def failure(self) -> Failed:
+        """Why the core ended."""
+        return self._failed or Failed("EngineFailed", "the core process ended without a word")
+
+    async def start(self) -> Ready:
+        """Start the core and wait until it has generated a token. Raises StartupError with the core's reason."""
+        self._folder = Path(tempfile.mkdtemp(prefix="mainsail-"))
+        context = zmq.asyncio.Context()
+        self._commands = _bind(context, zmq.PUSH, f"ipc://{self._folder}/commands")
+        outputs = _bind(context, zmq.PULL, f"ipc://{self._folder}/outputs")
+        self._ready = asyncio.get_running_loop().create_future()
+        self.process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "mainsail_engine.core", stdin=asyncio.subprocess.PIPE, env=_environment()
+        )
+        start = CoreStart(
+            config=self._config,
+            commands_address=f"ipc://{self._folder}/commands",
+            outputs_address=f"ipc://{self._folder}/outputs",
+        )
+        stdin = self.process.stdin
+        if stdin is None:
+            raise StartupError("the core process has no standard input")
+        stdin.write(msgspec.json.encode(start) + b"\n")
+        receiver = asyncio.create_task(self._receive(outputs))
+        self._tasks = [receiver, asyncio.create_task(self._watch(self.process, receiver))]
+        return await self._ready
+
+    async def close(self) -> None:
+        """End the core and everything that still waits for it."""
+        self._closing = True
+        if self.process is not None and self.process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self.process.kill()
+            await self.process.wait()
+        self.fail_all(RequestError("the server is shutting down", status=503, code="shutting_down", retry_after_s=1.0))
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    async def generate(self, add: Add) -> AsyncGenerator[RequestOutput, None]:
+        """The request's outputs, until one has a finish reason. Leaving early aborts it. Raises RequestError."""
+        if not self.is_alive:
+            raise EngineDeadError(self.failure.message)
+        stream = _Stream()
+        if not self._streams:
+            self.progress_at_s = time.monotonic()
+        self._streams[add.request_id] = stream
+        finished = False
+        try:
+            await self._commands.send(encode(add))
+            while not finished:
+                output = await stream.outputs.get()
+                if output is None:
+                    finished = True
+                    raise stream.error or EngineDeadError(self.failure.message)
+                finished = output.finish_reason is not None
+                yield output
+        finally:
+            self._streams.pop(add.request_id, None)
+            if not finished:
+                self._abort([add.request_id])
+
+    def fail_all(self, error: RequestError) -> None:
+        """End every stream with this error."""
+        for stream in self._streams.values():
+            stream.error = stream.error or error
+            stream.outputs.put_nowait(None)
+
+    def _abort(self, request_ids: list[str]) -> None:
+        """Tell the core without waiting: this runs in a finally, maybe of a cancelled task."""
+        if self.is_alive:
+            self._commands.send(encode(Abort(request_ids, FinishReason.ABORT)))
+
+    async def _receive(self, socket: zmq.asyncio.Socket) -> None:
+        while True:
+            self._handle(decode_from_core(await socket.recv()))
+
+    def _handle(self, message: FromCore) -> None:
+        if isinstance(message, StepOutputs):
+            self._deliver(message)
+        elif isinstance(message, Ready):
+            if self._ready is not None and not self._ready.done():
+                self._ready.set_result(message)
+        else:
+            self._failed = message
+
+    def _deliver(self, step: StepOutputs) -> None:
+        self.num_steps = step.step
+        self.progress_at_s = time.monotonic()
+        if self._on_step is not None:
+            self._on_step(step)
+        if self._on_first_scheduled is not None:
+            for first in step.first_scheduled:
+                self._on_first_scheduled(first)
+        for output in step.outputs:
+            stream = self._streams.get(output.request_id)
+            if stream is not None:
+                stream.outputs.put_nowait(output)
+
+    async def _watch(self, process: asyncio.subprocess.Process, receiver: asyncio.Task[None]) -> None:
+        """Wait for the core's end; then let its last words arrive, and pass them on."""
+        status = await process.wait()
+        deadline = time.monotonic() + LAST_WORDS_S
+        while status > 0 and self._failed is None and not receiver.done() and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
+        if self._failed is None:
+            how = f"was ended by signal {-status}" if status < 0 else f"exited with {status}"
+            hint = " (9 is how the kernel ends a process that uses too much memory)" if status == -9 else ""
+            self._failed = Failed("EngineFailed", f"the core process {how}{hint}")
+        self.died.set()
+        if self._ready is not None and not self._ready.done():
+            self._ready.set_exception(startup_error(self._failed))
+        if not self._closing:
+            self.fail_all(EngineDeadError(self._failed.message))
+
+
+def startup_error(failed: Failed) -> StartupError:
+    """The core's failure as an exception with its own reason."""
+    error = StartupError(failed.message)
+    error.reason = failed.reason
+    return error
+
+
+def _environment() -> dict[str, str]:
+    """The core is started by module name: it must find this very package, also when it is not installed."""
+    root = str(Path(__file__).resolve().parent.parent)
+    inherited = os.environ.get("PYTHONPATH")
+    return {**os.environ, "PYTHONPATH": f"{inherited}{os.pathsep}{root}" if inherited else root}
+
+
+def _bind(context: zmq.asyncio.Context, kind: int, address: str) -> zmq.asyncio.Socket:
+    socket = context.socket(kind)
+    socket.set_hwm(0)
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.bind(address)
+    return socket

@@ -1,0 +1,270 @@
+"""The core process: scheduler and runner, in a loop; commands in, tokens out.
+
+    commands ──PULL──▶ reader thread ──queue──▶ EngineCore.step ──queue──▶ writer thread ──PUSH──▶ outputs
+
+The loop keeps up to `depth` steps in flight: with two, step N+1 is launched before N's tokens are on the CPU. It never
+waits for a socket: two threads own those. With nothing to do it sleeps on the queue of commands.
+
+Promises: one `Ready` (after a token was generated) or one `Failed`; then a `StepOutputs` for every step, or a `Failed`
+and a non-zero exit. It ends when its standard input does, which is when its parent dies, however that happens; signals
+to the process group are the parent's to interpret. The idea of an API process and a core process of its own is vLLM's.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable
+from typing import Protocol
+
+import msgspec
+import zmq
+
+from mainsail_engine.config import EngineConfig
+from mainsail_engine.errors import StartupError
+from mainsail_engine.protocol import (
+    Abort,
+    Add,
+    CoreStart,
+    Failed,
+    FirstScheduled,
+    FromCore,
+    Ready,
+    RequestOutput,
+    SchedulerStats,
+    StepOutputs,
+    ToCore,
+    decode_to_core,
+    encode,
+)
+from mainsail_engine.request import FinishReason, Request, SamplingParams
+from mainsail_engine.step import PendingStep, Runner, StepPlan, StepResult
+
+log = logging.getLogger(__name__)
+WARM_UP_ID = "warm-up"
+LINGER_MS = 2000
+"""How long the last message may take to leave."""
+
+
+class SchedulerLike(Protocol):
+    """What the core needs of a scheduler."""
+
+    def add(self, request: Request) -> None: ...
+    def abort(self, request_ids: Iterable[str], reason: FinishReason) -> None: ...
+    def schedule(self, now: float) -> StepPlan | None: ...
+    def commit(self, plan: StepPlan, result: StepResult, now: float) -> list[RequestOutput]: ...
+    def stats(self) -> SchedulerStats: ...
+    @property
+    def has_work(self) -> bool: ...
+
+
+class EngineCore:
+    """Scheduler and runner, one step at a time. The clock comes from outside."""
+
+    def __init__(self, scheduler: SchedulerLike, runner: Runner, *, depth: int) -> None:
+        self._scheduler = scheduler
+        self._runner = runner
+        self._depth = depth
+        self._in_flight: deque[tuple[StepPlan, PendingStep]] = deque()
+        self._queued_since: dict[str, float] = {}
+        self._first_scheduled: list[FirstScheduled] = []
+        self._num_steps = 0
+        self._last_step_end_s = 0.0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._in_flight) or self._scheduler.has_work
+
+    def handle(self, command: ToCore, now: float) -> None:
+        if isinstance(command, Add):
+            self._add(command, now)
+        else:
+            self._abort(command)
+
+    def _add(self, add: Add, now: float) -> None:
+        self._queued_since[add.request_id] = now
+        request = Request(
+            request_id=add.request_id,
+            prompt_token_ids=add.prompt_token_ids,
+            params=add.params,
+            arrival_time_s=now,
+            priority=add.priority,
+            cache_salt=add.cache_salt,
+        )
+        self._scheduler.add(request)
+
+    def _abort(self, abort: Abort) -> None:
+        for request_id in abort.request_ids:
+            self._queued_since.pop(request_id, None)
+        self._scheduler.abort(abort.request_ids, abort.reason)
+
+    def step(self, now: float) -> StepOutputs | None:
+        """Fill the pipeline, then finish its oldest step. None: there was nothing to run."""
+        started_s = max(now, self._last_step_end_s)
+        self._launch(now)
+        if not self._in_flight:
+            return None
+        plan, pending = self._in_flight.popleft()
+        result = pending.result()
+        end_s = time.monotonic()
+        outputs = self._scheduler.commit(plan, result, end_s)
+        self._num_steps += 1
+        self._last_step_end_s = end_s
+        first_scheduled, self._first_scheduled = self._first_scheduled, []
+        return StepOutputs(
+            step=self._num_steps,
+            outputs=outputs,
+            stats=self._scheduler.stats(),
+            num_step_tokens=plan.num_tokens,
+            step_time_s=max(0.0, end_s - started_s),
+            first_scheduled=first_scheduled,
+        )
+
+    def _launch(self, now: float) -> None:
+        while len(self._in_flight) < self._depth:
+            plan = self._scheduler.schedule(now)
+            if plan is None:
+                return
+            self._note_first_scheduled(plan, now)
+            self._in_flight.append((plan, self._runner.launch(plan)))
+
+    def _note_first_scheduled(self, plan: StepPlan, now: float) -> None:
+        if not self._queued_since:
+            return
+        for chunk in plan.chunks:
+            since = self._queued_since.pop(chunk.request.request_id, None)
+            if since is not None:
+                self._first_scheduled.append(FirstScheduled(chunk.request.request_id, now - since))
+
+
+def pipeline_depth(config: EngineConfig, device: str) -> int:
+    """On the CPU the step itself runs on this thread: a second one in flight would only delay the first's tokens."""
+    return 2 if config.overlap and device.startswith("cuda") else 1
+
+
+def warm_up(core: EngineCore) -> None:
+    """Generate one token through the whole path: whatever fails lazily fails before Ready."""
+    core.handle(Add(WARM_UP_ID, [0], SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)), time.monotonic())
+    while core.has_work:
+        outputs = core.step(time.monotonic())
+        for output in outputs.outputs if outputs else ():
+            if output.error:
+                raise RuntimeError(f"the first token failed: {output.error}")
+
+
+class Mailbox:
+    """The two sockets, each owned by a thread of its own, behind two queues."""
+
+    def __init__(self, start: CoreStart) -> None:
+        self._context = zmq.Context()
+        self.commands: queue.SimpleQueue[ToCore] = queue.SimpleQueue()
+        self._outgoing: queue.SimpleQueue[FromCore | None] = queue.SimpleQueue()
+        reader = threading.Thread(target=self._read, args=(start.commands_address,), name="commands", daemon=True)
+        self._writer = threading.Thread(target=self._write, args=(start.outputs_address,), name="outputs", daemon=True)
+        reader.start()
+        self._writer.start()
+
+    def send(self, message: FromCore) -> None:
+        self._outgoing.put(message)
+
+    def close(self) -> None:
+        """Flush what was sent."""
+        self._outgoing.put(None)
+        self._writer.join(timeout=LINGER_MS / 1000)
+
+    def _read(self, address: str) -> None:
+        socket = self._context.socket(zmq.PULL)
+        socket.set_hwm(0)
+        socket.connect(address)
+        while True:
+            self.commands.put(decode_to_core(socket.recv()))
+
+    def _write(self, address: str) -> None:
+        socket = self._context.socket(zmq.PUSH)
+        socket.set_hwm(0)
+        socket.setsockopt(zmq.LINGER, LINGER_MS)
+        socket.connect(address)
+        while (message := self._outgoing.get()) is not None:
+            socket.send(encode(message))
+        socket.close()
+
+
+def run_loop(core: EngineCore, mailbox: Mailbox) -> None:
+    """Forever: take the commands that came, run a step, hand out its tokens."""
+    while True:
+        if not core.has_work:
+            core.handle(mailbox.commands.get(), time.monotonic())
+        while not mailbox.commands.empty():
+            core.handle(mailbox.commands.get(), time.monotonic())
+        outputs = core.step(time.monotonic())
+        if outputs is not None:
+            mailbox.send(outputs)
+
+
+def build(config: EngineConfig) -> tuple[EngineCore, Ready]:
+    """Load the model and generate a token. Raises StartupError."""
+    from mainsail_engine.config import BLOCK_SIZE
+    from mainsail_engine.runner.model_runner import ModelRunner
+    from mainsail_engine.scheduler import Scheduler
+
+    runner = ModelRunner(config)
+    scheduler = Scheduler(config, runner.num_blocks, runner.max_model_len, runner.eos_token_ids)
+    device = str(runner.device)
+    core = EngineCore(scheduler, runner, depth=pipeline_depth(config, device))
+    warm_up(core)
+    ready = Ready(
+        max_model_len=runner.max_model_len,
+        num_blocks=runner.num_blocks,
+        block_size=BLOCK_SIZE,
+        vocab_size=runner.vocab_size,
+        eos_token_ids=sorted(runner.eos_token_ids),
+        device=device,
+        dtype=str(runner.dtype).removeprefix("torch."),
+    )
+    return core, ready
+
+
+def describe(error: BaseException) -> Failed:
+    """The stable reason and a message for whatever ended the core."""
+    if isinstance(error, StartupError):
+        return Failed(error.reason, error.message)
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        remedy = "lower --gpu-memory-utilization, --max-num-batched-tokens or --max-model-len"
+        return Failed("OutOfMemory", f"out of memory: {error}; {remedy}")
+    return Failed("EngineFailed", f"{type(error).__name__}: {error}")
+
+
+def _end_with_parent() -> None:
+    """Standard input ends when the parent does. A step that hangs cannot hold this up."""
+    sys.stdin.buffer.read()
+    os._exit(1)
+
+
+def main() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s core: %(message)s", stream=sys.stderr)
+    start = msgspec.json.decode(sys.stdin.buffer.readline(), type=CoreStart)
+    threading.Thread(target=_end_with_parent, name="parent-watch", daemon=True).start()
+    mailbox = Mailbox(start)
+    try:
+        core, ready = build(start.config)
+        mailbox.send(ready)
+        run_loop(core, mailbox)
+    except BaseException as error:
+        failed = describe(error)
+        if not isinstance(error, StartupError):
+            log.exception("the core failed")
+        mailbox.send(failed)
+        mailbox.close()
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    main()
