@@ -97,8 +97,15 @@ class Background:
             raise self._error
 
 
-def run(argv: Sequence[str | Path], *, log: Path, do: str, env: Mapping[str, str] | None = None,
-        cwd: Path | None = None, stdin: str | None = None) -> None:
+def run(
+    argv: Sequence[str | Path],
+    *,
+    log: Path,
+    do: str,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    stdin: str | None = None,
+) -> None:
     """Run a program with its output appended to `log`; a non-zero end is a `StepError`."""
     words = [str(word) for word in argv]
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -106,21 +113,35 @@ def run(argv: Sequence[str | Path], *, log: Path, do: str, env: Mapping[str, str
         out.write(f"$ {shlex.join(words)}\n".encode())
         out.flush()
         try:
-            ended = subprocess.run(words, stdout=out, stderr=subprocess.STDOUT, env=_environment(env), cwd=cwd,
-                                   input=(stdin or "").encode(), check=False)
+            ended = subprocess.run(
+                words,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env=_environment(env),
+                cwd=cwd,
+                input=(stdin or "").encode(),
+                check=False,
+            )
         except FileNotFoundError as error:
             raise StepError(f"the program {words[0]} is not there", do=do, log=log) from error
     if ended.returncode:
         raise StepError(f"`{_short(words)}` ended with code {ended.returncode}", do=do, log=log)
 
 
-def read(argv: Sequence[str | Path], *, do: str, env: Mapping[str, str] | None = None, cwd: Path | None = None,
-         stdin: str | None = None) -> str:
+def read(
+    argv: Sequence[str | Path],
+    *,
+    do: str,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    stdin: str | None = None,
+) -> str:
     """A program's standard output; a non-zero end is a `StepError` with what it wrote to standard error."""
     words = [str(word) for word in argv]
     try:
-        ended = subprocess.run(words, capture_output=True, text=True, env=_environment(env), cwd=cwd,
-                               input=stdin or "", check=False)
+        ended = subprocess.run(
+            words, capture_output=True, text=True, env=_environment(env), cwd=cwd, input=stdin or "", check=False
+        )
     except FileNotFoundError as error:
         raise StepError(f"the program {words[0]} is not there", do=do) from error
     if ended.returncode:
@@ -128,8 +149,9 @@ def read(argv: Sequence[str | Path], *, do: str, env: Mapping[str, str] | None =
     return ended.stdout
 
 
-def wait_until(what: str, ready: Callable[[], bool], *, seconds: float, do: str, log: Path | None = None,
-               every: float = 0.1) -> None:
+def wait_until(
+    what: str, ready: Callable[[], bool], *, seconds: float, do: str, log: Path | None = None, every: float = 0.1
+) -> None:
     """Poll a condition until it holds; a `StepError` naming it when it does not in time."""
     end = time.monotonic() + seconds
     while not ready():

@@ -138,8 +138,10 @@ def end(name: str, *, seconds: float = 20) -> int:
                 os.kill(pid, signal.SIGKILL)
         _remove_empty(groups)
         if time.monotonic() > deadline:
-            raise StepError(f"the cgroups {', '.join(map(str, groups))} do not end (processes {sorted(living)})",
-                            do="see what these processes wait for (state D in `ps`), then run `make down` again")
+            raise StepError(
+                f"the cgroups {', '.join(map(str, groups))} do not end (processes {sorted(living)})",
+                do="see what these processes wait for (state D in `ps`), then run `make down` again",
+            )
         time.sleep(0.02)
     return len(killed)
 

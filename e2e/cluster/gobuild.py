@@ -66,8 +66,13 @@ def ensure(place: Place) -> Programs:
 
 def _build(draft: Path, flags: str, log: Path) -> None:
     log.unlink(missing_ok=True)
-    run(["go", "build", "-v", *TRIMMED, "-ldflags", flags, "-o", f"{draft}/", ".", "./pause"], log=log, cwd=SOURCE,
-        env=build_environment(os.environ), do="see the log; a failed download is tried again by running it again")
+    run(
+        ["go", "build", "-v", *TRIMMED, "-ldflags", flags, "-o", f"{draft}/", ".", "./pause"],
+        log=log,
+        cwd=SOURCE,
+        env=build_environment(os.environ),
+        do="see the log; a failed download is tried again by running it again",
+    )
 
 
 def build_environment(environ: Mapping[str, str]) -> dict[str, str]:

@@ -177,7 +177,7 @@ def _addresses(machine: Machine) -> None:
 def _write_base_spec(it: Configuration) -> None:
     packages = Packages(it.packages)
     command = [str(packages.program("ctr")), "oci", "spec"]
-    default = subprocess.run(command, check=True, capture_output=True, env=dict(packages.environment())).stdout
+    default = subprocess.run(command, check=True, capture_output=True, env=packages.environment()).stdout
     spec = images.base_spec(json.loads(default), it.bound)
     (it.state / "etc").mkdir(exist_ok=True)
     (it.state / "etc/base-spec.json").write_text(json.dumps(spec, indent=1))

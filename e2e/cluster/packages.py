@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,8 +30,10 @@ class Packages:
         for folder in self.path.split(":"):
             if os.access(candidate := Path(folder) / name, os.X_OK):
                 return candidate
-        raise StepError(f"the program {name} is neither in {self.root} nor on this machine",
-                        do=f"remove {self.root.parent} and run it again: the packages are then unpacked anew")
+        raise StepError(
+            f"the program {name} is neither in {self.root} nor on this machine",
+            do=f"remove {self.root.parent} and run it again: the packages are then unpacked anew",
+        )
 
     @property
     def path(self) -> str:
@@ -45,7 +46,7 @@ class Packages:
         """The folder of the CNI plugins."""
         return self.root / "usr/lib/cni"
 
-    def environment(self) -> Mapping[str, str]:
+    def environment(self) -> dict[str, str]:
         """What the unpacked programs need to find each other and their libraries."""
         library = f"usr/lib/{platform.machine()}-linux-gnu"
         return {"PATH": self.path, "LD_LIBRARY_PATH": str(self.root / library)}
