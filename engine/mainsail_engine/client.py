@@ -80,6 +80,7 @@ class EngineClient:
         self._ready: asyncio.Future[Ready] | None = None
         self._failed: Failed | None = None
         self._closing = False
+        self._last_words = asyncio.Event()
         self.died = asyncio.Event()
         self.process: asyncio.subprocess.Process | None = None
         self.num_steps = 0
@@ -118,8 +119,7 @@ class EngineClient:
         if stdin is None:
             raise StartupError("the core process has no standard input")
         stdin.write(msgspec.json.encode(start) + b"\n")
-        receiver = asyncio.create_task(self._receive(outputs))
-        self._tasks = [receiver, asyncio.create_task(self._watch(self.process, receiver))]
+        self._tasks = [asyncio.create_task(self._receive(outputs)), asyncio.create_task(self._watch(self.process))]
         return await self._ready
 
     async def close(self) -> None:
@@ -182,6 +182,7 @@ class EngineClient:
                 self._ready.set_result(message)
         else:
             self._failed = message
+            self._last_words.set()
 
     def _deliver(self, step: StepOutputs) -> None:
         self.num_steps = step.step
@@ -196,12 +197,12 @@ class EngineClient:
             if stream is not None:
                 stream.outputs.put_nowait(output)
 
-    async def _watch(self, process: asyncio.subprocess.Process, receiver: asyncio.Task[None]) -> None:
+    async def _watch(self, process: asyncio.subprocess.Process) -> None:
         """Wait for the core's end; then let its last words arrive, and pass them on."""
         status = await process.wait()
-        deadline = time.monotonic() + LAST_WORDS_S
-        while status > 0 and self._failed is None and not receiver.done() and time.monotonic() < deadline:
-            await asyncio.sleep(0.01)
+        if status > 0:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._last_words.wait(), LAST_WORDS_S)
         if self._failed is None:
             how = f"was ended by signal {-status}" if status < 0 else f"exited with {status}"
             hint = " (9 is how the kernel ends a process that uses too much memory)" if status == -9 else ""

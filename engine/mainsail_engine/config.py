@@ -89,3 +89,21 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Names that clients may put into `model`. Empty: the last part of the model's path."""
     drain_timeout_s: float = 120.0
     """How long running requests may go on after SIGTERM."""
+    max_num_queued_reqs: int = 2048
+    """Requests that may wait for their first token. More are refused with 429 and a Retry-After."""
+    max_num_queued_tokens: int = 2_000_000
+    """Prompt tokens that may wait for their first token, over all requests (a lone request is always let in)."""
+    api_key: str | None = None
+    """What clients must send as a bearer token. None: no key."""
+    live_limit_s: float | None = None
+    """How long a step may take before liveness fails. None: 10 s on CUDA, 60 s on the CPU."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.port <= 65535, "--port must be between 0 and 65535")
+        _require(
+            self.health_port is None or 0 <= self.health_port <= 65535, "--health-port must be between 0 and 65535"
+        )
+        _require(self.drain_timeout_s >= 0, "--drain-timeout must not be negative")
+        _require(self.max_num_queued_reqs >= 1, "--max-num-queued-reqs must be at least 1")
+        _require(self.max_num_queued_tokens >= 1, "--max-num-queued-tokens must be at least 1")
+        _require(all(self.served_model_names), "--served-model-name must not be empty")

@@ -26,7 +26,7 @@ from typing import Protocol
 import msgspec
 import zmq
 
-from mainsail_engine.config import EngineConfig
+from mainsail_engine.config import BLOCK_SIZE, EngineConfig
 from mainsail_engine.errors import StartupError
 from mainsail_engine.protocol import (
     Abort,
@@ -209,7 +209,6 @@ def run_loop(core: EngineCore, mailbox: Mailbox) -> None:
 
 def build(config: EngineConfig) -> tuple[EngineCore, Ready]:
     """Load the model and generate a token. Raises StartupError."""
-    from mainsail_engine.config import BLOCK_SIZE
     from mainsail_engine.runner.model_runner import ModelRunner
     from mainsail_engine.scheduler import Scheduler
 

@@ -6,6 +6,10 @@ from where the operator lifts them into the InferenceService's conditions. A `Re
 
 from __future__ import annotations
 
+import json
+import os
+import sys
+
 
 class StartupError(Exception):
     """The engine cannot start. `reason` is stable; `message` names the file, tensor or flag, and a remedy."""
@@ -59,3 +63,17 @@ class RequestError(Exception):
         self.param = param
         self.code = code
         self.retry_after_s = retry_after_s
+
+
+DEFAULT_TERMINATION_LOG = "/dev/termination-log"
+
+
+def report_startup_error(error: StartupError) -> None:
+    """One line on stderr, and the same as JSON where Kubernetes picks up a container's last message."""
+    message = " ".join(error.message.split())
+    print(f"error: {error.reason}: {message}", file=sys.stderr, flush=True)
+    path = os.environ.get("MAINSAIL_TERMINATION_LOG", DEFAULT_TERMINATION_LOG)
+    if not os.access(path, os.W_OK):
+        return
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(json.dumps({"reason": error.reason, "message": message}) + "\n")

@@ -1,7 +1,8 @@
 """The messages between an API process and the core process: msgspec structs as msgpack over ZMQ.
 
 API → core: `Add`, `Abort`. Core → API: `Ready` once, then one `StepOutputs` for every step (its counter is the
-heartbeat), or `Failed` with the last breath. Draining is the API process's business: the core just runs out of work. Text never crosses: the core deals in token ids only.
+heartbeat), or `Failed` with the last breath. Draining is the API process's business: the core just runs out of work.
+Text never crosses: the core deals in token ids only.
 """
 
 from __future__ import annotations
