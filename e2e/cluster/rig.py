@@ -147,7 +147,7 @@ def link_programs(place: Place, programs: Programs) -> None:
 def bound_folders(place: Place, interpreter_prefix: str) -> tuple[str, ...]:
     """What containers see of the host: the system, the interpreter where it lies elsewhere, and the checkout's code."""
     prefix = [] if Path(interpreter_prefix).is_relative_to("/usr") else [interpreter_prefix]
-    return tuple(["/usr", "/etc/ld.so.cache", *prefix, str(place.venv), *map(str, place.sources)])
+    return ("/usr", "/etc/ld.so.cache", *prefix, str(place.venv), *map(str, place.sources))
 
 
 def _configure(place: Place, unpacked: Packages, programs: Programs) -> Configuration:
