@@ -1,0 +1,28 @@
+"""`mainsail-gateway`: read the command line, then serve until a signal."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import uvloop
+from lightkube.core.exceptions import ConfigError
+
+from mainsail_gateway.server import serve
+from mainsail_gateway.settings import parse
+
+
+def main() -> None:
+    settings = parse()
+    logging.basicConfig(
+        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
+    )
+    logging.getLogger("httpx2").setLevel(logging.WARNING)
+    try:
+        uvloop.run(serve(settings))
+    except (OSError, ConfigError, ValueError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

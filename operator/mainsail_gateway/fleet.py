@@ -1,0 +1,69 @@
+"""The balancer's memory: load, health and learned prefixes of the endpoints of each service. No I/O, no clock.
+
+One `Pool` per service holds what `balance.pick` reads; it changes when the routing table does, when a request starts
+or ends, and when an endpoint fails. An endpoint that leaves the table is forgotten; requests that still run there keep
+their own `Load` and end quietly.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from mainsail_gateway import balance
+from mainsail_gateway.balance import Load, PrefixIndex
+from mainsail_gateway.retry import RetryBudget
+from mainsail_gateway.routes import Endpoint, Service, Table
+from mainsail_gateway.watch import Key
+
+
+class Pool:
+    """The endpoints of one service, as the balancer sees them."""
+
+    def __init__(self) -> None:
+        self.endpoints: dict[str, Endpoint] = {}
+        self.loads: dict[str, Load] = {}
+        self.index = PrefixIndex()
+        self.budget = RetryBudget()
+        self._picks = 0
+
+    def update(self, endpoints: Sequence[Endpoint], now: float) -> None:
+        # The first endpoints of a service have nobody to warm up behind.
+        since = now if self.loads else now - balance.SLOW_START_S
+        self.endpoints = {endpoint.key: endpoint for endpoint in endpoints}
+        self.loads = {key: self.loads.get(key) or Load(key, since) for key in self.endpoints}
+
+    def pick(self, weight: int, prefixes: Sequence[bytes], avoid: set[str], now: float) -> tuple[Endpoint, Load] | None:
+        """An endpoint that is not in `avoid`, and its load; None when there is none left."""
+        loads = [load for load in self.loads.values() if load.key not in avoid]
+        load = balance.pick(loads, weight, prefixes, self.index, now)
+        if load is None:
+            return None
+        self._picks += 1
+        load.picked = self._picks
+        return self.endpoints[load.key], load
+
+
+@contextmanager
+def in_flight(load: Load, weight: int) -> Iterator[None]:
+    """Counts a request at an endpoint while it runs."""
+    load.requests += 1
+    load.tokens += weight
+    try:
+        yield
+    finally:
+        load.requests -= 1
+        load.tokens -= weight
+
+
+class Fleet:
+    """Every service's pool."""
+
+    def __init__(self) -> None:
+        self.pools: dict[Key, Pool] = {}
+
+    def update(self, table: Table, now: float) -> None:
+        self.pools = {key: self.pools.get(key) or Pool() for key in table.services}
+        for key, service in table.services.items():
+            self.pools[key].update(service.endpoints, now)
+
+    def pool(self, service: Service) -> Pool:
+        return self.pools[service.key]

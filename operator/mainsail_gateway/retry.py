@@ -1,0 +1,32 @@
+"""Whether a request may be tried once more. Pure.
+
+Retries save requests when one replica fails and bury a fleet when all are overloaded, so they are paid from a budget
+that ordinary requests fill: a tenth of a retry each, and a few a second for services with little traffic (Finagle's
+and Linkerd's retry budget). What cannot add load is free: a connection that was refused, or found dead on reuse.
+"""
+
+from dataclasses import dataclass
+
+RATIO = 0.1
+FLOOR_PER_S = 3.0
+MOST = 100.0
+
+
+@dataclass(slots=True)
+class RetryBudget:
+    balance: float = 10.0
+    at: float = 0.0
+    """When the floor was last added."""
+
+    def deposit(self) -> None:
+        """An ordinary request came."""
+        self.balance = min(MOST, self.balance + RATIO)
+
+    def withdraw(self, now: float) -> bool:
+        """Pay for a retry; False when the budget is spent."""
+        self.balance = min(MOST, self.balance + max(0.0, now - self.at) * FLOOR_PER_S)
+        self.at = now
+        if self.balance < 1.0:
+            return False
+        self.balance -= 1.0
+        return True

@@ -1,0 +1,88 @@
+"""The gateway's settings: the command line, read once into one frozen value. Times are in seconds, sizes in bytes."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    host: str = "0.0.0.0"
+    port: int = 8080
+    health_port: int = 8081
+    """Health and metrics have a listener and a thread of their own: load on `port` never fails a probe."""
+    kubeconfig: str | None = None
+    """Path of a kubeconfig; without it the Pod's service account, then $KUBECONFIG, then ~/.kube/config."""
+    namespaces: tuple[str, ...] = ()
+    """Namespaces to serve; empty: all."""
+
+    max_body_bytes: int = 10 * 1024 * 1024
+    """Over it: 413. The body is held in memory until an endpoint has answered, so that it can be sent again."""
+    max_header_bytes: int = 64 * 1024
+    head_timeout_s: float = 60.0
+    """A connection that has not sent a whole request head within this time is closed (slow loris)."""
+    body_timeout_s: float = 60.0
+    """The whole body must arrive within this time: 408."""
+    keep_alive_s: float = 75.0
+    """How long an idle client connection is kept."""
+
+    connect_timeout_s: float = 2.0
+    """An endpoint that does not take the connection by then is skipped for another."""
+    response_timeout_s: float = 600.0
+    """Until the first byte of an endpoint's answer (a whole completion, when not streamed): 504."""
+    idle_timeout_s: float = 120.0
+    """Between two chunks of an answer; a stalled stream is ended with an error."""
+    client_timeout_s: float = 120.0
+    """A client that takes no bytes for this long is dropped."""
+    upstream_idle_s: float = 4.0
+    """How long an idle connection to an endpoint is kept: below the 5 s after which uvicorn closes it."""
+    retry_after_s: float = 5.0
+    """Retry-After when no replica serves and nothing better is known."""
+
+    relist_s: float = 300.0
+    """Everything is listed again this often, whatever the watches say."""
+    drain_delay_s: float = 5.0
+    """After SIGTERM, how long requests are still accepted while load balancers learn of the failed readiness."""
+    drain_timeout_s: float = 120.0
+    """After it, how long running answers may take to finish."""
+    log_level: str = "info"
+
+
+_HELP = {
+    "host": "address to listen on",
+    "port": "port of the OpenAI API",
+    "health_port": "port of /health/live, /health/ready and /metrics",
+    "kubeconfig": "path of a kubeconfig (default: the Pod's service account, then $KUBECONFIG)",
+    "max_body_bytes": "largest request body; over it 413",
+    "max_header_bytes": "largest request head; over it 431",
+    "log_level": "debug, info, warning or error",
+}
+
+
+def parse(argv: Sequence[str] | None = None) -> Settings:
+    """Settings from a command line. A bad value ends the process with a message, as argparse does."""
+    parser = argparse.ArgumentParser(
+        prog="mainsail-gateway", description="OpenAI-compatible endpoint for the InferenceServices of a cluster."
+    )
+    defaults = Settings()
+    for field in fields(Settings):
+        if field.name == "namespaces":
+            parser.add_argument(
+                "--namespace", dest="namespaces", action="append", default=[], help="namespace to serve; repeat"
+            )
+            continue
+        default = getattr(defaults, field.name)
+        parser.add_argument(
+            "--" + field.name.replace("_", "-"),
+            type=str if default is None else type(default),
+            default=default,
+            help=_HELP.get(field.name, "seconds") + ("" if default is None else f" (default {default})"),
+        )
+    values = vars(parser.parse_args(argv))
+    values["namespaces"] = tuple(dict.fromkeys(values["namespaces"]))
+    for name, value in values.items():
+        if isinstance(value, int | float) and value < 0:
+            parser.error(f"--{name.replace('_', '-')} must not be negative, got {value}")
+    if values["log_level"] not in ("debug", "info", "warning", "error"):
+        parser.error(f"--log-level must be debug, info, warning or error, got {values['log_level']}")
+    return Settings(**values)
