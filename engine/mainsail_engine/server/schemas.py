@@ -1,0 +1,284 @@
+"""The requests that this server takes, field by field. Every field is honoured or refused by its name.
+
+Strict: no string for a number, no unknown field. Fields of the OpenAI API that the engine does not honour (yet) are
+declared `Unsupported(…)`: their neutral values pass, anything else is a 400 that names the field.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+INT64 = 2**63
+MAX_STOPS = 16
+MAX_N = 128
+MAX_PROMPTS = 2048
+
+
+def unsupported(*neutral: Any) -> Any:
+    """The type of a field that is refused unless it is null or one of these values (of the very same type)."""
+
+    def check(value: Any) -> Any:
+        if value is None or any(type(value) is type(item) and value == item for item in neutral):
+            return value
+        hint = f", or set it to {neutral[0]!r}" if neutral else ""
+        raise PydanticCustomError("unsupported", "is not supported by this engine; leave it out{hint}", {"hint": hint})
+
+    return Annotated[Any, AfterValidator(check), Field(description="Accepted only at its neutral value.")]
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class StreamOptions(Strict):
+    include_usage: bool = False
+    continuous_usage_stats: unsupported(False) = None
+    include_obfuscation: unsupported(False) = None
+
+
+Stop = Annotated[
+    list[Annotated[str, Field(min_length=1)]],
+    BeforeValidator(_as_list),
+    Field(max_length=MAX_STOPS, description="A text or a list of texts; generation ends before the first one."),
+]
+
+
+class GenerationRequest(Strict):
+    """What chat and plain completions have in common."""
+
+    model: str
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    seed: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = None
+    stop: Stop | None = None
+    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=256)] | None = None
+    ignore_eos: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
+    cache_salt: Annotated[str, Field(max_length=256)] | None = None
+    return_token_ids: bool | None = None
+    user: str | None = None
+    """An end user's name: taken and not used (nothing here depends on it yet)."""
+    frequency_penalty: unsupported(0, 0.0) = None
+    presence_penalty: unsupported(0, 0.0) = None
+    repetition_penalty: unsupported(1, 1.0) = None
+    logit_bias: unsupported({}) = None
+    prompt_logprobs: unsupported() = None
+    allowed_token_ids: unsupported() = None
+    bad_words: unsupported([]) = None
+    structured_outputs: unsupported() = None
+    response_format: unsupported({"type": "text"}) = None
+    truncate_prompt_tokens: unsupported() = None
+    use_beam_search: unsupported(False) = None
+    service_tier: unsupported("auto", "default") = None
+
+    @model_validator(mode="after")
+    def _check_together(self) -> GenerationRequest:
+        if self.stream_options is not None and not self.stream:
+            raise PydanticCustomError("stream_options", "stream_options: only allowed with stream: true")
+        if self.min_tokens and self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise PydanticCustomError("min_tokens", "min_tokens: must not be above max_tokens")
+        return self
+
+
+class TextPart(Strict):
+    type: Literal["text"]
+    text: str
+
+
+class FunctionCall(Strict):
+    name: str
+    arguments: str
+
+
+class ToolCall(Strict):
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class Message(Strict):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    refusal: unsupported() = None
+    annotations: unsupported([]) = None
+    audio: unsupported() = None
+    function_call: unsupported() = None
+
+    @model_validator(mode="after")
+    def _has_content(self) -> Message:
+        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+            raise PydanticCustomError("content", "content: must not be empty (only a tool-calling assistant's may be)")
+        return self
+
+
+class ChatCompletionRequest(GenerationRequest):
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    add_generation_prompt: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    logprobs: unsupported(False) = None
+    top_logprobs: unsupported(0) = None
+    tools: unsupported([]) = None
+    tool_choice: unsupported("none", "auto") = None
+    parallel_tool_calls: unsupported(True, False) = None
+    functions: unsupported([]) = None
+    function_call: unsupported("none", "auto") = None
+    audio: unsupported() = None
+    modalities: unsupported(["text"]) = None
+    prediction: unsupported() = None
+    reasoning_effort: unsupported("none") = None
+    verbosity: unsupported() = None
+    web_search_options: unsupported() = None
+    metadata: unsupported({}) = None
+    store: unsupported(False) = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    """A routing hint of OpenAI's: prefixes are found here without one."""
+    echo: unsupported(False) = None
+    continue_final_message: unsupported(False) = None
+
+
+TokenIds = list[Annotated[int, Field(ge=0, lt=2**31)]]
+
+
+class CompletionRequest(GenerationRequest):
+    prompt: Annotated[
+        str | Annotated[TokenIds, Field(min_length=1)]
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[Annotated[TokenIds, Field(min_length=1)]], Field(min_length=1, max_length=MAX_PROMPTS)],
+        Field(description="A text, token ids, or a list of either."),
+    ]  # fmt: skip
+    add_special_tokens: bool | None = None
+    best_of: unsupported(1) = None
+    echo: unsupported(False) = None
+    logprobs: unsupported() = None
+    suffix: unsupported("") = None
+
+
+class TokenizeRequest(Strict):
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool = True
+    return_token_strs: bool = False
+
+    @model_validator(mode="after")
+    def _one_of(self) -> TokenizeRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise PydanticCustomError("prompt", "prompt: give either prompt or messages")
+        return self
+
+
+class DetokenizeRequest(Strict):
+    model: str | None = None
+    tokens: TokenIds
+
+
+class PromptTokensDetails(BaseModel):
+    cached_tokens: int
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class ChatMessage(BaseModel):
+    role: Literal["assistant"]
+    content: str | None
+
+
+class ChatChoice(BaseModel):
+    index: int
+    message: ChatMessage
+    logprobs: None
+    finish_reason: Literal["stop", "length"]
+    stop_reason: int | str | None
+    token_ids: list[int] | None = None
+
+
+class ChatCompletion(BaseModel):
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class CompletionChoice(BaseModel):
+    index: int
+    text: str
+    logprobs: None
+    finish_reason: Literal["stop", "length"]
+    stop_reason: int | str | None
+    token_ids: list[int] | None = None
+    prompt_token_ids: list[int] | None = None
+
+
+class Completion(BaseModel):
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    error: ErrorDetail
+
+
+class ModelCard(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "mainsail"
+    root: str
+    parent: None = None
+    max_model_len: int
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class TokenizeResponse(BaseModel):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class DetokenizeResponse(BaseModel):
+    prompt: str
