@@ -13,8 +13,12 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import msgspec
+
+if TYPE_CHECKING:
+    from mainsail_engine.kv.prefix_tree import Node
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -86,6 +90,20 @@ class Request:
     num_cached_tokens: int = 0
     """Prompt tokens that the prefix tree gave at the first admission (usage.prompt_tokens_details.cached_tokens)."""
     num_preemptions: int = 0
+    num_written_tokens: int = 0
+    """Positions whose KV a finished step has written: what the prefix tree may share."""
+    num_launched_chunks: int = 0
+    """Chunks of this request in launched steps. A preempted request waits until there is none."""
+    max_num_tokens: int = 0
+    """Prompt and answer together end here: by max_tokens, or the model's length. Set by the scheduler."""
+    arrival_index: int = -1
+    """Order of arrival, kept through preemptions. Set by the scheduler."""
+    tree_node: Node | None = None
+    """Where this request's written path ends in the prefix tree; None: at the root."""
+    num_tree_blocks: int = 0
+    """Full blocks on that path."""
+    shadow_block_ids: list[int] = field(default_factory=list[int])
+    """The tree's blocks for content that this request computed a second time; owned to keep the path."""
 
     @property
     def num_tokens(self) -> int:

@@ -48,7 +48,7 @@ class StepPlan:
 
     chunks: list[Chunk] = field(default_factory=list[Chunk])
     copies: list[BlockCopy] = field(default_factory=list[BlockCopy])
-    """Done before the forward pass, in order."""
+    """Done before the forward pass. No block is both a source and a destination, so their order does not matter."""
     num_decodes: int = 0
     """The first num_decodes chunks have exactly one token and sample."""
 

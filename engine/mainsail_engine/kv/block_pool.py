@@ -1,0 +1,117 @@
+"""Who owns a block of the KV pool.
+
+Every block is in exactly one of three states, and the pool alone moves it:
+
+    free ──allocate──▶ owned ──release──▶ free
+                         │ ▲
+          release, when  ▼ │ acquire
+          the tree       idle ──uncache──▶ free
+          holds it
+
+`owned`: at least one request references it (`ref_counts[block] > 0`); the prefix tree may hold it as well.
+`idle`: only the prefix tree holds it; its content is useful, its room can be had by eviction.
+So free + owned + idle = total, always; `check_integrity` recounts it.
+
+The pool promises nothing about content: what a block holds is the prefix tree's knowledge, and when idle blocks go is
+its decision. Paging as in PagedAttention (Kwon et al., 2023).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class BlockPoolError(RuntimeError):
+    """A bug: a block was freed twice, handed out twice, or used by nobody."""
+
+
+class BlockPool:
+    __slots__ = ("_free", "cached", "num_blocks", "num_idle", "ref_counts")
+
+    def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self.ref_counts = [0] * num_blocks
+        """References by requests, for each block."""
+        self.cached = bytearray(num_blocks)
+        """1 where the prefix tree holds the block."""
+        self.num_idle = 0
+        self._free = list(range(num_blocks - 1, -1, -1))
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    @property
+    def num_available(self) -> int:
+        """Blocks that a request can get: free ones, and idle ones after eviction."""
+        return len(self._free) + self.num_idle
+
+    @property
+    def num_owned(self) -> int:
+        return self.num_blocks - len(self._free) - self.num_idle
+
+    def allocate(self) -> int:
+        """A free block, owned once. Raises BlockPoolError when none is free: evict before."""
+        if not self._free:
+            raise BlockPoolError("no free block: evict or preempt before allocating")
+        block = self._free.pop()
+        self.ref_counts[block] = 1
+        return block
+
+    def acquire(self, blocks: Iterable[int]) -> None:
+        """One more reference to each block; idle ones become owned. Raises BlockPoolError for a free block."""
+        refs = self.ref_counts
+        for block in blocks:
+            if refs[block] == 0:
+                if not self.cached[block]:
+                    raise BlockPoolError(f"block {block} is free and cannot be shared")
+                self.num_idle -= 1
+            refs[block] += 1
+
+    def release(self, blocks: Iterable[int]) -> list[int]:
+        """Drop one reference of each block. Returns those that became idle; the others are free or still owned."""
+        refs, idle = self.ref_counts, list[int]()
+        for block in blocks:
+            refs[block] -= 1
+            if refs[block] > 0:
+                continue
+            if refs[block] < 0:
+                refs[block] = 0
+                raise BlockPoolError(f"block {block} was released more often than it was acquired")
+            if self.cached[block]:
+                idle.append(block)
+            else:
+                self._free.append(block)
+        self.num_idle += len(idle)
+        return idle
+
+    def cache(self, block: int) -> None:
+        """The prefix tree begins to hold an owned block."""
+        if self.cached[block] or self.ref_counts[block] == 0:
+            raise BlockPoolError(f"block {block} is cached already, or owned by nobody")
+        self.cached[block] = 1
+
+    def uncache(self, block: int) -> None:
+        """The prefix tree lets go of a block: free, unless a request still owns it."""
+        if not self.cached[block]:
+            raise BlockPoolError(f"block {block} is not cached")
+        self.cached[block] = 0
+        if self.ref_counts[block] == 0:
+            self.num_idle -= 1
+            self._free.append(block)
+
+    def check_integrity(self) -> None:
+        """Recount everything. Raises BlockPoolError with the first thing that does not add up."""
+        free = set(self._free)
+        if len(free) != len(self._free):
+            raise BlockPoolError("a block is on the free list twice")
+        if any(self.ref_counts[block] or self.cached[block] for block in free):
+            raise BlockPoolError("a free block is owned or cached")
+        if any(count < 0 for count in self.ref_counts):
+            raise BlockPoolError("a reference count is negative")
+        idle = sum(1 for count, cached in zip(self.ref_counts, self.cached, strict=True) if cached and not count)
+        owned = sum(1 for count in self.ref_counts if count)
+        if idle != self.num_idle:
+            raise BlockPoolError(f"{idle} blocks are idle, counted {self.num_idle}")
+        if len(free) + owned + idle != self.num_blocks:
+            raise BlockPoolError(f"free {len(free)} + owned {owned} + idle {idle} is not {self.num_blocks}: a leak")

@@ -1,0 +1,397 @@
+"""One step's plan: decode → continue prefills → admit, under one token budget, without phases.
+
+    add ──▶ waiting ──admit──▶ prefilling ──last chunk planned──▶ decoding ──commit──▶ finished
+               ▲                   │                                 │
+               └─────── preempt (blocks stay cached) ────────────────┘
+
+Promises. Every decoding request gets its token in every step: the budget is never below the number of running
+requests, and decodes come first. A prompt starts only when the whole of it fits above the watermark, so what was
+admitted is not thrown out again at once; blocks themselves are allocated as chunks come. When running requests outgrow
+the pool, the one with the lowest priority, then the one with the least work to lose, goes back to waiting; its blocks
+stay in the prefix tree, so that it resumes mostly from there. A prompt whose next block another request is computing
+right now waits for that block rather than computing it twice. One failed row ends one request.
+
+Steps may overlap: plan N+1 may be made before N is committed. What turns out to have stopped at N has its N+1 token
+dropped. Blocks can be handed on at once, since the device runs steps in the order of their launch.
+
+The runner computes, the core drives (`step.py`); the scheduler only decides. The clock is an argument.
+Iteration-level scheduling as in Orca (Yu et al., 2022), chunked prefill as in Sarathi-Serve (Agrawal et al., 2024).
+"""
+
+from __future__ import annotations
+
+import logging
+from bisect import bisect_left, insort
+from collections.abc import Iterable
+
+from mainsail_engine.config import BLOCK_SIZE, EngineConfig
+from mainsail_engine.errors import RequestError
+from mainsail_engine.kv.cache import KVCache, blocks_for
+from mainsail_engine.kv.prefix_tree import Match, Node, pack_tokens
+from mainsail_engine.protocol import RequestOutput, SchedulerStats
+from mainsail_engine.request import FinishReason, Request, RequestStatus
+from mainsail_engine.step import FAILED_TOKEN, Chunk, StepPlan, StepResult
+
+log = logging.getLogger(__name__)
+
+BlockKey = tuple[int, str, bytes]
+"""Where a block hangs in the prefix tree (the parent's identity, 0 at the root; the salt), and its tokens."""
+DEFAULT_BUDGET = {"cuda": 8192}
+CPU_BUDGET = 512
+RETRY_STEPS = 16
+"""A request that did not fit is matched anew when room has grown enough, or after this many steps."""
+
+
+def waiting_order(request: Request) -> tuple[int, int]:
+    """Higher priority first, then first come, first served."""
+    return -request.priority, request.arrival_index
+
+
+class Scheduler:
+    def __init__(
+        self,
+        config: EngineConfig,
+        num_blocks: int,
+        max_model_len: int,
+        eos_token_ids: Iterable[int],
+        *,
+        max_num_batched_tokens: int | None = None,
+    ) -> None:
+        """max_num_batched_tokens: the runner's choice where the configuration leaves it open."""
+        self.max_model_len = min(max_model_len, num_blocks * BLOCK_SIZE)
+        self.kv = KVCache(num_blocks, enable_prefix_caching=config.cache.enable_prefix_caching)
+        default = max_num_batched_tokens or DEFAULT_BUDGET.get(config.device, CPU_BUDGET)
+        self._budget = config.scheduler.max_num_batched_tokens or default
+        self._max_running = min(config.scheduler.max_num_seqs, self._budget)
+        self._sharing = config.cache.enable_prefix_caching
+        self._watermark = int(config.scheduler.watermark * num_blocks)
+        self._eos = frozenset(eos_token_ids)
+        self._requests: dict[str, Request] = {}
+        self._waiting: list[Request] = []
+        """In waiting_order."""
+        self._prefilling: list[Request] = []
+        self._decoding: list[Request] = []
+        self._slots = list(range(config.scheduler.max_num_seqs - 1, -1, -1))
+        self._blocked: tuple[tuple[int, int], int, int] | None = None
+        """The first in the queue that did not fit: its waiting_order, the available blocks it needs, the step."""
+        self._num_arrivals = self._num_steps = self._plans_in_flight = 0
+        self._num_preemptions = self._prefix_queries = self._prefix_hits = 0
+
+    # -- requests come and go ------------------------------------------------------------------------------------
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises RequestError when it can never be served."""
+        prompt_len = len(request.prompt_token_ids)
+        if request.request_id in self._requests:
+            raise RequestError(f"request id {request.request_id!r} is in use: ids must be unique", param="request_id")
+        if prompt_len == 0:
+            raise RequestError("the prompt is empty: it needs at least one token", param="prompt")
+        if request.params.max_tokens < 1:
+            raise RequestError("max_tokens must be at least 1", param="max_tokens")
+        if prompt_len >= self.max_model_len:
+            raise RequestError(
+                f"the prompt has {prompt_len} tokens; at most {self.max_model_len - 1} fit before an answer "
+                f"(context of {self.max_model_len} tokens): shorten it",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+        request.max_num_tokens = min(prompt_len + request.params.max_tokens, self.max_model_len)
+        request.arrival_index = self._num_arrivals
+        self._num_arrivals += 1
+        self._requests[request.request_id] = request
+        self._enqueue(request)
+
+    def abort(self, request_ids: Iterable[str], reason: FinishReason = FinishReason.ABORT) -> None:
+        """End these requests at once, without an output. Ids that are not known have finished already."""
+        for request_id in request_ids:
+            request = self._requests.get(request_id)
+            if request is not None:
+                self._finish(request, reason)
+
+    def _enqueue(self, request: Request) -> None:
+        insort(self._waiting, request, key=waiting_order)
+        if self._blocked is not None and waiting_order(request) < self._blocked[0]:
+            self._blocked = None
+
+    def _dequeue(self, request: Request) -> None:
+        order = waiting_order(request)
+        del self._waiting[bisect_left(self._waiting, order, key=waiting_order)]
+        if self._blocked is not None and order <= self._blocked[0]:
+            self._blocked = None
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._requests) or self._plans_in_flight > 0
+
+    @property
+    def num_running(self) -> int:
+        return len(self._decoding) + len(self._prefilling)
+
+    # -- one step ------------------------------------------------------------------------------------------------
+
+    def schedule(self, now_s: float) -> StepPlan | None:
+        """The next step's plan. None: nothing to do before another request or the step in flight comes in."""
+        self._num_steps += 1
+        plan, preempted_before = StepPlan(), self._num_preemptions
+        self._make_room_for_decodes()
+        self._plan_decodes(plan)
+        budget = self._plan_prefills(plan, self._budget - plan.num_decodes)
+        if self._num_preemptions == preempted_before:
+            self._admit(plan, budget)
+        if not plan.chunks and not self._plans_in_flight:
+            self._unblock(plan)
+        self.kv.unpin()
+        if not plan.chunks:
+            return None
+        self._plans_in_flight += 1
+        return plan
+
+    def _unblock(self, plan: StepPlan) -> None:
+        """Nothing can move and nothing is in flight: take room from the prompts begun, or start the first in line."""
+        while not plan.chunks and self._prefilling:
+            self._preempt(self._victim())
+            self._plan_prefills(plan, self._budget)
+        if not plan.chunks:
+            self._blocked = None
+            self._admit(plan, self._budget)
+
+    def _make_room_for_decodes(self) -> None:
+        """Preempt until every decode that begins a block can have one."""
+        while True:
+            needed = sum(1 for r in self._decoding if _lacks_block(r))
+            if not needed or self.kv.make_free(needed):
+                return
+            self._preempt(self._victim())
+
+    def _plan_decodes(self, plan: StepPlan) -> None:
+        chunks, grow = plan.chunks, self.kv.grow
+        for request in self._decoding:
+            in_flight = request.num_in_flight
+            if in_flight and request.num_tokens + in_flight >= request.max_num_tokens:
+                continue  # the step in flight samples its last token
+            start = request.num_computed_tokens
+            if start == len(request.block_ids) * BLOCK_SIZE:
+                grow(request, start + 1)
+            chunks.append(Chunk(request, start, 1, True, request.slot, request.block_ids))
+            request.num_computed_tokens = start + 1
+            request.num_in_flight = in_flight + 1
+            request.num_launched_chunks += 1
+        plan.num_decodes = len(chunks)
+
+    def _plan_prefills(self, plan: StepPlan, budget: int) -> int:
+        """The next chunk of every prompt begun, oldest first. Returns the budget left."""
+        for request in list(self._prefilling):
+            if budget <= 0:
+                break
+            budget -= self._plan_chunk(plan, request, budget)
+        return budget
+
+    def _plan_chunk(self, plan: StepPlan, request: Request, budget: int) -> int:
+        """As much of the prompt as budget and blocks allow. Returns the number of tokens planned."""
+        start = request.num_computed_tokens
+        room = (len(request.block_ids) + self.kv.pool.num_available) * BLOCK_SIZE - start
+        num_tokens = min(request.num_tokens - start, budget, room)
+        if num_tokens <= 0:
+            return 0
+        self.kv.grow(request, start + num_tokens)
+        samples = start + num_tokens == request.num_tokens
+        plan.chunks.append(Chunk(request, start, num_tokens, samples, request.slot, request.block_ids))
+        request.num_computed_tokens = start + num_tokens
+        request.num_launched_chunks += 1
+        if samples:
+            request.num_in_flight += 1
+            self._prefilling.remove(request)
+            self._decoding.append(request)
+        return num_tokens
+
+    # -- admission -----------------------------------------------------------------------------------------------
+
+    def _admit(self, plan: StepPlan, budget: int) -> None:
+        """Start waiting requests in order while budget, slots and blocks last."""
+        if not self._waiting or budget <= 0 or self.num_running >= self._max_running or self._still_blocked():
+            return
+        computing, held = self._blocks_being_computed(), False
+        for request in self._waiting[: 4 * self._max_running]:
+            if budget <= 0 or self.num_running >= self._max_running or request.num_launched_chunks:
+                return  # the last: it was preempted, and its step has not come back
+            match = self.kv.match(request)
+            next_key = self._next_key(request, match.node, len(match.blocks))
+            if next_key in computing:
+                held = True
+                continue  # another request writes this block right now: share it in a moment
+            lacking = self._lacking(request, match)
+            if lacking > 0:
+                if not held:
+                    room = self.kv.pool.num_available + lacking
+                    self._blocked = (waiting_order(request), room, self._num_steps)
+                return
+            self._start(plan, request, match)
+            budget -= self._plan_chunk(plan, request, budget)
+            if next_key is not None:
+                computing.add(next_key)
+
+    def _still_blocked(self) -> bool:
+        """Whether the first in line was looked at already, and nothing has changed since that could help it."""
+        if self._blocked is None or not self.num_running:
+            return False
+        _, available, step = self._blocked
+        return self.kv.pool.num_available < available and self._num_steps - step < RETRY_STEPS
+
+    def _lacking(self, request: Request, match: Match) -> int:
+        """Blocks missing for the whole request above the watermark and the prompts begun.
+
+        A tail to copy needs its source kept for a moment: it is dropped where that is one block too many.
+        """
+        reserved = self._watermark if self.num_running else 0
+        reserved += sum(blocks_for(r.num_tokens) - len(r.block_ids) for r in self._prefilling)
+        room = self.kv.pool.num_available - reserved
+        lacking = self.kv.blocks_wanted(request, match) - room
+        if lacking > 0 and match.tail_tokens:
+            match.tail_tokens = 0
+            lacking = self.kv.blocks_wanted(request, match) - room
+        return lacking
+
+    def _blocks_being_computed(self) -> set[BlockKey]:
+        """The next block of every prompt of which a step in flight, or to come, writes more."""
+        keys = (
+            self._next_key(request, request.tree_node, request.num_tree_blocks)
+            for request in (*self._decoding, *self._prefilling)
+            if request.num_written_tokens < len(request.prompt_token_ids)
+        )
+        return {key for key in keys if key is not None}
+
+    def _next_key(self, request: Request, node: Node | None, num_blocks: int) -> BlockKey | None:
+        """The prompt's block after num_blocks, and the node it hangs below. None: no full block can be shared there."""
+        start, stop = num_blocks * BLOCK_SIZE, (num_blocks + 1) * BLOCK_SIZE
+        if stop > len(request.prompt_token_ids) or not self._sharing:
+            return None
+        return id(node) if node else 0, request.cache_salt, pack_tokens(request.prompt_token_ids[start:stop])
+
+    def _start(self, plan: StepPlan, request: Request, match: Match) -> None:
+        self._dequeue(request)
+        copy = self.kv.admit(request, match)
+        if copy is not None:
+            plan.copies.append(copy)
+        request.slot = self._slots.pop()
+        request.move(RequestStatus.RUNNING)
+        self._prefilling.append(request)
+        if request.num_preemptions == 0:
+            request.num_cached_tokens = match.num_tokens
+            self._prefix_queries += len(request.prompt_token_ids)
+            self._prefix_hits += match.num_tokens
+
+    # -- preemption ----------------------------------------------------------------------------------------------
+
+    def _victim(self) -> Request:
+        """Lowest priority, then least lost work; among those who would free anything."""
+        ranked = [(r.priority, self.kv.lost_work(r), -r.arrival_index, r) for r in self._decoding + self._prefilling]
+        return min([entry for entry in ranked if entry[1]] or ranked)[3]
+
+    def _preempt(self, request: Request) -> None:
+        """Back to waiting. What finished steps have written stays cached; a token in flight still arrives."""
+        log.info(
+            "preempted %s: %d tokens computed, %d blocks of its own (pool of %d blocks is full)",
+            request.request_id,
+            request.num_computed_tokens,
+            self.kv.lost_work(request),
+            self.kv.pool.num_blocks,
+        )
+        self._stop_running(request)
+        self.kv.release(request)
+        request.move(RequestStatus.WAITING)
+        request.num_preemptions += 1
+        self._num_preemptions += 1
+        self._enqueue(request)
+
+    def _stop_running(self, request: Request) -> None:
+        running = self._decoding if request in self._decoding else self._prefilling
+        running.remove(request)
+        self._slots.append(request.slot)
+        request.slot = -1
+
+    # -- what came of a step -------------------------------------------------------------------------------------
+
+    def commit(self, plan: StepPlan, result: StepResult, now_s: float) -> list[RequestOutput]:
+        """Take a finished step's tokens, in launch order. Returns what each request got."""
+        self._plans_in_flight -= 1
+        outputs: list[RequestOutput] = []
+        tokens = iter(result.token_ids)
+        for chunk in plan.chunks:
+            request = chunk.request
+            request.num_launched_chunks -= 1
+            token = next(tokens) if chunk.samples else None
+            if token is not None:
+                request.num_in_flight -= 1
+            if request.status is RequestStatus.FINISHED:
+                continue
+            if token == FAILED_TOKEN:
+                outputs.append(self._fail(request))
+                continue
+            if request.status is RequestStatus.RUNNING:
+                self._written(request, chunk.start + chunk.num_tokens)
+            if token is not None:
+                outputs.append(self._accept(request, token))
+        return outputs
+
+    def _written(self, request: Request, num_tokens: int) -> None:
+        if num_tokens >= (request.num_tree_blocks + 1) * BLOCK_SIZE:
+            self.kv.written(request, num_tokens)
+        else:
+            request.num_written_tokens = num_tokens
+
+    def _accept(self, request: Request, token: int) -> RequestOutput:
+        request.output_token_ids.append(token)
+        reason = self._stops(request, token)
+        if reason is not None:
+            self._finish(request, reason)
+        return RequestOutput(request.request_id, [token], reason, request.stop_reason, request.num_cached_tokens)
+
+    def _stops(self, request: Request, token: int) -> FinishReason | None:
+        """Whether this token ends the request; before min_tokens only length can."""
+        params = request.params
+        if len(request.output_token_ids) >= params.min_tokens:
+            if token in self._eos and not params.ignore_eos:
+                return FinishReason.STOP
+            if token in params.stop_token_ids:
+                request.stop_reason = token
+                return FinishReason.STOP
+        return FinishReason.LENGTH if request.num_tokens >= request.max_num_tokens else None
+
+    def _fail(self, request: Request) -> RequestOutput:
+        self.kv.discard(request)
+        self._finish(request, FinishReason.ERROR)
+        message = "the model's output was not a number (NaN or infinity) for this request"
+        return RequestOutput(request.request_id, [], FinishReason.ERROR, error=message)
+
+    def _finish(self, request: Request, reason: FinishReason) -> None:
+        if request.status is RequestStatus.RUNNING:
+            self._stop_running(request)
+            self.kv.release(request)
+        else:
+            self._dequeue(request)
+        request.move(RequestStatus.FINISHED)
+        request.finish_reason = reason
+        del self._requests[request.request_id]
+
+    # -- what others may know ------------------------------------------------------------------------------------
+
+    def stats(self) -> SchedulerStats:
+        return SchedulerStats(
+            num_running=self.num_running,
+            num_waiting=len(self._waiting),
+            kv_usage=self.kv.pool.num_owned / self.kv.pool.num_blocks,
+            num_preemptions=self._num_preemptions,
+            prefix_cache_queries=self._prefix_queries,
+            prefix_cache_hits=self._prefix_hits,
+        )
+
+    def check_integrity(self) -> None:
+        """Recount blocks, references and slots. Raises BlockPoolError. For tests after every step, and when idle."""
+        self.kv.check_integrity(self._decoding + self._prefilling)
+
+
+def _lacks_block(request: Request) -> bool:
+    """Whether a decode begins a new block."""
+    if request.num_in_flight and request.num_tokens + request.num_in_flight >= request.max_num_tokens:
+        return False
+    return request.num_computed_tokens == len(request.block_ids) * BLOCK_SIZE

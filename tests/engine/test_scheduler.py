@@ -1,0 +1,518 @@
+"""The scheduler against a device that remembers what it wrote.
+
+`Device` keeps, for every position of every block, a hash of the whole prefix that was written there. A step checks
+every position that it attends to, and the token that it samples is a function of the prefix. So a block shared with
+the wrong request, copied too late, or freed too early shows at once, and whatever happens to a request (chunks,
+sharing, preemption, overlap) it must generate what it generates alone.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from mainsail_engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from mainsail_engine.errors import RequestError
+from mainsail_engine.kv.cache import blocks_for
+from mainsail_engine.request import FinishReason, Request, RequestStatus, SamplingParams
+from mainsail_engine.scheduler import Scheduler
+from mainsail_engine.step import FAILED_TOKEN, StepResult
+
+EOS = 3
+VOCAB = 40
+MODULUS = (1 << 61) - 1
+
+
+def extend(prefix: int, token: int) -> int:
+    return (prefix * 1_000_003 + token + 1) % MODULUS
+
+
+def sample(prefix: int, early_end: bool = True) -> int:
+    token = (prefix >> 7) % VOCAB
+    return token if early_end or token != EOS else EOS + 1
+
+
+def alone(prompt: list[int], params: SamplingParams, max_model_len: int) -> list[int]:
+    """What the model generates for this prompt if it is the only one."""
+    prefix, output = 0, []
+    for token in prompt:
+        prefix = extend(prefix, token)
+    while True:
+        token = sample(prefix, len(output) + 1 >= params.min_tokens)
+        output.append(token)
+        prefix = extend(prefix, token)
+        may_stop = len(output) >= params.min_tokens
+        if may_stop and (token in params.stop_token_ids or (token == EOS and not params.ignore_eos)):
+            return output
+        if len(output) == params.max_tokens or len(prompt) + len(output) == max_model_len:
+            return output
+
+
+class Device:
+    """Executes plans in order, checks what they read."""
+
+    def __init__(self, num_blocks: int, slots: int) -> None:
+        self.kv = [[-1] * 16 for _ in range(num_blocks)]
+        self.newest = [-1] * slots
+        self.computed = 0
+
+    def launch(self, plan, fail=frozenset()) -> StepResult:
+        sources, targets = {c.src for c in plan.copies}, [c.dst for c in plan.copies]
+        assert not sources & set(targets)
+        assert len(set(targets)) == len(targets)
+        for copy in plan.copies:
+            self.kv[copy.dst][: copy.num_tokens] = self.kv[copy.src][: copy.num_tokens]
+        tokens, samples = [self.tokens(chunk) for chunk in plan.chunks], []
+        for chunk, known in zip(plan.chunks, tokens, strict=True):
+            prefix = self.run(chunk, known)
+            if chunk.samples:
+                request = chunk.request
+                may_stop = len(request.output_token_ids) + request.num_in_flight >= request.params.min_tokens
+                token = FAILED_TOKEN if request.request_id in fail else sample(prefix, may_stop)
+                self.newest[chunk.slot] = token
+                samples.append(token)
+        return StepResult(samples)
+
+    def tokens(self, chunk) -> list[int]:
+        """Token ids of positions [0, the chunk's end)."""
+        request, stop = chunk.request, chunk.start + chunk.num_tokens
+        assert request.slot == chunk.slot
+        known = request.token_ids(0, min(stop, request.num_tokens))
+        if stop > request.num_tokens:
+            assert stop == request.num_tokens + 1
+            known = [*known, self.newest[chunk.slot]]
+        return known
+
+    def run(self, chunk, known: list[int]) -> int:
+        assert len(chunk.block_ids) >= blocks_for(len(known))
+        prefix = 0
+        for position, token in enumerate(known):
+            prefix, block = extend(prefix, token), self.kv[chunk.block_ids[position // 16]]
+            if position >= chunk.start:
+                block[position % 16] = prefix
+                self.computed += 1
+            else:
+                assert block[position % 16] == prefix, f"position {position} of {chunk.request.request_id} is wrong"
+        return prefix
+
+
+class Engine:
+    """Scheduler and device together, up to `depth` steps in flight."""
+
+    def __init__(self, num_blocks=32, max_model_len=200, max_num_seqs=8, budget=48, depth=1, **options) -> None:
+        watermark = options.pop("watermark", 0.05)
+        config = EngineConfig(
+            model=ModelConfig(path="none"),
+            cache=CacheConfig(num_blocks=num_blocks, **options),
+            scheduler=SchedulerConfig(
+                max_num_seqs=max_num_seqs, max_num_batched_tokens=budget, watermark=watermark
+            ),
+        )  # fmt: skip
+        self.scheduler = Scheduler(config, num_blocks, max_model_len, [EOS])
+        self.device = Device(num_blocks, max_num_seqs)
+        self.budget, self.depth, self.now = budget, depth, 0.0
+        self.in_flight = deque()
+        self.requests: dict[str, Request] = {}
+        self.outputs: dict[str, list[int]] = {}
+        self.finished: dict[str, FinishReason] = {}
+        self.fail: set[str] = set()
+
+    def add(self, prompt, *, request_id=None, priority=0, salt="", **params) -> Request:
+        params = SamplingParams(**{"max_tokens": 8, **params})
+        request_id = request_id or f"r{len(self.requests)}"
+        request = Request(request_id, list(prompt), params, self.now, priority=priority, cache_salt=salt)
+        self.scheduler.add(request)
+        self.requests[request_id], self.outputs[request_id] = request, []
+        return request
+
+    def step(self) -> bool:
+        """Launch one step and take in the oldest beyond depth. False when there was nothing to do."""
+        self.now += 0.01
+        decoding = list(self.scheduler._decoding)
+        plan = self.scheduler.schedule(self.now)
+        if plan is not None:
+            self.check_plan(plan, decoding)
+            self.in_flight.append((plan, self.device.launch(plan, self.fail)))
+        self.check()
+        if self.in_flight and (plan is None or len(self.in_flight) >= self.depth):
+            self.commit()
+            return True
+        return plan is not None
+
+    def check_plan(self, plan, decoding) -> None:
+        assert 0 < plan.num_tokens <= self.budget
+        for index, chunk in enumerate(plan.chunks):
+            assert chunk.num_tokens > 0
+            if index < plan.num_decodes:
+                assert chunk.num_tokens == 1
+                assert chunk.samples
+        planned = {chunk.request.request_id for chunk in plan.chunks}
+        for request in decoding:  # no decode starves
+            last_is_in_flight = request.num_tokens + request.num_in_flight >= request.max_num_tokens
+            assert request.request_id in planned or last_is_in_flight or request.status is RequestStatus.WAITING
+
+    def commit(self) -> None:
+        plan, result = self.in_flight.popleft()
+        for output in self.scheduler.commit(plan, result, self.now):
+            assert output.request_id not in self.finished
+            self.outputs[output.request_id] += output.token_ids
+            if output.finish_reason is not None:
+                self.finished[output.request_id] = output.finish_reason
+        self.check()
+
+    def check(self) -> None:
+        self.scheduler.check_integrity()
+        running = [r for r in self.requests.values() if r.status is RequestStatus.RUNNING]
+        slots = [r.slot for r in running]
+        assert len(set(slots)) == len(slots)
+        assert -1 not in slots
+        assert len(running) == self.scheduler.num_running
+
+    def run(self, limit=5000) -> None:
+        for _ in range(limit):
+            if not self.scheduler.has_work:
+                break
+            assert self.step(), "the scheduler has work, and does nothing"
+        assert not self.scheduler.has_work
+        stats = self.scheduler.stats()
+        assert (stats.num_running, stats.num_waiting, stats.kv_usage) == (0, 0, 0.0)
+
+    def check_outputs(self) -> None:
+        """Whoever finished by itself got what it gets alone."""
+        for request_id, reason in self.finished.items():
+            request = self.requests[request_id]
+            expected = alone(request.prompt_token_ids, request.params, self.scheduler.max_model_len)
+            if reason is FinishReason.ERROR:
+                assert self.outputs[request_id] == expected[: len(self.outputs[request_id])]
+            else:
+                assert self.outputs[request_id] == expected, request_id
+
+
+def prompt(seed: int, length: int) -> list[int]:
+    return random.Random(seed).choices(range(4, VOCAB), k=length)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_one_request(depth):
+    engine = Engine(depth=depth)
+    engine.add(prompt(0, 70), max_tokens=20, ignore_eos=True)
+    engine.run()
+    engine.check_outputs()
+    assert engine.finished == {"r0": FinishReason.LENGTH}
+    assert engine.device.computed == 70 + 19
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_prompts_are_chunked_and_decodes_go_on_meanwhile(depth):
+    engine = Engine(budget=16, depth=depth, num_blocks=64)
+    engine.add(prompt(0, 10), max_tokens=30, ignore_eos=True)
+    for _ in range(3):
+        engine.step()
+    long = engine.add(prompt(1, 150), max_tokens=1, ignore_eos=True)
+    before = len(engine.outputs["r0"])
+    steps = 0
+    while not long.is_finished:
+        engine.step()
+        steps += 1
+    assert steps >= 10
+    assert len(engine.outputs["r0"]) >= before + 10
+    engine.run()
+    engine.check_outputs()
+
+
+def test_the_next_turn_computes_only_what_is_new():
+    engine = Engine()
+    engine.add(first := prompt(0, 37), max_tokens=11, ignore_eos=True)
+    engine.run()
+    computed = engine.device.computed
+    turn = first + engine.outputs["r0"] + prompt(1, 9)
+    request = engine.add(turn, max_tokens=1, ignore_eos=True)
+    engine.run()
+    assert request.num_cached_tokens == 37 + 10  # the last token was sampled, and never computed
+    assert engine.device.computed - computed == 1 + 9
+    engine.check_outputs()
+
+
+def test_branching_agents_recompute_nothing_that_a_branch_computed():
+    engine = Engine(num_blocks=256, max_model_len=400, max_num_seqs=8)
+    root = engine.add(prompt(0, 50), max_tokens=7, ignore_eos=True)
+    engine.run()
+    stems = [root.prompt_token_ids + engine.outputs["r0"]] * 4
+    known = {tuple(stems[0][:i]) for i in range(len(stems[0]))}
+    for depth in range(3):
+        prompts = [[*stem, 4 + 4 * depth + i, *prompt(10 * depth + i, 20)] for i, stem in enumerate(stems)]
+        before = engine.device.computed
+        fresh = {tuple(p[:i]) for p in prompts for i in range(1, len(p) + 1)} - known
+        ids = []
+        for p in prompts:  # one after another: what runs at once may compute a partly shared block twice
+            ids.append(engine.add(p, max_tokens=6, ignore_eos=True).request_id)
+            engine.run()
+        answers = [engine.outputs[i] for i in ids]
+        decoded = {tuple(p + a[:i]) for p, a in zip(prompts, answers, strict=True) for i in range(1, 6)}
+        assert engine.device.computed - before == len(fresh) + len(decoded)
+        known |= fresh | decoded
+        stems = [p + a for p, a in zip(prompts, answers, strict=True)]
+    engine.check_outputs()
+
+
+def test_a_fully_cached_prompt_still_computes_its_last_token():
+    engine = Engine()
+    for length in (16, 32, 33):
+        first = engine.add(prompt(length, length), max_tokens=1)
+        engine.run()
+        again = engine.add(first.prompt_token_ids, max_tokens=1)
+        engine.run()
+        assert again.num_cached_tokens == length - 1
+    engine.check_outputs()
+
+
+def test_the_same_prompt_at_once_is_computed_once():
+    engine = Engine(num_blocks=128, budget=32, max_num_seqs=16)
+    shared = prompt(0, 96)
+    for i in range(10):
+        engine.add([*shared, 4 + i, 5], max_tokens=1)
+    engine.run()
+    assert engine.device.computed == 96 + 10 * 2
+    engine.check_outputs()
+
+
+def test_without_prefix_caching_nothing_is_kept():
+    engine = Engine(enable_prefix_caching=False, num_blocks=64)
+    for _ in range(4):
+        engine.add(prompt(0, 40), max_tokens=4, ignore_eos=True)
+    engine.run()
+    assert engine.device.computed == 4 * 43
+    assert engine.scheduler.kv.pool.num_free == 64
+    engine.check_outputs()
+
+
+def test_salts_share_nothing():
+    engine = Engine(num_blocks=64)
+    for salt in ("a", "b", "a"):
+        engine.add(prompt(0, 40), max_tokens=1, salt=salt)
+        engine.run()
+    assert [r.num_cached_tokens for r in engine.requests.values()] == [0, 0, 39]
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("caching", [True, False])
+def test_preemption_changes_no_token(depth, caching):
+    engine = Engine(num_blocks=12, max_model_len=160, depth=depth, watermark=0.0, enable_prefix_caching=caching)
+    for i in range(6):
+        engine.add(prompt(i, 20 + i), max_tokens=60, ignore_eos=True)
+    engine.run()
+    assert engine.scheduler.stats().num_preemptions > 0
+    engine.check_outputs()
+
+
+def test_the_lowest_priority_then_the_least_work_is_preempted():
+    engine = Engine(num_blocks=12, max_model_len=160, watermark=0.0)
+    high = engine.add(prompt(0, 20), max_tokens=70, ignore_eos=True, priority=1)
+    much = engine.add(prompt(1, 60), max_tokens=50, ignore_eos=True)
+    little = engine.add(prompt(2, 20), max_tokens=50, ignore_eos=True)
+    engine.run()
+    assert little.num_preemptions > 0
+    assert (high.num_preemptions, much.num_preemptions) == (0, 0)
+    engine.check_outputs()
+
+
+def test_resuming_is_mostly_a_hit():
+    once, extra = 4 * (60 + 39), {}
+    for caching in (True, False):
+        engine = Engine(num_blocks=20, watermark=0.0, budget=200, enable_prefix_caching=caching)
+        for i in range(4):
+            engine.add(prompt(i, 60), max_tokens=40, ignore_eos=True)
+        engine.run()
+        assert engine.scheduler.stats().num_preemptions > 0
+        engine.check_outputs()
+        extra[caching] = engine.device.computed - once
+    assert 0 <= extra[True] < extra[False] / 2
+
+
+def test_a_prompt_waits_until_the_whole_of_it_fits_and_then_runs_through():
+    engine = Engine(num_blocks=12, max_model_len=160, budget=16)
+    engine.add(prompt(0, 100), max_tokens=20, ignore_eos=True)
+    engine.step()
+    late = engine.add(prompt(1, 100), max_tokens=2, ignore_eos=True)
+    while not engine.requests["r0"].is_finished:
+        assert late.status is RequestStatus.WAITING
+        engine.step()
+    engine.run()
+    assert engine.scheduler.stats().num_preemptions == 0
+    engine.check_outputs()
+
+
+def test_priority_goes_before_arrival():
+    engine = Engine(max_num_seqs=1)
+    low = engine.add(prompt(0, 20), priority=0)
+    high = engine.add(prompt(1, 20), priority=5)
+    engine.step()
+    assert (low.status, high.status) == (RequestStatus.WAITING, RequestStatus.RUNNING)
+    engine.run()
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_abort_gives_everything_back(depth):
+    engine = Engine(depth=depth)
+    for i in range(4):
+        engine.add(prompt(i, 40), max_tokens=50, ignore_eos=True)
+    for _ in range(4):
+        engine.step()
+    engine.scheduler.abort(["r0", "r1", "r2", "r3", "unknown"])
+    engine.check()
+    assert engine.scheduler.stats().kv_usage == 0
+    engine.run()
+    assert all(r.finish_reason is FinishReason.ABORT for r in engine.requests.values())
+    assert not engine.finished
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_failed_row_fails_alone_and_its_kv_is_not_used_again(depth):
+    engine = Engine(depth=depth)
+    bad = engine.add(prompt(0, 40), max_tokens=30, ignore_eos=True)
+    engine.add(prompt(1, 40), max_tokens=30, ignore_eos=True)
+    for _ in range(6):
+        engine.step()
+    engine.fail.add(bad.request_id)
+    engine.run()
+    assert engine.finished == {"r0": FinishReason.ERROR, "r1": FinishReason.LENGTH}
+    engine.check_outputs()
+    assert engine.scheduler.kv.match(Request("x", bad.prompt_token_ids, bad.params, 0.0)).num_tokens == 0
+
+
+def test_stopping():
+    engine = Engine(num_blocks=64, max_model_len=100, max_num_seqs=40)
+    free = [alone(prompt(i, 20), SamplingParams(max_tokens=60, ignore_eos=True), 100) for i in range(40)]
+    for i in range(40):
+        engine.add(prompt(i, 20), max_tokens=60, stop_token_ids=(5,), min_tokens=i % 20)
+    engine.run()
+    engine.check_outputs()
+    requests = list(engine.requests.values())
+    assert {r.stop_reason for r in requests} == {None, 5}
+    assert any(engine.outputs[r.request_id][-1] == EOS for r in requests)
+    assert all(len(engine.outputs[r.request_id]) >= r.params.min_tokens for r in requests)
+    assert any(EOS in tokens[:-1] for tokens in free)
+
+
+def test_the_answer_ends_with_the_models_length():
+    engine = Engine(max_model_len=50)
+    engine.add(prompt(0, 45), max_tokens=100, ignore_eos=True)
+    engine.run()
+    assert engine.finished == {"r0": FinishReason.LENGTH}
+    assert len(engine.outputs["r0"]) == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "param"),
+    [
+        ({"prompt": []}, "prompt"),
+        ({"prompt": [4] * 200}, "prompt"),
+        ({"prompt": [4] * 64, "num_blocks": 4}, "prompt"),
+        ({"prompt": [4], "max_tokens": 0}, "max_tokens"),
+        ({"prompt": [4], "request_id": "taken"}, "request_id"),
+    ],
+)
+def test_what_can_never_be_served_is_refused(arguments, param):
+    engine = Engine(num_blocks=arguments.pop("num_blocks", 32))
+    engine.add([5], request_id="taken")
+    with pytest.raises(RequestError) as refused:
+        engine.add(**arguments)
+    assert (refused.value.param, refused.value.status) == (param, 400)
+    engine.run()
+    engine.check_outputs()
+
+
+STEMS = [prompt(100 + i, 90) for i in range(3)]
+
+
+class RandomTraffic(RuleBasedStateMachine):
+    """Arrivals that share prefixes or continue answers, aborts, failures, stops; small pools; overlapping steps."""
+
+    @initialize(
+        num_blocks=st.integers(6, 28), depth=st.integers(1, 2), budget=st.integers(4, 64),
+        seqs=st.integers(1, 8), caching=st.sampled_from([True, True, True, False]),
+        watermark=st.sampled_from([0.0, 0.1]),
+    )  # fmt: skip
+    def start(self, num_blocks, depth, budget, seqs, caching, watermark):
+        self.engine = Engine(
+            num_blocks=num_blocks, max_model_len=min(150, num_blocks * 16), max_num_seqs=seqs, budget=budget,
+            depth=depth, enable_prefix_caching=caching, watermark=watermark,
+        )  # fmt: skip
+
+    @rule(
+        stem=st.sampled_from(STEMS), shared=st.integers(0, 90), own=st.integers(1, 30), seed=st.integers(0, 50),
+        max_tokens=st.integers(1, 40), min_tokens=st.integers(0, 5), salt=st.sampled_from(["", "", "x"]),
+        priority=st.integers(0, 1), ignore_eos=st.booleans(),
+    )  # fmt: skip
+    def arrive(self, stem, shared, own, seed, salt, priority, **params):
+        tokens = stem[:shared] + prompt(seed, own)
+        if len(tokens) < self.engine.scheduler.max_model_len and len(self.engine.scheduler._waiting) < 12:
+            self.engine.add(tokens, salt=salt, priority=priority, **params)
+
+    @rule(pick=st.integers(0, 1 << 16), own=st.integers(1, 12), max_tokens=st.integers(1, 20))
+    def continue_a_conversation(self, pick, own, max_tokens):
+        done = list(self.engine.finished)
+        if done:
+            before = self.engine.requests[done[pick % len(done)]]
+            tokens = before.prompt_token_ids + before.output_token_ids + prompt(pick, own)
+            if len(tokens) < self.engine.scheduler.max_model_len:
+                self.engine.add(tokens, max_tokens=max_tokens, salt=before.cache_salt)
+
+    @rule(pick=st.integers(0, 1 << 16))
+    def client_goes(self, pick):
+        live = [r for r in self.engine.requests.values() if not r.is_finished]
+        if live:
+            self.engine.scheduler.abort([live[pick % len(live)].request_id])
+
+    @rule(pick=st.integers(0, 1 << 16), chance=st.integers(0, 9))
+    def row_fails(self, pick, chance):
+        live = [r for r in self.engine.requests.values() if not r.is_finished]
+        if live and chance == 0:
+            self.engine.fail.add(live[pick % len(live)].request_id)
+
+    @rule(steps=st.integers(1, 12))
+    def run_steps(self, steps):
+        for _ in range(steps):
+            self.engine.step()
+
+    @invariant()
+    def nothing_is_lost(self):
+        if hasattr(self, "engine"):
+            self.engine.check()
+
+    def teardown(self):
+        if hasattr(self, "engine"):
+            self.engine.run()
+            self.engine.check_outputs()
+
+
+RandomTraffic.TestCase.settings = settings(
+    max_examples=100, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+)
+test_random_traffic = RandomTraffic.TestCase
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_long_mixed_run(depth):
+    """5,000 steps of random traffic in a pool far too small."""
+    rng = random.Random(depth)
+    engine = Engine(num_blocks=24, max_model_len=200, max_num_seqs=6, budget=40, depth=depth, watermark=0.02)
+    for _ in range(5000):
+        if rng.random() < 0.12 and len(engine.scheduler._waiting) < 10:
+            tokens = rng.choice(STEMS)[: rng.randrange(90)] + prompt(rng.randrange(99), rng.randrange(1, 40))
+            engine.add(
+                tokens, max_tokens=rng.randrange(1, 60), priority=rng.randrange(2), ignore_eos=rng.random() < 0.5
+            )
+        if rng.random() < 0.01 and (live := [r for r in engine.requests.values() if not r.is_finished]):
+            engine.scheduler.abort([rng.choice(live).request_id])
+        engine.step()
+    engine.run()
+    engine.check_outputs()
+    stats = engine.scheduler.stats()
+    assert stats.num_preemptions > 20
+    assert stats.prefix_cache_hits > 0.2 * stats.prefix_cache_queries
