@@ -33,6 +33,15 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def _unicode(value: str) -> str:
+    """JSON may carry half a surrogate pair, which is no text."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise PydanticCustomError("unicode", "is not valid Unicode") from None
+    return value
+
+
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
@@ -44,7 +53,7 @@ class StreamOptions(Strict):
 
 
 Stop = Annotated[
-    list[Annotated[str, Field(min_length=1)]],
+    list[Annotated[str, Field(min_length=1), AfterValidator(_unicode)]],
     BeforeValidator(_as_list),
     Field(max_length=MAX_STOPS, description="A text or a list of texts; generation ends before the first one."),
 ]
@@ -70,7 +79,7 @@ class GenerationRequest(Strict):
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
-    cache_salt: Annotated[str, Field(max_length=256)] | None = None
+    cache_salt: Annotated[str, Field(max_length=256), AfterValidator(_unicode)] | None = None
     return_token_ids: bool | None = None
     user: str | None = None
     """An end user's name: taken and not used (nothing here depends on it yet)."""

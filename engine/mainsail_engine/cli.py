@@ -1,0 +1,182 @@
+"""`mainsail-engine serve`: flags to configuration, and errors to exit codes. The flags' names are the field's."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from mainsail_engine.config import (
+    DTYPES,
+    LOAD_FORMATS,
+    CacheConfig,
+    EngineConfig,
+    ModelConfig,
+    SchedulerConfig,
+    ServerConfig,
+)
+from mainsail_engine.errors import (
+    InvalidConfigurationError,
+    ModelNotFoundError,
+    StartupError,
+    UnsupportedModelError,
+    report_startup_error,
+)
+from mainsail_engine.version import version
+
+
+class _Parser(argparse.ArgumentParser):
+    """A wrong flag is an invalid configuration like any other, and reported the same way."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InvalidConfigurationError(f"{message} (see {self.prog} --help)")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="mainsail-engine", description="Serve a language model behind an OpenAI-compatible API.")
+    parser.add_argument("--version", action="version", version=version())
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+    serve = commands.add_parser(
+        "serve",
+        help="serve a model over HTTP",
+        description="Serve a model over HTTP: OpenAI's API, /metrics, /health/*.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    _add_model_flags(serve)
+    _add_engine_flags(serve)
+    _add_server_flags(serve)
+    return parser
+
+
+def _add_model_flags(serve: argparse.ArgumentParser) -> None:
+    group = serve.add_argument_group("model")
+    group.add_argument(
+        "--model", required=True, help="a folder (config.json, *.safetensors, tokenizer.json) or a .gguf"
+    )
+    group.add_argument(
+        "--served-model-name", nargs="+", help="names for `model` in requests; default: the path's last part"
+    )
+    group.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="auto: the checkpoint's on CUDA, float32 on the CPU"
+    )
+    group.add_argument(
+        "--load-format", choices=LOAD_FORMATS, default="auto", help="dummy: random weights, for load tests"
+    )
+    group.add_argument("--max-model-len", type=int, help="tokens of prompt and answer; default: the model's own")
+
+
+def _add_engine_flags(serve: argparse.ArgumentParser) -> None:
+    group = serve.add_argument_group("engine")
+    group.add_argument(
+        "--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: CUDA where there is one"
+    )
+    group.add_argument(
+        "--max-num-seqs", type=int, default=SchedulerConfig().max_num_seqs, help="requests that run at once"
+    )
+    group.add_argument(
+        "--max-num-batched-tokens", type=int, help="tokens per step; default: 8192 on CUDA, 512 on the CPU"
+    )
+    group.add_argument(
+        "--gpu-memory-utilization",
+        type=float,
+        default=CacheConfig().memory_utilization,
+        help="share of the GPU's memory",
+    )
+    group.add_argument("--kv-cache-blocks", type=int, help="KV blocks of 16 tokens; default: what memory allows")
+    group.add_argument(
+        "--enable-prefix-caching",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="keep finished requests' KV",
+    )
+    group.add_argument(
+        "--overlap",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="launch a step before the last one is read",
+    )
+
+
+def _add_server_flags(serve: argparse.ArgumentParser) -> None:
+    default = ServerConfig()
+    group = serve.add_argument_group("server")
+    group.add_argument("--host", default=default.host, help="address to listen on")
+    group.add_argument("--port", type=int, default=default.port, help="0: a free one")
+    group.add_argument("--health-port", type=int, help="a second listener for /health/*, on a thread of its own")
+    group.add_argument("--drain-timeout", type=float, default=default.drain_timeout_s, help="seconds after SIGTERM")
+    group.add_argument("--max-num-queued-reqs", type=int, default=default.max_num_queued_reqs, help="more: 429")
+    group.add_argument("--max-num-queued-tokens", type=int, default=default.max_num_queued_tokens, help="more: 429")
+    group.add_argument("--api-key", help="bearer token that clients must send; default: $MAINSAIL_API_KEY, or none")
+    group.add_argument(
+        "--live-limit", type=float, help="seconds without a step until liveness fails; default: 10, CPU 60"
+    )
+
+
+def engine_config(flags: argparse.Namespace) -> EngineConfig:
+    """Raises InvalidConfigurationError."""
+    return EngineConfig(
+        model=ModelConfig(
+            path=flags.model,
+            dtype=flags.dtype,
+            load_format=flags.load_format,
+            max_model_len=getattr(flags, "max_model_len", None),
+        ),
+        cache=CacheConfig(
+            num_blocks=getattr(flags, "kv_cache_blocks", None),
+            memory_utilization=flags.gpu_memory_utilization,
+            enable_prefix_caching=flags.enable_prefix_caching,
+        ),
+        scheduler=SchedulerConfig(
+            max_num_seqs=flags.max_num_seqs,
+            max_num_batched_tokens=getattr(flags, "max_num_batched_tokens", None),
+        ),
+        device=flags.device,
+        overlap=flags.overlap,
+    )
+
+
+def server_config(flags: argparse.Namespace) -> ServerConfig:
+    """Raises InvalidConfigurationError."""
+    return ServerConfig(
+        host=flags.host,
+        port=flags.port,
+        health_port=getattr(flags, "health_port", None),
+        served_model_names=tuple(getattr(flags, "served_model_name", ())),
+        drain_timeout_s=flags.drain_timeout,
+        max_num_queued_reqs=flags.max_num_queued_reqs,
+        max_num_queued_tokens=flags.max_num_queued_tokens,
+        api_key=getattr(flags, "api_key", None) or os.environ.get("MAINSAIL_API_KEY") or None,
+        live_limit_s=getattr(flags, "live_limit", None),
+    )
+
+
+def check_model_path(config: ModelConfig) -> None:
+    """Before anything heavy is imported: is there a model at all?"""
+    path = Path(config.path)
+    if not path.exists():
+        raise ModelNotFoundError(f"{path} does not exist: --model takes a folder or a .gguf file on this machine")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ModelNotFoundError(f"{path} has no config.json: --model takes a Hugging Face folder or a .gguf file")
+    if path.is_file() and path.suffix != ".gguf":
+        raise UnsupportedModelError(f"{path} is a file, but no .gguf")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    try:
+        flags = build_parser().parse_args(arguments)
+        engine, server = engine_config(flags), server_config(flags)
+        check_model_path(engine.model)
+        from mainsail_engine.server.run import run_server
+
+        run_server(engine, server)
+    except StartupError as error:
+        report_startup_error(error)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""The routes, and how errors look. Each handler checks, hands over, and shapes the answer; the work is elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp
+
+from mainsail_engine.errors import RequestError
+from mainsail_engine.server import schemas
+from mainsail_engine.server.chat import as_template_messages, chat_completion
+from mainsail_engine.server.completions import completion
+from mainsail_engine.server.errors import error_response, from_validation
+from mainsail_engine.server.health import Verdict, body
+from mainsail_engine.server.middleware import ApiKey, BodyLimit, InProgress
+from mainsail_engine.server.serving import Serving
+from mainsail_engine.version import version
+
+STATUSES = (400, 401, 404, 413, 429, 500, 503)
+ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": schemas.ErrorBody} for status in STATUSES}
+
+
+@dataclass(frozen=True, slots=True)
+class Application:
+    """The ASGI callable, and the count of requests in progress."""
+
+    asgi: ASGIApp
+    in_progress: InProgress
+
+
+def build_app(
+    serving: Serving, *, look: Callable[[str], Verdict | None], drain: Callable[[], None], api_key: str | None
+) -> Application:
+    app = FastAPI(title="Mainsail engine", version=version(), docs_url=None, redoc_url=None)
+    _add_error_handlers(app)
+    _add_generation(app, serving)
+    _add_text(app, serving)
+    _add_operations(app, serving, look, drain)
+    in_progress = InProgress(app)
+    limited = BodyLimit(in_progress)
+    return Application(ApiKey(limited, api_key) if api_key else limited, in_progress)
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    async def request_error(_: Request, error: Exception) -> Response:
+        return error_response(error if isinstance(error, RequestError) else RequestError(str(error)))
+
+    async def validation_error(_: Request, error: Exception) -> Response:
+        problems = error.errors() if isinstance(error, RequestValidationError) else []
+        return error_response(from_validation(problems))
+
+    async def http_error(_: Request, error: Exception) -> Response:
+        status = error.status_code if isinstance(error, HTTPException) else 500
+        message = str(error.detail) if isinstance(error, HTTPException) else "internal error"
+        return error_response(RequestError(message, status=status))
+
+    async def unexpected(_: Request, error: Exception) -> Response:
+        message = f"internal error ({type(error).__name__}); the server's log has more"
+        return error_response(RequestError(message, status=500, code="internal_error"))
+
+    app.add_exception_handler(RequestError, request_error)
+    app.add_exception_handler(RequestValidationError, validation_error)
+    app.add_exception_handler(HTTPException, http_error)
+    app.add_exception_handler(Exception, unexpected)
+
+
+def _add_generation(app: FastAPI, serving: Serving) -> None:
+    @app.post("/v1/chat/completions", responses={200: {"model": schemas.ChatCompletion}, **ERRORS})
+    async def create_chat_completion(body: schemas.ChatCompletionRequest, request: Request) -> Response:
+        return await chat_completion(serving, body, request)
+
+    @app.post("/v1/completions", responses={200: {"model": schemas.Completion}, **ERRORS})
+    async def create_completion(body: schemas.CompletionRequest, request: Request) -> Response:
+        return await completion(serving, body, request)
+
+    @app.get("/v1/models")
+    async def list_models() -> schemas.ModelList:
+        return schemas.ModelList(data=[_card(serving, name) for name in serving.model_names])
+
+    @app.get("/v1/models/{name:path}", responses={404: ERRORS[404]})
+    async def get_model(name: str) -> schemas.ModelCard:
+        serving.check_model(name)
+        return _card(serving, name)
+
+    del create_chat_completion, create_completion, list_models, get_model
+
+
+def _card(serving: Serving, name: str) -> schemas.ModelCard:
+    return schemas.ModelCard(
+        id=name, created=serving.created_s, root=serving.model_path, max_model_len=serving.max_model_len
+    )
+
+
+def _add_text(app: FastAPI, serving: Serving) -> None:
+    @app.post("/tokenize", responses=ERRORS)
+    async def tokenize(body: schemas.TokenizeRequest) -> schemas.TokenizeResponse:
+        serving.check_model(body.model)
+        ids = await _tokenize(serving, body)
+        strings = [serving.text().token_string(token) for token in ids] if body.return_token_strs else None
+        return schemas.TokenizeResponse(
+            count=len(ids), max_model_len=serving.max_model_len, tokens=ids, token_strs=strings
+        )
+
+    @app.post("/detokenize", responses=ERRORS)
+    async def detokenize(body: schemas.DetokenizeRequest) -> schemas.DetokenizeResponse:
+        serving.check_model(body.model)
+        if max(body.tokens, default=0) >= serving.ready.vocab_size:
+            raise RequestError("a token id is not in the vocabulary", param="tokens")
+        return schemas.DetokenizeResponse(prompt=serving.text().decode(body.tokens))
+
+    del tokenize, detokenize
+
+
+async def _tokenize(serving: Serving, body: schemas.TokenizeRequest) -> list[int]:
+    if body.messages is not None:
+        return await serving.encode_chat(
+            as_template_messages(body.messages), add_generation_prompt=body.add_generation_prompt, variables=None
+        )
+    special = body.add_special_tokens is not False
+    return await serving.encode(body.prompt or "", add_special_tokens=special, param="prompt")
+
+
+def _add_operations(
+    app: FastAPI, serving: Serving, look: Callable[[str], Verdict | None], drain: Callable[[], None]
+) -> None:
+    @app.get("/health")
+    @app.get("/health/live")
+    @app.get("/health/ready")
+    @app.get("/health/startup")
+    async def health(request: Request) -> Response:
+        verdict = look(request.url.path) or Verdict(False, "no such probe")
+        return Response(body(verdict), status_code=200 if verdict.ok else 503, media_type="application/json")
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(serving.metrics.exposition(), headers={"content-type": CONTENT_TYPE_LATEST})
+
+    @app.get("/version")
+    async def show_version() -> dict[str, str]:
+        return {"version": version()}
+
+    @app.post("/drain", status_code=202)
+    async def begin_drain() -> dict[str, str]:
+        if not serving.draining:
+            drain()
+        return {"status": "draining"}
+
+    del health, metrics, show_version, begin_drain

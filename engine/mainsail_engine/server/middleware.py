@@ -1,0 +1,107 @@
+"""Pure ASGI middleware: the bound on bodies, the key, and the count of requests in progress.
+
+Starlette's BaseHTTPMiddleware would run the application behind a queue and hide disconnects from it.
+"""
+
+from __future__ import annotations
+
+import hmac
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from mainsail_engine.errors import RequestError
+from mainsail_engine.server.errors import error_response
+
+MAX_BODY_BYTES = 8 * 2**20
+"""A prompt of a million tokens as ids fits; nothing sensible is larger."""
+OPEN_PATHS = ("/health", "/metrics", "/version")
+
+
+class _TooLargeError(Exception):
+    """The body outgrew the bound while it was read."""
+
+
+class BodyLimit:
+    """413 for a body above the bound, whether or not its length was announced."""
+
+    def __init__(self, app: ASGIApp, limit_bytes: int = MAX_BODY_BYTES) -> None:
+        self._app = app
+        self._limit = limit_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        if self._announced(scope) > self._limit:
+            await self._refuse(scope, receive, send)
+            return
+        seen, answering = 0, False
+
+        async def counting_receive() -> Message:
+            nonlocal seen
+            message = await receive()
+            seen += len(message.get("body", b""))
+            if seen > self._limit:
+                raise _TooLargeError
+            return message
+
+        async def noting_send(message: Message) -> None:
+            nonlocal answering
+            answering = True
+            await send(message)
+
+        try:
+            await self._app(scope, counting_receive, noting_send)
+        except _TooLargeError:
+            if not answering:
+                await self._refuse(scope, receive, send)
+
+    def _announced(self, scope: Scope) -> int:
+        values = [value for name, value in scope["headers"] if name == b"content-length"]
+        return int(values[0]) if values and values[0].isdigit() else 0
+
+    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
+        message = f"the body is larger than {self._limit} bytes"
+        response = error_response(RequestError(message, status=413, code="body_too_large"))
+        response.headers["connection"] = "close"
+        await response(scope, receive, send)
+
+
+class ApiKey:
+    """401 without the right bearer token; probes and metrics stay open."""
+
+    def __init__(self, app: ASGIApp, key: str) -> None:
+        self._app = app
+        self._expected = f"Bearer {key}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or self._is_open(scope["path"]) or self._is_right(scope):
+            await self._app(scope, receive, send)
+            return
+        error = RequestError("a valid key is needed: Authorization: Bearer …", status=401, code="invalid_api_key")
+        await error_response(error)(scope, receive, send)
+
+    def _is_open(self, path: str) -> bool:
+        return any(path == known or path.startswith(f"{known}/") for known in OPEN_PATHS)
+
+    def _is_right(self, scope: Scope) -> bool:
+        given = [value for name, value in scope["headers"] if name == b"authorization"]
+        return len(given) == 1 and hmac.compare_digest(given[0], self._expected)
+
+
+class InProgress:
+    """How many HTTP requests are being answered on the endpoints that generate: what a drain waits for."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self.count = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or not scope["path"].startswith("/v1/"):
+            await self._app(scope, receive, send)
+            return
+        self.count += 1
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self.count -= 1
