@@ -2,8 +2,8 @@
 
 Nothing of the control plane is built then; kubectl and helm are those on PATH.
 
-    images      on kind and k3d, the Dockerfiles' images are built and loaded; on any other cluster they must be where its
-                nodes can pull them, named by MAINSAIL_ENGINE_IMAGE and MAINSAIL_CONTROL_PLANE_IMAGE (NAME:TAG)
+    images      on kind and k3d, the Dockerfiles' images are built and loaded; on any other cluster they must be where
+                its nodes can pull them, named by MAINSAIL_ENGINE_IMAGE and MAINSAIL_CONTROL_PLANE_IMAGE (NAME:TAG)
     model       into a claim of the cluster's default storage class, through a short-lived Pod
     gateway     by `kubectl port-forward`, on the checkout's port
 """
@@ -110,8 +110,8 @@ def _named_images(environ: Mapping[str, str]) -> tuple[str, str]:
     missing = [name for name in IMAGE_SETTINGS if not environ.get(name)]
     if missing:
         raise StepError(f"no images for this cluster: {' and '.join(missing)} not set",
-                        do="build engine/Dockerfile and operator/Dockerfile, push them to where the cluster's nodes can "
-                           "pull them, and name them: MAINSAIL_ENGINE_IMAGE=… MAINSAIL_CONTROL_PLANE_IMAGE=… (NAME:TAG)",
+                        do="build engine/Dockerfile and operator/Dockerfile, push them to where the nodes pull from, "
+                           f"and name them: {'=NAME:TAG '.join(IMAGE_SETTINGS)}=NAME:TAG",
                         )  # fmt: skip
     return environ[IMAGE_SETTINGS[0]], environ[IMAGE_SETTINGS[1]]
 
@@ -137,7 +137,8 @@ def provide_model(target: Target, place: Place) -> None:
     target.read("wait", "--for=condition=Ready", f"pod/{LOADER}", "-n", "default", "--timeout=180s")
     source = model.path_of(place)
     copy = (f"import os,shutil,sys; p='/models/{source.name}'; "
-            "f=open(p+'.part','wb'); shutil.copyfileobj(sys.stdin.buffer,f); f.close(); os.rename(p+'.part',p)")  # fmt: skip
+            "f=open(p+'.part','wb'); shutil.copyfileobj(sys.stdin.buffer,f); f.close(); os.rename(p+'.part',p)"
+            )  # fmt: skip
     with source.open("rb") as file:
         ended = subprocess.run(
             [target.kubectl, "--kubeconfig", target.kubeconfig, "exec", "-i", "-n", "default", LOADER, "--",
@@ -212,14 +213,9 @@ def leave(place: Place) -> None:
     record = json.loads(path.read_text())
     do = "remove what is left by hand: InferenceService smollm2, claim models, release mainsail"
     access = ["--kubeconfig", record["kubeconfig"]]
-    read(
-        [record["kubectl"], *access, "delete", "-f", str(product.EXAMPLE), "--ignore-not-found", "--timeout=120s"],
-        do=do,
-    )
-    read(
-        [record["kubectl"], *access, "delete", "pvc/models", "-n", "default", "--ignore-not-found", "--wait=false"],
-        do=do,
-    )
+    delete = [record["kubectl"], *access, "delete", "--ignore-not-found"]
+    read([*delete, "-f", str(product.EXAMPLE), "--timeout=120s"], do=do)
+    read([*delete, "pvc/models", "-n", "default", "--wait=false"], do=do)
     read([record["helm"], *access, "uninstall", "mainsail", "-n", product.NAMESPACE, "--ignore-not-found"], do=do)
     _end_forward(place)
     path.unlink()

@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from e2e import model
 from e2e.cluster.network import NODE
@@ -117,22 +118,22 @@ def provide_local_model(target: Target, place: Place) -> None:
 def start_example(target: Target) -> None:
     """Apply the example service and wait until it is Ready."""
     target.read("apply", "--server-side", "--force-conflicts", "--validate=strict", "-f", str(EXAMPLE))
-    wait_until(f"InferenceService {EXAMPLE_NAME} is Ready", lambda: is_ready(service(target)), seconds=READY_S, every=0.3,
-               do=f"see why: `{target.kubectl} --kubeconfig {target.kubeconfig} describe mis {EXAMPLE_NAME}`; its Pods' "
-                  "logs are under .run/log/pods")  # fmt: skip
+    kubectl = f"{target.kubectl} --kubeconfig {target.kubeconfig}"
+    wait_until(f"InferenceService {EXAMPLE_NAME} is Ready", lambda: is_ready(service(target)), seconds=READY_S,
+               every=0.3, do=f"see why: `{kubectl} describe mis {EXAMPLE_NAME}`, `{kubectl} logs -l "
+                             f"mainsail.dev/service={EXAMPLE_NAME}`")  # fmt: skip
 
 
-def service(target: Target) -> dict[str, object]:
+def service(target: Target) -> dict[str, Any]:
     """The example's object."""
     return json.loads(target.read("get", "inferenceservice", EXAMPLE_NAME, "-n", "default", "-o", "json"))
 
 
-def is_ready(found: dict[str, object]) -> bool:
+def is_ready(found: dict[str, Any]) -> bool:
     """Ready, and said about the newest spec."""
-    status, metadata = found.get("status", {}), found["metadata"]
-    assert isinstance(status, dict) and isinstance(metadata, dict)
+    status = found.get("status", {})
     ready = any(one["type"] == "Ready" and one["status"] == "True" for one in status.get("conditions", []))
-    return ready and status.get("observedGeneration") == metadata["generation"]
+    return ready and status.get("observedGeneration") == found["metadata"]["generation"]
 
 
 def wait_routed(host: str, port: int) -> None:

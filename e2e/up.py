@@ -148,10 +148,12 @@ def write_environment(place: Place, target: Target) -> None:
 def how_to_go_on(place: Place) -> str:
     """What a newcomer may type next, as it works from this shell."""
     message = '[{"role": "user", "content": "Tell me about the sea."}]'
-    python = (f'import openai; c = openai.OpenAI(base_url="{place.gateway_url}/v1", api_key="none"); '
-              f'[print(e.choices[0].delta.content or "", end="", flush=True) for e in c.chat.completions.create('
-              f'model="{product.EXAMPLE_NAME}", messages={message}, stream=True, max_tokens=64) if e.choices]')  # fmt: skip
-    return f"""How to go on (the first line sets KUBECONFIG, MAINSAIL_URL, MAINSAIL_MODEL and puts kubectl and helm on PATH):
+    python = (
+        f'import openai; client = openai.OpenAI(base_url="{place.gateway_url}/v1", api_key="none"); '
+        f'chunks = client.chat.completions.create(model="{product.EXAMPLE_NAME}", messages={message}, stream=True); '
+        '[print(chunk.choices[0].delta.content or "", end="", flush=True) for chunk in chunks if chunk.choices]'
+    )
+    return f"""How to go on (the first line sets KUBECONFIG, MAINSAIL_URL and MAINSAIL_MODEL, and puts kubectl on PATH):
 
   source {place.environment}
   kubectl get mis

@@ -16,6 +16,7 @@ import tarfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from e2e.cluster.configuration import PAUSE_IMAGE
 
@@ -36,11 +37,11 @@ class Image:
     """A one-layer image: name with tag, and what it holds."""
 
     name: str
-    files: Mapping[str, bytes] = field(default_factory=dict)
-    links: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, bytes] = field(default_factory=dict[str, bytes])
+    links: Mapping[str, str] = field(default_factory=dict[str, str])
     folders: Sequence[str] = ()
     entrypoint: Sequence[str] = ()
-    environment: Mapping[str, str] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict[str, str])
     user: str = ""
 
 
@@ -82,21 +83,12 @@ def archive(image: Image) -> bytes:
     ])  # fmt: skip
 
 
-def base_spec(default: dict[str, object], bound: Iterable[str]) -> dict[str, object]:
+def base_spec(default: dict[str, Any], bound: Iterable[str]) -> dict[str, Any]:
     """containerd's default container spec, with the host's folders bound and no limits of its own on open files."""
-    process = {key: value for key, value in _mapping(default["process"]).items() if key != "rlimits"}
-    mounts = default["mounts"]
-    if not isinstance(mounts, list):
-        raise TypeError("the container spec's mounts are no list")
+    process = {key: value for key, value in default["process"].items() if key != "rlimits"}
     binds = [{"destination": path, "source": path, "type": "bind", "options": ["rbind", "ro", "rprivate"]}
              for path in bound]  # fmt: skip
-    return default | {"process": process, "mounts": [*mounts, *binds]}
-
-
-def _mapping(value: object) -> dict[str, object]:
-    if not isinstance(value, dict):
-        raise TypeError("the container spec's process is no mapping")
-    return value
+    return default | {"process": process, "mounts": [*default["mounts"], *binds]}
 
 
 def _layer(image: Image) -> bytes:

@@ -239,9 +239,13 @@ def _get(url: str, client: Path | None = None) -> tuple[int, bytes]:
         connection.close()
 
 
+def _exit_at_once(_number: int, _frame: object) -> NoReturn:
+    os._exit(0)  # and with it every other process of the namespace
+
+
 def run(configuration: Configuration) -> NoReturn:
     """Be process 1."""
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # and with it everything else
+    signal.signal(signal.SIGTERM, _exit_at_once)
     machine = Machine(configuration)
     try:
         bring_up(machine)

@@ -1,0 +1,54 @@
+import hashlib
+import io
+import json
+import tarfile
+from pathlib import Path
+
+from e2e.cluster.images import CONTROL_PLANE_IMAGE, ENGINE_IMAGE, Image, archive, base_spec, node_images
+
+
+def unpacked(data: bytes) -> dict[str, bytes]:
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        return {member.name: file.read() for member in tar if (file := tar.extractfile(member))}
+
+
+def test_every_blob_is_named_by_its_digest_and_referred_to_with_its_size():
+    files = unpacked(archive(Image(name="localhost/a:1", files={"etc/passwd": b"x"}, links={"bin": "usr/bin"})))
+    (entry,) = json.loads(files["index.json"])["manifests"]
+    manifest = json.loads(files[f"blobs/sha256/{entry['digest'][7:]}"])
+    for descriptor in (entry, manifest["config"], *manifest["layers"]):
+        blob = files[f"blobs/sha256/{descriptor['digest'][7:]}"]
+        assert hashlib.sha256(blob).hexdigest() == descriptor["digest"][7:]
+        assert len(blob) == descriptor["size"]
+    assert entry["annotations"]["io.containerd.image.name"] == "localhost/a:1"
+
+
+def test_layer_has_folders_before_what_lies_in_them():
+    files = unpacked(archive(Image(name="a:1", files={"a/b/c": b"data"}, folders=("tmp",))))
+    layers = [data for name, data in files.items() if name.startswith("blobs/") and not data.startswith(b"{")]
+    with tarfile.open(fileobj=io.BytesIO(layers[0])) as tar:
+        assert [(member.name, oct(member.mode)) for member in tar] == [
+            ("a", "0o755"), ("a/b", "0o755"), ("tmp", "0o1777"), ("a/b/c", "0o755"),
+        ]  # fmt: skip
+
+
+def test_same_image_same_bytes():
+    one, two = (archive(Image(name="a:1", files={"f": b"1"})) for _ in range(2))
+    assert one == two
+
+
+def test_product_images_run_from_the_virtual_environment_as_nobody():
+    images = {image.name: image for image in node_images(b"", Path("/code/.venv"))}
+    for name in (ENGINE_IMAGE, CONTROL_PLANE_IMAGE):
+        assert images[name].environment["PATH"].startswith("/code/.venv/bin:")
+        assert images[name].user == "65534:65534"
+
+
+def test_base_spec_binds_read_only_and_keeps_the_rest():
+    default = {"process": {"rlimits": [1], "cwd": "/"}, "mounts": [{"destination": "/proc"}], "root": {"path": "r"}}
+    spec = base_spec(default, ["/usr"])
+    assert spec["process"] == {"cwd": "/"}
+    assert spec["root"] == {"path": "r"}
+    assert [mount["destination"] for mount in spec["mounts"]] == ["/proc", "/usr"]
+    assert "ro" in spec["mounts"][1]["options"]
+    assert default["process"]["rlimits"] == [1]
