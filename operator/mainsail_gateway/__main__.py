@@ -1,6 +1,4 @@
-"""`mainsail-gateway`: read the command line, then serve until a signal."""
-
-from __future__ import annotations
+"""`mainsail-gateway`: see --help."""
 
 import logging
 import sys
@@ -17,10 +15,11 @@ def main() -> None:
     logging.basicConfig(
         level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
     )
-    logging.getLogger("httpx2").setLevel(logging.WARNING)
+    for name in ("httpx2", "httpcore2"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     try:
         uvloop.run(serve(settings))
-    except (OSError, ConfigError, ValueError) as error:
+    except (ConfigError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -1,138 +1,227 @@
-"""The ASGI application: which paths there are, bodies within their limits, every error in OpenAI's form."""
+"""The ASGI application: which path, which body, which service; errors in OpenAI's form; the rest is relay.py's.
 
-from __future__ import annotations
+`GET /v1/models` and `GET /v1/models/{name}` are answered here, from the routing table. `POST /v1/…` with a JSON body
+goes to the service whose served names hold the body's `model`. Paths are matched against a plain pattern and never
+decoded or rewritten, so none can climb out of `/v1/`.
+"""
 
 import asyncio
 import logging
+import re
+import time
+from typing import Any
 
 import msgspec
 
+from mainsail_gateway import balance, request
 from mainsail_gateway.asgi import Headers, Message, Receive, Scope, Send
-from mainsail_gateway.balance import Load
-from mainsail_gateway.errors import GatewayError, no_capacity, send_error, too_large, unknown_model
+from mainsail_gateway.errors import GatewayError, bad_request, no_capacity, send_error, too_large, unknown_model
+from mainsail_gateway.fleet import Fleet
+from mainsail_gateway.health import Health
 from mainsail_gateway.metrics import Metrics
-from mainsail_gateway.relay import Relay
-from mainsail_gateway.request import parse
-from mainsail_gateway.routes import Routes, Service, Table
+from mainsail_gateway.relay import CLIENT_GONE, BrokenOff, Call, ClientGone, Relay
+from mainsail_gateway.routes import Service, Table
 from mainsail_gateway.settings import Settings
+from mainsail_gateway.upstream import ConnectionPool
 
 log = logging.getLogger(__name__)
 
+_PATH = re.compile(rb"/v1(?:/(?!\.\.?(?:/|$))[A-Za-z0-9._~:-]+)+")
+_MODEL_PATH = re.compile(r"/v1/models/(.+)")
+_CLOSE: Headers = [(b"connection", b"close")]
+LINGER_S = 2.0
+"""How long a refused body is still read, so that its sender sees the refusal instead of a reset."""
+SESSION_HEADERS = (b"x-session-id", b"x-conversation-id")
 
-class App:
-    def __init__(self, settings: Settings, routes: Routes, metrics: Metrics) -> None:
-        self._settings = settings
-        self._routes = routes
-        self._metrics = metrics
-        self._load = Load()
-        self._relay: Relay | None = None
 
-    @property
-    def relay(self) -> Relay:
-        if self._relay is None:
-            self._relay = Relay(self._settings, self._load, self._metrics)
-        return self._relay
+class Gateway:
+    """One gateway: the table, the balancer's memory, the connections, and the application over them."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.health = Health()
+        self.metrics = Metrics()
+        self.table = Table()
+        self.fleet = Fleet()
+        self.connections = ConnectionPool(connect_timeout_s=settings.connect_timeout_s, idle_s=settings.upstream_idle_s)
+        self.relay = Relay(self.connections, settings, self._extra_headers)
+
+    def use(self, table: Table) -> None:
+        """Route by `table` from now on."""
+        self.table = table
+        self.fleet.update(table, time.monotonic())
+        self.metrics.update(table)
+        self.connections.retain({e.key for service in table.services.values() for e in service.endpoints})
+        self.health.synced = True
+
+    async def run(self) -> None:
+        """Heartbeat and sweeps, until cancelled."""
+        settings = self.settings
+        pause = min(1.0, settings.idle_timeout_s / 4, settings.response_timeout_s / 4)
+        while True:
+            self.health.beat = time.monotonic()
+            now = asyncio.get_running_loop().time()
+            self.relay.sweep(now)
+            self.connections.sweep(now)
+            await asyncio.sleep(pause)
+
+    def _extra_headers(self) -> Headers:
+        return _CLOSE if self.health.draining else []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
+        lingering = False
         try:
-            await self._route(scope, receive, send)
+            await self._dispatch(scope, receive, send)
         except GatewayError as error:
-            await send_error(send, error, [])
+            lingering = error.status in (408, 413)
+            extra = _CLOSE if lingering or self.health.draining else []
+            await send_error(send, error, extra, more=lingering)
+        except ClientGone:
+            return
+        except BrokenOff as error:
+            log.info("a client's connection is cut: %s", error)
+            return
+        if lingering:
+            await _linger(receive)
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def close(self) -> None:
-        if self._relay is not None:
-            await self._relay.close()
+    async def _dispatch(self, scope: Scope, receive: Receive, send: Send) -> None:
+        method: str = scope["method"]
+        path: str = scope["path"]
+        try:
+            if method in ("GET", "HEAD") and (answer := self._own(path)) is not None:
+                await self._send_json(send, answer)
+                return
+            if not _PATH.fullmatch(scope["raw_path"]):
+                raise GatewayError(404, f"Unknown path {path[:200]}. The API is under /v1/.", code="not_found")
+            if method != "POST":
+                allow: Headers = [(b"allow", b"POST")]
+                raise GatewayError(405, f"{path[:200]} takes POST, not {method}.", code="bad_method", headers=allow)
+            arrived = time.monotonic()
+            body = await self._body(scope, receive)
+            parsed = request.parse(body)
+            service = self._service(parsed.model)
+        except GatewayError as error:
+            self.metrics.refused(error.status)
+            raise
+        await self._relay(self._call(scope, body, parsed, service, arrived), receive, send)
 
-    async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path, method = scope["path"], scope["method"]
-        if path == "/v1/models" or path.startswith("/v1/models/"):
-            _only("GET", method)
-            await _send_json(send, models(self._routes.table, path.removeprefix("/v1/models").strip("/")))
-        elif path in ("/health", "/health/ready"):
-            await _send_json(send, {"status": "ok"})
-        elif path.startswith("/v1/") or path in ("/tokenize", "/detokenize"):
-            _only("POST", method)
-            await self._forward(scope, receive, send)
-        else:
-            raise GatewayError(404, f"There is no {method} {path} here.", code="unknown_path")
+    def _own(self, path: str) -> object | None:
+        """What the gateway itself answers to a GET; None when the path is not its own."""
+        if path == "/v1/models":
+            models = sorted(self.table.models.items())
+            return {"object": "list", "data": [_model_object(name, service) for name, service in models]}
+        if match := _MODEL_PATH.fullmatch(path):
+            service = self.table.models.get(match[1])
+            if service is None:
+                raise unknown_model(match[1])
+            return _model_object(match[1], service)
+        if path in ("/health", "/health/ready", "/health/live"):
+            check = self.health.live if path == "/health/live" else self.health.ready
+            good, text = check(time.monotonic())
+            if not good:
+                raise GatewayError(503, text, code="not_ready", retry_after_s=1.0)
+            return {"status": text}
+        return None
 
-    async def _forward(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _relay(self, call: Call, receive: Receive, send: Send) -> None:
+        metrics = self.metrics.of(call.service)
+        try:
+            await self.relay.forward(call, self.fleet.pool(call.service), metrics, receive, send)
+        except GatewayError as error:
+            call.code = error.status
+            raise
+        except ClientGone:
+            call.code = CLIENT_GONE
+            raise
+        except BrokenOff:
+            call.code = 502
+            raise
+        finally:
+            metrics.count(call.code)
+            metrics.duration.observe(time.monotonic() - call.arrived)
+
+    def _call(self, scope: Scope, body: bytes, parsed: request.Parsed, service: Service, arrived: float) -> Call:
+        query: bytes = scope["query_string"]
         headers: Headers = scope["headers"]
-        body = await self._body(receive, headers)
-        parsed = parse(body)
-        service = self._service(parsed.model)
-        code = 500
-        with self._metrics.in_flight.labels(parsed.model).track_inprogress():
-            try:
-                code = await self.relay.answer(_target(scope), headers, body, parsed, service, receive, send)
-            except GatewayError as error:
-                code = error.status
-                raise
-            finally:
-                self._metrics.requests.labels(parsed.model, str(code)).inc()
+        session = next((value.decode("latin-1") for name, value in headers if name in SESSION_HEADERS), None)
+        return Call(
+            method=b"POST",
+            target=scope["raw_path"] + (b"?" + query if query else b""),
+            headers=headers,
+            body=body,
+            model=parsed.model,
+            weight=parsed.weight,
+            prefixes=balance.prefix_keys(parsed.prompt, session or parsed.session),
+            arrived=arrived,
+            service=service,
+        )
 
     def _service(self, model: str) -> Service:
-        table = self._routes.table
-        service = table.services.get(model)
+        if not self.health.synced:
+            raise no_capacity(model, 1.0)
+        service = self.table.models.get(model)
         if service is None:
-            if not self._routes.synced:
-                raise no_capacity(model, self._settings.retry_after_s)
             raise unknown_model(model)
         return service
 
-    async def _body(self, receive: Receive, headers: Headers) -> bytes:
-        """The whole body. Raises 413 over the limit (before reading it, where the length is told), 408 when too slow."""
-        limit = self._settings.max_body_bytes
-        told = next((value for name, value in headers if name == b"content-length"), b"0")
-        if told.isdigit() and int(told) > limit:
+    async def _body(self, scope: Scope, receive: Receive) -> bytes:
+        """The whole body, within its limits of size and time."""
+        limit = self.settings.max_body_bytes
+        headers: Headers = scope["headers"]
+        if sum(len(name) + len(value) for name, value in headers) > self.settings.max_header_bytes:
+            message = f"The request's headers are larger than {self.settings.max_header_bytes} bytes."
+            raise GatewayError(431, message, code="headers_too_large")
+        if any(name == b"content-encoding" and value.lower() != b"identity" for name, value in headers):
+            raise bad_request("Compressed request bodies are not supported.", param=None, code="unsupported_encoding")
+        length = next((value for name, value in headers if name == b"content-length"), b"0")
+        if int(length) > limit:
             raise too_large(limit)
-        parts, size = list[bytes](), 0
         try:
-            async with asyncio.timeout(self._settings.body_timeout_s):
-                while True:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        raise GatewayError(499, "The client went away.", code="client_closed_request")
-                    parts.append(message.get("body", b""))
-                    size += len(parts[-1])
-                    if size > limit:
-                        raise too_large(limit)
-                    if not message.get("more_body", False):
-                        return b"".join(parts)
+            async with asyncio.timeout(self.settings.body_timeout_s):
+                return await _read_body(receive, limit)
         except TimeoutError:
-            raise GatewayError(408, "The request's body did not arrive in time.", code="request_timeout") from None
+            message = f"The request's body did not arrive within {self.settings.body_timeout_s:g} s."
+            raise GatewayError(408, message, code="request_timeout") from None
+
+    async def _send_json(self, send: Send, value: object) -> None:
+        body = msgspec.json.encode(value)
+        headers: Headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+        start: Message = {"type": "http.response.start", "status": 200, "headers": headers + self._extra_headers()}
+        await send(start)
+        await send({"type": "http.response.body", "body": body, "more_body": False})
+        self.metrics.refused(200)
 
 
-def models(table: Table, name: str) -> object:
-    """OpenAI's model list, or one model of it. Raises 404 for an unknown one."""
-    cards = {
-        model: {"id": model, "object": "model", "created": service.created, "owned_by": "mainsail"}
-        for model, service in sorted(table.services.items())
-    }
-    if not name:
-        return {"object": "list", "data": list(cards.values())}
-    if name not in cards:
-        raise unknown_model(name)
-    return cards[name]
+def _model_object(name: str, service: Service) -> dict[str, Any]:
+    model: dict[str, Any] = {"id": name, "object": "model", "created": service.created, "owned_by": "mainsail"}
+    if service.max_model_len is not None:
+        model["max_model_len"] = service.max_model_len
+    return model
 
 
-def _target(scope: Scope) -> str:
-    query: bytes = scope.get("query_string", b"")
-    raw: bytes = scope.get("raw_path") or scope["path"].encode()
-    return raw.decode("latin-1") + (f"?{query.decode('latin-1')}" if query else "")
+async def _read_body(receive: Receive, limit: int) -> bytes:
+    parts: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        part: bytes = message.get("body", b"")
+        size += len(part)
+        if size > limit:
+            raise too_large(limit)
+        parts.append(part)
+        if not message.get("more_body", False):
+            return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-def _only(wanted: str, method: str) -> None:
-    if method != wanted:
-        allow: Headers = [(b"allow", wanted.encode())]
-        raise GatewayError(405, f"Use {wanted} here.", code="method_not_allowed", headers=allow)
-
-
-async def _send_json(send: Send, value: object) -> None:
-    body = msgspec.json.encode(value)
-    headers: Headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
-    start: Message = {"type": "http.response.start", "status": 200, "headers": headers}
-    await send(start)
-    await send({"type": "http.response.body", "body": body})
+async def _linger(receive: Receive) -> None:
+    try:
+        async with asyncio.timeout(LINGER_S):
+            while (message := await receive())["type"] != "http.disconnect" and message.get("more_body", False):
+                pass
+    except TimeoutError:
+        return

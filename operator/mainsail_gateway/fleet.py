@@ -5,7 +5,7 @@ or ends, and when an endpoint fails. An endpoint that leaves the table is forgot
 their own `Load` and end quietly.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 
 from mainsail_gateway import balance
@@ -43,7 +43,7 @@ class Pool:
 
 
 @contextmanager
-def in_flight(load: Load, weight: int) -> Iterator[None]:
+def in_flight(load: Load, weight: int) -> Generator[None]:
     """Counts a request at an endpoint while it runs."""
     load.requests += 1
     load.tokens += weight

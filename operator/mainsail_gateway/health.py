@@ -1,49 +1,81 @@
-"""Health and metrics on a port and a thread of their own: whatever the event loop is busy with, a probe is answered."""
+"""Health and metrics on a port and a thread of their own, so that load on the event loop never fails a probe.
 
-from __future__ import annotations
+`/health/live`: the event loop's heartbeat moved in the last `STUCK_S`. `/health/ready`: everything was listed once,
+and the gateway is not draining. `/metrics`: Prometheus' text form.
+"""
 
 import threading
+import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+
+STUCK_S = 30.0
+
+
+@dataclass(slots=True)
+class Health:
+    """What the probes read; the event loop writes it."""
+
+    synced: bool = False
+    draining: bool = False
+    beat: float = field(default_factory=time.monotonic)
+
+    def live(self, now: float) -> tuple[bool, str]:
+        late = now - self.beat
+        return late < STUCK_S, "ok" if late < STUCK_S else f"the event loop has not moved for {late:.0f} s"
+
+    def ready(self, now: float) -> tuple[bool, str]:
+        if self.draining:
+            return False, "draining"
+        if not self.synced:
+            return False, "InferenceServices and EndpointSlices have not been listed yet"
+        return self.live(now)
 
 
 class HealthServer:
-    """GET /health/live, /health/ready and /metrics. Raises OSError when the port is taken."""
+    def __init__(self, host: str, port: int, health: Health, registry: CollectorRegistry) -> None:
+        checks: dict[str, Callable[[float], tuple[bool, str]]] = {
+            "/health": health.ready,
+            "/health/ready": health.ready,
+            "/health/live": health.live,
+            "/health/startup": health.live,
+        }
 
-    def __init__(
-        self, host: str, port: int, *, live: Callable[[], bool], ready: Callable[[], bool], registry: CollectorRegistry
-    ) -> None:
         class Handler(BaseHTTPRequestHandler):
+            timeout = 10.0
             protocol_version = "HTTP/1.1"
 
             def do_GET(self) -> None:
-                if self.path == "/metrics":
+                path = self.path.partition("?")[0]
+                if path == "/metrics":
                     self._answer(200, generate_latest(registry), CONTENT_TYPE_LATEST)
-                elif self.path in ("/health/live", "/health/ready", "/health"):
-                    good = live() if self.path == "/health/live" else ready()
-                    self._answer(200 if good else 503, b"ok\n" if good else b"not ready\n", "text/plain")
+                elif path in checks:
+                    good, text = checks[path](time.monotonic())
+                    self._answer(200 if good else 503, text.encode() + b"\n", "text/plain")
                 else:
                     self._answer(404, b"not found\n", "text/plain")
 
             def _answer(self, status: int, body: bytes, kind: str) -> None:
                 self.send_response(status)
-                self.send_header("content-type", kind)
-                self.send_header("content-length", str(len(body)))
+                self.send_header("Content-Type", kind)
+                self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
                 self.wfile.write(body)
 
             def log_message(self, format: str, *args: object) -> None:
-                """Probes are not worth a line each."""
+                """Probes come every second; they are not logged."""
 
         self._server = ThreadingHTTPServer((host, port), Handler)
         self._server.daemon_threads = True
         self.port: int = self._server.server_address[1]
         self._thread = threading.Thread(target=self._server.serve_forever, name="health", daemon=True)
+
+    def start(self) -> None:
         self._thread.start()
 
-    def close(self) -> None:
+    def stop(self) -> None:
         self._server.shutdown()
         self._server.server_close()

@@ -1,24 +1,23 @@
-"""Which endpoints serve which model: a table built from InferenceServices and EndpointSlices.
+"""model -> service -> endpoints: an immutable table, built from what the watches mirror, swapped whole.
 
-`build` is a pure function of the two collections, and its table is immutable: a request works with the table that it
-began with. `Routes` keeps the newest one up to date from two watches. A service that exists and has no ready endpoint is
-in the table with none, so that its clients get 503 and not 404. When two services claim a name, the older one has it.
+A request reads the table once and keeps that reading, so a change never shows it half. `build` is pure. A name that two
+services claim goes to the older one (creationTimestamp, then namespace and name), the same in every gateway; the other
+is not served under that name, which is logged and counted, and heals by itself when either changes.
+
+Endpoints come from EndpointSlices labelled `mainsail.dev/service`: ready, not terminating, port `http`. Readiness of
+an engine means that it has generated a token and is not draining.
 """
 
-from __future__ import annotations
-
 import asyncio
+import datetime
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from types import MappingProxyType
 
 import httpx2
 import msgspec
-from lightkube import KubeConfig
-from lightkube.config.client_adapter import AsyncClient, ConnectionParams
 
-from mainsail_gateway.settings import Settings
 from mainsail_gateway.watch import Key, KubeObject, Reflector, Timing
 
 log = logging.getLogger(__name__)
@@ -27,165 +26,200 @@ SERVICE_LABEL = "mainsail.dev/service"
 PORT_NAME = "http"
 
 
-class _Model(msgspec.Struct, frozen=True, rename="camel"):
-    served_names: list[str] = []
+class ModelSpec(msgspec.Struct, frozen=True):
+    servedNames: list[str] | None = None
 
 
-class _ServiceSpec(msgspec.Struct, frozen=True):
-    model: _Model = _Model()
+class EngineSpec(msgspec.Struct, frozen=True):
+    maxModelLen: int | None = None
+
+
+class ServiceSpec(msgspec.Struct, frozen=True):
+    model: ModelSpec = ModelSpec()
+    engine: EngineSpec = EngineSpec()
 
 
 class InferenceService(KubeObject, frozen=True, kw_only=True):
-    spec: _ServiceSpec = _ServiceSpec()
+    spec: ServiceSpec = ServiceSpec()
 
 
-class _Conditions(msgspec.Struct, frozen=True):
+class SliceConditions(msgspec.Struct, frozen=True):
     ready: bool | None = None
     terminating: bool | None = None
 
 
-class _Reference(msgspec.Struct, frozen=True):
+class TargetRef(msgspec.Struct, frozen=True):
     name: str = ""
+    uid: str = ""
 
 
-class _SliceEndpoint(msgspec.Struct, frozen=True, rename="camel"):
+class SliceEndpoint(msgspec.Struct, frozen=True):
     addresses: list[str] = []
-    conditions: _Conditions = _Conditions()
-    target_ref: _Reference | None = None
+    conditions: SliceConditions = SliceConditions()
+    targetRef: TargetRef | None = None
 
 
-class _Port(msgspec.Struct, frozen=True):
+class SlicePort(msgspec.Struct, frozen=True):
     name: str | None = None
     port: int | None = None
 
 
 class EndpointSlice(KubeObject, frozen=True, kw_only=True):
-    endpoints: list[_SliceEndpoint] | None = None
-    ports: list[_Port] | None = None
+    addressType: str = "IPv4"
+    endpoints: list[SliceEndpoint] | None = None
+    ports: list[SlicePort] | None = None
 
 
-@dataclass(frozen=True, slots=True, order=True)
+@dataclass(frozen=True, slots=True)
 class Endpoint:
-    """One engine pod."""
-
-    address: str
+    key: str
+    """The pod's UID and the port: an address that another pod inherits is another endpoint."""
+    host: str
     port: int
-    pod: str = field(compare=False, default="")
-
-    @property
-    def base_url(self) -> str:
-        host = f"[{self.address}]" if ":" in self.address else self.address
-        return f"http://{host}:{self.port}"
+    pod: str
 
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """One InferenceService and the endpoints that serve it now."""
-
-    key: Key
-    names: tuple[str, ...]
+    namespace: str
+    name: str
     created: int
-    """Unix seconds."""
-    endpoints: tuple[Endpoint, ...] = ()
+    """Seconds since the epoch."""
+    served_names: tuple[str, ...]
+    max_model_len: int | None
+    endpoints: tuple[Endpoint, ...]
+
+    @property
+    def key(self) -> Key:
+        return self.namespace, self.name
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Model name → service."""
+    models: Mapping[str, Service] = field(default_factory=lambda: MappingProxyType({}))
+    services: Mapping[Key, Service] = field(default_factory=lambda: MappingProxyType({}))
+    conflicts: tuple[tuple[str, Key, Key], ...] = ()
+    """Model, the service that has it, the service that wanted it too."""
 
-    services: Mapping[str, Service] = field(default_factory=dict[str, Service])
-    clashes: tuple[str, ...] = ()
-    """Names that more than one service claims."""
+
+def build(services: Iterable[InferenceService], slices: Iterable[EndpointSlice]) -> Table:
+    """The routing table of a state of the cluster."""
+    endpoints: dict[Key, dict[str, Endpoint]] = {}
+    for piece in slices:
+        owner = piece.metadata.labels.get(SERVICE_LABEL)
+        if owner:
+            endpoints.setdefault((piece.metadata.namespace, owner), {}).update(_endpoints(piece))
+    by_key: dict[Key, Service] = {}
+    models: dict[str, Service] = {}
+    conflicts: list[tuple[str, Key, Key]] = []
+    for item in sorted(services, key=_age):
+        service = _service(item, endpoints.get((item.metadata.namespace, item.metadata.name), {}))
+        by_key[service.key] = service
+        for name in service.served_names:
+            holder = models.setdefault(name, service)
+            if holder is not service:
+                conflicts.append((name, holder.key, service.key))
+    return Table(MappingProxyType(models), MappingProxyType(by_key), tuple(conflicts))
 
 
-def _unix(timestamp: str) -> int:
+def _age(item: InferenceService) -> tuple[str, str, str]:
+    return item.metadata.creationTimestamp, item.metadata.namespace, item.metadata.name
+
+
+def _service(item: InferenceService, endpoints: Mapping[str, Endpoint]) -> Service:
+    return Service(
+        namespace=item.metadata.namespace,
+        name=item.metadata.name,
+        created=_epoch(item.metadata.creationTimestamp),
+        served_names=tuple(dict.fromkeys(item.spec.model.servedNames or [item.metadata.name])),
+        max_model_len=item.spec.engine.maxModelLen,
+        endpoints=tuple(endpoints[key] for key in sorted(endpoints)),
+    )
+
+
+def _epoch(timestamp: str) -> int:
     try:
-        return int(datetime.fromisoformat(timestamp).timestamp())
+        return int(datetime.datetime.fromisoformat(timestamp).timestamp())
     except ValueError:
         return 0
 
 
-def ready_endpoints(slices: Iterable[EndpointSlice]) -> tuple[Endpoint, ...]:
-    """Endpoints that are ready and not on their way out, in a stable order, each once."""
-    found: set[Endpoint] = set()
-    for piece in slices:
-        port = next((p.port for p in piece.ports or [] if p.name == PORT_NAME and p.port), None)
-        if port is None:
+def _endpoints(piece: EndpointSlice) -> dict[str, Endpoint]:
+    port = next((p.port for p in piece.ports or [] if p.name == PORT_NAME), None)
+    if port is None or piece.addressType == "FQDN":
+        return {}
+    found: dict[str, Endpoint] = {}
+    for item in piece.endpoints or []:
+        # The API's rule: an unknown readiness counts as ready.
+        if item.conditions.ready is False or item.conditions.terminating or not item.addresses:
             continue
-        for endpoint in piece.endpoints or []:
-            state = endpoint.conditions
-            if state.ready is False or state.terminating or not endpoint.addresses:
-                continue
-            found.add(Endpoint(endpoint.addresses[0], port, endpoint.target_ref.name if endpoint.target_ref else ""))
-    return tuple(sorted(found))
-
-
-def build(services: Iterable[InferenceService], slices: Iterable[EndpointSlice]) -> Table:
-    """The routing table. Where names clash, the service that was created first (then by namespace and name) wins."""
-    by_service: dict[Key, list[EndpointSlice]] = {}
-    for piece in slices:
-        name = piece.metadata.labels.get(SERVICE_LABEL)
-        if name:
-            by_service.setdefault((piece.metadata.namespace, name), []).append(piece)
-    table: dict[str, Service] = {}
-    clashes: list[str] = []
-    for item in sorted(services, key=lambda s: (_unix(s.metadata.creationTimestamp), _key(s))):
-        names = tuple(dict.fromkeys(item.spec.model.served_names)) or (item.metadata.name,)
-        service = Service(
-            _key(item), names, _unix(item.metadata.creationTimestamp), ready_endpoints(by_service.get(_key(item), []))
-        )
-        for name in names:
-            if table.setdefault(name, service) is not service:
-                clashes.append(name)
-    return Table(table, tuple(dict.fromkeys(clashes)))
-
-
-def _key(item: KubeObject) -> Key:
-    return item.metadata.namespace, item.metadata.name
+        pod = item.targetRef or TargetRef()
+        key = f"{pod.uid or item.addresses[0]}:{port}"
+        found[key] = Endpoint(key=key, host=item.addresses[0], port=port, pod=pod.name)
+    return found
 
 
 class Routes:
-    """The newest table, kept up to date by watches until `run` is cancelled."""
+    """Holds the current `table`; rebuilds it when a mirrored collection changes."""
 
-    def __init__(self, client: httpx2.AsyncClient, settings: Settings) -> None:
+    def __init__(
+        self,
+        client: httpx2.AsyncClient,
+        namespaces: Sequence[str],
+        on_table: Callable[[Table], None],
+        *,
+        timing: Timing | None = None,
+    ) -> None:
         self.table = Table()
-        timing = Timing(relist_s=settings.relist_s)
-        prefixes = [f"/namespaces/{name}" for name in settings.namespaces] or [""]
-        self._services = [
-            Reflector(client, f"/apis/mainsail.dev/v1alpha1{prefix}/inferenceservices", InferenceService,
-                      self._rebuild, timing=timing)
-            for prefix in prefixes
-        ]  # fmt: skip
-        self._slices = [
-            Reflector(client, f"/apis/discovery.k8s.io/v1{prefix}/endpointslices", EndpointSlice,
-                      self._rebuild, label_selector=SERVICE_LABEL, timing=timing)
-            for prefix in prefixes
-        ]  # fmt: skip
+        self._on_table = on_table
+        self._dirty = asyncio.Event()
+        scopes = [f"/namespaces/{name}" for name in namespaces] or [""]
+        changed = self._dirty.set
+        self.services = [
+            Reflector(
+                client,
+                f"/apis/mainsail.dev/v1alpha1{scope}/inferenceservices",
+                InferenceService,
+                changed,
+                timing=timing,
+            )
+            for scope in scopes
+        ]
+        self.slices = [
+            Reflector(
+                client,
+                f"/apis/discovery.k8s.io/v1{scope}/endpointslices",
+                EndpointSlice,
+                changed,
+                label_selector=SERVICE_LABEL,
+                timing=timing,
+            )
+            for scope in scopes
+        ]
 
     @property
     def synced(self) -> bool:
-        """Every collection was listed at least once."""
-        return all(reflector.synced for reflector in (*self._services, *self._slices))
+        """Everything has been listed once. From then on the table is the best knowledge there is, and is used."""
+        return all(reflector.synced for reflector in (*self.services, *self.slices))
 
     async def run(self) -> None:
-        async with asyncio.TaskGroup() as group:
-            for reflector in (*self._services, *self._slices):
-                group.create_task(reflector.run())
+        """Watch and rebuild until cancelled. Any end of a part is an error, and ends the whole."""
+        async with asyncio.TaskGroup() as tasks:
+            for reflector in (*self.services, *self.slices):
+                tasks.create_task(reflector.run())
+            tasks.create_task(self._rebuild())
 
-    def _rebuild(self) -> None:
-        old = self.table
-        services = [item for reflector in self._services for item in reflector.store.values()]
-        slices = [item for reflector in self._slices for item in reflector.store.values()]
-        self.table = build(services, slices)
-        for name in set(self.table.clashes) - set(old.clashes):
-            owner = self.table.services[name].key
-            log.warning("several services claim the model name %s: the oldest, %s/%s, has it", name, *owner)
-
-
-def kube_client(kubeconfig: str | None) -> httpx2.AsyncClient:
-    """An authenticated client of the API server: the given kubeconfig, else the Pod's account, else $KUBECONFIG."""
-    config = KubeConfig.from_file(kubeconfig) if kubeconfig else KubeConfig.from_env()
-    single = config.get()
-    if single is None:
-        raise ValueError("the kubeconfig has no current context: set one or pass --kubeconfig")
-    return AsyncClient(single, ConnectionParams(trust_env=False))
+    async def _rebuild(self) -> None:
+        while True:
+            await self._dirty.wait()
+            await asyncio.sleep(0.01)  # one table for a burst of events
+            self._dirty.clear()
+            if not self.synced:
+                continue
+            services = [item for reflector in self.services for item in reflector.store.values()]
+            slices = [item for reflector in self.slices for item in reflector.store.values()]
+            table = build(services, slices)
+            for name, holder, other in set(table.conflicts) - set(self.table.conflicts):
+                log.warning("model %s is served by %s/%s; the younger %s/%s is left out", name, *holder, *other)
+            self.table = table
+            self._on_table(table)

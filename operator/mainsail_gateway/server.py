@@ -1,86 +1,176 @@
-"""Listening, and ending well: after SIGTERM readiness fails first, then no new connection, then running answers finish."""
+"""The process: listeners, signals, limits of a connection, and the drain.
 
-from __future__ import annotations
+SIGTERM: readiness fails; for `drain_delay_s` requests are still taken, and every answer tells its client to close the
+connection, so that keep-alive clients move to another gateway; then the listener closes, running answers finish
+within `drain_timeout_s`, and the process exits with 0. A second signal ends it at once.
+"""
 
 import asyncio
 import logging
-import signal
+import time
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 from types import FrameType
+from typing import Any
 
+import httpx2
 import uvicorn
+from lightkube.config.client_adapter import AsyncClient, ConnectionParams
+from lightkube.config.kubeconfig import KubeConfig
+from lightkube.core.exceptions import ConfigError
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from mainsail_gateway.app import App
+from mainsail_gateway.app import Gateway
 from mainsail_gateway.health import HealthServer
-from mainsail_gateway.metrics import Metrics
-from mainsail_gateway.routes import Routes, kube_client
+from mainsail_gateway.routes import Routes
 from mainsail_gateway.settings import Settings
+from mainsail_gateway.watch import Timing
 
 log = logging.getLogger(__name__)
 
 
-class _Server(uvicorn.Server):
-    """uvicorn, whose first signal begins the drain instead of the end."""
+class LimitedProtocol(HttpToolsProtocol):
+    """uvicorn's connection, which bounds neither the size nor the time of a request's head: here it is bounded."""
 
-    draining = False
+    max_header_bytes = 64 * 1024
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        self.head_bytes = 0
+        self.head_since: float | None = time.monotonic()
+        self.closing_since: float | None = None
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self.head_since = time.monotonic()
+
+    def on_headers_complete(self) -> None:
+        self.head_since = None
+        self.head_bytes = 0
+        super().on_headers_complete()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.head_since is None:
+            return
+        self.head_bytes += len(data)
+        if self.head_bytes > self.max_header_bytes and not self.transport.is_closing():
+            self.transport.write(b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\n\r\n")
+            self.transport.close()
+
+    def overdue(self, now: float, timeout_s: float) -> bool:
+        """Whether the connection has been sending a head, or been closing, for too long."""
+        if self.transport.is_closing() and self.closing_since is None:
+            self.closing_since = now
+        starts = (self.head_since, self.closing_since)
+        return any(start is not None and now - start > timeout_s for start in starts)
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server with a drain before its shutdown, and an exit code of 0 after it."""
+
+    def __init__(self, config: uvicorn.Config, gateway: Gateway) -> None:
+        super().__init__(config)
+        self._gateway = gateway
+        self._drain_since: float | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self.draining or sig == signal.SIGINT:
-            super().handle_exit(sig, frame)
-        self.draining = True
+        del frame
+        if self._drain_since is None:
+            log.info("signal %d: draining", sig)
+            self._drain_since = time.monotonic()
+            self._gateway.health.draining = True
+        elif time.monotonic() - self._drain_since > 0.5:
+            self.should_exit = True
+            self.force_exit = True
+
+    async def on_tick(self, counter: int) -> bool:
+        now = time.monotonic()
+        if counter % 10 == 0:
+            self._sweep(now)
+        if self._drain_since is not None and now - self._drain_since >= self._gateway.settings.drain_delay_s:
+            return True
+        return await super().on_tick(counter)
+
+    def _sweep(self, now: float) -> None:
+        connections: list[object] = list(self.server_state.connections)
+        for connection in connections:
+            if isinstance(connection, LimitedProtocol) and connection.overdue(
+                now, self._gateway.settings.head_timeout_s
+            ):
+                connection.transport.abort()
 
 
-async def serve(settings: Settings) -> None:
-    """Run until a signal. Raises OSError when a port is taken, ConfigError without a way to the API server."""
-    metrics = Metrics()
-    async with kube_client(settings.kubeconfig) as kube:
-        routes = Routes(kube, settings)
-        app = App(settings, routes, metrics)
-        server = _Server(_uvicorn(app, settings))
-        health = HealthServer(
-            settings.host, settings.health_port, registry=metrics.registry,
-            live=lambda: True, ready=lambda: routes.synced and not server.draining,
-        )  # fmt: skip
-        watching = asyncio.create_task(routes.run())
-        ending = asyncio.create_task(_end_after_drain(server, settings))
-        gauging = asyncio.create_task(_gauge(routes, metrics))
-        try:
-            await server.serve()
-        finally:
-            for task in (watching, ending, gauging):
-                task.cancel()
-            await asyncio.gather(watching, ending, gauging, return_exceptions=True)
-            await app.close()
-            health.close()
+class _NotOurs(logging.Filter):
+    """An answer that is cut off on purpose is no error of the application."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "returned without completing response" not in record.getMessage()
 
 
-def _uvicorn(app: App, settings: Settings) -> uvicorn.Config:
+def kubernetes_client(settings: Settings) -> httpx2.AsyncClient:
+    """An HTTP client with the API server's address and our credentials. Raises lightkube's ConfigError."""
+    config = KubeConfig.from_file(settings.kubeconfig) if settings.kubeconfig else KubeConfig.from_env()
+    single = config.get()
+    if single is None:
+        raise ConfigError("the kubeconfig has no current context: set one or pass --kubeconfig")
+    return AsyncClient(single, ConnectionParams(timeout=httpx2.Timeout(10.0)))
+
+
+@asynccontextmanager
+async def background(gateway: Gateway, client: httpx2.AsyncClient, timing: Timing) -> AsyncGenerator[None]:
+    """The watches and the sweeps, while inside."""
+    routes = Routes(client, gateway.settings.namespaces, gateway.use, timing=timing)
+    tasks = [asyncio.create_task(routes.run()), asyncio.create_task(gateway.run())]
+    for task in tasks:
+        task.add_done_callback(_report)
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        gateway.connections.close()
+        await client.aclose()
+
+
+def _report(task: asyncio.Task[Any]) -> None:
+    """A background task never ends by itself. If one does, say why at once."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.critical("a background task ended", exc_info=error)
+
+
+def configure(gateway: Gateway) -> uvicorn.Config:
+    settings = gateway.settings
+    LimitedProtocol.max_header_bytes = settings.max_header_bytes
+    logging.getLogger("uvicorn.error").addFilter(_NotOurs())
     return uvicorn.Config(
-        app,  # pyright: ignore[reportArgumentType]  # our ASGI types are wider than uvicorn's TypedDicts
+        gateway,  # pyright: ignore[reportArgumentType]  # our ASGI types are wider than uvicorn's TypedDicts
         host=settings.host,
         port=settings.port,
         loop="uvloop",
-        http="httptools",
+        http=LimitedProtocol,
+        ws="none",
         lifespan="off",
+        interface="asgi3",
         access_log=False,
+        log_config=None,
         server_header=False,
-        log_level=settings.log_level,
+        backlog=4096,
         timeout_keep_alive=round(settings.keep_alive_s),
         timeout_graceful_shutdown=round(settings.drain_timeout_s),
+        proxy_headers=False,
     )
 
 
-async def _end_after_drain(server: _Server, settings: Settings) -> None:
-    """Once readiness fails, go on accepting until load balancers have noticed; then let uvicorn finish."""
-    while not server.draining:
-        await asyncio.sleep(0.1)
-    log.info("draining")
-    await asyncio.sleep(settings.drain_delay_s)
-    server.should_exit = True
-
-
-async def _gauge(routes: Routes, metrics: Metrics) -> None:
-    while True:
-        metrics.endpoints.clear()
-        for name, service in routes.table.services.items():
-            metrics.endpoints.labels(name).set(len(service.endpoints))
-        await asyncio.sleep(1.0)
+async def serve(settings: Settings) -> None:
+    """Run a gateway until it is told to go."""
+    gateway = Gateway(settings)
+    client = kubernetes_client(settings)
+    health = HealthServer(settings.host, settings.health_port, gateway.health, gateway.metrics.registry)
+    health.start()
+    try:
+        async with background(gateway, client, Timing(relist_s=settings.relist_s)):
+            await Server(configure(gateway), gateway).serve()
+    finally:
+        health.stop()

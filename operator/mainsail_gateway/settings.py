@@ -1,7 +1,7 @@
 """The gateway's settings: the command line, read once into one frozen value. Times are in seconds, sizes in bytes."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 
@@ -59,6 +59,9 @@ _HELP = {
 }
 
 
+_TYPES: dict[type, Callable[[str], str | int | float]] = {type(None): str, str: str, int: int, float: float}
+
+
 def parse(argv: Sequence[str] | None = None) -> Settings:
     """Settings from a command line. A bad value ends the process with a message, as argparse does."""
     parser = argparse.ArgumentParser(
@@ -71,10 +74,10 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
                 "--namespace", dest="namespaces", action="append", default=[], help="namespace to serve; repeat"
             )
             continue
-        default = getattr(defaults, field.name)
+        default: object = getattr(defaults, field.name)
         parser.add_argument(
             "--" + field.name.replace("_", "-"),
-            type=str if default is None else type(default),
+            type=_TYPES[type(default)],
             default=default,
             help=_HELP.get(field.name, "seconds") + ("" if default is None else f" (default {default})"),
         )
