@@ -71,8 +71,7 @@ def _install(place: Place) -> None:
         base = Path(sys.base_prefix, "bin", f"python{sys.version_info.major}.{sys.version_info.minor}")
         run([program, "venv", "--no-python-downloads", "--python", base, place.venv], log=log, do="see the log")
     run([program, "pip", "install", "--python", python, "--constraint", ".ci/constraints.txt",
-         "--editable", f".[{EXTRAS}]"], log=log, cwd=place.checkout, do=NETWORK,
-        env={"UV_COMPILE_BYTECODE_TIMEOUT": "600"})  # fmt: skip
+         "--editable", f".[{EXTRAS}]"], log=log, cwd=place.checkout, do=NETWORK)  # fmt: skip
 
 
 # Importing every module compiles just what is imported, a twentieth of the environment.

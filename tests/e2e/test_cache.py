@@ -1,7 +1,6 @@
 from pathlib import Path
 
 import pytest
-
 from e2e.cluster.cache import entry, key_of
 
 

@@ -1,7 +1,6 @@
 from pathlib import Path
 
 import pytest
-
 from e2e.cluster import components
 from e2e.cluster.configuration import TEMPLATES, Configuration, filled
 from e2e.steps import StepError

@@ -1,5 +1,4 @@
 import pytest
-
 from e2e.cluster.gobuild import SOURCE, kubernetes_version, linker_flags
 from e2e.steps import StepError
 

@@ -1,7 +1,6 @@
 from pathlib import Path
 
 import pytest
-
 from e2e.cluster.place import FIRST_PORT, PORT_PAIRS, place_of
 from e2e.steps import StepError
 

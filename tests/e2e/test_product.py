@@ -2,9 +2,9 @@ import json
 from pathlib import Path
 
 import pytest
+from e2e.steps import StepError
 
 from e2e import product
-from e2e.steps import StepError
 
 
 def target(engine: str) -> product.Target:
