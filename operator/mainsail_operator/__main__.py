@@ -1,0 +1,73 @@
+"""`mainsail-operator`: watch, lead, reconcile, until a signal."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import sys
+import time
+
+import kopf
+import uvloop
+
+from mainsail_operator.apply import Writer, kube_client
+from mainsail_operator.handlers import Store, register, settings_for_watching
+from mainsail_operator.health import serve_health
+from mainsail_operator.lease import Lease
+from mainsail_operator.reconcile import Reconciler
+from mainsail_operator.settings import Settings, from_environment
+
+_LOOP_STUCK_S = 60.0
+
+
+async def run(settings: Settings) -> None:
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    beat = [time.monotonic()]
+    health = serve_health(settings.health_port, lambda: time.monotonic() - beat[0] < _LOOP_STUCK_S)
+    async with kube_client() as client:
+        lease = Lease(client, settings.namespace, settings.identity)
+        store = Store()
+        reconciler = Reconciler(Writer(client, lease.holds), lease, settings, store.read)
+        registry = kopf.OperatorRegistry()
+        register(registry, store, reconciler)
+        leading = asyncio.create_task(lease.run())
+        beating = asyncio.create_task(_beat(beat))
+        try:
+            await kopf.operator(
+                registry=registry,
+                settings=settings_for_watching(),
+                standalone=True,
+                clusterwide=not settings.watch_namespaces,
+                namespaces=settings.watch_namespaces,
+                stop_flag=stop,
+            )
+        finally:
+            await reconciler.close()
+            for task in (leading, beating):
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
+            health.shutdown()
+
+
+async def _beat(beat: list[float]) -> None:
+    while True:
+        beat[0] = time.monotonic()
+        await asyncio.sleep(1.0)
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("httpx2").setLevel(logging.WARNING)
+    try:
+        uvloop.run(run(from_environment()))
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,275 @@
+"""From a spec to the objects that carry it out: pure builders.
+
+One Deployment for each revision; a revision is a hash of what the user asked for that changes the pod. Neither the number
+of replicas nor anything of the operator (its version, its default image) is part of it, so scaling and upgrading the
+operator restart nothing. Every object is owned by its InferenceService: deleting that deletes them.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any, cast
+
+from mainsail_operator.settings import Settings
+from mainsail_operator.types import API_VERSION, JSON, KIND, InferenceServiceSpec, pvc_source, seconds
+
+SERVICE_LABEL = "mainsail.dev/service"
+REVISION_LABEL = "mainsail.dev/revision"
+APPLIED = "mainsail.dev/applied"
+"""Annotation: hash of the manifest that was applied last. Equal: nothing to write."""
+CONTAINER = "engine"
+HTTP_PORT, HEALTH_PORT = 8000, 8001
+PRE_STOP_S = 5
+"""Between an endpoint's removal and SIGTERM: routers must have noticed before the engine stops accepting."""
+_GRACE_MARGIN_S = 10
+_USER = 65534
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """The InferenceService that objects belong to."""
+
+    name: str
+    namespace: str
+    uid: str
+
+    def reference(self) -> JSON:
+        return {
+            "apiVersion": API_VERSION, "kind": KIND, "name": self.name, "uid": self.uid,
+            "controller": True, "blockOwnerDeletion": False,
+        }  # fmt: skip
+
+
+def labels(owner: Owner) -> dict[str, str]:
+    return {
+        "app.kubernetes.io/name": "mainsail-engine",
+        "app.kubernetes.io/instance": owner.name,
+        "app.kubernetes.io/managed-by": "mainsail",
+        SERVICE_LABEL: owner.name,
+    }
+
+
+def url(owner: Owner) -> str:
+    return f"http://{owner.name}.{owner.namespace}.svc.cluster.local/v1"
+
+
+def selector(owner: Owner) -> str:
+    return f"{SERVICE_LABEL}={owner.name}"
+
+
+def revision_of(spec: InferenceServiceSpec) -> str:
+    """Ten hex digits of what differs from the defaults in the parts of the spec that change the pod."""
+    parts = spec.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+    for unrelated in ("replicas", "rollout"):
+        parts.pop(unrelated, None)
+    return digest(parts)
+
+
+def digest(value: object) -> str:
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def _metadata(owner: Owner, name: str, more: dict[str, str] | None = None) -> JSON:
+    return {
+        "name": name,
+        "namespace": owner.namespace,
+        "labels": labels(owner) | (more or {}),
+        "ownerReferences": [owner.reference()],
+    }
+
+
+def _stamped(manifest: JSON) -> JSON:
+    manifest["metadata"]["annotations"] = {APPLIED: digest(manifest)}
+    return manifest
+
+
+def digest_of(manifest: JSON) -> str:
+    """The hash that a built manifest carries."""
+    return str(manifest["metadata"]["annotations"][APPLIED])
+
+
+def service_account(owner: Owner) -> JSON:
+    return _stamped(
+        {
+            "apiVersion": "v1",
+            "kind": "ServiceAccount",
+            "metadata": _metadata(owner, owner.name),
+            "automountServiceAccountToken": False,
+        }
+    )
+
+
+def service(owner: Owner) -> JSON:
+    ports = [{"name": "http", "port": 80, "targetPort": "http", "protocol": "TCP"}]
+    return _stamped(
+        {
+            "apiVersion": "v1",
+            "kind": "Service",
+            "metadata": _metadata(owner, owner.name),
+            "spec": {"selector": {SERVICE_LABEL: owner.name}, "ports": ports},
+        }
+    )
+
+
+def grace_period_s(spec: InferenceServiceSpec) -> int:
+    """preStop, then the drain, then a margin: the node never kills a drain midway."""
+    return PRE_STOP_S + seconds(spec.drain.timeout) + _GRACE_MARGIN_S
+
+
+def arguments(owner: Owner, spec: InferenceServiceSpec) -> list[str]:
+    """The engine's command line."""
+    engine, kv = spec.engine, spec.engine.kv_cache
+    found = ["serve", "--model", model_path(spec), "--served-model-name", *(spec.model.served_names or [owner.name])]
+    found += ["--host", "0.0.0.0", "--port", str(HTTP_PORT), "--health-port", str(HEALTH_PORT)]
+    found += ["--max-num-seqs", str(engine.max_num_seqs), "--dtype", engine.dtype, "--load-format", engine.load_format]
+    found += ["--drain-timeout", str(seconds(spec.drain.timeout))]
+    optional = {
+        "--max-model-len": engine.max_model_len,
+        "--max-num-batched-tokens": engine.max_batched_tokens,
+        "--kv-cache-blocks": kv.blocks,
+    }
+    for flag, value in optional.items():
+        found += [flag, str(value)] if value is not None else []
+    found += ["--gpu-memory-utilization", f"{kv.memory_fraction:g}"]
+    found += [] if kv.prefix_caching else ["--no-enable-prefix-caching"]
+    return found + list(engine.extra_args)
+
+
+def model_path(spec: InferenceServiceSpec) -> str:
+    source = pvc_source(spec.model.uri)
+    return f"/models/{source.path}" if source else spec.model.uri.removeprefix("file://")
+
+
+def _probe(path: str, period_s: int, failures: int, timeout_s: int = 2) -> JSON:
+    return {
+        "httpGet": {"path": f"/health/{path}", "port": "health"},
+        "periodSeconds": period_s, "failureThreshold": failures, "timeoutSeconds": timeout_s,
+    }  # fmt: skip
+
+
+def _container(owner: Owner, spec: InferenceServiceSpec, image: str, pull_policy: str) -> JSON:
+    mounts = [{"name": "tmp", "mountPath": "/tmp"}, {"name": "shm", "mountPath": "/dev/shm"}]
+    if pvc_source(spec.model.uri):
+        mounts.append({"name": "model", "mountPath": "/models", "readOnly": True})  # pyright: ignore[reportArgumentType]
+    return {
+        "name": CONTAINER,
+        "image": image,
+        "imagePullPolicy": pull_policy,
+        "command": ["mainsail-engine"],
+        "args": arguments(owner, spec),
+        "env": [{"name": "HOME", "value": "/tmp"}],
+        "ports": [
+            {"name": "http", "containerPort": HTTP_PORT, "protocol": "TCP"},
+            {"name": "health", "containerPort": HEALTH_PORT, "protocol": "TCP"},
+        ],
+        # A model may take an hour to load: the rollout's deadline judges that, not the startup probe.
+        "startupProbe": _probe("startup", 1, 3600),
+        "readinessProbe": _probe("ready", 2, 2),
+        "livenessProbe": _probe("live", 10, 6, 5),
+        "lifecycle": {"preStop": {"sleep": {"seconds": PRE_STOP_S}}},
+        "resources": _resources(spec),
+        "securityContext": {
+            "allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]},
+        },
+        "terminationMessagePolicy": "File",
+        "volumeMounts": mounts,
+    }  # fmt: skip
+
+
+def _resources(spec: InferenceServiceSpec) -> JSON:
+    asked = spec.resources.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+    found: JSON = {kind: {name: str(amount) for name, amount in amounts.items()} for kind, amounts in asked.items()}
+    return found or {"limits": {"nvidia.com/gpu": "1"}}
+
+
+def _pod(owner: Owner, spec: InferenceServiceSpec, image: str, pull_policy: str) -> JSON:
+    volumes: list[JSON] = [
+        {"name": "tmp", "emptyDir": {}},
+        {"name": "shm", "emptyDir": {"medium": "Memory"}},
+    ]
+    source = pvc_source(spec.model.uri)
+    if source:
+        volumes.append({"name": "model", "persistentVolumeClaim": {"claimName": source.claim, "readOnly": True}})
+    pod: JSON = {
+        "serviceAccountName": owner.name,
+        "automountServiceAccountToken": False,
+        "terminationGracePeriodSeconds": grace_period_s(spec),
+        "securityContext": {
+            "runAsNonRoot": True, "runAsUser": _USER, "runAsGroup": _USER, "fsGroup": _USER,
+            "fsGroupChangePolicy": "OnRootMismatch", "seccompProfile": {"type": "RuntimeDefault"},
+        },
+        "containers": [_container(owner, spec, image, pull_policy)],
+        "volumes": volumes,
+    }  # fmt: skip
+    return merged(pod, spec.pod_template.spec)
+
+
+_MERGED_BY = {
+    "containers": "name", "initContainers": "name", "env": "name", "volumes": "name", "imagePullSecrets": "name",
+    "volumeMounts": "mountPath", "ports": "containerPort",
+}  # fmt: skip
+_APPENDED = frozenset({"tolerations", "topologySpreadConstraints", "envFrom"})
+
+
+def merged(base: JSON, patch: JSON) -> JSON:
+    """Kubernetes' strategic merge, for the fields of a pod: objects by key, the lists above by name, others replaced."""
+    found = copy.deepcopy(base)
+    for key, value in patch.items():
+        old = found.get(key)
+        if isinstance(value, dict) and isinstance(old, dict):
+            found[key] = merged(cast(JSON, old), cast(JSON, value))
+        elif isinstance(value, list) and isinstance(old, list):
+            found[key] = _merged_list(key, cast("list[Any]", old), cast("list[Any]", value))
+        else:
+            found[key] = copy.deepcopy(cast(Any, value))
+    return found
+
+
+def _merged_list(key: str, old: list[Any], new: list[Any]) -> list[Any]:
+    if key in _APPENDED:
+        return old + [item for item in new if item not in old]
+    if key not in _MERGED_BY:
+        return copy.deepcopy(new)
+    name = _MERGED_BY[key]
+    found = {item.get(name): item for item in old}
+    for item in new:
+        known = found.get(item.get(name))
+        found[item.get(name)] = merged(known, item) if known is not None else copy.deepcopy(item)
+    return list(found.values())
+
+
+def deployment_name(owner: Owner, revision: str) -> str:
+    return f"{owner.name}-{revision}"
+
+
+def deployment(
+    owner: Owner, spec: InferenceServiceSpec, replicas: int, settings: Settings, *, image: str | None = None
+) -> JSON:
+    """The Deployment of the spec's revision. image: what the existing Deployment of this revision runs, to be kept."""
+    revision = revision_of(spec)
+    own = {REVISION_LABEL: revision}
+    template = spec.pod_template.metadata
+    manifest: JSON = {
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "metadata": _metadata(owner, deployment_name(owner, revision), own),
+        "spec": {
+            "replicas": replicas,
+            "revisionHistoryLimit": 0,
+            "progressDeadlineSeconds": seconds(spec.rollout.progress_deadline),
+            "selector": {"matchLabels": {SERVICE_LABEL: owner.name, **own}},
+            "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 0, "maxUnavailable": 1}},
+            "template": {
+                "metadata": {
+                    "labels": dict(template.labels) | labels(owner) | own,
+                    "annotations": dict(template.annotations),
+                },
+                "spec": _pod(owner, spec, image or settings.engine_image, settings.engine_image_pull_policy),
+            },
+        },
+    }
+    return _stamped(manifest)
