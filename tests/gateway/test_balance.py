@@ -1,0 +1,136 @@
+"""The balancing rules, as properties over many fleets."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+from mainsail_gateway import balance
+from mainsail_gateway.balance import Load, PrefixIndex, pick
+
+NOW = 1000.0
+PREFIX = [b"12345678"]
+
+loads = st.lists(st.integers(0, 100_000), min_size=1, max_size=20).map(
+    lambda tokens: [Load(f"e{i}", 0.0, tokens=n, picked=i) for i, n in enumerate(tokens)]
+)
+weights = st.integers(1, 50_000)
+
+
+def test_none_without_endpoints():
+    assert pick([], 1, PREFIX, PrefixIndex(), NOW) is None
+
+
+@given(loads, weights)
+def test_without_prefix_the_least_loaded(fleet, weight):
+    chosen = pick(fleet, weight, [], PrefixIndex(), NOW)
+    assert chosen.tokens == min(load.tokens for load in fleet)
+
+
+@given(loads, weights, st.integers(0, 19))
+def test_affinity_never_exceeds_the_bound(fleet, weight, home):
+    index = PrefixIndex()
+    index.learn(PREFIX, f"e{home % len(fleet)}")
+    chosen = pick(fleet, weight, PREFIX, index, NOW)
+    fair = balance.LOAD_BOUND * (sum(load.tokens for load in fleet) + weight) / len(fleet)
+    within = [load for load in fleet if load.tokens + weight <= max(fair, balance.QUIET_TOKENS)]
+    if within:
+        assert chosen in within
+    else:
+        assert chosen.tokens == min(load.tokens for load in fleet)
+    if fleet[home % len(fleet)] in within:
+        assert chosen is fleet[home % len(fleet)]
+
+
+@given(loads, st.binary(min_size=8, max_size=8))
+def test_gateways_agree_on_a_new_prefix_and_a_departure_moves_only_its_own(fleet, prefix):
+    for load in fleet:
+        load.tokens = 0
+    first = pick(fleet, 10, [prefix], PrefixIndex(), NOW)
+    assert pick(fleet[::-1], 10, [prefix], PrefixIndex(), NOW) is first
+    for gone in fleet:
+        rest = [load for load in fleet if load is not gone]
+        if gone is not first and rest:
+            assert pick(rest, 10, [prefix], PrefixIndex(), NOW) is first
+
+
+def test_the_longest_known_prefix_wins():
+    fleet = [Load("a", 0.0), Load("b", 0.0)]
+    index = PrefixIndex()
+    index.learn([b"short"], "a")
+    index.learn([b"longer"], "b")
+    assert pick(fleet, 1, [b"short", b"longer"], index, NOW).key == "b"
+    assert pick(fleet, 1, [b"short", b"unknown"], index, NOW).key == "a"
+
+
+def test_a_trickle_goes_round():
+    fleet = [Load("a", 0.0), Load("b", 0.0), Load("c", 0.0)]
+    seen = []
+    for n in range(6):
+        chosen = pick(fleet, 10, [], PrefixIndex(), NOW)
+        chosen.picked = n + 1
+        seen.append(chosen.key)
+    assert seen == ["a", "b", "c"] * 2
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=20))
+def test_ejection_has_a_floor(ejected):
+    fleet = [Load(f"e{i}", 0.0, ejected_until=NOW + 1 if out else 0.0) for i, out in enumerate(ejected)]
+    left = balance.usable(fleet, NOW)
+    assert len(left) * 2 >= len(fleet)
+    if sum(ejected) * 2 <= len(ejected):
+        assert all(load.ejected_until <= NOW for load in left)
+    else:
+        assert left == fleet  # panic: everybody
+
+
+def test_ejected_after_failures_in_a_row_longer_each_time_and_back_by_degrees():
+    load = Load("a", 0.0)
+    now, pauses = NOW, []
+    for _ in range(6):
+        for _ in range(balance.EJECT_AFTER):
+            assert load.ejected_until <= now
+            balance.failed(load, now)
+        pauses.append(load.ejected_until - now)
+        now = load.ejected_until
+        assert balance.share(load, now) == balance.SLOW_START_FLOOR
+        assert balance.SLOW_START_FLOOR < balance.share(load, now + balance.SLOW_START_S / 2) < 1
+        assert balance.share(load, now + balance.SLOW_START_S) == 1
+    assert pauses == [5, 10, 20, 40, 60, 60]
+    balance.failed(load, now)
+    balance.succeeded(load)
+    balance.failed(load, now)
+    balance.failed(load, now)
+    assert load.ejected_until <= now
+    balance.failed(load, now)
+    assert load.ejected_until == now + balance.EJECT_S
+
+
+def test_a_newcomer_gets_little_at_first():
+    fleet = [Load("old", 0.0), Load("new", NOW)]
+    counts = {"old": 0, "new": 0}
+    for n in range(110):
+        chosen = pick(fleet, 100, [], PrefixIndex(), NOW)
+        chosen.tokens += 100
+        chosen.picked = n + 1
+        counts[chosen.key] += 1
+    assert counts == {"old": 100, "new": 10}
+
+
+@given(st.binary(max_size=40_000), st.binary(max_size=1000))
+def test_equal_beginnings_have_equal_keys(prompt, more):
+    keys = balance.prefix_keys(prompt)
+    assert balance.prefix_keys(prompt + more)[: len(keys)] == keys
+    assert len(keys) == sum(len(prompt) >= length for length in balance.PREFIX_LENGTHS)
+
+
+def test_a_named_session_is_its_longest_prefix():
+    assert len(balance.prefix_keys(b"", "s")) == 1
+    assert balance.prefix_keys(b"a" * 600, "s")[1] != balance.prefix_keys(b"a" * 600, "t")[1]
+
+
+@given(st.lists(st.binary(min_size=1, max_size=2), max_size=50))
+def test_the_index_is_bounded_and_keeps_the_newest(prefixes):
+    index = PrefixIndex(capacity=5)
+    for prefix in prefixes:
+        index.learn([prefix], "e")
+    newest = list(dict.fromkeys(reversed(prefixes)))[:5]
+    assert len(index) == len(newest)
+    assert all(index.get(prefix) == "e" for prefix in newest)

@@ -1,0 +1,202 @@
+"""Endpoints that break in every way, and clients that leave: what the other side is told."""
+
+import asyncio
+import json
+
+import httpx
+import openai
+import pytest
+
+BODY = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+CHAT = "/v1/chat/completions"
+
+
+def dead(kit, up):
+    """An endpoint that refuses connections."""
+    up._server.close()
+    return up.endpoint("dead")
+
+
+@pytest.mark.parametrize("how", ["refused", "reset", "garbage", "half a head", "draining"])
+async def test_broken_before_the_first_byte_goes_elsewhere(kit, how):
+    answers = {
+        "reset": b"",
+        "garbage": b"SSH-2.0-OpenSSH_9.2\r\n",
+        "half a head": b"HTTP/1.1 200 OK\r\ncontent-",
+        "draining": b"HTTP/1.1 503 X\r\ncontent-length: 0\r\n\r\n",
+    }
+    good = await kit.upstream()
+    bad = await kit.upstream(kit.raw(answers.get(how, b"")))
+    end = dead(kit, bad) if how == "refused" else bad.endpoint("bad")
+    async with kit.gateway(kit.service(end, good.endpoint())) as gw, httpx.AsyncClient() as client:
+        for _ in range(6):
+            assert (await client.post(gw.url + CHAT, json=BODY)).status_code == 200
+    assert len(good.seen) == 6
+    assert len(bad.seen) < 6  # it is left alone after a while
+
+
+@pytest.mark.parametrize(("answer", "reason"), [(b"", "reset"), (b"nonsense\r\n\r\n", "garbage")])
+async def test_alone_and_broken_is_502(kit, answer, reason):
+    up = await kit.upstream(kit.raw(answer))
+    async with kit.gateway(kit.service(up.endpoint())) as gw, httpx.AsyncClient() as client:
+        response = await client.post(gw.url + CHAT, json=BODY)
+    assert response.status_code == 502
+    assert response.json()["error"]["code"] == "upstream_failed"
+    assert gw.metric("mainsail:gateway_upstream_failures_total", namespace="default", service="m", reason=reason) >= 1
+
+
+@pytest.mark.parametrize("status", [400, 429, 500])
+async def test_an_engines_answer_passes(kit, status):
+    body = b'{"error": {"message": "x"}}'
+    up = await kit.upstream(kit.raw(b"HTTP/1.1 %d X\r\ncontent-length: %d\r\n\r\n" % (status, len(body)) + body))
+    other = await kit.upstream(up.behave)
+    async with kit.gateway(kit.service(up.endpoint(), other.endpoint())) as gw, httpx.AsyncClient() as client:
+        response = await client.post(gw.url + CHAT, json=BODY)
+    assert (response.status_code, response.content) == (status, body)
+    assert len(up.seen) + len(other.seen) == 1
+    assert ("retry-after" in response.headers) == (status == 429)
+
+
+async def test_the_only_one_draining_passes_its_503(kit):
+    up = await kit.upstream(kit.raw(b"HTTP/1.1 503 X\r\nretry-after: 7\r\ncontent-length: 0\r\n\r\n"))
+    async with kit.gateway(kit.service(up.endpoint())) as gw, httpx.AsyncClient() as client:
+        response = await client.post(gw.url + CHAT, json=BODY)
+    assert (response.status_code, response.headers["retry-after"]) == (503, "7")
+
+
+async def test_an_idle_connection_closed_by_the_engine_is_replaced(kit):
+    up = await kit.upstream(kit.answer)
+    async with kit.gateway(kit.service(up.endpoint())) as gw, httpx.AsyncClient() as client:
+        assert (await client.post(gw.url + CHAT, json=BODY)).status_code == 200
+        up.behave = kit.raw(b"")  # the kept connection takes one more request and closes without a byte
+        answers = asyncio.create_task(client.post(gw.url + CHAT, json=BODY))
+        await kit.until(lambda: len(up.seen) >= 2)
+        up.behave = kit.answer
+        assert (await answers).status_code in (200, 502)
+        assert (await client.post(gw.url + CHAT, json=BODY)).status_code == 200
+
+
+async def test_broken_between_events_ends_with_an_error_event(kit):
+    up = await kit.upstream(kit.raw(kit.sse_head + kit.chunk(b'data: {"choices": []}\n\n')))
+    async with (
+        kit.gateway(kit.service(up.endpoint())) as gw,
+        openai.AsyncOpenAI(base_url=gw.url + "/v1", api_key="x", max_retries=0) as client,
+    ):
+        stream = await client.chat.completions.create(**BODY, stream=True)
+        with pytest.raises(openai.APIError, match="middle of its answer"):
+            async for _ in stream:
+                pass
+    assert gw.metric("mainsail:gateway_requests_total", namespace="default", service="m", code="502") == 1
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\n{", None],
+)
+async def test_broken_elsewhere_cuts_the_client(kit, data):
+    up = await kit.upstream(kit.raw(data or kit.sse_head + kit.chunk(b"data: {half")))
+    async with kit.gateway(kit.service(up.endpoint())) as gw, httpx.AsyncClient() as client:
+        with pytest.raises(httpx.RemoteProtocolError):
+            await client.post(gw.url + CHAT, json=BODY)
+
+
+async def test_stalled_stream_ends_with_an_error_event(kit):
+    up = await kit.upstream(kit.raw(kit.sse_head + kit.chunk(b"data: 1\n\n"), cut=False))
+    async with kit.gateway(kit.service(up.endpoint()), idle_timeout_s=0.1) as gw, httpx.AsyncClient() as client:
+        text = (await client.post(gw.url + CHAT, json=BODY)).text
+    assert json.loads(text.split("\n\n")[1].removeprefix("data: "))["error"]["code"] == "stream_broken"
+
+
+async def test_no_answer_is_504(kit):
+    up = await kit.upstream(kit.raw(b"", cut=False))
+    async with kit.gateway(kit.service(up.endpoint()), response_timeout_s=0.1) as gw, httpx.AsyncClient() as client:
+        response = await client.post(gw.url + CHAT, json=BODY)
+    assert (response.status_code, response.json()["error"]["code"]) == (504, "upstream_timeout")
+
+
+@pytest.mark.parametrize("when", ["before the head", "within the stream"])
+async def test_a_client_that_leaves_frees_its_endpoint(kit, when):
+    async def silent(up, seen, reader, writer):
+        await reader.read(1)
+        up.closed_early += 1
+        raise ConnectionResetError
+
+    up = await kit.upstream(kit.hold if when == "within the stream" else silent)
+    async with kit.gateway(kit.service(up.endpoint())) as gw:
+        reader, writer = await asyncio.open_connection("127.0.0.1", gw.port)
+        body = json.dumps({**BODY, "stream": True}).encode()
+        writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        if when == "within the stream":
+            await reader.readuntil(b"data: first\n\n")
+        await kit.until(lambda: len(up.seen) == 1)
+        writer.close()
+        await kit.until(lambda: up.closed_early == 1)
+        load = next(iter(gw.gateway.fleet.pools["default", "m"].loads.values()))
+        await kit.until(lambda: (load.requests, load.tokens) == (0, 0) and not gw.gateway.relay.calls)
+    assert gw.metric("mainsail:gateway_requests_total", namespace="default", service="m", code="499") == 1
+
+
+async def test_chunks_pass_at_once_and_a_slow_client_holds_back_the_engine(kit):
+    written = 0
+
+    async def flood(up, seen, reader, writer):
+        nonlocal written
+        writer.write(kit.sse_head)
+        while written < 64 * 1024 * 1024:
+            writer.write(kit.chunk(b"x" * 65536))
+            await writer.drain()
+            written += 65536
+        writer.write(b"0\r\n\r\n")
+
+    up = await kit.upstream(flood)
+    async with kit.gateway(kit.service(up.endpoint()), client_timeout_s=1.0) as gw:
+        reader, writer = await asyncio.open_connection("127.0.0.1", gw.port)
+        body = json.dumps(BODY).encode()
+        writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        await kit.until(lambda: written > 0)
+        await kit.until(lambda: not gw.gateway.relay.calls)  # dropped, because it takes nothing
+        writer.close()
+    assert written < 64 * 1024 * 1024
+    assert (
+        gw.metric("mainsail:gateway_upstream_failures_total", namespace="default", service="m", reason="client_timeout")
+        == 1
+    )
+
+
+async def test_headers_end_at_a_hop(kit):
+    up = await kit.upstream(
+        kit.raw(b"HTTP/1.1 200 OK\r\nx-e: 1\r\nx-hop: 2\r\nconnection: x-hop\r\ncontent-length: 2\r\n\r\n{}", cut=False)
+    )
+    headers = {"connection": "x-secret", "x-secret": "1", "te": "trailers", "x-keep": "2", "traceparent": "00-ab-cd-01"}
+    async with kit.gateway(kit.service(up.endpoint())) as gw, httpx.AsyncClient() as client:
+        response = await client.post(gw.url + CHAT + "?a=b", json=BODY, headers=headers)
+    seen = up.seen[0]
+    assert seen.head.startswith(b"POST /v1/chat/completions?a=b HTTP/1.1\r\n")
+    assert (seen.header("x-keep"), seen.header("traceparent")) == ("2", "00-ab-cd-01")
+    assert (seen.header("x-secret"), seen.header("te"), seen.header("connection")) == (None, None, None)
+    assert seen.head.lower().count(b"content-length") == 1
+    assert response.headers["x-e"] == "1"
+    assert "x-hop" not in response.headers
+
+
+async def test_a_thousand_idle_streams_bound_nothing(kit):
+    up = await kit.upstream(kit.hold)
+    quick = await kit.upstream()
+    services = (kit.service(up.endpoint()), kit.service(quick.endpoint(), name="quick"))
+    body = json.dumps({**BODY, "stream": True}).encode()
+    request = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+    async with kit.gateway(*services) as gw, httpx.AsyncClient() as client:
+        clients = []
+        for _ in range(1000):
+            reader, writer = await asyncio.open_connection("127.0.0.1", gw.port)
+            writer.write(request)
+            clients.append((reader, writer))
+        for reader, _ in clients:
+            await reader.readuntil(b"data: first\n\n")
+        assert len(gw.gateway.relay.calls) == 1000
+        assert (await client.post(gw.url + CHAT, json={**BODY, "model": "quick"})).status_code == 200
+        up.release.set()
+        for reader, writer in clients:
+            await reader.readuntil(b"0\r\n\r\n")
+            writer.close()
+        await kit.until(lambda: not gw.gateway.relay.calls)
