@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from mainsail_kernels import reference
 from mainsail_kernels.attention_prefill import paged_attention_prefill
+from mainsail_kernels.kv_write import rope_and_write_kv
 
 
 @dataclass(slots=True)
@@ -39,13 +39,28 @@ class Attention:
             return decoded
         return torch.cat([decoded, self._prefill(query[n:], kv, scale, n)])
 
+    def rotate_and_write(
+        self,
+        qkv: torch.Tensor,
+        kv: torch.Tensor,
+        cos_sin: torch.Tensor,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        q_norm: torch.Tensor | None,
+        k_norm: torch.Tensor | None,
+        eps: float,
+    ) -> torch.Tensor:
+        """Norm and rotate qkv's heads, write keys and values to kv: queries [num_tokens, num_heads, head_dim]."""
+        return rope_and_write_kv(
+            qkv, self.positions, cos_sin, kv, self.slot_mapping,
+            num_heads=num_heads, num_kv_heads=num_kv_heads, q_norm=q_norm, k_norm=k_norm, eps=eps,
+        )  # fmt: skip
+
     def _decode(self, query: torch.Tensor, kv: torch.Tensor, scale: float) -> torch.Tensor:
         n = self.num_decodes
-        if query.is_cuda:
-            return paged_attention_prefill(
-                query, kv, self.block_tables[:n], self.query_start[: n + 1], self.seq_lens[:n], 1, scale
-            )
-        return reference.paged_attention_decode(query, kv, self.block_tables[:n], self.seq_lens[:n], scale)
+        tables, lens = self.block_tables[:n], self.seq_lens[:n]
+        return paged_attention_prefill(query, kv, tables, self.query_start[: n + 1], lens, 1, scale)
 
     def _prefill(self, query: torch.Tensor, kv: torch.Tensor, scale: float, first: int) -> torch.Tensor:
         starts = self.query_start[first:] - first if first else self.query_start

@@ -8,15 +8,16 @@ Query, key and value projections are one matrix, gate and up another. Attention 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
+import torch.nn.functional as F
 
 from mainsail_engine.model.architecture import Architecture
 from mainsail_engine.model.attention import Attention
 from mainsail_engine.model.linear import linear
 from mainsail_engine.model.loader import Weights
 from mainsail_engine.model.rotary import cos_sin_table
-from mainsail_kernels.kv_write import rope_and_write_kv
 from mainsail_kernels.rms_norm import rms_norm
 from mainsail_kernels.silu_mul import silu_mul
 
@@ -82,8 +83,8 @@ class LlamaForCausalLM:
         residual: torch.Tensor | None = None
         for layer, kv in zip(self.layers, kv_cache, strict=True):
             x, residual = _norm(x, layer.input_norm, a.rms_norm_eps, residual)
-            query = rope_and_write_kv(
-                linear(x, layer.qkv, layer.qkv_bias), attention.positions, self.cos_sin, kv, attention.slot_mapping,
+            query = attention.rotate_and_write(
+                linear(x, layer.qkv, layer.qkv_bias), kv, self.cos_sin,
                 num_heads=a.num_heads, num_kv_heads=a.num_kv_heads,
                 q_norm=layer.q_norm, k_norm=layer.k_norm, eps=a.rms_norm_eps,
             )  # fmt: skip
@@ -102,13 +103,12 @@ def _norm(
     x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(normalized, new residual); the first layer's residual is the embedding itself."""
+    if not x.is_cuda:
+        total = x if residual is None else x + residual
+        return F.rms_norm(total, weight.shape, weight, eps), total
     if residual is None:
-        out = rms_norm(x, weight, eps)
-        assert isinstance(out, torch.Tensor)
-        return out, x
-    both = rms_norm(x, weight, eps, residual)
-    assert isinstance(both, tuple)
-    return both
+        return cast(torch.Tensor, rms_norm(x, weight, eps)), x
+    return cast(tuple[torch.Tensor, torch.Tensor], rms_norm(x, weight, eps, residual))
 
 
 def _ignored(architecture: Architecture) -> frozenset[str]:

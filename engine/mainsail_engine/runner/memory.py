@@ -1,7 +1,8 @@
 """How many KV blocks the device holds.
 
 CUDA: what `memory_utilization` of the card leaves after weights and a forward pass of the largest step. CPU: enough
-for every slot at full length, within a quarter of the memory that this process may still take (a container's limit counts).
+for every slot at full length, within a quarter of the memory that this process may still take (a container's
+limit counts).
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from mainsail_engine.config import BLOCK_SIZE, EngineConfig
 from mainsail_engine.errors import InvalidConfigurationError, OutOfMemoryError
 from mainsail_engine.model.architecture import Architecture, read_architecture
 from mainsail_engine.model.attention import Attention
+from mainsail_engine.model.attention_cpu import CpuAttention
 from mainsail_engine.model.loader import open_weights
 from mainsail_engine.model.registry import MODELS
 from mainsail_engine.request import Request, SamplingParams
@@ -169,7 +170,8 @@ class ModelRunner:
         return PendingTokens(on_host, done)
 
     def _attention(self, arrays: StepArrays) -> Attention:
-        return Attention(
+        kind = CpuAttention if self.device.type == "cpu" else Attention
+        return kind(
             positions=self._up(arrays.positions),
             slot_mapping=self._up(arrays.slot_mapping),
             block_tables=self._up(arrays.block_tables),
@@ -190,7 +192,8 @@ class ModelRunner:
         for chunk in plan.chunks:
             row += chunk.samples
             request, params = chunk.request, chunk.request.params
-            if chunk.samples and len(request.output_token_ids) + request.num_in_flight < params.min_tokens:
+            produced = chunk.start + chunk.num_tokens - len(request.prompt_token_ids)
+            if chunk.samples and produced < params.min_tokens:
                 banned = sorted(self.eos_token_ids.union(params.stop_token_ids))
                 logits[row, banned] = -torch.inf
 
