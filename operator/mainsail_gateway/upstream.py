@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import socket
 from collections import defaultdict, deque
-from typing import Literal
+from typing import Literal, cast
 
 import httptools
 
@@ -128,9 +128,7 @@ class Connection(asyncio.Protocol):
     # What the event loop calls.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        if not isinstance(transport, asyncio.Transport):
-            raise TypeError(f"a stream transport is needed, got {type(transport).__name__}")
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is none of asyncio's classes
         sock = transport.get_extra_info("socket")
         if sock is not None:
             with contextlib.suppress(OSError):

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 
 import pytest
 import uvicorn
+import uvloop
+
 from mainsail_gateway.app import Gateway
 from mainsail_gateway.routes import Endpoint, Service, Table
 from mainsail_gateway.server import Server, configure
@@ -17,7 +19,7 @@ from mainsail_gateway.settings import Settings
 
 async def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
     async with asyncio.timeout(timeout_s):
-        while not condition():
+        while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 
 
@@ -196,6 +198,12 @@ async def gateway(*services: Service, **settings) -> AsyncIterator[Running]:
         await task
         sweeps.cancel()
         app.connections.close()
+
+
+@pytest.fixture(scope="session")
+def event_loop_policy():
+    """The loop that the gateway runs on."""
+    return uvloop.EventLoopPolicy()
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from hypothesis import given
 from hypothesis import strategies as st
+
 from mainsail_gateway import balance
 from mainsail_gateway.balance import Load, PrefixIndex, pick
 

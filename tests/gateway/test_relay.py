@@ -150,7 +150,7 @@ async def test_chunks_pass_at_once_and_a_slow_client_holds_back_the_engine(kit):
 
     up = await kit.upstream(flood)
     async with kit.gateway(kit.service(up.endpoint()), client_timeout_s=1.0) as gw:
-        reader, writer = await asyncio.open_connection("127.0.0.1", gw.port)
+        _, writer = await asyncio.open_connection("127.0.0.1", gw.port)
         body = json.dumps(BODY).encode()
         writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
         await kit.until(lambda: written > 0)

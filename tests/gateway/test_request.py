@@ -3,6 +3,7 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from mainsail_gateway.errors import GatewayError
 from mainsail_gateway.request import DEFAULT_ANSWER_TOKENS, MAX_ANSWER_TOKENS, parse
 
@@ -42,7 +43,7 @@ def test_any_bytes_are_read_or_refused(body):
     try:
         parse(body)
     except GatewayError as error:
-        assert error.status == 400
+        assert error.status == 400  # noqa: PT017
 
 
 @given(st.dictionaries(st.sampled_from(["model", "messages", "prompt", "tools", "user", "max_tokens", "n"]), anything))
@@ -50,5 +51,5 @@ def test_any_object_is_read_or_refused(fields):
     try:
         assert parse(json.dumps(fields).encode()).model == fields["model"]
     except GatewayError as error:
-        assert (error.status, error.param) == (400, "model")
+        assert (error.status, error.param) == (400, "model")  # noqa: PT017
         assert not isinstance(fields.get("model"), str) or not fields["model"]

@@ -1,5 +1,6 @@
 from hypothesis import given
 from hypothesis import strategies as st
+
 from mainsail_gateway import retry
 from mainsail_gateway.retry import RetryBudget
 

@@ -1,0 +1,285 @@
+"""The watch loop against an API server that is away, forgets versions, drops connections and loses events; and the
+whole process on top of it."""
+
+import asyncio
+import json
+import os
+import signal
+import sys
+
+import httpx
+import httpx2
+import pytest
+
+from mainsail_gateway.routes import Routes
+from mainsail_gateway.watch import Timing
+
+SERVICES = "/apis/mainsail.dev/v1alpha1/inferenceservices"
+SLICES = "/apis/discovery.k8s.io/v1/endpointslices"
+QUICK = Timing(relist_s=600, silence_s=30, backoff_s=(0.01, 0.05))
+
+
+class ApiServer:
+    """List and watch over real HTTP, as kube-apiserver speaks them; `say` sends an event, the rest is trouble."""
+
+    def __init__(self):
+        self.objects = {SERVICES: {}, SLICES: {}}
+        self.version = 10
+        self.lists = {SERVICES: 0, SLICES: 0}
+        self.watches = []  # (path, query, writer) of those open
+        self.asked = []  # queries of all watches
+        self.expired = False
+        self.port = 0
+
+    async def start(self):
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
+        self.port = self._server.sockets[0].getsockname()[1]
+
+    async def away(self):
+        self._server.close()
+        self.drop()
+        await asyncio.sleep(0)
+
+    def drop(self):
+        for _, _, writer in self.watches:
+            writer.transport.abort()
+        self.watches.clear()
+
+    def put(self, path, item, *, silently=False):
+        kind = "MODIFIED" if item["metadata"]["name"] in self.objects[path] else "ADDED"
+        self.version += 1
+        item["metadata"]["resourceVersion"] = str(self.version)
+        self.objects[path][item["metadata"]["name"]] = item
+        if not silently:
+            self.say(path, kind, item)
+
+    def delete(self, path, name, *, silently=False):
+        self.version += 1
+        item = self.objects[path].pop(name)
+        item["metadata"]["resourceVersion"] = str(self.version)
+        if not silently:
+            self.say(path, "DELETED", item)
+
+    def say(self, path, kind, item):
+        line = json.dumps({"type": kind, "object": item}, ensure_ascii=False).encode() + b"\n"
+        for where, _, writer in self.watches:
+            if where == path:
+                writer.write(b"%x\r\n%b\r\n" % (len(line), line))
+
+    async def _serve(self, reader, writer):
+        try:
+            while True:
+                head = (await reader.readuntil(b"\r\n\r\n")).decode()
+                url = httpx.URL(head.split(" ")[1])
+                if url.params.get("watch"):
+                    await self._watch(url, reader, writer)
+                    return
+                await self._list(url, writer)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            writer.close()
+
+    async def _list(self, url, writer):
+        """Two objects a page, so that continuation is used."""
+        items = list(self.objects[url.path].values())
+        start = int(url.params.get("continue", "0"))
+        more = str(start + 2) if start + 2 < len(items) else ""
+        if not more:
+            self.lists[url.path] += 1
+        page = {"metadata": {"resourceVersion": str(self.version), "continue": more}, "items": items[start : start + 2]}
+        body = json.dumps(page).encode()
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body))
+        writer.write(body)
+
+    async def _watch(self, url, reader, writer):
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n")
+        self.asked.append(dict(url.params))
+        entry = (url.path, url.params, writer)
+        self.watches.append(entry)
+        if self.expired:
+            self.expired = False
+            self.say(url.path, "ERROR", {"kind": "Status", "code": 410, "message": "too old resource version"})
+        try:
+            await reader.read(1)
+        finally:
+            if entry in self.watches:
+                self.watches.remove(entry)
+
+
+def isvc(name, **spec):
+    meta = {"name": name, "namespace": "default", "creationTimestamp": "2026-01-01T00:00:00Z"}
+    return {"metadata": meta, "spec": {"model": {"uri": "hf://x/y"}, **spec}}
+
+
+def slices(owner, *addresses, port=8000):
+    labels = {"mainsail.dev/service": owner}
+    return {
+        "metadata": {"name": owner + "-1", "namespace": "default", "labels": labels},
+        "addressType": "IPv4",
+        "endpoints": [{"addresses": [a], "conditions": {"ready": True}} for a in addresses],
+        "ports": [{"name": "http", "port": port}],
+    }
+
+
+class World:
+    def __init__(self, api, routes, task):
+        self.api, self.routes, self.task = api, routes, task
+
+    def models(self):
+        return {name: [e.host for e in s.endpoints] for name, s in self.routes.table.models.items()}
+
+
+@pytest.fixture
+async def world(request):
+    """An API server with one service of one endpoint, mirrored."""
+    api = ApiServer()
+    api.put(SERVICES, isvc("a"))
+    api.put(SLICES, slices("a", "10.0.0.1"))
+    await api.start()
+    client = httpx2.AsyncClient(base_url=f"http://127.0.0.1:{api.port}")
+    routes = Routes(client, [], lambda table: None, timing=getattr(request, "param", QUICK))
+    task = asyncio.create_task(routes.run())
+    world = World(api, routes, task)
+    async with asyncio.timeout(10):
+        while world.models() != {"a": ["10.0.0.1"]} or len(api.watches) < 2:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    yield world
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    await client.aclose()
+    await api.away()
+
+
+async def test_events_change_the_table(kit, world):
+    before = world.routes.table
+    for name in "bcde":
+        world.api.put(SERVICES, isvc(name))
+    world.api.put(SLICES, slices("a", "10.0.0.1", "10.0.0.2"))
+    await kit.until(lambda: len(world.models()) == 5 and world.models()["a"] == ["10.0.0.1", "10.0.0.2"])
+    world.api.delete(SERVICES, "b")
+    await kit.until(lambda: "b" not in world.models())
+    assert set(before.models) == {"a"}  # an old reading never changes
+    assert world.api.lists == {SERVICES: 1, SLICES: 1}
+
+
+async def test_odd_objects_and_odd_characters_break_nothing(kit, world):
+    world.api.put(SERVICES, {"metadata": {"name": "odd", "namespace": "default"}, "spec": {"model": 7}})
+    fine = isvc("fine")
+    fine["metadata"]["annotations"] = {"note": "next\u0085line\u2028here"}
+    world.api.put(SERVICES, fine)
+    await kit.until(lambda: set(world.models()) == {"a", "fine"})
+
+
+async def test_a_dropped_watch_goes_on_from_its_last_version(kit, world):
+    world.api.say(SERVICES, "BOOKMARK", {"metadata": {"resourceVersion": "77"}})
+    world.api.put(SERVICES, isvc("b"), silently=True)
+    await kit.until(lambda: world.routes.services[0]._version == "77")
+    world.api.drop()
+    await kit.until(lambda: len(world.api.watches) == 2)
+    assert "77" in [query["resourceVersion"] for query in world.api.asked[2:]]
+    assert all(query["allowWatchBookmarks"] == "true" for query in world.api.asked)
+    assert world.api.lists == {SERVICES: 1, SLICES: 1}
+
+
+async def test_a_version_that_is_gone_is_listed_anew(kit, world):
+    world.api.put(SERVICES, isvc("b"), silently=True)
+    world.api.delete(SERVICES, "a", silently=True)
+    world.api.expired = True
+    world.api.say(SERVICES, "ERROR", {"kind": "Status", "code": 410, "message": "too old resource version"})
+    await kit.until(lambda: set(world.models()) == {"b"})
+
+
+@pytest.mark.parametrize("world", [Timing(relist_s=0.5, silence_s=30, backoff_s=(0.01, 0.05))], indirect=True)
+async def test_a_lost_event_is_found_by_the_next_list(kit, world):
+    world.api.delete(SERVICES, "a", silently=True)
+    await kit.until(lambda: world.models() == {})
+
+
+@pytest.mark.parametrize("world", [Timing(relist_s=600, silence_s=0.2, backoff_s=(0.01, 0.05))], indirect=True)
+async def test_a_silent_watch_is_made_anew(kit, world):
+    await kit.until(lambda: len(world.api.asked) >= 4)
+    assert world.models() == {"a": ["10.0.0.1"]}
+
+
+async def test_with_the_api_server_away_it_goes_on_with_what_it_knows(kit, world):
+    await world.api.away()
+    await kit.until(lambda: all(r.failures > 3 for r in (*world.routes.services, *world.routes.slices)))
+    assert world.models() == {"a": ["10.0.0.1"]}
+    assert world.routes.synced
+    world.api.put(SERVICES, isvc("b"), silently=True)
+    world.api.expired = True
+    await world.api.start()
+    await kit.until(lambda: len(world.api.watches) == 2)
+    world.api.put(SERVICES, isvc("c"))
+    await kit.until(lambda: "c" in world.models())
+
+
+def kubeconfig(path, port):
+    path.write_text(
+        json.dumps(
+            {
+                "current-context": "c",
+                "contexts": [{"name": "c", "context": {"cluster": "k", "user": "u"}}],
+                "clusters": [{"name": "k", "cluster": {"server": f"http://127.0.0.1:{port}"}}],
+                "users": [{"name": "u", "user": {"token": "t"}}],
+            }
+        )
+    )
+    return str(path)
+
+
+async def _get(client, url):
+    try:
+        return (await client.get(url)).status_code
+    except httpx.TransportError:
+        return 0
+
+
+async def test_the_process_serves_drains_and_exits_with_0(kit, world, tmp_path, unused_tcp_port_factory):
+    up = await kit.upstream(kit.hold)
+    world.api.put(SLICES, slices("a", "127.0.0.1", port=up.port))
+    port, health = unused_tcp_port_factory(), unused_tcp_port_factory()
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "mainsail_gateway", "--host", "127.0.0.1", "--port", str(port),
+        "--health-port", str(health), "--drain-delay-s", "0.5",
+        "--kubeconfig", kubeconfig(tmp_path / "config", world.api.port),
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )  # fmt: skip
+    url, probe = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{health}"
+    try:
+        async with httpx.AsyncClient(timeout=30) as client:
+            async with asyncio.timeout(60):
+                while await _get(client, probe + "/health/ready") != 200 or await _get(client, url + "/health") != 200:  # noqa: ASYNC110
+                    await asyncio.sleep(0.05)
+            assert [m["id"] for m in (await client.get(url + "/v1/models")).json()["data"]] == ["a"]
+            body = {"model": "a", "messages": [], "stream": True}
+            async with client.stream("POST", url + "/v1/chat/completions", json=body) as stream:
+                lines = stream.aiter_lines()
+                assert await anext(lines) == "data: first"
+                assert (
+                    'mainsail:gateway_endpoints{namespace="default",service="a"} 1.0'
+                    in (await client.get(probe + "/metrics")).text
+                )
+                process.send_signal(signal.SIGTERM)
+                async with asyncio.timeout(30):
+                    while await _get(client, probe + "/health/ready") != 503:  # noqa: ASYNC110
+                        await asyncio.sleep(0.02)
+                assert await _get(client, probe + "/health/live") == 200
+                up.release.set()
+                assert [line async for line in lines if line] == ["data: [DONE]"]
+        async with asyncio.timeout(30):
+            assert await process.wait() == 0
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+async def test_a_bad_kubeconfig_is_said(tmp_path):
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "mainsail_gateway", "--kubeconfig", str(tmp_path / "none"), stderr=asyncio.subprocess.PIPE
+    )
+    _, said = await process.communicate()
+    assert process.returncode == 1
+    assert said.decode().startswith("error: ")
