@@ -12,6 +12,7 @@ to the process group are the parent's to interpret. The idea of an API process a
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import queue
@@ -27,7 +28,7 @@ import msgspec
 import zmq
 
 from mainsail_engine.config import BLOCK_SIZE, EngineConfig
-from mainsail_engine.errors import StartupError
+from mainsail_engine.errors import RequestError, StartupError
 from mainsail_engine.protocol import (
     Abort,
     Add,
@@ -48,6 +49,8 @@ from mainsail_engine.step import PendingStep, Runner, StepPlan, StepResult
 
 log = logging.getLogger(__name__)
 WARM_UP_ID = "warm-up"
+IDLE_S = 0.005
+"""How long to wait for a command while the scheduler holds everything back."""
 LINGER_MS = 2000
 """How long the last message may take to leave."""
 
@@ -59,6 +62,7 @@ class SchedulerLike(Protocol):
     def abort(self, request_ids: Iterable[str], reason: FinishReason) -> None: ...
     def schedule(self, now: float) -> StepPlan | None: ...
     def commit(self, plan: StepPlan, result: StepResult, now: float) -> list[RequestOutput]: ...
+    def take_outputs(self) -> list[RequestOutput]: ...
     def stats(self) -> SchedulerStats: ...
     @property
     def has_work(self) -> bool: ...
@@ -74,12 +78,15 @@ class EngineCore:
         self._in_flight: deque[tuple[StepPlan, PendingStep]] = deque()
         self._queued_since: dict[str, float] = {}
         self._first_scheduled: list[FirstScheduled] = []
+        self._refused: list[RequestOutput] = []
+        self._stats_due = False
+        """An abort changed the gauges, and perhaps no step will follow to say so."""
         self._num_steps = 0
         self._last_step_end_s = 0.0
 
     @property
     def has_work(self) -> bool:
-        return bool(self._in_flight) or self._scheduler.has_work
+        return bool(self._in_flight or self._refused) or self._stats_due or self._scheduler.has_work
 
     def handle(self, command: ToCore, now: float) -> None:
         if isinstance(command, Add):
@@ -97,32 +104,44 @@ class EngineCore:
             priority=add.priority,
             cache_salt=add.cache_salt,
         )
-        self._scheduler.add(request)
+        try:
+            self._scheduler.add(request)
+        except RequestError as error:
+            self._queued_since.pop(add.request_id, None)
+            self._refused.append(RequestOutput(add.request_id, [], FinishReason.ERROR, error=error.message))
 
     def _abort(self, abort: Abort) -> None:
         for request_id in abort.request_ids:
             self._queued_since.pop(request_id, None)
         self._scheduler.abort(abort.request_ids, abort.reason)
+        self._stats_due = True
 
     def step(self, now: float) -> StepOutputs | None:
         """Fill the pipeline, then finish its oldest step. None: there was nothing to run."""
         started_s = max(now, self._last_step_end_s)
         self._launch(now)
         if not self._in_flight:
-            return None
+            outside = self._scheduler.take_outputs()
+            return self._outputs(outside, 0, 0.0) if outside or self._refused or self._stats_due else None
         plan, pending = self._in_flight.popleft()
         result = pending.result()
         end_s = time.monotonic()
         outputs = self._scheduler.commit(plan, result, end_s)
         self._num_steps += 1
         self._last_step_end_s = end_s
+        return self._outputs(outputs, plan.num_tokens, max(0.0, end_s - started_s))
+
+    def _outputs(self, outputs: list[RequestOutput], num_tokens: int, step_time_s: float) -> StepOutputs:
+        """What this step brought, and the requests that were refused since the last one."""
+        self._stats_due = False
+        refused, self._refused = self._refused, []
         first_scheduled, self._first_scheduled = self._first_scheduled, []
         return StepOutputs(
             step=self._num_steps,
-            outputs=outputs,
+            outputs=[*outputs, *refused],
             stats=self._scheduler.stats(),
-            num_step_tokens=plan.num_tokens,
-            step_time_s=max(0.0, end_s - started_s),
+            num_step_tokens=num_tokens,
+            step_time_s=step_time_s,
             first_scheduled=first_scheduled,
         )
 
@@ -197,9 +216,12 @@ class Mailbox:
 
 def run_loop(core: EngineCore, mailbox: Mailbox) -> None:
     """Forever: take the commands that came, run a step, hand out its tokens."""
+    outputs: StepOutputs | None = None
     while True:
         if not core.has_work:
             core.handle(mailbox.commands.get(), time.monotonic())
+        elif outputs is None:
+            _wait_for_command(core, mailbox)
         while not mailbox.commands.empty():
             core.handle(mailbox.commands.get(), time.monotonic())
         outputs = core.step(time.monotonic())
@@ -207,13 +229,25 @@ def run_loop(core: EngineCore, mailbox: Mailbox) -> None:
             mailbox.send(outputs)
 
 
+def _wait_for_command(core: EngineCore, mailbox: Mailbox) -> None:
+    """There is work, but none of it may run now: do not spin."""
+    with contextlib.suppress(queue.Empty):
+        core.handle(mailbox.commands.get(timeout=IDLE_S), time.monotonic())
+
+
 def build(config: EngineConfig) -> tuple[EngineCore, Ready]:
     """Load the model and generate a token. Raises StartupError."""
-    from mainsail_engine.runner.model_runner import ModelRunner
+    from mainsail_engine.runner.model_runner import ModelRunner, batched_tokens
     from mainsail_engine.scheduler import Scheduler
 
     runner = ModelRunner(config)
-    scheduler = Scheduler(config, runner.num_blocks, runner.max_model_len, runner.eos_token_ids)
+    scheduler = Scheduler(
+        config,
+        runner.num_blocks,
+        runner.max_model_len,
+        runner.eos_token_ids,
+        max_num_batched_tokens=batched_tokens(config, runner.device),
+    )
     device = str(runner.device)
     core = EngineCore(scheduler, runner, depth=pipeline_depth(config, device))
     warm_up(core)

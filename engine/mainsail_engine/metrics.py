@@ -159,10 +159,12 @@ class Metrics:
         self._counters["vllm:num_preemptions"].inc(stats.num_preemptions - last.num_preemptions)
         self._counters["vllm:prefix_cache_queries"].inc(stats.prefix_cache_queries - last.prefix_cache_queries)
         self._counters["vllm:prefix_cache_hits"].inc(stats.prefix_cache_hits - last.prefix_cache_hits)
+        self._last_stats = stats
+        if step.num_step_tokens == 0:
+            return
         self._counters["mainsail:steps"].inc()
         self._histograms["vllm:iteration_tokens_total"].observe(step.num_step_tokens)
         self._histograms["mainsail:step_time_seconds"].observe(step.step_time_s)
-        self._last_stats = stats
 
     def admitted(self, count: int, n: int) -> None:
         self._counters["mainsail:admitted"].inc(count)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,7 +54,7 @@ def _add_error_handlers(app: FastAPI) -> None:
         return error_response(error if isinstance(error, RequestError) else RequestError(str(error)))
 
     async def validation_error(_: Request, error: Exception) -> Response:
-        problems = error.errors() if isinstance(error, RequestValidationError) else []
+        problems: Sequence[Any] = error.errors() if isinstance(error, RequestValidationError) else []
         return error_response(from_validation(problems))
 
     async def http_error(_: Request, error: Exception) -> Response:

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 
 import uvicorn
+import uvloop
 
 from mainsail_engine.client import EngineClient, startup_error
 from mainsail_engine.config import EngineConfig, ServerConfig
@@ -211,6 +212,5 @@ def run_server(engine: EngineConfig, server: ServerConfig) -> None:
     """Blocks until the server has ended. Raises StartupError."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
-    loop_factory = uvicorn.Config(app="", loop="uvloop").get_loop_factory()
-    with asyncio.Runner(loop_factory=loop_factory) as runner:
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(ApiProcess(engine, server).run())

@@ -1,7 +1,7 @@
 """The requests that this server takes, field by field. Every field is honoured or refused by its name.
 
 Strict: no string for a number, no unknown field. Fields of the OpenAI API that the engine does not honour (yet) are
-declared `Unsupported(…)`: their neutral values pass, anything else is a 400 that names the field.
+declared `neutral(…)`: their neutral values pass, anything else is a 400 that names the field.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ MAX_N = 128
 MAX_PROMPTS = 2048
 
 
-def unsupported(*neutral: Any) -> Any:
-    """The type of a field that is refused unless it is null or one of these values (of the very same type)."""
+def neutral(*values: Any) -> AfterValidator:
+    """A field that is refused unless it is null or one of these values (of the very same type)."""
 
     def check(value: Any) -> Any:
-        if value is None or any(type(value) is type(item) and value == item for item in neutral):
+        if value is None or any(type(value) is type(item) and value == item for item in values):
             return value
-        hint = f", or set it to {neutral[0]!r}" if neutral else ""
+        hint = f", or set it to {values[0]!r}" if values else ""
         raise PydanticCustomError("unsupported", "is not supported by this engine; leave it out{hint}", {"hint": hint})
 
-    return Annotated[Any, AfterValidator(check), Field(description="Accepted only at its neutral value.")]
+    return AfterValidator(check)
 
 
 def _as_list(value: Any) -> Any:
@@ -48,8 +48,8 @@ class Strict(BaseModel):
 
 class StreamOptions(Strict):
     include_usage: bool = False
-    continuous_usage_stats: unsupported(False) = None
-    include_obfuscation: unsupported(False) = None
+    continuous_usage_stats: Annotated[Any, neutral(False)] = None
+    include_obfuscation: Annotated[Any, neutral(False)] = None
 
 
 Stop = Annotated[
@@ -83,18 +83,18 @@ class GenerationRequest(Strict):
     return_token_ids: bool | None = None
     user: str | None = None
     """An end user's name: taken and not used (nothing here depends on it yet)."""
-    frequency_penalty: unsupported(0, 0.0) = None
-    presence_penalty: unsupported(0, 0.0) = None
-    repetition_penalty: unsupported(1, 1.0) = None
-    logit_bias: unsupported({}) = None
-    prompt_logprobs: unsupported() = None
-    allowed_token_ids: unsupported() = None
-    bad_words: unsupported([]) = None
-    structured_outputs: unsupported() = None
-    response_format: unsupported({"type": "text"}) = None
-    truncate_prompt_tokens: unsupported() = None
-    use_beam_search: unsupported(False) = None
-    service_tier: unsupported("auto", "default") = None
+    frequency_penalty: Annotated[Any, neutral(0, 0.0)] = None
+    presence_penalty: Annotated[Any, neutral(0, 0.0)] = None
+    repetition_penalty: Annotated[Any, neutral(1, 1.0)] = None
+    logit_bias: Annotated[Any, neutral({})] = None
+    prompt_logprobs: Annotated[Any, neutral()] = None
+    allowed_token_ids: Annotated[Any, neutral()] = None
+    bad_words: Annotated[Any, neutral([])] = None
+    structured_outputs: Annotated[Any, neutral()] = None
+    response_format: Annotated[Any, neutral({"type": "text"})] = None
+    truncate_prompt_tokens: Annotated[Any, neutral()] = None
+    use_beam_search: Annotated[Any, neutral(False)] = None
+    service_tier: Annotated[Any, neutral("auto", "default")] = None
 
     @model_validator(mode="after")
     def _check_together(self) -> GenerationRequest:
@@ -127,10 +127,10 @@ class Message(Strict):
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
-    refusal: unsupported() = None
-    annotations: unsupported([]) = None
-    audio: unsupported() = None
-    function_call: unsupported() = None
+    refusal: Annotated[Any, neutral()] = None
+    annotations: Annotated[Any, neutral([])] = None
+    audio: Annotated[Any, neutral()] = None
+    function_call: Annotated[Any, neutral()] = None
 
     @model_validator(mode="after")
     def _has_content(self) -> Message:
@@ -144,26 +144,26 @@ class ChatCompletionRequest(GenerationRequest):
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     add_generation_prompt: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    logprobs: unsupported(False) = None
-    top_logprobs: unsupported(0) = None
-    tools: unsupported([]) = None
-    tool_choice: unsupported("none", "auto") = None
-    parallel_tool_calls: unsupported(True, False) = None
-    functions: unsupported([]) = None
-    function_call: unsupported("none", "auto") = None
-    audio: unsupported() = None
-    modalities: unsupported(["text"]) = None
-    prediction: unsupported() = None
-    reasoning_effort: unsupported("none") = None
-    verbosity: unsupported() = None
-    web_search_options: unsupported() = None
-    metadata: unsupported({}) = None
-    store: unsupported(False) = None
+    logprobs: Annotated[Any, neutral(False)] = None
+    top_logprobs: Annotated[Any, neutral(0)] = None
+    tools: Annotated[Any, neutral([])] = None
+    tool_choice: Annotated[Any, neutral("none", "auto")] = None
+    parallel_tool_calls: Annotated[Any, neutral(True, False)] = None
+    functions: Annotated[Any, neutral([])] = None
+    function_call: Annotated[Any, neutral("none", "auto")] = None
+    audio: Annotated[Any, neutral()] = None
+    modalities: Annotated[Any, neutral(["text"])] = None
+    prediction: Annotated[Any, neutral()] = None
+    reasoning_effort: Annotated[Any, neutral("none")] = None
+    verbosity: Annotated[Any, neutral()] = None
+    web_search_options: Annotated[Any, neutral()] = None
+    metadata: Annotated[Any, neutral({})] = None
+    store: Annotated[Any, neutral(False)] = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     """A routing hint of OpenAI's: prefixes are found here without one."""
-    echo: unsupported(False) = None
-    continue_final_message: unsupported(False) = None
+    echo: Annotated[Any, neutral(False)] = None
+    continue_final_message: Annotated[Any, neutral(False)] = None
 
 
 TokenIds = list[Annotated[int, Field(ge=0, lt=2**31)]]
@@ -177,10 +177,10 @@ class CompletionRequest(GenerationRequest):
         Field(description="A text, token ids, or a list of either."),
     ]  # fmt: skip
     add_special_tokens: bool | None = None
-    best_of: unsupported(1) = None
-    echo: unsupported(False) = None
-    logprobs: unsupported() = None
-    suffix: unsupported("") = None
+    best_of: Annotated[Any, neutral(1)] = None
+    echo: Annotated[Any, neutral(False)] = None
+    logprobs: Annotated[Any, neutral()] = None
+    suffix: Annotated[Any, neutral("")] = None
 
 
 class TokenizeRequest(Strict):

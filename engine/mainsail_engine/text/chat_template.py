@@ -11,7 +11,6 @@ import json
 from typing import Any, NoReturn
 
 import jinja2
-import jinja2.ext
 import jinja2.sandbox
 
 from mainsail_engine.errors import RequestError, UnsupportedModelError
@@ -41,8 +40,8 @@ def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
         extensions=["jinja2.ext.loopcontrols"],
     )
     environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
+    names: dict[str, Any] = {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
+    environment.globals.update(names)
     return environment
 
 

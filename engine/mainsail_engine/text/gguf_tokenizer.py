@@ -89,7 +89,7 @@ def _sentencepiece_bpe(metadata: dict[str, Any]) -> Tokenizer:
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
     scores: list[float] = metadata["tokenizer.ggml.scores"]
     vocab = {token: index for index, token in enumerate(tokens)}
-    unknown = tokens[metadata.get("tokenizer.ggml.unknown_token_id", 0)]
+    unknown: str = tokens[int(metadata.get("tokenizer.ggml.unknown_token_id", 0))]
     merges = merges_from_scores(vocab, scores)
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     prefixed = metadata.get("tokenizer.ggml.add_space_prefix", True)
@@ -123,5 +123,7 @@ def _add_special_tokens(tokenizer: Tokenizer, metadata: dict[str, Any]) -> None:
         for token, kind in zip(metadata["tokenizer.ggml.tokens"], types, strict=False)
         if kind in (CONTROL, USER_DEFINED)
     ]
-    tokenizer.add_tokens([token for token in added if not token.special])
-    tokenizer.add_special_tokens([token for token in added if token.special])
+    plain = [token for token in added if not token.special]
+    special = [token for token in added if token.special]
+    tokenizer.add_tokens(plain)  # pyright: ignore[reportUnknownMemberType]
+    tokenizer.add_special_tokens(special)  # pyright: ignore[reportUnknownMemberType]

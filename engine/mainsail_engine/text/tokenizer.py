@@ -66,7 +66,7 @@ def _from_gguf(path: Path) -> Tokenizer:
         raise UnsupportedModelError(f"{path} carries no tokenizer (tokenizer.ggml.tokens)")
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
     names = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
-    ids = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for key, name in names.items()}
+    ids: dict[str, int | None] = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for key, name in names.items()}
     specials = {name: tokens[index] for name, index in ids.items() if index is not None and index < len(tokens)}
     source = metadata.get("tokenizer.chat_template")
     add_bos = metadata.get("tokenizer.ggml.add_bos_token", metadata["tokenizer.ggml.model"] == "llama")
@@ -74,8 +74,8 @@ def _from_gguf(path: Path) -> Tokenizer:
     return Tokenizer(
         build_tokenizer(metadata),
         template=ChatTemplate(source, specials) if source else None,
-        prefix=[cast(int, ids["bos_token"])] if add_bos and ids["bos_token"] is not None else [],
-        suffix=[cast(int, ids["eos_token"])] if add_eos and ids["eos_token"] is not None else [],
+        prefix=[ids["bos_token"]] if add_bos and ids["bos_token"] is not None else [],
+        suffix=[ids["eos_token"]] if add_eos and ids["eos_token"] is not None else [],
     )
 
 
@@ -104,7 +104,9 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _special_tokens(settings: dict[str, Any]) -> dict[str, str]:
     """bos_token, eos_token, … as strings (they may be written as objects)."""
     named = {key: value for key, value in settings.items() if key.endswith("_token") and value}
-    texts = {key: value["content"] if isinstance(value, dict) else value for key, value in named.items()}
+    texts: dict[str, Any] = {}
+    for key, value in named.items():
+        texts[key] = cast("dict[str, Any]", value).get("content") if isinstance(value, dict) else value
     return {key: value for key, value in texts.items() if isinstance(value, str)}
 
 
