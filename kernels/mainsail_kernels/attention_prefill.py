@@ -161,7 +161,7 @@ def _prefill_kernel(
         begin = tl.maximum(begin, left)
     acc, top, total = _attend_range(
         acc, top, total, q, kv, table, begin, middle, position, last, scale, soft_cap, window, block_stride,
-        side_stride, HEAD_DIM, DIM, BLOCK_SIZE, BLOCK_N, WINDOW, WINDOW, SOFT_CAP, STAGES,
+        side_stride, HEAD_DIM, DIM, BLOCK_SIZE, BLOCK_N, False, WINDOW, SOFT_CAP, STAGES,
     )  # fmt: skip
     acc, top, total = _attend_range(
         acc, top, total, q, kv, table, tl.maximum(begin, middle), last, position, last, scale, soft_cap, window,
