@@ -1,0 +1,235 @@
+"""What the gateway costs, beside a direct connection and, where they are installed, nginx and vllm-router.
+
+    python benchmarks/gateway.py            about a minute; prints one table
+
+One upstream streams server-sent events at a fixed pace. Every target is measured by the same client over loopback, one
+after the other: lone requests on a kept connection (time to the first event, CPU per request of one event), then many
+streams at once (CPU per event). CPU is user + system time of the target's process tree. The gateway runs as it does in
+a cluster, with an API server's list and watch answered here.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import uvloop
+
+EVENT = b"data: " + json.dumps({"choices": [{"delta": {"content": "x" * 150}}]}).encode() + b"\n\n"
+CHUNK = b"%x\r\n%b\r\n" % (len(EVENT), EVENT)
+END = b"0\r\n\r\n"
+HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+
+
+async def read_request(reader: asyncio.StreamReader) -> tuple[str, bytes]:
+    head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+    length = next((int(line.split(":")[1]) for line in head.split("\r\n") if line.startswith("content-length:")), 0)
+    return head, await reader.readexactly(length)
+
+
+async def upstream(port: int) -> None:
+    """Answers each request with `n` events, `pace_ms` apart, as its body asks."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                head, body = await read_request(reader)
+                if not head.startswith("post"):
+                    writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}")
+                    continue
+                wanted = json.loads(body)
+                writer.write(HEAD + CHUNK)
+                for _ in range(wanted["n"] - 1):
+                    await asyncio.sleep(wanted["pace_ms"] / 1000)
+                    writer.write(CHUNK)
+                writer.write(END)
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", port, backlog=4096) as server:
+        await server.serve_forever()
+
+
+async def api_server(port: int, engine: int) -> None:
+    """Lists one InferenceService with one endpoint; watches stay silent."""
+    meta = {"name": "m", "namespace": "default", "labels": {"mainsail.dev/service": "m"}}
+    services = [{"metadata": meta, "spec": {"model": {"uri": "file:///m"}}}]
+    ports = [{"name": "http", "port": engine}]
+    slices = [{"metadata": meta, "endpoints": [{"addresses": ["127.0.0.1"]}], "ports": ports}]
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                head, _ = await read_request(reader)
+                if "watch=true" in head:
+                    writer.write(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
+                    await reader.read()
+                    break
+                items = services if "inferenceservices" in head else slices
+                body = json.dumps({"metadata": {"resourceVersion": "1"}, "items": items}).encode()
+                writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body))
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", port) as server:
+        await server.serve_forever()
+
+
+def cpu_s(pid: int) -> float:
+    """User and system seconds of a process and all that it started."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    own = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return own + sum(cpu_s(int(child)) for child in children)
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+@contextlib.contextmanager
+def running(*command: str) -> Iterator[subprocess.Popen[bytes]]:
+    with tempfile.TemporaryFile() as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
+        try:
+            yield process
+        finally:
+            process.terminate()
+            try:
+                process.wait(15)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+def request(n: int, pace_ms: int) -> bytes:
+    body = json.dumps({"model": "m", "stream": True, "messages": [], "n": n, "pace_ms": pace_ms}).encode()
+    head = (
+        b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+    )
+    return head % len(body) + body
+
+
+async def exchange(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, data: bytes) -> float:
+    """One request to its end; the seconds until the first event."""
+    start = time.perf_counter()
+    writer.write(data)
+    got = await reader.readuntil(b"data: ")
+    first = time.perf_counter() - start
+    if b"200" not in got.split(b"\r\n")[0]:
+        raise RuntimeError(f"not answered: {got[:300]!r}")
+    await reader.readuntil(END)
+    return first
+
+
+async def measure(port: int, pid: int, args: argparse.Namespace) -> tuple[float, float, float, float]:
+    """TTFT p50 and p99 in ms, CPU per request and per event in µs."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    for _ in range(50):
+        await exchange(reader, writer, request(1, 0))
+    before = cpu_s(pid)
+    times = [await exchange(reader, writer, request(1, 0)) * 1000 for _ in range(args.requests)]
+    per_request = (cpu_s(pid) - before) / args.requests * 1e6
+    writer.close()
+    pairs = [await asyncio.open_connection("127.0.0.1", port) for _ in range(args.streams)]
+    before = cpu_s(pid)
+    await asyncio.gather(*(exchange(*pair, request(args.events, args.pace_ms)) for pair in pairs))
+    total = (cpu_s(pid) - before) * 1e6 - per_request * args.streams
+    for _, writer in pairs:
+        writer.close()
+    return (
+        statistics.median(times),
+        statistics.quantiles(times, n=100)[98],
+        per_request,
+        total / (args.streams * args.events),
+    )
+
+
+async def ready(port: int) -> None:
+    """Until a whole exchange works."""
+    async with asyncio.timeout(60):
+        while True:
+            with contextlib.suppress(OSError, RuntimeError, asyncio.IncompleteReadError, TimeoutError):
+                async with asyncio.timeout(1):
+                    await exchange(*await asyncio.open_connection("127.0.0.1", port), request(1, 0))
+                return
+            await asyncio.sleep(0.1)
+
+
+def mainsail(folder: Path, port: int, engine: int, api: int) -> list[str]:
+    config = {
+        "current-context": "c",
+        "contexts": [{"name": "c", "context": {"cluster": "k", "user": "u"}}],
+        "clusters": [{"name": "k", "cluster": {"server": f"http://127.0.0.1:{api}"}}],
+        "users": [{"name": "u", "user": {"token": "t"}}],
+    }
+    (folder / "kubeconfig").write_text(json.dumps(config))
+    return [
+        sys.executable, "-m", "mainsail_gateway", "--host", "127.0.0.1", "--port", str(port),
+        "--health-port", str(free_port()), "--kubeconfig", str(folder / "kubeconfig"), "--drain-delay-s", "0",
+    ]  # fmt: skip
+
+
+def nginx(folder: Path, port: int, engine: int, api: int) -> list[str]:
+    (folder / "nginx.conf").write_text(
+        f"daemon off; pid {folder}/pid; error_log {folder}/log; worker_processes 1;"
+        f" events {{ worker_connections 4096; }} http {{ access_log off; upstream u {{ server 127.0.0.1:{engine}; keepalive 256; }} server {{"
+        f" listen 127.0.0.1:{port}; location / {{ proxy_pass http://u; proxy_http_version 1.1;"
+        ' proxy_set_header Connection ""; proxy_buffering off; } } }'
+    )
+    return ["nginx", "-c", str(folder / "nginx.conf")]
+
+
+def vllm_router(folder: Path, port: int, engine: int, api: int) -> list[str]:
+    return [
+        "vllm-router", "--host", "127.0.0.1", "--port", str(port), "--worker-urls", f"http://127.0.0.1:{engine}",
+        "--prometheus-port", str(free_port()),
+    ]  # fmt: skip
+
+
+async def main(args: argparse.Namespace) -> None:
+    engine, api = free_port(), free_port()
+    rows: list[tuple[str, tuple[float, float, float, float]]] = []
+    with tempfile.TemporaryDirectory() as name, running(sys.executable, __file__, "--serve", str(engine)) as process:
+        await ready(engine)
+        rows.append(("direct", await measure(engine, process.pid, args)))
+        control = asyncio.create_task(api_server(api, engine))
+        for target in (mainsail, nginx, vllm_router):
+            port = free_port()
+            command = target(Path(name), port, engine, api)
+            if shutil.which(command[0]) is None:
+                print(f"{target.__name__}: not installed, left out")
+                continue
+            with running(*command) as process:
+                await ready(port)
+                rows.append((target.__name__, await measure(port, process.pid, args)))
+        control.cancel()
+    print(f"{args.requests} lone requests; {args.streams} streams of {args.events} events, {args.pace_ms} ms apart")
+    print("(direct: the upstream's own CPU)\n")
+    print("| | TTFT p50 ms | added | TTFT p99 ms | added | CPU µs/request | CPU µs/event |")
+    print("|---|---|---|---|---|---|---|")
+    base = rows[0][1]
+    for target, (p50, p99, per_request, per_event) in rows:
+        print(
+            f"| {target} | {p50:.2f} | {p50 - base[0]:.2f} | {p99:.2f} | {p99 - base[1]:.2f} "
+            f"| {per_request:.0f} | {per_event:.0f} |"
+        )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--requests", type=int, default=1000, help="lone requests")
+    parser.add_argument("--streams", type=int, default=100, help="streams at once")
+    parser.add_argument("--events", type=int, default=200, help="events of a stream")
+    parser.add_argument("--pace-ms", type=int, default=20, help="between two events of a stream")
+    parser.add_argument("--serve", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    uvloop.run(upstream(arguments.serve) if arguments.serve else main(arguments))
