@@ -53,12 +53,12 @@ def cpu_blocks(per_block: int, *, max_num_seqs: int, max_model_len: int) -> int:
     return _checked(min(fits, one * max_num_seqs), one, per_block)
 
 
-def cuda_blocks(per_block: int, *, utilization: float, max_model_len: int, device: torch.device) -> int:
-    """Blocks for a CUDA pool, after the profiling pass has shown the peak of everything else."""
+def cuda_blocks(per_block: int, *, utilization: float, max_model_len: int, device: torch.device, set_aside: int) -> int:
+    """Blocks for a CUDA pool, after the profiling pass has shown the peak of everything but `set_aside` bytes."""
     free, total = torch.cuda.mem_get_info(device)
     peak = torch.cuda.max_memory_allocated(device)
     others = total - free - torch.cuda.memory_reserved(device)
-    room = int(total * utilization) - peak - max(others, 0)
+    room = int(total * utilization) - peak - max(others, 0) - set_aside
     return _checked(room // per_block, -(-max_model_len // BLOCK_SIZE) + 1, per_block)
 
 

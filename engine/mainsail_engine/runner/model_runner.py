@@ -23,8 +23,9 @@ from mainsail_engine.model.registry import MODELS
 from mainsail_engine.request import Request, SamplingParams
 from mainsail_engine.runner import memory
 from mainsail_engine.runner.batch import BlockTables, StepArrays, build
+from mainsail_engine.runner.cuda_graphs import DecodeGraphs, graph_bytes
 from mainsail_engine.runner.threads import set_cpu_threads
-from mainsail_engine.sampling.sampler import SlotParameters, sample
+from mainsail_engine.sampling.sampler import SlotParameters, greedy, sample
 from mainsail_engine.step import BlockCopy, Chunk, StepPlan, StepResult
 from mainsail_kernels.blocks import copy_blocks
 
@@ -82,6 +83,7 @@ class ModelRunner:
             torch.cuda.set_device(self.device)
         dummy = config.model.load_format == "dummy"
         weights = open_weights(path, self.architecture, dummy=dummy, device=self.device, dtype=self.dtype)
+        self._graphs: DecodeGraphs | None = None
         try:
             self._model = MODELS[self.architecture.name](
                 self.architecture, weights, max_positions=self.max_model_len, device=self.device
@@ -92,6 +94,19 @@ class ModelRunner:
                 f"the device has too little memory for the model and its KV pool: {error}"
             ) from error
         self._warm_up(config)
+        self._graphs = self._capture(config) if self.device.type == "cuda" and config.cuda_graphs else None
+
+    def _capture(self, config: EngineConfig) -> DecodeGraphs:
+        with torch.inference_mode():
+            return DecodeGraphs(
+                lambda token_ids, attention: self._model.logits(
+                    self._model.forward(token_ids, attention, self.kv_cache)
+                ),
+                self._newest,
+                greedy,
+                largest=config.scheduler.max_num_seqs,
+                max_blocks=self._tables.rows.shape[1],
+            )
 
     def _take_pool(self, config: EngineConfig) -> None:
         a, slots = self.architecture, config.scheduler.max_num_seqs
@@ -105,7 +120,7 @@ class ModelRunner:
             self._profile()
             self.num_blocks = memory.cuda_blocks(
                 per_block, utilization=config.cache.memory_utilization, max_model_len=self.max_model_len,
-                device=self.device,
+                device=self.device, set_aside=graph_bytes(a, slots) if config.cuda_graphs else 0,
             )  # fmt: skip
             del self.kv_cache
             torch.cuda.empty_cache()
@@ -117,7 +132,7 @@ class ModelRunner:
         self.kv_cache = torch.zeros(shape, dtype=self.dtype, device=self.device)
         self._tables = BlockTables(slots, -(-self.max_model_len // BLOCK_SIZE))
         self._sampling = SlotParameters(slots)
-        self._newest = torch.zeros(slots, dtype=torch.int64, device=self.device)
+        self._newest = torch.zeros(slots + 1, dtype=torch.int64, device=self.device)
 
     def _profile(self) -> None:
         """One step of the whole token budget, so that its peak is counted before the pool is sized."""
@@ -141,6 +156,12 @@ class ModelRunner:
         arrays, moved_in = build(plan, self._tables)
         for chunk in moved_in:
             self._sampling.fill(chunk.slot, chunk.request)
+        if self._graphs is not None and self._graphs.takes(arrays):
+            logits, tokens = self._graphs.replay(arrays)
+            changed = self._forbid_early_end(logits, plan)
+            if not changed and self._sampling.all_greedy(arrays.sampled_slots):
+                return self._pending(tokens)
+            return self._sample(logits, arrays)
         token_ids = self._up(arrays.token_ids)
         if len(arrays.from_device):
             token_ids[self._up(arrays.from_device)] = self._newest[self._up(arrays.from_slots)]
@@ -149,6 +170,9 @@ class ModelRunner:
             return self._pending(torch.empty(0, dtype=torch.int64))
         logits = self._model.logits(hidden[self._up(arrays.sampled)])
         self._forbid_early_end(logits, plan)
+        return self._sample(logits, arrays)
+
+    def _sample(self, logits: torch.Tensor, arrays: StepArrays) -> PendingTokens:
         rows = self._sampling.rows(arrays.sampled_slots, arrays.positions[arrays.sampled] + 1, self.device)
         tokens = sample(logits, rows)
         self._newest[self._up(arrays.sampled_slots)] = tokens.clamp(min=0)
@@ -186,9 +210,9 @@ class ModelRunner:
         src, dst, num_tokens = (self._up(np.ascontiguousarray(column)) for column in columns)
         copy_blocks(self.kv_cache, src, dst, num_tokens)
 
-    def _forbid_early_end(self, logits: torch.Tensor, plan: StepPlan) -> None:
-        """min_tokens: the end tokens of rows that may not end yet get no probability."""
-        row = -1
+    def _forbid_early_end(self, logits: torch.Tensor, plan: StepPlan) -> bool:
+        """min_tokens: the end tokens of rows that may not end yet get no probability. True: there was such a row."""
+        row, changed = -1, False
         for chunk in plan.chunks:
             row += chunk.samples
             request, params = chunk.request, chunk.request.params
@@ -196,6 +220,8 @@ class ModelRunner:
             if chunk.samples and produced < params.min_tokens:
                 banned = sorted(self.eos_token_ids.union(params.stop_token_ids))
                 logits[row, banned] = -torch.inf
+                changed = changed or bool(banned)
+        return changed
 
 
 def _warm_up_request(length: int) -> Request:

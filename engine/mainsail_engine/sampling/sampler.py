@@ -47,6 +47,9 @@ class SlotParameters:
         self.min_p[slot] = params.min_p
         self.seeds[slot] = self._seed(request)
 
+    def all_greedy(self, slots: np.ndarray) -> bool:
+        return bool((self.temperature[slots] <= 0).all())
+
     def _seed(self, request: Request) -> int:
         if request.params.seed is not None:
             return request.params.seed & 0x7FFFFFFFFFFFFFFF
@@ -70,10 +73,15 @@ class SlotParameters:
         )
 
 
+def greedy(logits: torch.Tensor) -> torch.Tensor:
+    """The best token of each row, [n] int64; FAILED_TOKEN (-1) for a broken row. Waits for nothing: graphs hold it."""
+    return reference.argmax(logits)
+
+
 def sample(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
     """One token per row, [n] int64; FAILED_TOKEN (-1) for a row that holds NaN or +inf or nothing but -inf."""
     if rows.all_greedy:
-        return reference.argmax(logits)
+        return greedy(logits)
     return reference.sample(
         logits, rows.temperature, rows.top_k, rows.top_p, rows.min_p, rows.seeds, rows.steps
     )  # fmt: skip
