@@ -75,6 +75,10 @@ class Request:
     """Higher first."""
     cache_salt: str = ""
     """Requests share cached prefixes only with the same salt."""
+    user: str = ""
+    """Whose account this request is charged to: users who wait are served fairly."""
+    deadline_s: float | None = None
+    """Monotonic clock: not finished by then, the request ends with an error. None: no deadline."""
     output_token_ids: list[int] = field(default_factory=list[int])
     status: RequestStatus = RequestStatus.WAITING
     finish_reason: FinishReason | None = None

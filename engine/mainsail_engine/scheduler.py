@@ -9,7 +9,8 @@ requests, and decodes come first. A prompt starts only when the whole of it fits
 admitted is not thrown out again at once; blocks themselves are allocated as chunks come. When running requests outgrow
 the pool, the one with the lowest priority, then the one with the least work to lose, goes back to waiting; its blocks
 stay in the prefix tree, so that it resumes mostly from there. A prompt whose next block another request is computing
-right now waits for that block rather than computing it twice. One failed row ends one request.
+right now waits for that block rather than computing it twice. Who waits is served by priority and fairly between users
+(`waiting.py`); a request past its deadline ends with an error. One failed row ends one request.
 
 Steps may overlap: plan N+1 may be made before N is committed. What turns out to have stopped at N has its N+1 token
 dropped. Blocks can be handed on at once, since the device runs steps in the order of their launch.
@@ -21,8 +22,9 @@ Iteration-level scheduling as in Orca (Yu et al., 2022), chunked prefill as in S
 from __future__ import annotations
 
 import logging
-from bisect import bisect_left, insort
 from collections.abc import Iterable
+from heapq import heappop, heappush
+from itertools import islice
 
 from mainsail_engine.config import BLOCK_SIZE, EngineConfig
 from mainsail_engine.errors import RequestError
@@ -31,6 +33,7 @@ from mainsail_engine.kv.prefix_tree import Match, Node, pack_tokens
 from mainsail_engine.protocol import RequestOutput, SchedulerStats
 from mainsail_engine.request import FinishReason, Request, RequestStatus
 from mainsail_engine.step import FAILED_TOKEN, Chunk, StepPlan, StepResult
+from mainsail_engine.waiting import OUTPUT_WEIGHT, PROMPT_WEIGHT, Account, WaitingQueue
 
 log = logging.getLogger(__name__)
 
@@ -40,11 +43,6 @@ DEFAULT_BUDGET = {"cuda": 8192}
 CPU_BUDGET = 512
 RETRY_STEPS = 16
 """A request that did not fit is matched anew when room has grown enough, or after this many steps."""
-
-
-def waiting_order(request: Request) -> tuple[int, int]:
-    """Higher priority first, then first come, first served."""
-    return -request.priority, request.arrival_index
 
 
 class Scheduler:
@@ -67,13 +65,18 @@ class Scheduler:
         self._watermark = int(config.scheduler.watermark * num_blocks)
         self._eos = frozenset(eos_token_ids)
         self._requests: dict[str, Request] = {}
-        self._waiting: list[Request] = []
-        """In waiting_order."""
+        self._waiting = WaitingQueue()
+        self._accounts: dict[str, Account] = {}
+        """By request id: whom its tokens are charged to."""
+        self._deadlines: list[tuple[float, int, Request]] = []
+        """Heap; finished requests are dropped when they come up."""
+        self._outputs: list[RequestOutput] = []
+        """What happened between two commits."""
         self._prefilling: list[Request] = []
         self._decoding: list[Request] = []
         self._slots = list(range(config.scheduler.max_num_seqs - 1, -1, -1))
-        self._blocked: tuple[tuple[int, int], int, int] | None = None
-        """The first in the queue that did not fit: its waiting_order, the available blocks it needs, the step."""
+        self._blocked: tuple[tuple[int, int, int], int, int] | None = None
+        """The first in the queue that did not fit: its place in the queue, the available blocks it needs, the step."""
         self._num_arrivals = self._num_steps = self._plans_in_flight = 0
         self._num_preemptions = self._prefix_queries = self._prefix_hits = 0
 
@@ -99,7 +102,10 @@ class Scheduler:
         request.arrival_index = self._num_arrivals
         self._num_arrivals += 1
         self._requests[request.request_id] = request
-        self._enqueue(request)
+        self._accounts[request.request_id] = self._waiting.join(request)
+        self._look_again(request)
+        if request.deadline_s is not None:
+            heappush(self._deadlines, (request.deadline_s, request.arrival_index, request))
 
     def abort(self, request_ids: Iterable[str], reason: FinishReason = FinishReason.ABORT) -> None:
         """End these requests at once, without an output. Ids that are not known have finished already."""
@@ -108,20 +114,29 @@ class Scheduler:
             if request is not None:
                 self._finish(request, reason)
 
-    def _enqueue(self, request: Request) -> None:
-        insort(self._waiting, request, key=waiting_order)
-        if self._blocked is not None and waiting_order(request) < self._blocked[0]:
+    def _look_again(self, request: Request) -> None:
+        """The queue has changed at this request's place: what was first in line may not be any more."""
+        if self._blocked is not None and self._waiting.order(request) <= self._blocked[0]:
             self._blocked = None
 
-    def _dequeue(self, request: Request) -> None:
-        order = waiting_order(request)
-        del self._waiting[bisect_left(self._waiting, order, key=waiting_order)]
-        if self._blocked is not None and order <= self._blocked[0]:
-            self._blocked = None
+    def _expire(self, now: float) -> None:
+        """End the requests whose deadline has passed."""
+        while self._deadlines and self._deadlines[0][0] <= now:
+            request = heappop(self._deadlines)[2]
+            if not request.is_finished:
+                self._finish(request, FinishReason.ERROR)
+                waited = now - request.arrival_time_s
+                message = f"deadline exceeded: not finished within {waited:.1f} s"
+                self._outputs.append(RequestOutput(request.request_id, [], FinishReason.ERROR, error=message))
+
+    def take_outputs(self) -> list[RequestOutput]:
+        """What happened outside of a step (deadlines). `commit` hands it out as well; this is for when nothing runs."""
+        outputs, self._outputs = self._outputs, []
+        return outputs
 
     @property
     def has_work(self) -> bool:
-        return bool(self._requests) or self._plans_in_flight > 0
+        return bool(self._requests or self._outputs) or self._plans_in_flight > 0
 
     @property
     def num_running(self) -> int:
@@ -129,10 +144,11 @@ class Scheduler:
 
     # -- one step ------------------------------------------------------------------------------------------------
 
-    def schedule(self, now_s: float) -> StepPlan | None:
+    def schedule(self, now: float) -> StepPlan | None:
         """The next step's plan. None: nothing to do before another request or the step in flight comes in."""
         self._num_steps += 1
         plan, preempted_before = StepPlan(), self._num_preemptions
+        self._expire(now)
         self._make_room_for_decodes()
         self._plan_decodes(plan)
         budget = self._plan_prefills(plan, self._budget - plan.num_decodes)
@@ -211,7 +227,7 @@ class Scheduler:
         if not self._waiting or budget <= 0 or self.num_running >= self._max_running or self._still_blocked():
             return
         computing, held = self._blocks_being_computed(), False
-        for request in self._waiting[: 4 * self._max_running]:
+        for request in islice(self._waiting.in_order(), 4 * self._max_running):
             if budget <= 0 or self.num_running >= self._max_running or request.num_launched_chunks:
                 return  # the last: it was preempted, and its step has not come back
             match = self.kv.match(request)
@@ -223,7 +239,7 @@ class Scheduler:
             if lacking > 0:
                 if not held:
                     room = self.kv.pool.num_available + lacking
-                    self._blocked = (waiting_order(request), room, self._num_steps)
+                    self._blocked = (self._waiting.order(request), room, self._num_steps)
                 return
             self._start(plan, request, match)
             budget -= self._plan_chunk(plan, request, budget)
@@ -268,7 +284,7 @@ class Scheduler:
         return id(node) if node else 0, request.cache_salt, pack_tokens(request.prompt_token_ids[start:stop])
 
     def _start(self, plan: StepPlan, request: Request, match: Match) -> None:
-        self._dequeue(request)
+        self._waiting.remove(request)
         copy = self.kv.admit(request, match)
         if copy is not None:
             plan.copies.append(copy)
@@ -279,6 +295,8 @@ class Scheduler:
             request.num_cached_tokens = match.num_tokens
             self._prefix_queries += len(request.prompt_token_ids)
             self._prefix_hits += match.num_tokens
+            uncached = len(request.prompt_token_ids) - match.num_tokens
+            self._accounts[request.request_id].served += PROMPT_WEIGHT * uncached
 
     # -- preemption ----------------------------------------------------------------------------------------------
 
@@ -301,7 +319,8 @@ class Scheduler:
         request.move(RequestStatus.WAITING)
         request.num_preemptions += 1
         self._num_preemptions += 1
-        self._enqueue(request)
+        self._waiting.push(request)
+        self._look_again(request)
 
     def _stop_running(self, request: Request) -> None:
         running = self._decoding if request in self._decoding else self._prefilling
@@ -311,10 +330,10 @@ class Scheduler:
 
     # -- what came of a step -------------------------------------------------------------------------------------
 
-    def commit(self, plan: StepPlan, result: StepResult, now_s: float) -> list[RequestOutput]:
+    def commit(self, plan: StepPlan, result: StepResult, now: float) -> list[RequestOutput]:
         """Take a finished step's tokens, in launch order. Returns what each request got."""
         self._plans_in_flight -= 1
-        outputs: list[RequestOutput] = []
+        outputs = self.take_outputs()
         tokens = iter(result.token_ids)
         for chunk in plan.chunks:
             request = chunk.request
@@ -341,6 +360,7 @@ class Scheduler:
 
     def _accept(self, request: Request, token: int) -> RequestOutput:
         request.output_token_ids.append(token)
+        self._accounts[request.request_id].served += OUTPUT_WEIGHT
         reason = self._stops(request, token)
         if reason is not None:
             self._finish(request, reason)
@@ -368,10 +388,12 @@ class Scheduler:
             self._stop_running(request)
             self.kv.release(request)
         else:
-            self._dequeue(request)
+            self._waiting.remove(request)
+            self._look_again(request)
         request.move(RequestStatus.FINISHED)
         request.finish_reason = reason
-        del self._requests[request.request_id]
+        del self._requests[request.request_id], self._accounts[request.request_id]
+        self._waiting.leave(request)
 
     # -- what others may know ------------------------------------------------------------------------------------
 

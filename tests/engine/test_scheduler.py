@@ -122,10 +122,13 @@ class Engine:
         self.finished: dict[str, FinishReason] = {}
         self.fail: set[str] = set()
 
-    def add(self, prompt, *, request_id=None, priority=0, salt="", **params) -> Request:
+    def add(self, prompt, *, request_id=None, priority=0, salt="", user="", timeout=None, **params) -> Request:
         params = SamplingParams(**{"max_tokens": 8, **params})
         request_id = request_id or f"r{len(self.requests)}"
-        request = Request(request_id, list(prompt), params, self.now, priority=priority, cache_salt=salt)
+        deadline = None if timeout is None else self.now + timeout
+        request = Request(
+            request_id, list(prompt), params, self.now, priority, cache_salt=salt, user=user, deadline_s=deadline
+        )  # fmt: skip
         self.scheduler.add(request)
         self.requests[request_id], self.outputs[request_id] = request, []
         return request
@@ -139,6 +142,9 @@ class Engine:
             self.check_plan(plan, decoding)
             self.in_flight.append((plan, self.device.launch(plan, self.fail)))
         self.check()
+        if plan is None and not self.in_flight and self.scheduler.has_work:
+            self.take(self.scheduler.take_outputs())
+            return True
         if self.in_flight and (plan is None or len(self.in_flight) >= self.depth):
             self.commit()
             return True
@@ -154,16 +160,19 @@ class Engine:
         planned = {chunk.request.request_id for chunk in plan.chunks}
         for request in decoding:  # no decode starves
             last_is_in_flight = request.num_tokens + request.num_in_flight >= request.max_num_tokens
-            assert request.request_id in planned or last_is_in_flight or request.status is RequestStatus.WAITING
+            assert request.request_id in planned or last_is_in_flight or request.status is not RequestStatus.RUNNING
 
     def commit(self) -> None:
         plan, result = self.in_flight.popleft()
-        for output in self.scheduler.commit(plan, result, self.now):
+        self.take(self.scheduler.commit(plan, result, self.now))
+        self.check()
+
+    def take(self, outputs) -> None:
+        for output in outputs:
             assert output.request_id not in self.finished
             self.outputs[output.request_id] += output.token_ids
             if output.finish_reason is not None:
                 self.finished[output.request_id] = output.finish_reason
-        self.check()
 
     def check(self) -> None:
         self.scheduler.check_integrity()
@@ -427,6 +436,64 @@ def test_what_can_never_be_served_is_refused(arguments, param):
     engine.check_outputs()
 
 
+@pytest.mark.parametrize("depth", [1, 2])
+def test_deadlines_end_running_and_waiting_requests(depth):
+    engine = Engine(max_num_seqs=1, depth=depth)
+    running = engine.add(prompt(0, 20), max_tokens=100, ignore_eos=True, timeout=0.2)
+    waiting = engine.add(prompt(1, 20), max_tokens=2, ignore_eos=True, timeout=0.1)
+    last = engine.add(prompt(2, 20), max_tokens=2, ignore_eos=True, timeout=60.0)
+    engine.run()
+    assert 0 < len(engine.outputs[running.request_id]) < 25
+    assert engine.outputs[waiting.request_id] == []
+    assert engine.finished == {
+        running.request_id: FinishReason.ERROR,
+        waiting.request_id: FinishReason.ERROR,
+        last.request_id: FinishReason.LENGTH,
+    }
+    engine.check_outputs()
+
+
+def test_a_deadline_is_told_even_when_nothing_runs():
+    engine = Engine()
+    engine.add(prompt(0, 20), timeout=0.0)
+    engine.now += 1
+    assert engine.step()
+    assert engine.finished == {"r0": FinishReason.ERROR}
+    assert not engine.scheduler.has_work
+
+
+def test_a_user_with_many_requests_does_not_delay_one_with_few():
+    engine = Engine(max_num_seqs=2)
+    for i in range(20):
+        engine.add(prompt(i, 30), user="many", max_tokens=10, ignore_eos=True)
+    for _ in range(5):
+        engine.step()
+    for i in range(3):
+        engine.add(prompt(100 + i, 30), user="few", max_tokens=10, ignore_eos=True)
+    while not all(engine.requests[f"r{20 + i}"].is_finished for i in range(3)):
+        engine.step()
+    served = sum(r.is_finished for r in engine.requests.values() if r.user == "many")
+    assert served <= 7
+    engine.run()
+    engine.check_outputs()
+
+
+def test_equal_users_are_served_equally_whatever_they_ask():
+    """One asks for long prompts, one for long answers; both always have requests waiting."""
+    engine = Engine(max_num_seqs=4, num_blocks=64)
+    for i in range(60):
+        engine.add(prompt(i, 100), user="prompts", max_tokens=2, ignore_eos=True)
+        engine.add(prompt(1000 + i, 5), user="answers", max_tokens=60, ignore_eos=True)
+    for _ in range(400):
+        engine.step()
+    got = dict.fromkeys(["prompts", "answers"], 0)
+    for r in engine.requests.values():
+        if r.status is not RequestStatus.WAITING:
+            got[r.user] += len(r.prompt_token_ids) + 2 * len(r.output_token_ids)
+    assert any(r.status is RequestStatus.WAITING for r in engine.requests.values())
+    assert 0.8 < got["prompts"] / got["answers"] < 1.25
+
+
 STEMS = [prompt(100 + i, 90) for i in range(3)]
 
 
@@ -447,12 +514,13 @@ class RandomTraffic(RuleBasedStateMachine):
     @rule(
         stem=st.sampled_from(STEMS), shared=st.integers(0, 90), own=st.integers(1, 30), seed=st.integers(0, 50),
         max_tokens=st.integers(1, 40), min_tokens=st.integers(0, 5), salt=st.sampled_from(["", "", "x"]),
-        priority=st.integers(0, 1), ignore_eos=st.booleans(),
+        priority=st.integers(0, 1), ignore_eos=st.booleans(), user=st.sampled_from("abc"),
+        timeout=st.sampled_from([None, None, None, 0.05, 1.0]),
     )  # fmt: skip
-    def arrive(self, stem, shared, own, seed, salt, priority, **params):
+    def arrive(self, stem, shared, own, seed, **arguments):
         tokens = stem[:shared] + prompt(seed, own)
         if len(tokens) < self.engine.scheduler.max_model_len and len(self.engine.scheduler._waiting) < 12:
-            self.engine.add(tokens, salt=salt, priority=priority, **params)
+            self.engine.add(tokens, **arguments)
 
     @rule(pick=st.integers(0, 1 << 16), own=st.integers(1, 12), max_tokens=st.integers(1, 20))
     def continue_a_conversation(self, pick, own, max_tokens):

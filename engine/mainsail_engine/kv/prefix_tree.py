@@ -152,6 +152,8 @@ class PrefixTree:
         return root
 
     def _attach(self, parent: Node, key: bytes, block: int) -> Node:
+        if parent.block < 0:
+            self._roots[parent.salt] = parent  # it may have just lost its only child, and with it its place here
         node = Node(key, block, parent, parent.salt)
         self._pool.cache(block)
         self._nodes[block] = node

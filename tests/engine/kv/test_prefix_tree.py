@@ -87,6 +87,15 @@ def test_a_longer_tail_replaces_the_shorter_one_and_a_shorter_one_is_not_kept():
     assert cached.hit(list(range(32))) == 32
 
 
+@pytest.mark.parametrize("longer", [5, 16])
+def test_replacing_the_only_cached_block_keeps_its_tenant(longer):
+    cached = Cached(8)
+    cached.put(list(range(4)))
+    cached.put(list(range(longer)))
+    assert cached.hit(list(range(20))) == longer
+    assert cached.pool.num_idle == 1
+
+
 def test_salts_do_not_share():
     cached = Cached(8)
     tokens = list(range(40))
