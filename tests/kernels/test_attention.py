@@ -1,0 +1,104 @@
+"""Both attention kernels against the float64 reference over ragged batches with NaN in every unowned position."""
+
+import random
+
+import pytest
+import torch
+from mainsail_kernels import reference
+from mainsail_kernels.attention_decode import decode_workspace, paged_attention_decode
+from mainsail_kernels.attention_prefill import paged_attention_prefill
+
+SHAPES = [  # (query heads, KV heads, head_dim)
+    (8, 2, 64),
+    (9, 3, 64),
+    (4, 4, 32),
+    (8, 1, 96),
+    (2, 1, 128),
+]
+
+
+def _naive(query, key, value, scale, window, soft_cap):
+    """One query head, float64, written out: what the reference itself is checked with."""
+    scores = query @ key.T * scale
+    if soft_cap:
+        scores = soft_cap * torch.tanh(scores / soft_cap)
+    length = key.shape[0]
+    at = torch.arange(length - query.shape[0], length)[:, None]
+    seen = torch.arange(length)[None] <= at
+    if window:
+        seen &= torch.arange(length)[None] > at - window
+    return torch.softmax(scores.masked_fill(~seen, float("-inf")), -1) @ value
+
+
+@pytest.mark.parametrize("window", [0, 7, 40])
+@pytest.mark.parametrize("soft_cap", [0.0, 3.0])
+def test_reference_equals_attention_written_out(window, soft_cap, paged):
+    batch = paged([45, 20], 2, 32, seed=1)
+    kv, tables, lens = batch.kv.double().cpu(), batch.tables.cpu(), batch.lens.cpu()
+    query = torch.randn(15, 4, 32, dtype=torch.float64)
+    starts = torch.tensor([0, 10, 15], dtype=torch.int32)
+    out = reference.paged_attention_prefill(
+        query, kv, tables, starts, lens, 10, 0.2, sliding_window=window, soft_cap=soft_cap
+    )
+    for row, (first, last) in enumerate([(0, 10), (10, 15)]):
+        key, value = reference.gather_sequence(kv, tables[row], int(lens[row]))
+        for head in range(4):
+            truth = _naive(query[first:last, head], key[head // 2], value[head // 2], 0.2, window, soft_cap)
+            torch.testing.assert_close(out[first:last, head], truth)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), SHAPES)
+@pytest.mark.parametrize(("window", "soft_cap"), [(0, 0.0), (50, 0.0), (5, 4.0)])
+def test_decode(heads, kv_heads, dim, window, soft_cap, paged, close, device, dtype):
+    draw = random.Random(f"{heads} {dim} {window}")
+    lens = [draw.choice([0, 1, 15, 16, 17, 33, 200, 420]) for _ in range(draw.choice([1, 3, 5]))]
+    batch = paged(lens, kv_heads, dim, seed=2)
+    query = torch.randn(len(lens), heads, dim).to(device, dtype)
+    out = torch.full_like(query, float("nan"))
+    options = {"sliding_window": window, "soft_cap": soft_cap}
+    paged_attention_decode(query, batch.kv, batch.tables, batch.lens, 0.1, out=out, **options)
+    truth = reference.paged_attention_decode(
+        query.double(), batch.wide(), batch.tables, batch.lens, 0.1, **options
+    )
+    close(out, truth)
+    assert not out[batch.lens == 0].any()
+
+
+def test_decode_workspace_serves_call_after_call(paged, close, device, dtype):
+    workspace = decode_workspace(4, 8, 2, 64, device)
+    for lens in ([700, 3, 150], [1], [260, 90, 31, 600], [513]):
+        batch = paged(lens, 2, 64, seed=len(lens))
+        query = torch.randn(len(lens), 8, 64).to(device, dtype)
+        out = paged_attention_decode(query, batch.kv, batch.tables, batch.lens, 0.125, workspace=workspace)
+        close(out, reference.paged_attention_decode(query.double(), batch.wide(), batch.tables, batch.lens, 0.125))
+    assert not workspace.counters.any()
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), SHAPES)
+@pytest.mark.parametrize(("window", "soft_cap"), [(0, 0.0), (50, 0.0), (5, 4.0)])
+def test_prefill(heads, kv_heads, dim, window, soft_cap, paged, close, device, dtype):
+    draw = random.Random(f"{heads} {dim} {window} prefill")
+    lens, chunks = [], []
+    for _ in range(draw.choice([1, 3, 4])):
+        chunks.append(draw.choice([0, 1, 7, 16, 37, 70]))
+        lens.append(chunks[-1] + draw.choice([0, 1, 16, 90]))
+    batch = paged(lens, kv_heads, dim, seed=3)
+    starts = torch.tensor([0, *torch.tensor(chunks).cumsum(0).tolist()], dtype=torch.int32, device=device)
+    query = torch.randn(sum(chunks), heads, dim).to(device, dtype)
+    options = {"sliding_window": window, "soft_cap": soft_cap}
+    args = (batch.tables, starts, batch.lens, max(chunks), 0.1)
+    out = paged_attention_prefill(query, batch.kv, *args, **options)
+    close(out, reference.paged_attention_prefill(query.double(), batch.wide(), *args, **options))
+
+
+def test_wrong_shapes_are_refused_by_name(paged, device, dtype):
+    batch = paged([20], 2, 64, seed=4)
+    query = torch.randn(1, 8, 64).to(device, dtype)
+    with pytest.raises(ValueError, match="head_dim is 32"):
+        paged_attention_decode(query[..., :32].contiguous(), batch.kv, batch.tables, batch.lens, 1.0)
+    with pytest.raises(ValueError, match="no multiple"):
+        paged_attention_decode(query[:, :7], batch.kv, batch.tables, batch.lens, 1.0)
+    with pytest.raises(ValueError, match="block_tables"):
+        paged_attention_decode(query, batch.kv, batch.tables.long(), batch.lens, 1.0)
+    with pytest.raises(ValueError, match="query_start"):
+        paged_attention_prefill(query, batch.kv, batch.tables, batch.lens, batch.lens, 1, 1.0)
