@@ -62,7 +62,8 @@ async def _beat(beat: list[float]) -> None:
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    logging.getLogger("httpx2").setLevel(logging.WARNING)
+    for name in ("httpx2", "kopf.objects"):  # a line for every event would drown what matters
+        logging.getLogger(name).setLevel(logging.WARNING)
     try:
         uvloop.run(run(from_environment()))
     except (OSError, ValueError) as error:

@@ -49,19 +49,23 @@ class Store:
 def register(registry: kopf.OperatorRegistry, store: Store, reconciler: Reconciler) -> None:
     """Watch InferenceServices and what is labelled as belonging to one."""
 
-    def index_own(body: kopf.Body, **_: Any) -> dict[Key, JSON]:
+    async def index_own(body: kopf.Body, **_: Any) -> dict[Key, JSON]:
         return {(str(body.metadata.namespace), str(body.metadata.name)): dict(body)}
 
-    def index_child(body: kopf.Body, **_: Any) -> dict[Key, JSON]:
+    async def index_child(body: kopf.Body, **_: Any) -> dict[Key, JSON]:
         return {(str(body.metadata.namespace), body.metadata.labels[SERVICE_LABEL]): dict(body)}
 
-    def changed(body: kopf.Body, inferenceservices: Any, deployments: Any, pods: Any, services: Any,
+    async def changed(body: kopf.Body, inferenceservices: Any, deployments: Any, pods: Any, services: Any,
                 serviceaccounts: Any, **_: Any) -> None:  # fmt: skip
         store.bind(inferenceservices=inferenceservices, deployments=deployments, pods=pods, services=services,
                    serviceaccounts=serviceaccounts)  # fmt: skip
         name = body.metadata.labels.get(SERVICE_LABEL) if body.get("kind") != "InferenceService" else body.metadata.name
         reconciler.wake((str(body.metadata.namespace), str(name)))
 
+    async def login(**kwargs: Any) -> kopf.ConnectionInfo | None:
+        return kopf.login_with_service_account(**kwargs) or kopf.login_with_kubeconfig(**kwargs)
+
+    kopf.on.login(registry=registry)(login)
     kopf.index(GROUP, VERSION, PLURAL, id=PLURAL, registry=registry)(index_own)
     kopf.on.event(GROUP, VERSION, PLURAL, registry=registry)(changed)
     labelled = {SERVICE_LABEL: kopf.PRESENT}
