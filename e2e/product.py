@@ -119,9 +119,20 @@ def start_example(target: Target) -> None:
     """Apply the example service and wait until it is Ready."""
     target.read("apply", "--server-side", "--force-conflicts", "--validate=strict", "-f", str(EXAMPLE))
     kubectl = f"{target.kubectl} --kubeconfig {target.kubeconfig}"
-    wait_until(f"InferenceService {EXAMPLE_NAME} is Ready", lambda: is_ready(service(target)), seconds=READY_S,
-               every=0.3, do=f"see why: `{kubectl} describe mis {EXAMPLE_NAME}`, `{kubectl} logs -l "
-                             f"mainsail.dev/service={EXAMPLE_NAME}`")  # fmt: skip
+    try:
+        wait_until(f"InferenceService {EXAMPLE_NAME} is Ready", lambda: is_ready(service(target)), seconds=READY_S,
+                   every=0.5, do=f"see why: `{kubectl} describe mis {EXAMPLE_NAME}`, `{kubectl} logs -l "
+                                 f"mainsail.dev/service={EXAMPLE_NAME}`, and the operator's: "
+                                 f"`{kubectl} -n {NAMESPACE} logs deploy/mainsail-operator`")  # fmt: skip
+    except StepError as error:
+        raise StepError(f"{error.what}; its conditions: {conditions_in_words(service(target))}", do=error.do) from error
+
+
+def conditions_in_words(found: dict[str, Any]) -> str:
+    """What the status says, for a terminal."""
+    conditions = found.get("status", {}).get("conditions", [])
+    words = [f"{one['type']}={one['status']} {one.get('reason', '')}: {one.get('message', '')}" for one in conditions]
+    return "; ".join(words) or "none (the operator has not written any)"
 
 
 def service(target: Target) -> dict[str, Any]:
