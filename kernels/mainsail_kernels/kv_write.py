@@ -18,13 +18,6 @@ _HEADS_PER_PROGRAM = 8
 
 
 @triton.jit
-def _store_head(query_ptr, kv_ptr, x, q_offset, kv_offset, is_query, writes, channel, fits):
-    out = x.to(query_ptr.dtype.element_ty)
-    tl.store(query_ptr + q_offset + channel, out, mask=is_query & fits)
-    tl.store(kv_ptr + kv_offset + channel, x.to(kv_ptr.dtype.element_ty), mask=writes & fits)
-
-
-@triton.jit
 def _rope_write_kernel(
     qkv_ptr,
     positions_ptr,
@@ -106,11 +99,17 @@ def _rope_write_kernel(
     # Values skip the arithmetic: 0 * inf of a neighbouring channel must not reach them.
     turned_first = tl.where(is_value, first, first * cos - second * sin)
     turned_second = tl.where(is_value, second, second * cos + first * sin)
-    _store_head(query_ptr, kv_ptr, turned_first, q_offset, kv_offset, is_query, writes, channel, fits)
-    _store_head(query_ptr, kv_ptr, turned_second, q_offset + HALF, kv_offset + HALF, is_query, writes, channel, fits)
+    query = query_ptr + q_offset + channel
+    cached = kv_ptr + kv_offset + channel
+    tl.store(query, turned_first.to(query_ptr.dtype.element_ty), mask=is_query & fits)
+    tl.store(query + HALF, turned_second.to(query_ptr.dtype.element_ty), mask=is_query & fits)
+    tl.store(cached, turned_first.to(kv_ptr.dtype.element_ty), mask=writes & fits)
+    tl.store(cached + HALF, turned_second.to(kv_ptr.dtype.element_ty), mask=writes & fits)
     if REST_PADDED > 0:
-        q_rest, kv_rest = q_offset + 2 * HALF, kv_offset + 2 * HALF
-        _store_head(query_ptr, kv_ptr, rest, q_rest, kv_rest, is_query, writes, tail, tail_fits)
+        query = query_ptr + q_offset + 2 * HALF + tail
+        cached = kv_ptr + kv_offset + 2 * HALF + tail
+        tl.store(query, rest.to(query_ptr.dtype.element_ty), mask=is_query & tail_fits)
+        tl.store(cached, rest.to(kv_ptr.dtype.element_ty), mask=writes & tail_fits)
 
 
 def rope_and_write_kv(

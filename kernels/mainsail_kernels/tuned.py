@@ -35,13 +35,12 @@ class DecodeConfig:
 
 @dataclass(frozen=True, slots=True)
 class LinearConfig:
-    """Tile of a skinny linear: outputs, inputs, warps, stages, and parts the inputs are split in."""
+    """Tile of a skinny linear: outputs, inputs, warps, stages."""
 
     block_out: int
     block_in: int
     warps: int
     stages: int
-    splits: int = 1
 
 
 _override: dict[type, object] = {}
@@ -82,3 +81,19 @@ def decode_config(device: torch.device, head_dim: int) -> DecodeConfig:
     if head_dim > 128:
         return DecodeConfig(32, 4, 3 if hopper else 2, 4)
     return DecodeConfig(64, 4, 3, 4) if hopper else DecodeConfig(32, 4, 2, 4)
+
+
+def linear_config(device: torch.device, rows: int, num_out: int, num_in: int) -> LinearConfig | None:
+    """For x [rows, num_in] and weight [num_out, num_in]; None where cuBLAS is to run."""
+    if not 1 <= rows <= 16:
+        return None
+    chosen = _override.get(LinearConfig)
+    if isinstance(chosen, LinearConfig):
+        return chosen
+    if INTERPRETED:
+        return LinearConfig(16, 64, 4, 1)
+    if not card_name(device).startswith("NVIDIA H"):
+        return None  # not measured
+    if rows == 1:
+        return LinearConfig(4, 2048 if num_in > 1024 else 1024, 4, 1)
+    return None

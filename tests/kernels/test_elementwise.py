@@ -1,0 +1,98 @@
+"""RMS norm, activations, rotary with the KV write, block copies and the token bitmask against their references."""
+
+import math
+
+import pytest
+import torch
+from mainsail_kernels import reference
+from mainsail_kernels.blocks import apply_token_bitmask, copy_blocks, gather_blocks, scatter_blocks
+from mainsail_kernels.kv_write import rope_and_write_kv
+from mainsail_kernels.rms_norm import rms_norm
+from mainsail_kernels.silu_mul import gelu_tanh_mul, silu_mul
+
+
+@pytest.mark.parametrize("shape", [(1, 64), (5, 100), (3, 2, 48), (2, 576)])
+def test_rms_norm(shape, close, device, dtype):
+    x, residual = torch.randn(2, *shape).to(device, dtype)
+    weight = torch.randn(shape[-1]).to(device, dtype)
+    close(rms_norm(x, weight, 1e-5), reference.rms_norm(x.double(), weight.double(), 1e-5))
+    out, total = rms_norm(x, weight, 1e-5, residual)
+    wide_out, wide_total = reference.rms_norm(x.double(), weight.double(), 1e-5, residual.double())
+    close(out, wide_out)
+    close(total, wide_total)
+
+
+def test_rms_norm_of_a_slice_of_wider_rows(close, device, dtype):
+    x = torch.randn(4, 300).to(device, dtype)[:, 100:164]
+    weight = torch.ones(64, device=device, dtype=dtype)
+    close(rms_norm(x, weight, 1e-6), reference.rms_norm(x.double(), weight.double(), 1e-6))
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (3, 96), (2, 5000)])
+def test_gated_activations(shape, close, device, dtype):
+    x = (3 * torch.randn(shape)).to(device, dtype)
+    x[0, 0], x[0, 1] = -200.0, 200.0
+    close(silu_mul(x), reference.silu_mul(x.double()))
+    close(gelu_tanh_mul(x), reference.gelu_tanh_mul(x.double()))
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "rotary"), [(4, 2, 32, 32), (9, 3, 64, 64), (2, 1, 96, 72)])
+@pytest.mark.parametrize("norms", ["", "q", "qk"])
+def test_rope_and_write(heads, kv_heads, dim, rotary, norms, close, device, dtype):
+    tokens, slots = 7, torch.tensor([3, 16, -1, 47, 0, -1, 31])
+    qkv = torch.randn(tokens, (heads + 2 * kv_heads) * dim).to(device, dtype)
+    angles = torch.rand(50, rotary // 2) * 6
+    cos_sin = torch.cat((angles.cos(), angles.sin()), dim=1).to(device)
+    positions = torch.randint(50, (tokens,)).to(device)
+    weights = {f"{side}_norm": torch.rand(dim).to(device, dtype) for side in norms}
+    kv = torch.full((3, 2, kv_heads, 16, dim), float("nan")).to(device, dtype)
+    wide_kv, counts = kv.double(), {"num_heads": heads, "num_kv_heads": kv_heads}
+    query = rope_and_write_kv(qkv, positions, cos_sin, kv, slots.to(device), **counts, **weights, eps=1e-6)
+    wide = {name: weight.double() for name, weight in weights.items()}
+    args = (qkv.double(), positions, cos_sin.double(), wide_kv, slots.to(device))
+    close(query, reference.rope_and_write_kv(*args, **counts, **wide, eps=1e-6))
+    assert torch.equal(kv.isnan(), wide_kv.isnan()), "written where it must not be, or not where it must"
+    close(kv.nan_to_num(), wide_kv.nan_to_num())
+
+
+def test_rotation_keeps_lengths_and_depends_on_distance_alone(device):
+    angles = torch.arange(20.0)[:, None] / 10.0 ** torch.arange(8)
+    first, second = torch.randn(2, 16)
+    turned = [reference.rotate(torch.stack((first, second)), angles[p].cos(), angles[p].sin()) for p in (2, 5, 12, 15)]
+    torch.testing.assert_close(turned[0][0] @ turned[1][1], turned[2][0] @ turned[3][1])
+    torch.testing.assert_close(turned[0].norm(dim=-1), torch.stack((first, second)).norm(dim=-1))
+
+
+def test_copy_blocks_copies_the_head_of_a_block_in_every_layer(device, dtype):
+    cache = torch.randn(3, 6, 2, 2, 16, 24).to(device, dtype)
+    before = cache.clone()
+    src, dst, num = (torch.tensor(v, device=device) for v in ([0, 5], [3, 1], [16, 5]))
+    copy_blocks(cache, src, dst, num)
+    before[:, 3] = before[:, 0]
+    before[:, 1, :, :, :5] = before[:, 5, :, :, :5]
+    assert torch.equal(cache, before)
+
+
+def test_blocks_go_to_staging_and_back(device, dtype):
+    cache = torch.randn(3, 6, 2, 2, 16, 24).to(device, dtype)
+    staging = torch.empty(2, 3, 2, 2, 16, 24, device=device, dtype=dtype)
+    gather_blocks(cache, torch.tensor([4, 1], device=device), staging)
+    assert torch.equal(staging[0], cache[:, 4])
+    assert torch.equal(staging[1], cache[:, 1])
+    scatter_blocks(cache, torch.tensor([0, 2], device=device), staging)
+    assert torch.equal(cache[:, 0], cache[:, 4])
+    assert torch.equal(cache[:, 2], cache[:, 1])
+
+
+@pytest.mark.parametrize("vocab", [32, 50, 5000])
+def test_bitmask(vocab, device, dtype):
+    words = -(-vocab // 32)
+    allowed = torch.rand(3, words * 32) < 0.5
+    allowed[2] = True
+    weights = 2 ** torch.arange(32, dtype=torch.int64)
+    packed = (allowed.view(3, words, 32).long() * weights).sum(-1)
+    bitmask = torch.where(packed >= 2**31, packed - 2**32, packed).to(torch.int32).to(device)
+    logits = torch.randn(3, vocab).to(device, dtype)
+    expected = logits.masked_fill(~allowed[:, :vocab].to(device), -math.inf)
+    apply_token_bitmask(logits, bitmask)
+    assert torch.equal(logits, expected)
