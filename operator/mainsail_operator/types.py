@@ -218,7 +218,7 @@ class KvCacheSpec(Model):
     )
     blocks: int | None = Field(
         default=None,
-        ge=1,
+        ge=2,
         le=100_000_000,
         description="Number of KV cache blocks, instead of deriving it from memoryFraction. For tests and for "
         "machines without an accelerator. Default: derived.",
