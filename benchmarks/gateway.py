@@ -155,7 +155,7 @@ async def measure(port: int, pid: int, args: argparse.Namespace) -> tuple[float,
 
 async def ready(port: int) -> None:
     """Until a whole exchange works."""
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(20):
         while True:
             with contextlib.suppress(OSError, RuntimeError, asyncio.IncompleteReadError, TimeoutError):
                 async with asyncio.timeout(1):
@@ -210,7 +210,11 @@ async def main(args: argparse.Namespace) -> None:
                 print(f"{target.__name__}: not installed, left out")
                 continue
             with running(*command) as process:
-                await ready(port)
+                try:
+                    await ready(port)
+                except TimeoutError:
+                    print(f"{target.__name__}: did not start, left out")
+                    continue
                 rows.append((target.__name__, await measure(port, process.pid, args)))
         control.cancel()
     print(f"{args.requests} lone requests; {args.streams} streams of {args.events} events, {args.pace_ms} ms apart")

@@ -29,7 +29,7 @@ class Seen:
     body: bytes
 
     def header(self, name: str) -> str | None:
-        for line in self.head.decode().split("\r\n")[1:]:
+        for line in self.head.decode("latin-1").split("\r\n")[1:]:
             key, _, value = line.partition(":")
             if key.lower() == name:
                 return value.strip()
@@ -88,7 +88,11 @@ SSE_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-enco
 
 async def answer(up: Upstream, seen: Seen, reader, writer: asyncio.StreamWriter) -> None:
     """An engine that does its work: a completion, streamed if asked."""
-    wanted = json.loads(seen.body)
+    try:
+        wanted = json.loads(seen.body)
+    except ValueError:
+        writer.write(b"HTTP/1.1 400 Bad Request\r\ncontent-length: 2\r\n\r\n{}")
+        return
     model = wanted["model"]
     if wanted.get("stream"):
         writer.write(SSE_HEAD)

@@ -7,6 +7,8 @@ import random
 
 import httpx
 
+from mainsail_gateway.request import parse
+
 METHODS = [b"POST", b"GET", b"PUT", b"DELETE", b"OPTIONS", b"HEAD", b"FOO", b"post", b""]
 PATHS = [
     b"/v1/chat/completions",
@@ -30,7 +32,10 @@ VALUES = [None, True, 1, -1, 1e300, "", "m", "nope", "\u0000", [], {}, [[]], {"m
 
 def fuzzed(rng: random.Random) -> bytes:
     names = ["model", "messages", "prompt", "stream", "max_tokens", "user", "tools", "prompt_cache_key"]
-    body = json.dumps({rng.choice(names): rng.choice(VALUES) for _ in range(rng.randrange(6))}).encode()
+    fields = {rng.choice(names): rng.choice(VALUES) for _ in range(rng.randrange(6))}
+    if rng.random() < 0.5:
+        fields["model"] = "m"
+    body = json.dumps(fields).encode()
     if rng.random() < 0.4:
         cut = rng.randrange(len(body) + 1)
         body = body[:cut] + rng.randbytes(rng.randrange(6)) + body[cut + rng.randrange(3) :]
@@ -47,14 +52,13 @@ def fuzzed(rng: random.Random) -> bytes:
 
 
 async def send(port: int, data: bytes) -> bytes:
-    """All that comes back; the end of ours is said, so that an unfinished request ends too."""
+    """The first of what comes back; nothing comes for a request that is unfinished, which is then left."""
     try:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(data)
-        writer.write_eof()
-        async with asyncio.timeout(20):
-            return await reader.read()
-    except ConnectionError:
+        async with asyncio.timeout(1):
+            return await reader.read(65536)
+    except (ConnectionError, TimeoutError):
         return b""
     finally:
         writer.close()
@@ -65,18 +69,19 @@ async def test_two_thousand_odd_requests(kit):
     up = await kit.upstream()
     statuses: dict[bytes, int] = {}
     async with kit.gateway(kit.service(up.endpoint())) as gw, httpx.AsyncClient() as client:
-        for _ in range(100):
-            batch = [fuzzed(rng) for _ in range(20)]
+        for _ in range(10):
+            batch = [fuzzed(rng) for _ in range(200)]
             for data, got in zip(batch, await asyncio.gather(*(send(gw.port, d) for d in batch)), strict=True):
-                status = got.split(b" ")[1] if got else b"closed"
+                status = got.split(b" ")[1] if got else b"none"
                 assert not status.startswith(b"5"), (data, got)
                 statuses[status] = statuses.get(status, 0) + 1
         await kit.until(lambda: not gw.gateway.relay.calls)
         ok = await client.post(gw.url + "/v1/completions", json={"model": "m"})
         assert ok.status_code == 200
-    assert {b"400", b"404", b"405"} <= statuses.keys()
+    assert {b"200", b"400", b"404", b"405", b"413"} <= statuses.keys()
+    assert len(up.seen) > 10
     for seen in up.seen:
-        assert json.loads(seen.body)["model"] == "m"  # nothing else ever reached the engine
+        assert parse(seen.body).model == "m"  # nothing else ever reached the engine
 
 
 async def test_a_rollout_under_load_loses_nothing(kit):
