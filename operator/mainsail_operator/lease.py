@@ -1,8 +1,8 @@
 """Leader election on a coordination.k8s.io Lease: one operator writes, others stand by.
 
-The holder renews every few seconds. Its right to write ends, by its own monotonic clock, before the Lease can be taken
-over by anyone else's: a leader that was stopped and wakes up finds `holds()` false and writes nothing. Times are counted
-from before the request was sent. A holder that ends well releases the Lease, so that the next one need not wait.
+The holder renews every few seconds. Its right to write ends, by its own monotonic clock, before anyone else may take
+the Lease over: a leader that was stopped and wakes up finds `holds()` false and writes nothing. Times count from before
+the request was sent. A holder that ends well releases the Lease, so that the next one need not wait.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """From a spec to the objects that carry it out: pure builders.
 
-One Deployment for each revision; a revision is a hash of what the user asked for that changes the pod. Neither the number
-of replicas nor anything of the operator (its version, its default image) is part of it, so scaling and upgrading the
-operator restart nothing. Every object is owned by its InferenceService: deleting that deletes them.
+One Deployment for each revision; a revision is a hash of what the user asked for that changes the pod. Neither the
+number of replicas nor anything of the operator (its version, its default image) is part of it, so scaling and upgrading
+the operator restart nothing. Every object is owned by its InferenceService: deleting that deletes them.
 """
 
 from __future__ import annotations
@@ -199,8 +199,7 @@ def _pod(owner: Owner, spec: InferenceServiceSpec, image: str, pull_policy: str)
         "automountServiceAccountToken": False,
         "terminationGracePeriodSeconds": grace_period_s(spec),
         "securityContext": {
-            "runAsNonRoot": True, "runAsUser": _USER, "runAsGroup": _USER, "fsGroup": _USER,
-            "fsGroupChangePolicy": "OnRootMismatch", "seccompProfile": {"type": "RuntimeDefault"},
+            "runAsNonRoot": True, "runAsUser": _USER, "runAsGroup": _USER, "seccompProfile": {"type": "RuntimeDefault"},
         },
         "containers": [_container(owner, spec, image, pull_policy)],
         "volumes": volumes,
@@ -216,7 +215,7 @@ _APPENDED = frozenset({"tolerations", "topologySpreadConstraints", "envFrom"})
 
 
 def merged(base: JSON, patch: JSON) -> JSON:
-    """Kubernetes' strategic merge, for the fields of a pod: objects by key, the lists above by name, others replaced."""
+    """Kubernetes' strategic merge for a pod: objects by key, the lists above by name, other lists replaced."""
     found = copy.deepcopy(base)
     for key, value in patch.items():
         old = found.get(key)

@@ -1,4 +1,4 @@
-"""What is there, as far as plan and status care: revisions with their pods, and why a pod does not serve (pure readers)."""
+"""What is there, as far as plan and status care: revisions, their pods, and why a pod does not serve (pure)."""
 
 from __future__ import annotations
 

@@ -5,9 +5,9 @@ A roll from one revision to the next:
     new   0 ── created with all replicas ──▶ serving 1 … serving N
     old   N ── one fewer for each new one that serves ──▶ 0 ── deleted
 
-The old revision never shrinks below what the new one does not serve yet, and never grows again. A new revision that fails to
-load therefore harms nobody. Where the nodes have no room for a surge, one old pod makes way at a time, and only once
-everything of the new revision that has a place serves: no deadlock, and never more than one pod missing.
+The old revision never shrinks below what the new one does not serve yet, and never grows again. A new revision that
+fails to load therefore harms nobody. Where the nodes have no room for a surge, one old pod makes way at a time, and only
+once everything of the new revision that has a place serves: no deadlock, and never more than one pod missing.
 """
 
 from __future__ import annotations
@@ -80,6 +80,8 @@ def _no_room(target: Revision, replicas: int, old: list[Revision], now: float) -
     """The scheduler finds no place for the next new pod, and nothing is on the way that could change that."""
     if target.serving >= replicas or target.starting or any(pod.ending for r in (target, *old) for pod in r.pods):
         return False
+    if sum(len(revision.alive) for revision in old) > replicas - target.serving:
+        return False  # the old ones that the new ones replace make room first
     refused = [pod.unschedulable_since for pod in target.alive if pod.unschedulable_since is not None]
     return bool(refused) and now - min(refused) >= NO_ROOM_AFTER_S
 

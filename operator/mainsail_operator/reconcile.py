@@ -1,7 +1,7 @@
 """One pass over one InferenceService: observe → plan → apply → status. And the tasks that make passes.
 
-Each object has one task, woken by any event of it or of a child and by a tick; passes of one object never overlap, and one
-that keeps failing (with growing pauses) holds up no other.
+Each object has one task, woken by any event of it or of a child and by a tick; passes of one object never overlap, and
+one that keeps failing (with growing pauses) holds up no other.
 """
 
 from __future__ import annotations

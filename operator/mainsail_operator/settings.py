@@ -11,7 +11,7 @@ from dataclasses import dataclass
 @dataclass(frozen=True, slots=True)
 class Settings:
     engine_image: str = "mainsail/engine:0.1.0"
-    """MAINSAIL_ENGINE_IMAGE: the image of new revisions. Existing revisions keep theirs, so an upgrade restarts nothing."""
+    """MAINSAIL_ENGINE_IMAGE: the image of new revisions. Existing ones keep theirs: an upgrade restarts nothing."""
     engine_image_pull_policy: str = "IfNotPresent"
     namespace: str = "mainsail-system"
     """MAINSAIL_NAMESPACE: where the operator itself lives, and its Lease."""

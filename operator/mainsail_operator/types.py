@@ -1,9 +1,9 @@
 """The InferenceService: what a user may ask for, and what the operator answers.
 
-These models are the single source of the resource. `mainsail_operator.crd` turns them into the CustomResourceDefinition,
-so a field's description here is what `kubectl explain mis.spec…` prints, its default is what the API server fills in, and
-the rules beside it are what the API server refuses with. A description says what the field is for, its unit, and the
-failure that it prevents.
+These models are the single source of the resource. `mainsail_operator.crd` turns them into the
+CustomResourceDefinition, so a field's description here is what `kubectl explain mis.spec…` prints, its default is what the
+API server fills in, and the rules beside it are what the API server refuses with. A description says what the field is
+for, its unit, and the failure that it prevents.
 
 Two rules keep upgrades harmless:
 
@@ -261,8 +261,8 @@ class EngineSpec(Model):
         ge=1,
         le=1_048_576,
         description="Token budget of one step, shared by prefill chunks and decodes. A larger one shortens the time to "
-        "the first token of long prompts; a smaller one keeps running streams smooth while prompts are prefilled. Default: 8192, or 512 without an "
-        "accelerator.",
+        "the first token of long prompts; a smaller one keeps running streams smooth while prompts are prefilled. "
+        "Default: 8192, or 512 without an accelerator.",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto",

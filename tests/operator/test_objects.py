@@ -1,0 +1,128 @@
+"""Spec → objects."""
+
+from __future__ import annotations
+
+import pytest
+
+from mainsail_operator import objects
+from mainsail_operator.settings import Settings
+
+
+def container(manifest):
+    return next(c for c in manifest["spec"]["template"]["spec"]["containers"] if c["name"] == "engine")
+
+
+def test_arguments_follow_the_spec(owner, make_spec) -> None:
+    spec = make_spec(
+        model={"uri": "pvc://models/dir/m.gguf", "servedNames": ["a", "b"]},
+        engine={"maxModelLen": 1024, "kvCache": {"blocks": 64, "prefixCaching": False}, "extraArgs": ["--x=1"]},
+        drain={"timeout": "2m"},
+    )
+    line = " ".join(objects.arguments(owner, spec))
+    assert line.startswith("serve --model /models/dir/m.gguf --served-model-name a b ")
+    for part in ("--max-model-len 1024", "--kv-cache-blocks 64", "--no-enable-prefix-caching", "--drain-timeout 120"):
+        assert part in line
+    assert "--max-num-batched-tokens" not in line, "the engine's own default depends on the device"
+    assert line.endswith("--x=1")
+
+
+def test_served_name_defaults_to_the_name(owner, make_spec) -> None:
+    assert "--served-model-name demo" in " ".join(objects.arguments(owner, make_spec()))
+
+
+def test_file_source_mounts_nothing(owner, make_spec, settings) -> None:
+    spec = make_spec(model={"uri": "file:///opt/model"})
+    pod = objects.deployment(owner, spec, 1, settings)["spec"]["template"]["spec"]
+    assert {volume["name"] for volume in pod["volumes"]} == {"tmp", "shm"}
+    assert "/opt/model" in pod["containers"][0]["args"]
+
+
+def test_pod_passes_the_restricted_standard(owner, make_spec, settings) -> None:
+    pod = objects.deployment(owner, make_spec(), 1, settings)["spec"]["template"]["spec"]
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert pod["automountServiceAccountToken"] is False
+    context = pod["containers"][0]["securityContext"]
+    assert context["readOnlyRootFilesystem"] is True
+    assert context["allowPrivilegeEscalation"] is False
+    assert context["capabilities"] == {"drop": ["ALL"]}
+
+
+def test_grace_period_is_above_pre_stop_and_drain(owner, make_spec, settings) -> None:
+    manifest = objects.deployment(owner, make_spec(drain={"timeout": "1h"}), 1, settings)
+    pod = manifest["spec"]["template"]["spec"]
+    assert pod["terminationGracePeriodSeconds"] > 3600 + objects.PRE_STOP_S
+    assert container(manifest)["lifecycle"]["preStop"]["sleep"]["seconds"] == objects.PRE_STOP_S
+
+
+def test_a_gpu_unless_resources_say_otherwise(owner, make_spec, settings) -> None:
+    assert container(objects.deployment(owner, make_spec(), 1, settings))["resources"] == {
+        "limits": {"nvidia.com/gpu": "1"}
+    }
+    cpu = make_spec(resources={"requests": {"cpu": "1"}})
+    assert container(objects.deployment(owner, cpu, 1, settings))["resources"] == {"requests": {"cpu": "1"}}
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        ({"replicas": 7}, True),
+        ({"rollout": {"progressDeadline": "1h"}}, True),
+        ({"engine": {"maxNumSeqs": 256}}, True),
+        ({"engine": {"maxNumSeqs": 8}}, False),
+        ({"podTemplate": {"spec": {"nodeSelector": {"a": "b"}}}}, False),
+        ({"drain": {"timeout": "30s"}}, False),
+    ],
+)
+def test_the_revision_is_what_changes_the_pod(make_spec, change, same: bool) -> None:
+    assert (objects.revision_of(make_spec(**change)) == objects.revision_of(make_spec())) is same
+
+
+def test_another_default_image_changes_no_revision_and_no_existing_pod(owner, make_spec) -> None:
+    spec = make_spec()
+    old = objects.deployment(owner, spec, 1, Settings(engine_image="engine:1"))
+    new = objects.deployment(owner, spec, 1, Settings(engine_image="engine:2"), image="engine:1")
+    assert new == old
+
+
+def test_pod_template_merges_as_kubernetes_does(owner, make_spec, settings) -> None:
+    spec = make_spec(
+        podTemplate={
+            "metadata": {"labels": {"team": "a"}, "annotations": {"x": "y"}},
+            "spec": {
+                "containers": [
+                    {"name": "engine", "image": "mine:2",
+                     "env": [{"name": "HOME", "value": "/h"}, {"name": "A", "value": "1"}],
+                     "volumeMounts": [{"name": "more", "mountPath": "/more"}]},
+                    {"name": "sidecar", "image": "s:1"},
+                ],
+                "volumes": [{"name": "more", "emptyDir": {}}],
+                "tolerations": [{"key": "gpu", "operator": "Exists"}],
+                "securityContext": {"runAsUser": 1000},
+            },
+        }
+    )  # fmt: skip
+    template = objects.deployment(owner, spec, 1, settings)["spec"]["template"]
+    pod = template["spec"]
+    engine, sidecar = pod["containers"]
+    assert (engine["image"], sidecar["name"]) == ("mine:2", "sidecar")
+    assert {e["name"]: e["value"] for e in engine["env"]} == {"HOME": "/h", "A": "1"}
+    assert {m["mountPath"] for m in engine["volumeMounts"]} == {"/tmp", "/dev/shm", "/models", "/more"}
+    assert engine["command"] == ["mainsail-engine"]
+    assert pod["securityContext"]["runAsUser"] == 1000
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert pod["tolerations"] == [{"key": "gpu", "operator": "Exists"}]
+    assert template["metadata"]["labels"]["team"] == "a"
+    assert template["metadata"]["labels"][objects.SERVICE_LABEL] == "demo"
+
+
+def test_everything_is_owned(owner, make_spec, settings) -> None:
+    for manifest in (
+        objects.service(owner),
+        objects.service_account(owner),
+        objects.deployment(owner, make_spec(), 1, settings),
+    ):
+        (reference,) = manifest["metadata"]["ownerReferences"]
+        assert reference["uid"] == "uid-1"
+        assert reference["controller"] is True
+        assert objects.digest_of(manifest)

@@ -1,0 +1,75 @@
+"""Kubernetes' objects → what plan and status read."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from mainsail_operator.observe import observe, read_pod
+
+
+def pod(*, ready="False", state=None, last=None, scheduled=True, reason=None, **metadata):
+    conditions = [{"type": "Ready", "status": ready}]
+    if reason:
+        conditions.append(
+            {"type": "PodScheduled", "status": "False", "reason": reason, "message": "0/1 nodes",
+             "lastTransitionTime": "2026-01-01T00:00:00Z"}
+        )  # fmt: skip
+    statuses = [{"name": "engine", "state": state or {}, "lastState": last or {}}]
+    return {
+        "metadata": {"name": "p", "labels": {"mainsail.dev/revision": "r"}, **metadata},
+        "spec": {"nodeName": "n"} if scheduled else {},
+        "status": {"conditions": conditions, "containerStatuses": statuses if scheduled else []},
+    }
+
+
+SAID = json.dumps({"reason": "MissingTensor", "message": "no tensor x"})
+
+
+@pytest.mark.parametrize(
+    ("found", "reason", "failed"),
+    [
+        (pod(last={"terminated": {"exitCode": 1, "message": SAID}}), "MissingTensor", True),
+        (pod(state={"terminated": {"exitCode": 1, "message": f"noise\n{SAID}\n"}}), "MissingTensor", True),
+        (pod(state={"terminated": {"exitCode": 137, "reason": "OOMKilled"}}), "OOMKilled", True),
+        (pod(state={"terminated": {"exitCode": 2, "message": "boom"}}), "EngineFailed", True),
+        (pod(state={"waiting": {"reason": "ImagePullBackOff", "message": "no image"}}), "ImagePullBackOff", False),
+        (pod(scheduled=False, reason="Unschedulable"), "Unschedulable", False),
+    ],
+)
+def test_trouble_has_a_stable_reason(found, reason: str, failed: bool) -> None:
+    trouble = read_pod(found).trouble
+    assert trouble is not None
+    assert (trouble.reason, trouble.load_failure) == (reason, failed)
+    assert trouble.message
+
+
+def test_no_trouble_while_it_starts_or_serves() -> None:
+    assert read_pod(pod(state={"waiting": {"reason": "ContainerCreating"}})).trouble is None
+    assert read_pod(pod(ready="True", last={"terminated": {"exitCode": 1, "message": SAID}})).trouble is None
+    assert read_pod(pod(ready="True")).serving
+    assert read_pod(pod(deletionTimestamp="x")).ending
+
+
+def deployment(name: str, revision: str, created: str, uid: str = "u"):
+    return {
+        "metadata": {"name": name, "labels": {"mainsail.dev/revision": revision}, "creationTimestamp": created,
+                     "ownerReferences": [{"uid": uid}]},
+        "spec": {"replicas": 2},
+    }  # fmt: skip
+
+
+def test_only_what_is_owned_counts_newest_first() -> None:
+    seen = observe(
+        [
+            deployment("a", "r", "2026-01-01T00:00:00Z"),
+            deployment("b", "s", "2026-01-02T00:00:00Z"),
+            deployment("c", "t", "2026-01-03T00:00:00Z", uid="other"),
+        ],
+        [pod(ready="True")],
+        [],
+        "u",
+    )
+    assert [revision.name for revision in seen.revisions] == ["b", "a"]
+    assert [revision.serving for revision in seen.revisions] == [0, 1]
