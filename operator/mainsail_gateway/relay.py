@@ -186,7 +186,7 @@ class Relay:
                     continue
             if len(tried) >= MAX_ATTEMPTS or not _affordable(failure, pool, metrics):
                 break
-        if failure is None:
+        if failure is None or failure.reason == "connect":
             raise no_capacity(call.model, self._settings.retry_after_s)
         message = f"The replica of `{call.model}` that had the request failed before it answered ({failure.reason})."
         raise GatewayError(502, message, code="upstream_failed", retry_after_s=1.0) from failure

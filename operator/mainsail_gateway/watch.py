@@ -135,7 +135,7 @@ class Reflector(Generic[T]):
         first, longest = self._timing.backoff_s
         pause = min(longest, first * 2 ** min(self.failures - 1, 30)) * random.uniform(0.5, 1.0)
         level = logging.INFO if self.failures == 1 else logging.WARNING
-        log.log(level, "%s: %s; trying again in %.1f s", self.path, error or type(error).__name__, pause)
+        log.log(level, "%s: %s; trying again in %.1f s", self.path, str(error) or type(error).__name__, pause)
         await asyncio.sleep(pause)
 
     async def _list(self) -> None:

@@ -45,6 +45,14 @@ async def test_alone_and_broken_is_502(kit, answer, reason):
     assert gw.metric("mainsail:gateway_upstream_failures_total", namespace="default", service="m", reason=reason) >= 1
 
 
+async def test_alone_and_refused_is_503(kit):
+    up = await kit.upstream()
+    async with kit.gateway(kit.service(dead(kit, up))) as gw, httpx.AsyncClient() as client:
+        response = await client.post(gw.url + CHAT, json=BODY)
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "no_capacity")
+    assert response.headers["retry-after"]
+
+
 @pytest.mark.parametrize("status", [400, 429, 500])
 async def test_an_engines_answer_passes(kit, status):
     body = b'{"error": {"message": "x"}}'
