@@ -8,20 +8,23 @@ interpreter: this is how tests without a GPU check the kernels themselves and no
 
 import os
 from functools import cache
+from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
+# Any: no type checker can follow a launch, kernel[grid](…), which takes the kernel's arguments and the launch's options.
+triton: Any
 try:
-    import triton
+    triton = import_module("triton")
     import triton.language as tl
 except ImportError:  # no wheel here: definitions only
 
     def _define_only(fn: Any = None, **_: Any) -> Any:
         return _define_only if fn is None else fn
 
-    triton: Any = SimpleNamespace(jit=_define_only, __version__="none")
+    triton = SimpleNamespace(jit=_define_only, __version__="none")
     tl: Any = SimpleNamespace(constexpr=object)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
