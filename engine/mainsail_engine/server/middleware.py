@@ -5,6 +5,7 @@ Starlette's BaseHTTPMiddleware would run the application behind a queue and hide
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -47,14 +48,15 @@ class BodyLimit:
 
         async def noting_send(message: Message) -> None:
             nonlocal answering
+            if seen > self._limit and not answering:
+                return  # the application's own view of a body that was cut short: refused below
             answering = True
             await send(message)
 
-        try:
+        with contextlib.suppress(_TooLargeError):
             await self._app(scope, counting_receive, noting_send)
-        except _TooLargeError:
-            if not answering:
-                await self._refuse(scope, receive, send)
+        if seen > self._limit and not answering:
+            await self._refuse(scope, receive, send)
 
     def _announced(self, scope: Scope) -> int:
         values = [value for name, value in scope["headers"] if name == b"content-length"]

@@ -1,0 +1,143 @@
+"""A real engine: `mainsail-engine serve` as a process on free loopback ports, shared by a whole session of tests."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+START_S = 120.0
+
+
+def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = 60.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            pytest.fail(f"waited {timeout_s:.0f} s for: {what}")
+        time.sleep(0.02)
+
+
+@dataclass
+class Engine:
+    """One running server."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+    termination_log: Path
+    url: str = ""
+    name: str = "smol"
+    http: httpx.Client = field(default_factory=lambda: httpx.Client(timeout=60))
+
+    def post(self, path: str, **body: object) -> httpx.Response:
+        return self.http.post(self.url + path, json=body)
+
+    def chat(self, **body: object) -> httpx.Response:
+        return self.post("/v1/chat/completions", model=self.name, **body)
+
+    def metric(self, name: str, **labels: str) -> float:
+        total = 0.0
+        for line in self.http.get(self.url + "/metrics").text.splitlines():
+            if re.match(rf"{re.escape(name)}({{| )", line) and all(f'{k}="{v}"' in line for k, v in labels.items()):
+                total += float(line.rpartition(" ")[2])
+        return total
+
+    def idle(self) -> bool:
+        gauges = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
+        return all(self.metric(gauge) == 0 for gauge in gauges)
+
+    def core_pid(self) -> int:
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        return int(children[0])
+
+    def terminate(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+
+    def wait(self) -> int:
+        return self.process.wait(timeout=60)
+
+    def close(self) -> None:
+        self.http.close()
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+
+
+def launch(folder: Path, *arguments: str) -> Engine:
+    """Start the command; do not wait for it."""
+    log, termination_log = folder / "log", folder / "termination-log"
+    termination_log.touch()
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT / 'engine'}{os.pathsep}{ROOT / 'kernels'}",
+        "MAINSAIL_TERMINATION_LOG": str(termination_log),
+    }
+    command = [sys.executable, "-m", "mainsail_engine.cli", "serve", "--host", "127.0.0.1", "--port", "0", *arguments]
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+    return Engine(process, log, termination_log)
+
+
+def start(folder: Path, model: Path, *arguments: str) -> Engine:
+    """Start a server for the model and wait until it is ready."""
+    engine = launch(folder, "--model", str(model), "--served-model-name", "smol", "other", *arguments)
+
+    def announced() -> bool:
+        if engine.process.poll() is not None:
+            pytest.fail(f"the server ended: {engine.log.read_text()}")
+        found = re.search(r"ready: (http://[^/]+)/v1", engine.log.read_text())
+        engine.url = found.group(1) if found else ""
+        return bool(found)
+
+    wait_for(announced, "the server's start", START_S)
+    return engine
+
+
+@pytest.fixture(scope="session")
+def engine(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    running = start(tmp_path_factory.mktemp("engine"), smollm2, "--kv-cache-blocks", "1024", "--max-num-seqs", "32")
+    yield running
+    running.close()
+
+
+@pytest.fixture
+def launch_engine(tmp_path: Path) -> Iterator[Callable[..., Engine]]:
+    """Starts the command with any arguments, and cleans up."""
+    launched: list[Engine] = []
+
+    def run(*arguments: str) -> Engine:
+        launched.append(launch(tmp_path, *arguments))
+        return launched[-1]
+
+    yield run
+    for item in launched:
+        item.close()
+
+
+@pytest.fixture
+def own_engine(smollm2: Path, tmp_path: Path) -> Iterator[Callable[..., Engine]]:
+    """Starts a server that the test may kill."""
+    started: list[Engine] = []
+
+    def run(*arguments: str) -> Engine:
+        started.append(start(tmp_path, smollm2, "--kv-cache-blocks", "256", *arguments))
+        return started[-1]
+
+    yield run
+    for item in started:
+        item.close()
+
+
+@pytest.fixture
+def waiting() -> Callable[..., None]:
+    """Wait until a condition holds."""
+    return wait_for
