@@ -50,12 +50,12 @@ def test_operator_killed_in_the_middle_of_a_roll(kube: Kube, gateway_url: str, r
 
 def test_restarted_operator_touches_nothing_that_is_right(kube: Kube, rolling) -> None:
     wait_ready(kube, "rolling")
+    selector = "mainsail.dev/service=rolling"
+    wait_for("ended pods gone", lambda: len(kube.list("pods", selector=selector)) == 1, timeout_s=60)
 
     def versions() -> dict[str, str]:
         kinds = ("mis", "deployments", "services", "serviceaccounts", "pods")
-        found = [
-            (k, o) for k in kinds for o in kube.list(k, selector="" if k == "mis" else "mainsail.dev/service=rolling")
-        ]
+        found = [(k, o) for k in kinds for o in kube.list(k, selector="" if k == "mis" else selector)]
         return {f"{k}/{o['metadata']['name']}": o["metadata"]["resourceVersion"] for k, o in found}
 
     before = versions()

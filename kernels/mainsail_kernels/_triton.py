@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-# Any: no type checker can follow a launch, kernel[grid](…), which takes the kernel's arguments and the launch's options.
+# Any: no checker can follow a launch, kernel[grid](…), which takes the kernel's arguments and the launch's options.
 triton: Any
 try:
     triton = import_module("triton")

@@ -1,9 +1,9 @@
 """The InferenceService: what a user may ask for, and what the operator answers.
 
 These models are the single source of the resource. `mainsail_operator.crd` turns them into the
-CustomResourceDefinition, so a field's description here is what `kubectl explain mis.spec…` prints, its default is what the
-API server fills in, and the rules beside it are what the API server refuses with. A description says what the field is
-for, its unit, and the failure that it prevents.
+CustomResourceDefinition, so a field's description here is what `kubectl explain mis.spec…` prints, its default is what
+the API server fills in, and the rules beside it are what the API server refuses with. A description says what the field
+is for, its unit, and the failure that it prevents.
 
 Two rules keep upgrades harmless:
 

@@ -39,9 +39,9 @@ def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
         lstrip_blocks=True,
         extensions=["jinja2.ext.loopcontrols"],
     )
-    environment.filters["tojson"] = _tojson
+    environment.filters["tojson"] = _tojson  # pyright: ignore[reportUnknownMemberType]
     names: dict[str, Any] = {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
-    environment.globals.update(names)
+    environment.globals.update(names)  # pyright: ignore[reportUnknownMemberType]
     return environment
 
 
