@@ -37,27 +37,32 @@ def _combine(
     HEAD_DIM: tl.constexpr,
     DIM: tl.constexpr,
     ROWS: tl.constexpr,
+    TOGETHER: tl.constexpr,
 ):
+    """The normalized result of all chunks of one (sequence, KV head): TOGETHER of them a step, to hide the latency."""
     acc = tl.zeros((ROWS, DIM), tl.float32)
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
-    fits = (row < GROUP)[:, None] & (channel < HEAD_DIM)[None, :]
-    for chunk in range(0, num_chunks):
-        item = ((first_slot + chunk) * num_kv_heads + kv_head).to(tl.int64) * GROUP + row
-        part_top = tl.load(stats_ptr + item * 2, mask=row < GROUP, other=0.0, cache_modifier=".cg")
-        part_total = tl.load(stats_ptr + item * 2 + 1, mask=row < GROUP, other=0.0, cache_modifier=".cg")
-        where = partial_ptr + item[:, None] * HEAD_DIM + channel[None, :]
-        part = tl.load(where, mask=fits, other=0.0, cache_modifier=".cg")
-        new_top = tl.maximum(top, part_top)
+    fits = (row < GROUP)[None, :, None] & (channel < HEAD_DIM)[None, None, :]
+    for first in range(0, num_chunks, TOGETHER):
+        chunk = first + tl.arange(0, TOGETHER)
+        item = ((first_slot + chunk) * num_kv_heads + kv_head).to(tl.int64)[:, None] * GROUP + row[None, :]
+        there = (chunk < num_chunks)[:, None] & (row < GROUP)[None, :]
+        part_top = tl.load(stats_ptr + item * 2, mask=there, other=float("-inf"), cache_modifier=".cg")
+        part_total = tl.load(stats_ptr + item * 2 + 1, mask=there, other=0.0, cache_modifier=".cg")
+        where = partial_ptr + item[:, :, None] * HEAD_DIM + channel[None, None, :]
+        part = tl.load(where, mask=there[:, :, None] & fits, other=0.0, cache_modifier=".cg")
+        new_top = tl.maximum(top, tl.max(part_top, axis=0))
         base = tl.where(new_top == float("-inf"), 0.0, new_top)
-        fade, gain = tl.exp2(top - base), tl.exp2(part_top - base)
-        acc = acc * fade[:, None] + part * gain[:, None]
-        total = total * fade + part_total * gain
+        fade, gain = tl.exp2(top - base), tl.exp2(part_top - base[None, :])
+        acc = acc * fade[:, None] + tl.sum(part * gain[:, :, None], axis=0)
+        total = total * fade + tl.sum(part_total * gain, axis=0)
         top = new_top
-    return acc, total
+    return acc / tl.where(total > 0, total, 1.0)[:, None]
 
 
-@triton.jit
+# The number of sequences and the width of the tables change with every step: few compiled kernels for all.
+@triton.jit(do_not_specialize=["num_seqs", "table_stride"])
 def _decode_kernel(
     query_ptr,
     kv_ptr,
@@ -82,6 +87,8 @@ def _decode_kernel(
     HEAD_DIM: tl.constexpr,
     DIM: tl.constexpr,
     ROWS: tl.constexpr,
+    FEW: tl.constexpr,
+    TOGETHER: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SEQS: tl.constexpr,
@@ -167,10 +174,16 @@ def _decode_kernel(
             return
         tl.debug_barrier()
         tl.store(counter, 0)
-        acc, total = _combine(
-            partial_ptr, stats_ptr, first_slot, num_chunks, num_kv_heads, kv_head, channel, row,
-            GROUP, HEAD_DIM, DIM, ROWS,
+        few = tl.arange(0, FEW)
+        result = _combine(
+            partial_ptr, stats_ptr, first_slot, num_chunks, num_kv_heads, kv_head, channel, few,
+            GROUP, HEAD_DIM, DIM, FEW, TOGETHER,
         )  # fmt: skip
+        few_row = (seq.to(tl.int64) * (num_kv_heads * GROUP) + kv_head * GROUP + few) * HEAD_DIM
+        few_fits = (few < GROUP)[:, None] & (channel < HEAD_DIM)[None, :]
+        few_out = out_ptr + few_row[:, None] + channel[None, :]
+        tl.store(few_out, result.to(out_ptr.dtype.element_ty), mask=few_fits)
+        return
     result = acc / tl.where(total > 0, total, 1.0)[:, None]
     out_row = (seq.to(tl.int64) * (num_kv_heads * GROUP) + head) * HEAD_DIM
     tl.store(out_ptr + out_row[:, None] + channel[None, :], result.to(out_ptr.dtype.element_ty), mask=fits)
@@ -226,7 +239,7 @@ def paged_attention_decode(
     gets zeros). Without a workspace one is allocated: pass one in a serving loop. Returns out, like query.
     Raises ValueError when shapes or types do not fit.
     """
-    check_attention(query, kv, block_tables, seq_lens, soft_cap)
+    check_attention(query, kv, block_tables, seq_lens, scale, soft_cap)
     require(query.shape[0] == seq_lens.shape[0], f"{query.shape[0]} queries for {seq_lens.shape[0]} sequences")
     out = torch.empty_like(query, memory_format=torch.contiguous_format) if out is None else out
     require(out.shape == query.shape and out.is_contiguous(), f"out must be contiguous {tuple(query.shape)}")
@@ -285,9 +298,11 @@ def _launch(
         HEAD_DIM=head_dim,
         DIM=max(next_power_of_2(head_dim), 16),
         ROWS=max(next_power_of_2(group), 16),
+        FEW=next_power_of_2(group),
+        TOGETHER=8 if next_power_of_2(group) <= 8 else 2,
         BLOCK_SIZE=kv.shape[3],
         BLOCK_N=config.block_n,
-        SEQS=next_power_of_2(num_seqs),
+        SEQS=max(next_power_of_2(num_seqs), 32),
         WINDOW=window > 0,
         SOFT_CAP=soft_cap > 0,
         STAGES=config.stages,

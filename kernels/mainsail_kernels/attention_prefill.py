@@ -16,7 +16,7 @@ import torch
 
 from mainsail_kernels import reference
 from mainsail_kernels._attention import check_attention, scaled_scores
-from mainsail_kernels._triton import next_power_of_2, require, runs_kernels, tl, triton
+from mainsail_kernels._triton import INTERPRETED, next_power_of_2, require, runs_kernels, tl, triton
 from mainsail_kernels.tuned import prefill_config
 
 
@@ -64,18 +64,23 @@ def _attend_range(
         else:
             k = tl.load(kv_ptr + tile)
             v = tl.load(kv_ptr + side_stride + tile)
-        scores = scaled_scores(tl.dot(q, tl.trans(k)), scale, soft_cap, SOFT_CAP)
+        scores = tl.dot(q, tl.trans(k))
+        # Without a cap the factor joins the subtraction below: one fused multiply-add a score.
+        factor = scale * 1.4426950408889634
+        if SOFT_CAP:
+            scores = scaled_scores(scores, scale, soft_cap, SOFT_CAP)
+            factor = 1.0
         if MASKED:
             visible = at[None, :] <= position[:, None]
             if WINDOW:
                 visible = visible & (at[None, :] > position[:, None] - window)
             scores = tl.where(visible, scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, axis=1))
+        new_top = tl.maximum(top, tl.max(scores, axis=1) * factor)
         if MASKED:  # a row that has seen nothing yet keeps -inf: subtract 0 from it instead
             base = tl.where(new_top == float("-inf"), 0.0, new_top)
         else:
             base = new_top
-        p = tl.exp2(scores - base[:, None])
+        p = tl.exp2(scores * factor - base[:, None])
         fade = tl.exp2(top - base)
         total = total * fade + tl.sum(p, axis=1)
         acc = acc * fade[:, None]
@@ -84,7 +89,8 @@ def _attend_range(
     return acc, top, total
 
 
-@triton.jit
+# The number of sequences and the width of the tables change with every step: one compiled kernel for all.
+@triton.jit(do_not_specialize=["num_seqs", "table_stride"])
 def _prefill_kernel(
     query_ptr,
     kv_ptr,
@@ -193,7 +199,7 @@ def paged_attention_prefill(
     Needs no value on the host; max_query_len only has to be an upper bound (0 or less: nothing to do).
     Raises ValueError when shapes or types do not fit.
     """
-    check_attention(query, kv, block_tables, seq_lens, soft_cap)
+    check_attention(query, kv, block_tables, seq_lens, scale, soft_cap)
     num_seqs = seq_lens.shape[0]
     starts = query_start.shape == (num_seqs + 1,) and query_start.dtype == torch.int32
     require(starts, f"query_start must be [{num_seqs + 1}] int32, got {tuple(query_start.shape)} {query_start.dtype}")
@@ -254,7 +260,7 @@ def _launch(
         BLOCK_M=block_m,
         BLOCK_Q=block_q,
         BLOCK_N=config.block_n,
-        SEQS=next_power_of_2(num_seqs),
+        SEQS=max(next_power_of_2(num_seqs), 256 if not INTERPRETED else 1),
         WINDOW=window > 0,
         SOFT_CAP=soft_cap > 0,
         STAGES=config.stages,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from mainsail_kernels.attention_decode import DecodeWorkspace, paged_attention_decode
 from mainsail_kernels.attention_prefill import paged_attention_prefill
 from mainsail_kernels.kv_write import rope_and_write_kv
 
@@ -29,15 +30,18 @@ class Attention:
     """Sequences with one query each, which come first."""
     max_query_len: int
 
+    workspace: DecodeWorkspace | None = None
+    """The decode kernel's scratch, one for all steps of a stream (CUDA)."""
+
     def attend(self, query: torch.Tensor, kv: torch.Tensor, scale: float) -> torch.Tensor:
         """query [num_tokens, num_heads, head_dim] to its context in kv: the same shape."""
         n = self.num_decodes
-        if n == 0:
-            return self._prefill(query, kv, scale, 0)
-        decoded = self._decode(query[:n], kv, scale)
-        if n == query.shape[0]:
-            return decoded
-        return torch.cat([decoded, self._prefill(query[n:], kv, scale, n)])
+        out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        if n:
+            self._decode(query[:n], kv, scale, out[:n])
+        if n < query.shape[0]:
+            self._prefill(query[n:], kv, scale, out[n:])
+        return out
 
     def rotate_and_write(
         self,
@@ -57,13 +61,13 @@ class Attention:
             num_heads=num_heads, num_kv_heads=num_kv_heads, q_norm=q_norm, k_norm=k_norm, eps=eps,
         )  # fmt: skip
 
-    def _decode(self, query: torch.Tensor, kv: torch.Tensor, scale: float) -> torch.Tensor:
+    def _decode(self, query: torch.Tensor, kv: torch.Tensor, scale: float, out: torch.Tensor) -> None:
         n = self.num_decodes
         tables, lens = self.block_tables[:n], self.seq_lens[:n]
-        return paged_attention_prefill(query, kv, tables, self.query_start[: n + 1], lens, 1, scale)
+        paged_attention_decode(query, kv, tables, lens, scale, workspace=self.workspace, out=out)
 
-    def _prefill(self, query: torch.Tensor, kv: torch.Tensor, scale: float, first: int) -> torch.Tensor:
-        starts = self.query_start[first:] - first if first else self.query_start
-        return paged_attention_prefill(
-            query, kv, self.block_tables[first:], starts, self.seq_lens[first:], self.max_query_len, scale
-        )
+    def _prefill(self, query: torch.Tensor, kv: torch.Tensor, scale: float, out: torch.Tensor) -> None:
+        n = self.num_decodes
+        starts = self.query_start[n:] - n if n else self.query_start
+        tables, lens = self.block_tables[n:], self.seq_lens[n:]
+        paged_attention_prefill(query, kv, tables, starts, lens, self.max_query_len, scale, out=out)

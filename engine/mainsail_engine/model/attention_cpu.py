@@ -84,7 +84,7 @@ class CpuAttention(Attention):
         places[blocks, offsets] = torch.stack((rotated[:, num_heads:], heads[:, num_heads + num_kv_heads :]), dim=1)
         return rotated[:, :num_heads]
 
-    def _decode(self, query: torch.Tensor, kv: torch.Tensor, scale: float) -> torch.Tensor:
+    def _decode(self, query: torch.Tensor, kv: torch.Tensor, scale: float, out: torch.Tensor) -> None:
         n, num_heads, head_dim = query.shape
         kv_heads = kv.shape[2]
         if self._gather is None:
@@ -95,8 +95,8 @@ class CpuAttention(Attention):
             gather.buffer.view(-1, head_dim).index_fill_(0, gather.padding, 0.0)
         key, value = gather.buffer.view(2, n, kv_heads, -1, head_dim)
         packed = query.reshape(n, kv_heads, num_heads // kv_heads, head_dim)
-        out = F.scaled_dot_product_attention(packed, key, value, attn_mask=gather.mask, scale=scale)
-        return out.reshape(n, num_heads, head_dim)
+        mixed = F.scaled_dot_product_attention(packed, key, value, attn_mask=gather.mask, scale=scale)
+        out.copy_(mixed.reshape(n, num_heads, head_dim))
 
 
 def _rotation(cos_sin: torch.Tensor, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

@@ -21,6 +21,7 @@ import torch
 from mainsail_engine.model.architecture import Architecture
 from mainsail_engine.model.attention import Attention
 from mainsail_engine.runner.batch import StepArrays
+from mainsail_kernels.attention_decode import DecodeWorkspace
 
 INPUTS = 6
 TOKEN, FROM_DEVICE, POSITION, KV_SLOT, LENGTH, SLOT = range(INPUTS)
@@ -53,10 +54,11 @@ class _Staging:
 class DecodeGraphs:
     def __init__(
         self, forward: Forward, newest: torch.Tensor, greedy: Callable[[torch.Tensor], torch.Tensor],
-        *, largest: int, max_blocks: int,
+        *, workspace: DecodeWorkspace | None, largest: int, max_blocks: int,
     ) -> None:  # fmt: skip
         """newest [num_slots + 1] int64 holds every slot's newest token; its last row belongs to padding."""
         self._forward, self._newest, self._greedy = forward, newest, greedy
+        self._workspace = workspace
         self._spare_slot = newest.shape[0] - 1
         self.sizes = batch_sizes(largest)
         rows, device = self.sizes[-1], newest.device
@@ -95,6 +97,7 @@ class DecodeGraphs:
             seq_lens=inputs[LENGTH].int(),
             num_decodes=size,
             max_query_len=1,
+            workspace=self._workspace,
         )
         logits = self._forward(token_ids, attention)
         tokens = self._greedy(logits)

@@ -27,6 +27,7 @@ from mainsail_engine.runner.cuda_graphs import DecodeGraphs, graph_bytes
 from mainsail_engine.runner.threads import set_cpu_threads
 from mainsail_engine.sampling.sampler import SlotParameters, greedy, sample
 from mainsail_engine.step import BlockCopy, Chunk, StepPlan, StepResult
+from mainsail_kernels.attention_decode import decode_workspace
 from mainsail_kernels.blocks import copy_blocks
 
 CUDA_BATCHED_TOKENS = 8192
@@ -51,10 +52,7 @@ def choose_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise InvalidConfigurationError("--device cuda: torch sees no CUDA device; use --device cpu or auto")
-    device = torch.device(name)
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
+    return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else torch.device(name)
 
 
 def choose_dtype(name: str, architecture: Architecture, device: torch.device) -> torch.dtype:
@@ -107,6 +105,7 @@ class ModelRunner:
                 ),
                 self._newest,
                 greedy,
+                workspace=self._workspace,
                 largest=config.scheduler.max_num_seqs,
                 max_blocks=self._tables.rows.shape[1],
             )
@@ -135,6 +134,10 @@ class ModelRunner:
         self.kv_cache = torch.zeros(shape, dtype=self.dtype, device=self.device)
         self._tables = BlockTables(slots, -(-self.max_model_len // BLOCK_SIZE))
         self._sampling = SlotParameters(slots)
+        cuda = self.device.type == "cuda"
+        self._workspace = (
+            decode_workspace(slots, a.num_heads, a.num_kv_heads, a.head_dim, self.device) if cuda else None
+        )
         self._newest = torch.zeros(slots + 1, dtype=torch.int64, device=self.device)
 
     def _profile(self) -> None:
@@ -206,6 +209,7 @@ class ModelRunner:
             seq_lens=self._up(arrays.seq_lens),
             num_decodes=arrays.num_decodes,
             max_query_len=arrays.max_query_len,
+            workspace=self._workspace,
         )
 
     def _copy(self, copies: list[BlockCopy]) -> None:
