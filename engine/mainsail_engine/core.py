@@ -103,6 +103,8 @@ class EngineCore:
             arrival_time_s=now,
             priority=add.priority,
             cache_salt=add.cache_salt,
+            user=add.user,
+            deadline_s=None if add.timeout_s is None else now + add.timeout_s,
         )
         try:
             self._scheduler.add(request)
@@ -252,7 +254,7 @@ def build(config: EngineConfig) -> tuple[EngineCore, Ready]:
     core = EngineCore(scheduler, runner, depth=pipeline_depth(config, device))
     warm_up(core)
     ready = Ready(
-        max_model_len=runner.max_model_len,
+        max_model_len=scheduler.max_model_len,
         num_blocks=runner.num_blocks,
         block_size=BLOCK_SIZE,
         vocab_size=runner.vocab_size,

@@ -19,6 +19,10 @@ class Add(msgspec.Struct, frozen=True, tag=True, array_like=True):
     params: SamplingParams
     priority: int = 0
     cache_salt: str = ""
+    user: str = ""
+    """Users who wait are served fairly."""
+    timeout_s: float | None = None
+    """Not finished after this long, the request ends with an error. None: no limit."""
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True, array_like=True):

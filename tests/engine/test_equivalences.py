@@ -1,0 +1,105 @@
+"""Whatever the scheduler does to a request on the way, the real model answers the same.
+
+Greedy tokens of SmolLM2 in float32: cold and alone is the reference; then with prefix hits and copied tails, in a
+batch, in small chunks, and preempted again and again in a pool that is too small.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+
+import pytest
+
+from mainsail_engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from mainsail_engine.core import EngineCore
+from mainsail_engine.protocol import Add
+from mainsail_engine.request import SamplingParams
+from mainsail_engine.runner.model_runner import ModelRunner
+from mainsail_engine.scheduler import Scheduler
+
+pytestmark = pytest.mark.model
+TOKENS = 8
+
+
+@pytest.fixture(scope="module")
+def runner(smollm2):
+    config = EngineConfig(
+        model=ModelConfig(path=str(smollm2), max_model_len=128, dtype="float32"),
+        cache=CacheConfig(num_blocks=64),
+        scheduler=SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=256),
+        device="cpu",
+    )
+    return ModelRunner(config)
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    """Three prompts that leave a common stem inside different blocks."""
+    rng = random.Random(7)
+    stem = rng.choices(range(1000, 20000), k=50)
+    return [stem[:shared] + rng.choices(range(1000, 20000), k=8) for shared in (50, 23, 32)]
+
+
+def generate(runner, prompts, *, num_blocks=64, budget=256, caching=True, one_by_one=False, watermark=0.01):
+    """Tokens for each prompt, and the scheduler's counters."""
+    config = EngineConfig(
+        model=ModelConfig(path="-"),
+        cache=CacheConfig(enable_prefix_caching=caching),
+        scheduler=SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=budget, watermark=watermark),
+        device="cpu",
+    )
+    scheduler = Scheduler(config, num_blocks, runner.max_model_len, runner.eos_token_ids)
+    core, answers = EngineCore(scheduler, runner, depth=1), {}
+    params = SamplingParams(max_tokens=TOKENS, temperature=0.0, ignore_eos=True)
+    for index, prompt in enumerate(prompts):
+        core.handle(Add(str(index), prompt, params), time.monotonic())
+        if one_by_one or index == len(prompts) - 1:
+            run(core, scheduler, answers)
+    return [answers[str(index)] for index in range(len(prompts))], scheduler.stats()
+
+
+def run(core, scheduler, answers) -> None:
+    while core.has_work:
+        step = core.step(time.monotonic())
+        scheduler.check_integrity()
+        for output in step.outputs if step else ():
+            assert output.error is None
+            answers.setdefault(output.request_id, []).extend(output.token_ids)
+
+
+@pytest.fixture(scope="module")
+def reference(runner, prompts):
+    answers, stats = generate(runner, prompts, caching=False, one_by_one=True)
+    assert stats.prefix_cache_hits == 0
+    assert all(len(answer) == TOKENS for answer in answers)
+    return answers
+
+
+def test_prefix_hits_and_copied_tails_are_as_cold(runner, prompts, reference):
+    answers, stats = generate(runner, [*prompts, *prompts], one_by_one=True)
+    assert stats.prefix_cache_hits == 23 + 32 + sum(len(prompt) - 1 for prompt in prompts)
+    assert answers == [*reference, *reference]
+
+
+def test_a_batch_in_small_chunks_is_as_alone(runner, prompts, reference):
+    answers, _ = generate(runner, prompts, budget=11)
+    assert answers == reference
+
+
+@pytest.mark.parametrize("caching", [True, False])
+def test_preempted_is_as_not(runner, prompts, caching):
+    """Three prompts of one block each, which grow to two blocks each where there are only four."""
+    short = [prompt[-8:] + prompt[:5] for prompt in prompts]
+    reference, calm = generate(runner, short, caching=False, one_by_one=True)
+    answers, pressed = generate(runner, short, num_blocks=4, caching=caching, watermark=0.0)
+    assert (calm.num_preemptions, pressed.num_preemptions > 0) == (0, True)
+    assert answers == reference
+
+
+def test_the_next_turn_is_as_cold(runner, prompts, reference):
+    turns = [prompt + answer + [1500, 1600, 1700] for prompt, answer in zip(prompts, reference, strict=True)]
+    cold, _ = generate(runner, turns, caching=False, one_by_one=True)
+    warm, stats = generate(runner, [*prompts, *turns], one_by_one=True)
+    assert warm[len(prompts) :] == cold
+    assert stats.prefix_cache_hits >= sum(len(turn) - 4 for turn in turns)
