@@ -54,13 +54,13 @@ class Row:
 
 def graph_time(calls: list[Callable[[], object]], replays: int = 7) -> float:
     """Median seconds of one call, replaying a graph of them all."""
-    for call in calls:
-        call()
+    calls[0]()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         kept = [call() for call in calls]
-    graph.replay()
+    for _ in range(2):
+        graph.replay()
     times = []
     for _ in range(replays):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -93,13 +93,22 @@ def attempt(name: str, config: object, make: Callable[[], Row]) -> Iterator[Row]
 
 
 def decode_rows(configs: list[DecodeConfig | None]) -> Iterator[Row]:
-    cases = [(16, 2048, 3300), (64, 2048, 3900), (256, 4096, 4200), (1, 32768, 3300), (256, 1024, None), (1, 2048, None)]
+    cases = [
+        (16, 2048, 3300),
+        (64, 2048, 3900),
+        (256, 4096, 4200),
+        (1, 32768, 3300),
+        (256, 1024, None),
+        (1, 2048, None),
+    ]
     for num_seqs, length, goal in cases:
         kv, tables, lens = paged_batch(num_seqs, length)
         query = torch.randn(num_seqs, HEADS, DIM, device=DEVICE, dtype=BF16)
         some = min(num_seqs, 4)
-        truth = reference.paged_attention_decode(query[:some].double(), kv.double() if num_seqs < 17 else kv,
-                                                 tables[:some], lens[:some], DIM**-0.5)  # fmt: skip
+        own = torch.arange(some * tables.shape[1], device=DEVICE, dtype=torch.int32).view(some, -1)
+        wide = kv[tables[:some].flatten().long()].double()
+        truth = reference.paged_attention_decode(query[:some].double(), wide, own, lens[:some], DIM**-0.5)
+        del wide
 
         def measure(config: DecodeConfig | None) -> Row:
             workspace = decode_workspace(num_seqs, HEADS, KV_HEADS, DIM, DEVICE)  # noqa: B023
@@ -152,9 +161,7 @@ def prefill_rows(configs: list[PrefillConfig | None]) -> Iterator[Row]:
             yield sdpa_row(query, kv, tables, num_seqs, chunk, pairs)
 
 
-def sdpa_row(
-    query: torch.Tensor, kv: torch.Tensor, tables: torch.Tensor, num_seqs: int, chunk: int, pairs: int
-) -> Row:
+def sdpa_row(query: torch.Tensor, kv: torch.Tensor, tables: torch.Tensor, num_seqs: int, chunk: int, pairs: int) -> Row:
     """The comparison: torch's attention on contiguous K and V, without the cost of gathering them."""
     q = query.view(num_seqs, chunk, HEADS, DIM).transpose(1, 2)
     both = [reference.gather_sequence(kv, table, chunk) for table in tables]
@@ -210,29 +217,39 @@ def rope_row(n: int, goal: float) -> Row:
     seconds = graph_time(
         [lambda: rope_and_write_kv(qkv, positions, cos_sin, kv, slots, num_heads=HEADS, num_kv_heads=KV_HEADS)] * 3
     )
-    return Row("rope + KV write 32768", "GB/s", (4 * qkv.numel() + 4 * cos_sin.numel()) / seconds / 1e9, seconds * 1e6, goal)
+    return Row(
+        "rope + KV write 32768", "GB/s", (4 * qkv.numel() + 4 * cos_sin.numel()) / seconds / 1e9, seconds * 1e6, goal
+    )
 
 
-def all_rows(tune: bool) -> Iterator[Row]:
-    yield from memory_rows()
-    prefills = [(128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 2), (64, 128, 4, 2), (128, 32, 8, 4)]
-    yield from prefill_rows([PrefillConfig(*c) for c in prefills] if tune else [None])
-    decodes = [(64, 4, 3, 4), (64, 4, 2, 4), (64, 4, 4, 2), (32, 4, 4, 4), (128, 4, 2, 2), (128, 8, 3, 2), (64, 4, 3, 2), (32, 2, 4, 6)]
-    yield from decode_rows([DecodeConfig(*c) for c in decodes] if tune else [None])
-    ones = [(4, 2048, 4, 1), (4, 1024, 4, 1), (2, 2048, 4, 1), (8, 1024, 4, 1), (4, 2048, 8, 1), (1, 4096, 4, 1), (4, 1024, 4, 2)]
-    yield from linear_rows([LinearConfig(*c) for c in ones] if tune else [None], 1)
-    many = [(32, 256, 4, 4), (64, 256, 4, 3), (32, 128, 4, 5), (16, 256, 4, 4), (64, 128, 4, 5)]
-    for rows in (8, 16):
-        yield from linear_rows([LinearConfig(*c) for c in many] if tune else [None], rows)
+# The configurations that --tune tries, field by field as in tuned.py.
+PREFILLS = [(128, 64, 8, 2), (64, 64, 4, 2), (128, 128, 8, 2), (64, 64, 4, 3), (128, 64, 8, 4), (128, 128, 8, 3)]
+DECODES = [(64, 4, 3, 4), (128, 8, 3, 1), (64, 8, 4, 1), (128, 8, 2, 2), (64, 4, 3, 2), (64, 4, 4, 3)]
+ONE_ROW = [(4, 1024, 4, 1), (4, 1024, 4, 2), (2, 2048, 4, 1), (2, 1024, 4, 3), (4, 2048, 4, 1), (4, 512, 4, 4)]
+SKINNY = [(32, 256, 4, 4), (64, 256, 4, 3), (64, 128, 4, 5)]
+
+
+def all_rows(tune: bool, groups: list[str]) -> Iterator[Row]:
+    if "memory" in groups:
+        yield from memory_rows()
+    if "prefill" in groups:
+        yield from prefill_rows([PrefillConfig(*c) for c in PREFILLS] if tune else [None])
+    if "decode" in groups:
+        yield from decode_rows([DecodeConfig(*c) for c in DECODES] if tune else [None])
+    if "linear" in groups:
+        yield from linear_rows([LinearConfig(*c) for c in ONE_ROW] if tune else [None], 1)
+        for rows in (8, 16) if not tune else (8,):
+            yield from linear_rows([LinearConfig(*c) for c in SKINNY] if tune else [None], rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tune", action="store_true", help="several configurations for each case")
+    parser.add_argument("--only", default="memory,prefill,decode,linear", help="groups of cases, by comma")
     parser.add_argument("--out", type=Path, help="write the figures here as JSON")
     args = parser.parse_args()
     started, rows = time.time(), []
-    for row in all_rows(args.tune):
+    for row in all_rows(args.tune, args.only.split(",")):
         rows.append(row)
         print(row.line(), flush=True)
         if args.out:

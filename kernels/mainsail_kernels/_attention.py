@@ -23,7 +23,12 @@ def scaled_scores(scores, scale, soft_cap, SOFT_CAP: tl.constexpr):
 
 
 def check_attention(
-    query: torch.Tensor, kv: torch.Tensor, block_tables: torch.Tensor, seq_lens: torch.Tensor, soft_cap: float
+    query: torch.Tensor,
+    kv: torch.Tensor,
+    block_tables: torch.Tensor,
+    seq_lens: torch.Tensor,
+    scale: float,
+    soft_cap: float,
 ) -> None:
     """Raise ValueError unless the tensors of an attention call fit together."""
     require(query.dim() == 3 and query.stride(2) == 1, f"query must be [n, heads, dim], got {tuple(query.shape)}")
@@ -38,4 +43,5 @@ def check_attention(
         tables and block_tables.shape[0] == seq_lens.shape[0],
         f"block_tables must be [{seq_lens.shape[0]}, max_blocks] int32, got {tuple(block_tables.shape)}",
     )
+    require(scale > 0, f"scale must be positive, got {scale}")
     require(soft_cap >= 0, f"soft_cap must be 0 (off) or positive, got {soft_cap}")

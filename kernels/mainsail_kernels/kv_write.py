@@ -54,7 +54,7 @@ def _rope_write_kernel(
     first = tl.load(row + channel, mask=fits, other=0.0).to(tl.float32)
     second = tl.load(row + HALF + channel, mask=fits, other=0.0).to(tl.float32)
 
-    slot = tl.load(slots_ptr + token).to(tl.int64)
+    slot = tl.load(slots_ptr + token + tl.zeros_like(head)).to(tl.int64)  # one value, in every lane
     kv_head = tl.where(is_value, head - NUM_HEADS - NUM_KV_HEADS, head - NUM_HEADS)
     kv_offset = (slot // BLOCK_SIZE) * kv_block_stride + is_value.to(tl.int64) * kv_side_stride
     kv_offset += kv_head * kv_head_stride + (slot % BLOCK_SIZE) * HEAD_DIM
@@ -200,7 +200,9 @@ def _check(
     require(qkv.stride(1) == 1, "qkv: the last dimension must be contiguous")
     num_tokens = qkv.shape[0]
     require(positions.shape == (num_tokens,), f"positions must be [{num_tokens}], got {tuple(positions.shape)}")
-    require(slot_mapping.shape == (num_tokens,), f"slot_mapping must be [{num_tokens}], got {tuple(slot_mapping.shape)}")
+    require(
+        slot_mapping.shape == (num_tokens,), f"slot_mapping must be [{num_tokens}], got {tuple(slot_mapping.shape)}"
+    )
     rotary = cos_sin.shape[-1]
     fits = cos_sin.dim() == 2 and rotary % 2 == 0 and 0 < rotary <= head_dim and cos_sin.is_contiguous()
     require(fits, f"cos_sin must be [max_pos, up to {head_dim}] and contiguous, got {tuple(cos_sin.shape)}")

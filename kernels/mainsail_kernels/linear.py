@@ -25,6 +25,7 @@ def _row_kernel(
     num_in,
     weight_stride,
     HAS_BIAS: tl.constexpr,
+    EVEN: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
     STAGES: tl.constexpr,
@@ -34,10 +35,14 @@ def _row_kernel(
     acc = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
     for start in tl.range(0, num_in, BLOCK_IN, num_stages=STAGES):
         channel = start + tl.arange(0, BLOCK_IN)
-        inside = channel < num_in
-        x = tl.load(x_ptr + channel, mask=inside, other=0.0).to(tl.float32)
-        fits = (output < num_out)[:, None] & inside[None, :]
-        weight = tl.load(rows + channel[None, :], mask=fits, other=0.0, eviction_policy="evict_first")
+        if EVEN:
+            x = tl.load(x_ptr + channel).to(tl.float32)
+            weight = tl.load(rows + channel[None, :], eviction_policy="evict_first")
+        else:
+            inside = channel < num_in
+            x = tl.load(x_ptr + channel, mask=inside, other=0.0).to(tl.float32)
+            fits = (output < num_out)[:, None] & inside[None, :]
+            weight = tl.load(rows + channel[None, :], mask=fits, other=0.0, eviction_policy="evict_first")
         acc += weight.to(tl.float32) * x[None, :]
     total = tl.sum(acc, axis=1)
     if HAS_BIAS:
@@ -57,6 +62,7 @@ def _rows_kernel(
     x_stride,
     weight_stride,
     HAS_BIAS: tl.constexpr,
+    EVEN: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
     STAGES: tl.constexpr,
@@ -70,8 +76,11 @@ def _rows_kernel(
         inside = channel < num_in
         x_fits = (row < num_rows)[:, None] & inside[None, :]
         x = tl.load(x_ptr + row[:, None] * x_stride + channel[None, :], mask=x_fits, other=0.0)
-        fits = inside[:, None] & (output < num_out)[None, :]
-        weight = tl.load(weight_rows + channel[:, None], mask=fits, other=0.0)
+        if EVEN:
+            weight = tl.load(weight_rows + channel[:, None])
+        else:
+            fits = inside[:, None] & (output < num_out)[None, :]
+            weight = tl.load(weight_rows + channel[:, None], mask=fits, other=0.0)
         acc = tl.dot(x, weight, acc)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + output, mask=output < num_out, other=0.0).to(tl.float32)[None, :]
@@ -101,7 +110,8 @@ def _launch(
 ) -> None:
     num_out, num_in = weight.shape
     grid = (-(-num_out // config.block_out),)
-    shape = {"HAS_BIAS": bias is not None, "BLOCK_OUT": config.block_out, "BLOCK_IN": config.block_in}
+    even = num_out % config.block_out == 0 and num_in % config.block_in == 0
+    shape = {"HAS_BIAS": bias is not None, "EVEN": even, "BLOCK_OUT": config.block_out, "BLOCK_IN": config.block_in}
     added = weight if bias is None else bias
     launch = {"STAGES": config.stages, "num_warps": config.warps}
     if x.shape[0] == 1:

@@ -94,6 +94,8 @@ def linear_config(device: torch.device, rows: int, num_out: int, num_in: int) ->
         return LinearConfig(16, 64, 4, 1)
     if not card_name(device).startswith("NVIDIA H"):
         return None  # not measured
+    if rows == 1 and num_in <= 8192:
+        return LinearConfig(4, 1024, 4, 2 if num_out > 4096 else 1)
     if rows == 1:
-        return LinearConfig(4, 2048 if num_in > 1024 else 1024, 4, 1)
-    return None
+        return LinearConfig(2, 2048, 4, 1)
+    return LinearConfig(64, 256, 4, 3) if num_out >= 65536 else None

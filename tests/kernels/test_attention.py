@@ -57,9 +57,7 @@ def test_decode(heads, kv_heads, dim, window, soft_cap, paged, close, device, dt
     out = torch.full_like(query, float("nan"))
     options = {"sliding_window": window, "soft_cap": soft_cap}
     paged_attention_decode(query, batch.kv, batch.tables, batch.lens, 0.1, out=out, **options)
-    truth = reference.paged_attention_decode(
-        query.double(), batch.wide(), batch.tables, batch.lens, 0.1, **options
-    )
+    truth = reference.paged_attention_decode(query.double(), batch.wide(), batch.tables, batch.lens, 0.1, **options)
     close(out, truth)
     assert not out[batch.lens == 0].any()
 
