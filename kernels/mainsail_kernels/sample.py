@@ -1,0 +1,322 @@
+"""Choosing tokens from logits on the GPU: argmax, and temperature / top-k / top-p / min-p without a sort.
+
+    1. per chunk of 4096 logits   best logit and where, and the sum of exp((x - best) / temperature)
+    2. per row                    the threshold that top-k, top-p and min-p ask for; the mass of each chunk above
+                                  it; one uniform number picks a chunk, then a token inside it
+
+The kept set of every filter is "logits at or above a threshold". The threshold is the largest value at which enough
+tokens (top-k) or enough probability (top-p) lie at or above; both only grow as the value falls, so three pivots a pass
+quarter the interval until one distinct logit is left in it, and passes skip chunks whose best lies below. One number
+per row, Philox of (seed, step), makes the same seed draw the same token in whatever batch it runs: chunks and the order
+of sums are fixed by the vocabulary alone. The meaning of every parameter is in reference.py.
+"""
+
+import torch
+
+from mainsail_kernels import reference
+from mainsail_kernels._triton import next_power_of_2, require, runs_kernels, tl, triton
+
+_CHUNK = reference.SAMPLE_CHUNK
+
+
+@triton.jit
+def _chunk_kernel(
+    logits_ptr,
+    temperature_ptr,
+    best_ptr,
+    where_ptr,
+    mass_ptr,
+    vocab,
+    stride,
+    num_chunks,
+    WITH_MASS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    token = chunk * CHUNK + tl.arange(0, CHUNK)
+    x = tl.load(logits_ptr + row * stride + token, mask=token < vocab, other=float("-inf")).to(tl.float32)
+    # +inf stands for every kind of broken row: no comparison with NaN survives a maximum
+    broken = tl.max(((x != x) | (x == float("inf"))).to(tl.int32), axis=0)
+    x = tl.where(x != x, float("-inf"), x)
+    best = tl.max(x, axis=0)
+    where = tl.min(tl.where(x == best, token, 2147483647), axis=0)
+    at = row * num_chunks + chunk
+    tl.store(best_ptr + at, tl.where(broken > 0, float("inf"), best))
+    tl.store(where_ptr + at, where)
+    if WITH_MASS:
+        heat = tl.load(temperature_ptr + row)
+        heat = tl.where(heat > 0, heat, 1.0)
+        base = tl.where(best == float("-inf"), 0.0, best)
+        tl.store(mass_ptr + at, tl.sum(tl.exp((x - base) / heat), axis=0))
+
+
+@triton.jit
+def _argmax_kernel(best_ptr, where_ptr, out_ptr, num_chunks, CHUNKS: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    index = tl.arange(0, CHUNKS)
+    inside = index < num_chunks
+    best = tl.load(best_ptr + row * num_chunks + index, mask=inside, other=float("-inf"))
+    where = tl.load(where_ptr + row * num_chunks + index, mask=inside, other=2147483647)
+    top = tl.max(best, axis=0)
+    token = tl.min(tl.where(best == top, where, 2147483647), axis=0).to(tl.int64)
+    bad = (top == float("inf")) | (top == float("-inf"))
+    tl.store(out_ptr + row, tl.where(bad, -1, token))
+
+
+@triton.jit
+def _philox_uniform(seed, step):
+    """Philox 4x32-10 with the seed as key and the step as counter; 24 bits of its first word, as [0, 1)."""
+    key0, key1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+    c0, c1 = step.to(tl.uint32), (step >> 32).to(tl.uint32)
+    c2, c3 = c0 * 0, c0 * 0
+    for _ in tl.static_range(10):
+        first = c0.to(tl.uint64) * 0xD2511F53
+        second = c2.to(tl.uint64) * 0xCD9E8D57
+        c0 = (second >> 32).to(tl.uint32) ^ c1 ^ key0
+        c2 = (first >> 32).to(tl.uint32) ^ c3 ^ key1
+        c1, c3 = second.to(tl.uint32), first.to(tl.uint32)
+        key0 = (key0.to(tl.uint64) + 0x9E3779B9).to(tl.uint32)
+        key1 = (key1.to(tl.uint64) + 0xBB67AE85).to(tl.uint32)
+    return (c0 >> 8).to(tl.float32) * 5.9604644775390625e-08
+
+
+@triton.jit
+def _above(row_ptr, best_ptr, vocab, num_chunks, floor, low, high, a, b, c, top, heat, CHUNK: tl.constexpr):
+    """Counts and masses of the logits >= floor at or above low, a, b, c; the range of those within [low, high)."""
+    lane = tl.arange(0, CHUNK)
+    zero = tl.zeros((CHUNK,), tl.float32)
+    n_low, n_a, n_b, n_c = zero, zero, zero, zero
+    m_a, m_b, m_c = zero, zero, zero
+    least = zero + float("inf")
+    most = zero - float("inf")
+    for chunk in range(0, num_chunks):
+        if tl.load(best_ptr + chunk) >= tl.maximum(low, floor):
+            token = chunk * CHUNK + lane
+            x = tl.load(row_ptr + token, mask=token < vocab, other=float("-inf")).to(tl.float32)
+            weight = tl.exp((x - top) / heat)
+            kept = x >= floor
+            above = kept & (x >= a)
+            n_low += (kept & (x >= low)).to(tl.float32)
+            n_a += above.to(tl.float32)
+            m_a += tl.where(above, weight, 0.0)
+            above = kept & (x >= b)
+            n_b += above.to(tl.float32)
+            m_b += tl.where(above, weight, 0.0)
+            above = kept & (x >= c)
+            n_c += above.to(tl.float32)
+            m_c += tl.where(above, weight, 0.0)
+            within = kept & (x >= low) & (x < high)
+            least = tl.minimum(least, tl.where(within, x, float("inf")))
+            most = tl.maximum(most, tl.where(within, x, float("-inf")))
+    return (
+        tl.sum(n_a, axis=0), tl.sum(n_b, axis=0), tl.sum(n_c, axis=0),
+        tl.sum(m_a, axis=0), tl.sum(m_b, axis=0), tl.sum(m_c, axis=0),
+        tl.min(least, axis=0), tl.max(most, axis=0),
+    )  # fmt: skip
+
+
+@triton.jit
+def _threshold(
+    row_ptr, best_ptr, vocab, num_chunks, floor, low, top, heat, wanted, BY_MASS: tl.constexpr, CHUNK: tl.constexpr
+):
+    """The largest logit at or above which lie `wanted` tokens, or `wanted` of mass, counting logits >= floor only."""
+    # Enough lies at or above low, and too little at or above high (a value just over the best logit).
+    high = top + tl.abs(top) * 1e-6 + 1e-30
+    searching = 1
+    rounds = 0
+    while searching == 1:
+        step = (high - low) * 0.25
+        a, b, c = low + step, low + 2 * step, low + 3 * step
+        n_a, n_b, n_c, m_a, m_b, m_c, least, most = _above(
+            row_ptr, best_ptr, vocab, num_chunks, floor, low, high, a, b, c, top, heat, CHUNK
+        )
+        if BY_MASS:
+            at_a, at_b, at_c = m_a >= wanted, m_b >= wanted, m_c >= wanted
+        else:
+            at_a, at_b, at_c = n_a >= wanted, n_b >= wanted, n_c >= wanted
+        rounds += 1
+        if least >= most:  # one distinct logit left: it is the one
+            low = least
+            searching = 0
+        elif rounds >= 40:
+            searching = 0
+        else:
+            # From the ends of what is there, not of the interval: ties and gaps cost nothing.
+            next_low = tl.where(at_c, c, tl.where(at_b, b, tl.where(at_a, a, least)))
+            high = tl.where(at_c, high, tl.where(at_b, c, tl.where(at_a, b, a)))
+            low = next_low
+    return low
+
+
+@triton.jit
+def _draw_kernel(
+    logits_ptr,
+    best_ptr,
+    where_ptr,
+    mass_ptr,
+    temperature_ptr,
+    top_k_ptr,
+    top_p_ptr,
+    min_p_ptr,
+    seeds_ptr,
+    steps_ptr,
+    out_ptr,
+    vocab,
+    stride,
+    num_chunks,
+    CHUNKS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    index = tl.arange(0, CHUNKS)
+    inside = index < num_chunks
+    best_row, mass_row = best_ptr + row * num_chunks, mass_ptr + row * num_chunks
+    best = tl.load(best_row + index, mask=inside, other=float("-inf"))
+    where = tl.load(where_ptr + row * num_chunks + index, mask=inside, other=2147483647)
+    top = tl.max(best, axis=0)
+    heat = tl.load(temperature_ptr + row)
+    if (top == float("inf")) | (top == float("-inf")):
+        tl.store(out_ptr + row, tl.full((), -1, tl.int64))
+        return
+    if heat <= 0:
+        tl.store(out_ptr + row, tl.min(tl.where(best == top, where, 2147483647), axis=0).to(tl.int64))
+        return
+
+    row_ptr = logits_ptr + row * stride
+    lane = tl.arange(0, CHUNK)
+    top_k, top_p, min_p = tl.load(top_k_ptr + row), tl.load(top_p_ptr + row), tl.load(min_p_ptr + row)
+    mass = tl.load(mass_row + index, mask=inside, other=0.0)
+    mass = tl.where(best == float("-inf"), 0.0, mass * tl.exp((best - top) / heat))
+    floor = top - 90.0 * heat  # what float32 cannot tell from probability zero
+    limited = (top_k > 0) & (top_k < vocab)
+    if limited:
+        floor = _kth(row_ptr, best_row, vocab, num_chunks, floor, top, heat, top_k, CHUNK)
+    if top_p < 1.0:
+        total = tl.sum(mass, axis=0)
+        if limited:
+            total = _mass_above(row_ptr, best_row, vocab, num_chunks, floor, top, heat, CHUNK)
+        # 1e-7 keeps a sum that rounding has taken just below the whole from asking for more than there is
+        wanted = tl.maximum(top_p * (1.0 - 1e-7), 1e-30) * total
+        nucleus = top + heat * (tl.log(tl.maximum(1.0 - top_p, 1e-7)) - tl.log(vocab.to(tl.float32))) - 1e-3
+        low = tl.maximum(floor, nucleus)
+        floor = tl.maximum(
+            floor, _threshold(row_ptr, best_row, vocab, num_chunks, floor, low, top, heat, wanted, True, CHUNK)
+        )
+    filtered = limited | (top_p < 1.0) | (min_p > 0.0)
+    if min_p > 0.0:
+        floor = tl.maximum(floor, top + heat * tl.log(min_p))
+    if filtered:
+        for chunk in range(0, num_chunks):
+            kept_mass = 0.0
+            if tl.load(best_row + chunk) >= floor:
+                token = chunk * CHUNK + lane
+                x = tl.load(row_ptr + token, mask=token < vocab, other=float("-inf")).to(tl.float32)
+                kept_mass = tl.sum(tl.where(x >= floor, tl.exp((x - top) / heat), 0.0), axis=0)
+            mass = tl.where(index == chunk, kept_mass, mass)
+    else:
+        floor = float("-inf")
+
+    running = tl.cumsum(mass, axis=0)
+    number = _philox_uniform(tl.load(seeds_ptr + row).to(tl.int64), tl.load(steps_ptr + row).to(tl.int64))
+    target = number * tl.sum(tl.where(index == CHUNKS - 1, running, 0.0), axis=0)
+    chosen = tl.sum((running <= target).to(tl.int32), axis=0)
+    chosen = tl.minimum(chosen, tl.max(tl.where(mass > 0, index, 0), axis=0))
+    before = tl.sum(tl.where(index == chosen - 1, running, 0.0), axis=0)
+    token = chosen * CHUNK + lane
+    x = tl.load(row_ptr + token, mask=token < vocab, other=float("-inf")).to(tl.float32)
+    weight = tl.where((x >= floor) & (x > float("-inf")), tl.exp((x - top) / heat), 0.0)
+    picked = tl.sum((tl.cumsum(weight, axis=0) <= target - before).to(tl.int32), axis=0)
+    # Rounding may put the target past the last kept token, or on one of weight zero before the first.
+    picked = tl.minimum(picked, tl.max(tl.where(weight > 0, lane, 0), axis=0))
+    tl.store(out_ptr + row, (chosen * CHUNK + picked).to(tl.int64))
+
+
+@triton.jit
+def _kth(row_ptr, best_ptr, vocab, num_chunks, floor, top, heat, k, CHUNK: tl.constexpr):
+    """The k-th best logit, or floor if fewer than k are at or above it."""
+    n, _b, _c, _ma, _mb, _mc, _l, _m = _above(
+        row_ptr, best_ptr, vocab, num_chunks, floor, floor, top, floor, floor, floor, top, heat, CHUNK
+    )
+    kth = floor
+    if n > k:
+        kth = _threshold(row_ptr, best_ptr, vocab, num_chunks, floor, floor, top, heat, k.to(tl.float32), False, CHUNK)
+    return kth
+
+
+@triton.jit
+def _mass_above(row_ptr, best_ptr, vocab, num_chunks, floor, top, heat, CHUNK: tl.constexpr):
+    _a, _b, _c, mass, _mb, _mc, _l, _m = _above(
+        row_ptr, best_ptr, vocab, num_chunks, floor, floor, top, floor, floor, floor, top, heat, CHUNK
+    )
+    return mass
+
+
+def argmax(logits: torch.Tensor) -> torch.Tensor:
+    """The best token of each row of logits [n, vocab], the lowest of equals; -1 for a broken row. [n] int64.
+
+    A row is broken when it holds NaN or +inf, or nothing but -inf.
+    """
+    require(logits.dim() == 2, f"argmax: logits must be [n, vocab], got {tuple(logits.shape)}")
+    if not runs_kernels(logits):
+        return reference.argmax(logits)
+    out = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
+    if logits.shape[0]:
+        best, where, _ = _chunk_stats(logits, None)
+        chunks = best.shape[1]
+        _argmax_kernel[(logits.shape[0],)](best, where, out, chunks, CHUNKS=next_power_of_2(chunks), num_warps=1)
+    return out
+
+
+def sample(
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    min_p: torch.Tensor,
+    seeds: torch.Tensor,
+    steps: torch.Tensor,
+) -> torch.Tensor:
+    """One token for each row of logits [n, vocab]; [n] int64, -1 for a broken row (see argmax).
+
+    Each other argument is [n]: temperature (0: argmax), top_k (0 or less: off), top_p (1: off), min_p (0: off),
+    seeds and steps int64. The random number of a row depends on its seed and step alone. ValueError on other shapes.
+    """
+    arguments = {
+        "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seeds": seeds, "steps": steps,
+    }  # fmt: skip
+    require(logits.dim() == 2, f"sample: logits must be [n, vocab], got {tuple(logits.shape)}")
+    for name, value in arguments.items():
+        require(
+            value.shape == logits.shape[:1], f"sample: {name} must be [{logits.shape[0]}], got {tuple(value.shape)}"
+        )
+    if not runs_kernels(logits):
+        return reference.sample(logits, temperature, top_k, top_p, min_p, seeds, steps)
+    out = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
+    if logits.shape[0] == 0:
+        return out
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    best, where, mass = _chunk_stats(logits, temperature)
+    chunks = best.shape[1]
+    _draw_kernel[(logits.shape[0],)](
+        logits, best, where, mass, temperature, top_k, top_p, min_p, seeds, steps, out,
+        logits.shape[1], logits.stride(0), chunks, CHUNKS=next_power_of_2(chunks), CHUNK=_CHUNK, num_warps=16,
+    )  # fmt: skip
+    return out
+
+
+def _chunk_stats(
+    logits: torch.Tensor, temperature: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Best logit, its token, and (with a temperature) the mass of each chunk of each row, all [n, chunks]."""
+    rows, vocab = logits.shape
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    chunks = -(-vocab // _CHUNK)
+    best = torch.empty((rows, chunks), dtype=torch.float32, device=logits.device)
+    where = torch.empty((rows, chunks), dtype=torch.int32, device=logits.device)
+    mass = torch.empty_like(best) if temperature is not None else best
+    heat = best if temperature is None else temperature
+    _chunk_kernel[(chunks, rows)](
+        logits, heat, best, where, mass, vocab, logits.stride(0), chunks,
+        WITH_MASS=temperature is not None, CHUNK=_CHUNK, num_warps=8,
+    )  # fmt: skip
+    return best, where, mass
