@@ -58,16 +58,35 @@ class Target:
             do=f"see what is wrong in the namespace: `{self.kubectl} --kubeconfig {self.kubeconfig} "
                f"-n {NAMESPACE} get pods,events`")  # fmt: skip
 
+    def tell_why(self) -> None:
+        """Add what the cluster says about the product's Pods to helm's log, whose last lines are shown."""
+        warnings = ["get", "events", "-n", NAMESPACE, "--field-selector=type=Warning", "-o",
+                    "custom-columns=OBJECT:.involvedObject.name,MESSAGE:.message", "--no-headers"]  # fmt: skip
+        for argv in (["get", "pods", "-n", NAMESPACE], warnings):
+            run(
+                [self.kubectl, *self._access, *argv],
+                log=self.logs / "helm.log",
+                do="see whether the cluster still runs",
+            )
+
 
 def install(target: Target, checkout: Path) -> None:
     """CRD, operator and gateway from the chart; waits until they run."""
     chart = checkout / "charts/mainsail"
-    target.run_helm("upgrade", "--install", "mainsail", chart, "--namespace", NAMESPACE, "--create-namespace",
-                    "--wait", "--timeout", f"{ROLLOUT_S}s", *image_values(target))  # fmt: skip
+    try:
+        _install_chart(target, chart)
+    except StepError:
+        target.tell_why()
+        raise
     crds = sorted((chart / "crds").glob("*.yaml"))
     for crd in crds:  # helm creates what lies in crds/ once and never upgrades it
         target.read("apply", "--server-side", "--force-conflicts", "-f", str(crd))
         target.read("wait", "--for=condition=Established", "--timeout=30s", "-f", str(crd))
+
+
+def _install_chart(target: Target, chart: Path) -> None:
+    target.run_helm("upgrade", "--install", "mainsail", chart, "--namespace", NAMESPACE, "--create-namespace",
+                    "--wait", "--timeout", f"{ROLLOUT_S}s", *image_values(target))  # fmt: skip
 
 
 def image_values(target: Target) -> list[str]:

@@ -17,13 +17,13 @@ PAUSE_IMAGE = "localhost/mainsail-pause:dev"
 
 @dataclass(frozen=True, kw_only=True)
 class Configuration:
-    """Everything that process 1 must know; `bound` are the host's folders that containers see, read-only."""
+    """Everything that process 1 must know; `bound` are the host's folders and where containers see them."""
 
     state: Path
     logs: Path
     kubeall: Path
     packages: Path
-    bound: tuple[str, ...]
+    bound: tuple[tuple[str, str], ...]
     images: tuple[str, ...]
     cgroup_root: str
 
@@ -46,8 +46,8 @@ class Configuration:
         """What `write` wrote."""
         fields = json.loads(path.read_text())
         folders = {name: Path(fields.pop(name)) for name in ("state", "logs", "kubeall", "packages")}
-        lists = {name: tuple(fields.pop(name)) for name in ("bound", "images")}
-        return cls(**folders, **lists, **fields)
+        bound = tuple((here, there) for here, there in fields.pop("bound"))
+        return cls(**folders, bound=bound, images=tuple(fields.pop("images")), **fields)
 
     def fill(self, name: str) -> Path:
         """Write the configuration file `name` for this cluster; its path."""

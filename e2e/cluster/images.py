@@ -1,7 +1,9 @@
 """The node's container images: a few links and an account file each, because the runtime binds the host's files.
 
-Every container sees, read-only, the host's /usr, the interpreter, the checkout's virtual environment and its source
-folders (containerd's base spec). So an image is ready the moment the sources are, a Pod needs no volume for it, and
+Every container sees, read-only, the host's /usr and interpreter in their places, and the checkout's virtual environment
+and source folders below /opt/mainsail, wherever the checkout lies (containerd's base spec): a checkout below /tmp would
+else vanish under a Pod's own /tmp. The environment's scripts and links name the checkout's path, so the images bring
+scripts of their own, and PYTHONPATH. So an image is ready the moment the sources are, a Pod needs no volume for it, and
 what runs in the Pod is exactly what the unit tests ran. Real images are built by the Dockerfiles of operator/ and
 engine/; the Pods that the chart and the operator make are the same for both.
 """
@@ -20,6 +22,7 @@ from typing import Any
 
 from e2e.cluster.configuration import PAUSE_IMAGE
 
+HOME = Path("/opt/mainsail")
 ENGINE_IMAGE = "localhost/mainsail-engine:dev"
 CONTROL_PLANE_IMAGE = "localhost/mainsail-control-plane:dev"
 ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
@@ -45,11 +48,29 @@ class Image:
     user: str = ""
 
 
-def node_images(pause: bytes, venv: Path) -> list[Image]:
-    """All images of the node."""
-    environment = {"PATH": f"{venv}/bin:/usr/local/bin:/usr/bin:/bin", "PYTHONDONTWRITEBYTECODE": "1",
+def seen_by_containers(venv: Path, sources: Iterable[Path], interpreter_prefix: str) -> tuple[tuple[str, str], ...]:
+    """Pairs of a host's folder and the path that containers see it at."""
+    system = ["/usr", "/etc/ld.so.cache"]
+    if not Path(interpreter_prefix).is_relative_to("/usr"):
+        system.append(interpreter_prefix)
+    moved = [(str(venv), str(HOME / "venv")), *((str(source), str(HOME / source.name)) for source in sources)]
+    return (*((path, path) for path in system), *moved)
+
+
+def script(entry_point: str) -> bytes:
+    """A console script for an entry point of pyproject.toml ("package.module:function")."""
+    module, _, function = entry_point.partition(":")
+    return f"#!{HOME}/venv/bin/python\nimport sys\nfrom {module} import {function}\nsys.exit({function}())\n".encode()
+
+
+def node_images(pause: bytes, scripts: Mapping[str, str], sources: Iterable[Path]) -> list[Image]:
+    """All images of the node; `scripts` are the entry points by name."""
+    environment = {"PATH": f"{HOME}/bin:{HOME}/venv/bin:/usr/local/bin:/usr/bin:/bin",
+                   "PYTHONPATH": ":".join(str(HOME / source.name) for source in sources),
+                   "PYTHONDONTWRITEBYTECODE": "1",
                    "PYTHONUNBUFFERED": "1"}  # fmt: skip
-    host = [Image(name=name, files=ACCOUNTS, links=LINKS, folders=FOLDERS, environment=environment, user="65534:65534")
+    files = {**ACCOUNTS, **{f"opt/mainsail/bin/{name}": script(entry) for name, entry in scripts.items()}}
+    host = [Image(name=name, files=files, links=LINKS, folders=FOLDERS, environment=environment, user="65534:65534")
             for name in (ENGINE_IMAGE, CONTROL_PLANE_IMAGE)]  # fmt: skip
     return [Image(name=PAUSE_IMAGE, files={"pause": pause}, entrypoint=["/pause"]), *host]
 
@@ -83,11 +104,11 @@ def archive(image: Image) -> bytes:
     ])  # fmt: skip
 
 
-def base_spec(default: dict[str, Any], bound: Iterable[str]) -> dict[str, Any]:
+def base_spec(default: dict[str, Any], bound: Iterable[tuple[str, str]]) -> dict[str, Any]:
     """containerd's default container spec, with the host's folders bound and no limits of its own on open files."""
     process = {key: value for key, value in default["process"].items() if key != "rlimits"}
-    binds = [{"destination": path, "source": path, "type": "bind", "options": ["rbind", "ro", "rprivate"]}
-             for path in bound]  # fmt: skip
+    binds = [{"destination": there, "source": here, "type": "bind", "options": ["rbind", "ro", "rprivate"]}
+             for here, there in bound]  # fmt: skip
     return default | {"process": process, "mounts": [*default["mounts"], *binds]}
 
 

@@ -14,6 +14,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -144,12 +145,6 @@ def link_programs(place: Place, programs: Programs) -> None:
         link.symlink_to(programs.kubeall)
 
 
-def bound_folders(place: Place, interpreter_prefix: str) -> tuple[str, ...]:
-    """What containers see of the host: the system, the interpreter where it lies elsewhere, and the checkout's code."""
-    prefix = [] if Path(interpreter_prefix).is_relative_to("/usr") else [interpreter_prefix]
-    return ("/usr", "/etc/ld.so.cache", *prefix, str(place.venv), *map(str, place.sources))
-
-
 def _configure(place: Place, unpacked: Packages, programs: Programs) -> Configuration:
     prefix = read(
         [place.venv / "bin/python", "-c", "import sys; print(sys.base_prefix)"],
@@ -160,7 +155,7 @@ def _configure(place: Place, unpacked: Packages, programs: Programs) -> Configur
         logs=place.logs,
         kubeall=programs.kubeall,
         packages=unpacked.root,
-        bound=bound_folders(place, prefix),
+        bound=images.seen_by_containers(place.venv, place.sources, prefix),
         images=tuple(map(str, _write_images(place, programs))),
         cgroup_root=f"/{place.name}" if cgroups.is_v2() else "",
     )
@@ -171,8 +166,9 @@ def _configure(place: Place, unpacked: Packages, programs: Programs) -> Configur
 def _write_images(place: Place, programs: Programs) -> list[Path]:
     folder = place.state / "images"
     folder.mkdir()
+    scripts = tomllib.loads((place.checkout / "pyproject.toml").read_text())["project"]["scripts"]
     paths: list[Path] = []
-    for image in images.node_images(programs.pause.read_bytes(), place.venv):
+    for image in images.node_images(programs.pause.read_bytes(), scripts, place.sources):
         path = folder / f"{image.name.rpartition('/')[2].partition(':')[0]}.tar"
         path.write_bytes(images.archive(image))
         paths.append(path)

@@ -10,7 +10,7 @@ from e2e.steps import StepError
 def configuration(tmp_path: Path) -> Configuration:
     return Configuration(
         state=tmp_path / "state", logs=tmp_path / "log", kubeall=Path("/bin/kubeall"), packages=Path("/debian"),
-        bound=("/usr", "/code"), images=("a.tar",), cgroup_root="/mainsail-1",
+        bound=(("/usr", "/usr"), ("/code", "/opt/code")), images=("a.tar",), cgroup_root="/mainsail-1",
     )  # fmt: skip
 
 

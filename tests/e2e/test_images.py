@@ -4,7 +4,15 @@ import json
 import tarfile
 from pathlib import Path
 
-from e2e.cluster.images import CONTROL_PLANE_IMAGE, ENGINE_IMAGE, Image, archive, base_spec, node_images
+from e2e.cluster.images import (
+    CONTROL_PLANE_IMAGE,
+    ENGINE_IMAGE,
+    Image,
+    archive,
+    base_spec,
+    node_images,
+    seen_by_containers,
+)
 
 
 def unpacked(data: bytes) -> dict[str, bytes]:
@@ -37,18 +45,35 @@ def test_same_image_same_bytes():
     assert one == two
 
 
-def test_product_images_run_from_the_virtual_environment_as_nobody():
-    images = {image.name: image for image in node_images(b"", Path("/code/.venv"))}
+def test_product_images_run_the_scripts_of_the_project_as_nobody():
+    scripts = {"mainsail-engine": "mainsail_engine.cli:main"}
+    images = {image.name: image for image in node_images(b"", scripts, [Path("/code/operator"), Path("/code/engine")])}
     for name in (ENGINE_IMAGE, CONTROL_PLANE_IMAGE):
-        assert images[name].environment["PATH"].startswith("/code/.venv/bin:")
+        assert images[name].environment["PATH"].startswith("/opt/mainsail/bin:/opt/mainsail/venv/bin:")
+        assert images[name].environment["PYTHONPATH"] == "/opt/mainsail/operator:/opt/mainsail/engine"
         assert images[name].user == "65534:65534"
+        assert b"from mainsail_engine.cli import main\n" in images[name].files["opt/mainsail/bin/mainsail-engine"]
+
+
+def test_a_checkout_is_seen_below_opt_wherever_it_lies():
+    seen = dict(seen_by_containers(Path("/tmp/code/.venv"), [Path("/tmp/code/engine")], "/root/python"))
+    assert seen["/tmp/code/.venv"] == "/opt/mainsail/venv"
+    assert seen["/tmp/code/engine"] == "/opt/mainsail/engine"
+    assert seen["/usr"] == "/usr"
+    assert seen["/root/python"] == "/root/python"
+
+
+def test_an_interpreter_of_the_system_needs_no_folder_of_its_own():
+    assert "/usr" in dict(pairs := seen_by_containers(Path("/code/.venv"), [], "/usr"))
+    assert [here for here, _ in pairs] == ["/usr", "/etc/ld.so.cache", "/code/.venv"]
 
 
 def test_base_spec_binds_read_only_and_keeps_the_rest():
     default = {"process": {"rlimits": [1], "cwd": "/"}, "mounts": [{"destination": "/proc"}], "root": {"path": "r"}}
-    spec = base_spec(default, ["/usr"])
+    spec = base_spec(default, [("/usr", "/usr"), ("/code", "/opt/code")])
     assert spec["process"] == {"cwd": "/"}
     assert spec["root"] == {"path": "r"}
-    assert [mount["destination"] for mount in spec["mounts"]] == ["/proc", "/usr"]
+    assert [mount["destination"] for mount in spec["mounts"]] == ["/proc", "/usr", "/opt/code"]
+    assert spec["mounts"][2]["source"] == "/code"
     assert "ro" in spec["mounts"][1]["options"]
     assert default["process"]["rlimits"] == [1]
