@@ -20,12 +20,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import triton
+
 from mainsail_kernels import reference
 from mainsail_kernels.attention_decode import decode_workspace, paged_attention_decode
 from mainsail_kernels.attention_prefill import paged_attention_prefill
 from mainsail_kernels.kv_write import rope_and_write_kv
 from mainsail_kernels.linear import linear
 from mainsail_kernels.rms_norm import rms_norm
+from mainsail_kernels.sample import argmax, sample
 from mainsail_kernels.silu_mul import silu_mul
 from mainsail_kernels.tuned import DecodeConfig, LinearConfig, PrefillConfig, override
 
@@ -192,21 +194,38 @@ def linear_rows(configs: list[LinearConfig | None], rows: int) -> Iterator[Row]:
 def memory_rows() -> Iterator[Row]:
     big = torch.randn(1 << 30, device=DEVICE, dtype=BF16)
     other = torch.empty_like(big)
-    seconds = graph_time([lambda: other.copy_(big)] * 3)
+    seconds = graph_time([lambda: torch.mul(big, 1.0, out=other)] * 3)
     copy = 4 * big.numel() / seconds / 1e9
     yield Row("copy", "GB/s", copy, seconds * 1e6)
     goal = 0.85 * 4200
     n = 32768
     x, residual = torch.randn(2, n, 4096, device=DEVICE, dtype=BF16)
     weight = torch.randn(4096, device=DEVICE, dtype=BF16)
+    gate_up = big[: n * 28672].view(n, 28672)
     for name, call, size in [
         ("rms_norm 32768 x 4096", lambda: rms_norm(x, weight, 1e-5), 4 * x.numel()),
         ("rms_norm with residual", lambda: rms_norm(x, weight, 1e-5, residual), 8 * x.numel()),
-        ("silu_mul 32768 x 2 x 14336", lambda g=big[: n * 28672].view(n, 28672): silu_mul(g), 6 * n * 14336),
+        ("silu_mul 32768 x 2 x 14336", lambda: silu_mul(gate_up), 6 * n * 14336),
     ]:
         seconds = graph_time([call] * 3)
         yield Row(name, "GB/s", size / seconds / 1e9, seconds * 1e6, goal)
     yield rope_row(n, goal)
+
+
+def sample_rows() -> Iterator[Row]:
+    """Choosing tokens at batch 256 and 1 from logits like a model's that never trained: nothing can be skipped."""
+    for n in (256, 1):
+        logits = torch.randn(n, 128256, device=DEVICE, dtype=BF16)
+        off, one, step = torch.zeros(n, device=DEVICE), torch.ones(n, device=DEVICE), torch.arange(n, device=DEVICE)
+        size = 2 * logits.numel()
+        for name, call in [
+            ("argmax", lambda: argmax(logits)),  # noqa: B023
+            ("sample, temperature 1", lambda: sample(logits, one, off.int(), one, off, step, step)),  # noqa: B023
+            ("sample, top_p 0.9", lambda: sample(logits, one, off.int(), one * 0.9, off, step, step)),  # noqa: B023
+            ("sample, top_k 50, top_p 0.9", lambda: sample(logits, one, (one * 50).int(), one * 0.9, off, step, step)),  # noqa: B023
+        ]:
+            seconds = graph_time([call] * 3)
+            yield Row(f"{name}, {n} rows", "GB/s", size / seconds / 1e9, seconds * 1e6)
 
 
 def rope_row(n: int, goal: float) -> Row:
@@ -223,15 +242,17 @@ def rope_row(n: int, goal: float) -> Row:
 
 
 # The configurations that --tune tries, field by field as in tuned.py.
-PREFILLS = [(128, 64, 8, 2), (64, 64, 4, 2), (128, 128, 8, 2), (64, 64, 4, 3), (128, 64, 8, 4), (128, 128, 8, 3)]
-DECODES = [(64, 4, 3, 4), (128, 8, 3, 1), (64, 8, 4, 1), (128, 8, 2, 2), (64, 4, 3, 2), (64, 4, 4, 3)]
-ONE_ROW = [(4, 1024, 4, 1), (4, 1024, 4, 2), (2, 2048, 4, 1), (2, 1024, 4, 3), (4, 2048, 4, 1), (4, 512, 4, 4)]
+PREFILLS = [(128, 128, 8, 3), (64, 64, 4, 2), (128, 64, 8, 2)]
+DECODES = [(64, 4, 3, 4), (64, 4, 3, 2), (128, 8, 3, 2), (64, 4, 4, 3), (64, 4, 3, 3)]
+ONE_ROW = [(4, 1024, 4, 1), (4, 1024, 4, 2), (2, 2048, 4, 1), (4, 512, 4, 4), (8, 512, 4, 4)]
 SKINNY = [(32, 256, 4, 4), (64, 256, 4, 3), (64, 128, 4, 5)]
 
 
 def all_rows(tune: bool, groups: list[str]) -> Iterator[Row]:
     if "memory" in groups:
         yield from memory_rows()
+    if "sample" in groups:
+        yield from sample_rows()
     if "prefill" in groups:
         yield from prefill_rows([PrefillConfig(*c) for c in PREFILLS] if tune else [None])
     if "decode" in groups:
@@ -245,7 +266,7 @@ def all_rows(tune: bool, groups: list[str]) -> Iterator[Row]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tune", action="store_true", help="several configurations for each case")
-    parser.add_argument("--only", default="memory,prefill,decode,linear", help="groups of cases, by comma")
+    parser.add_argument("--only", default="memory,sample,prefill,decode,linear", help="groups of cases, by comma")
     parser.add_argument("--out", type=Path, help="write the figures here as JSON")
     args = parser.parse_args()
     started, rows = time.time(), []

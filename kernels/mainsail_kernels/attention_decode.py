@@ -37,26 +37,24 @@ def _combine(
     HEAD_DIM: tl.constexpr,
     DIM: tl.constexpr,
     ROWS: tl.constexpr,
-    TOGETHER: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
-    """The normalized result of all chunks of one (sequence, KV head): TOGETHER of them a step, to hide the latency."""
+    """The normalized result of all chunks of one (sequence, KV head); few registers, for the main loop's sake."""
     acc = tl.zeros((ROWS, DIM), tl.float32)
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
-    fits = (row < GROUP)[None, :, None] & (channel < HEAD_DIM)[None, None, :]
-    for first in range(0, num_chunks, TOGETHER):
-        chunk = first + tl.arange(0, TOGETHER)
-        item = ((first_slot + chunk) * num_kv_heads + kv_head).to(tl.int64)[:, None] * GROUP + row[None, :]
-        there = (chunk < num_chunks)[:, None] & (row < GROUP)[None, :]
-        part_top = tl.load(stats_ptr + item * 2, mask=there, other=float("-inf"), cache_modifier=".cg")
-        part_total = tl.load(stats_ptr + item * 2 + 1, mask=there, other=0.0, cache_modifier=".cg")
-        where = partial_ptr + item[:, :, None] * HEAD_DIM + channel[None, None, :]
-        part = tl.load(where, mask=there[:, :, None] & fits, other=0.0, cache_modifier=".cg")
-        new_top = tl.maximum(top, tl.max(part_top, axis=0))
+    fits = (row < GROUP)[:, None] & (channel < HEAD_DIM)[None, :]
+    for chunk in tl.range(0, num_chunks, loop_unroll_factor=UNROLL):
+        item = ((first_slot + chunk) * num_kv_heads + kv_head).to(tl.int64) * GROUP + row
+        part_top = tl.load(stats_ptr + item * 2, mask=row < GROUP, other=0.0, cache_modifier=".cg")
+        part_total = tl.load(stats_ptr + item * 2 + 1, mask=row < GROUP, other=0.0, cache_modifier=".cg")
+        where = partial_ptr + item[:, None] * HEAD_DIM + channel[None, :]
+        part = tl.load(where, mask=fits, other=0.0, cache_modifier=".cg")
+        new_top = tl.maximum(top, part_top)
         base = tl.where(new_top == float("-inf"), 0.0, new_top)
-        fade, gain = tl.exp2(top - base), tl.exp2(part_top - base[None, :])
-        acc = acc * fade[:, None] + tl.sum(part * gain[:, :, None], axis=0)
-        total = total * fade + tl.sum(part_total * gain, axis=0)
+        fade, gain = tl.exp2(top - base), tl.exp2(part_top - base)
+        acc = acc * fade[:, None] + part * gain[:, None]
+        total = total * fade + part_total * gain
         top = new_top
     return acc / tl.where(total > 0, total, 1.0)[:, None]
 
@@ -88,7 +86,7 @@ def _decode_kernel(
     DIM: tl.constexpr,
     ROWS: tl.constexpr,
     FEW: tl.constexpr,
-    TOGETHER: tl.constexpr,
+    UNROLL: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SEQS: tl.constexpr,
@@ -177,7 +175,7 @@ def _decode_kernel(
         few = tl.arange(0, FEW)
         result = _combine(
             partial_ptr, stats_ptr, first_slot, num_chunks, num_kv_heads, kv_head, channel, few,
-            GROUP, HEAD_DIM, DIM, FEW, TOGETHER,
+            GROUP, HEAD_DIM, DIM, FEW, UNROLL,
         )  # fmt: skip
         few_row = (seq.to(tl.int64) * (num_kv_heads * GROUP) + kv_head * GROUP + few) * HEAD_DIM
         few_fits = (few < GROUP)[:, None] & (channel < HEAD_DIM)[None, :]
@@ -299,7 +297,7 @@ def _launch(
         DIM=max(next_power_of_2(head_dim), 16),
         ROWS=max(next_power_of_2(group), 16),
         FEW=next_power_of_2(group),
-        TOGETHER=8 if next_power_of_2(group) <= 8 else 2,
+        UNROLL=4,
         BLOCK_SIZE=kv.shape[3],
         BLOCK_N=config.block_n,
         SEQS=max(next_power_of_2(num_seqs), 32),

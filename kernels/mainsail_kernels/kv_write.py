@@ -176,7 +176,7 @@ def rope_and_write_kv(
         HAS_Q_NORM=q_norm is not None,
         HAS_K_NORM=k_norm is not None,
         HEADS=_HEADS_PER_PROGRAM,
-        num_warps=2,
+        num_warps=max(_HEADS_PER_PROGRAM // 4, 1),
     )
     return query
 

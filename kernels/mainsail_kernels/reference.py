@@ -173,7 +173,7 @@ def paged_attention_prefill(
 def _attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, sliding_window: int, soft_cap: float
 ) -> torch.Tensor:
-    """One sequence: query [q, num_heads, head_dim] are the last q positions of key/value [num_kv_heads, n, head_dim]."""
+    """One sequence: query [q, num_heads, head_dim] are the last q of key/value [num_kv_heads, n, head_dim]."""
     num_queries, num_heads, head_dim = query.shape
     num_kv_heads, length = key.shape[0], key.shape[1]
     group = num_heads // num_kv_heads

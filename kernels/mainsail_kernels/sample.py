@@ -36,7 +36,7 @@ def _chunk_kernel(
     token = chunk * CHUNK + tl.arange(0, CHUNK)
     x = tl.load(logits_ptr + row * stride + token, mask=token < vocab, other=float("-inf")).to(tl.float32)
     # +inf stands for every kind of broken row: no comparison with NaN survives a maximum
-    broken = tl.max(((x != x) | (x == float("inf"))).to(tl.int32), axis=0)
+    broken = tl.max(tl.where((x != x) | (x == float("inf")), 1, 0), axis=0)
     x = tl.where(x != x, float("-inf"), x)
     best = tl.max(x, axis=0)
     where = tl.min(tl.where(x == best, token, 2147483647), axis=0)
@@ -89,7 +89,7 @@ def _above(row_ptr, best_ptr, vocab, num_chunks, floor, low, high, a, b, c, top,
     m_a, m_b, m_c = zero, zero, zero
     least = zero + float("inf")
     most = zero - float("inf")
-    for chunk in range(0, num_chunks):
+    for chunk in range(num_chunks):
         if tl.load(best_ptr + chunk) >= tl.maximum(low, floor):
             token = chunk * CHUNK + lane
             x = tl.load(row_ptr + token, mask=token < vocab, other=float("-inf")).to(tl.float32)
@@ -206,7 +206,7 @@ def _draw_kernel(
     if min_p > 0.0:
         floor = tl.maximum(floor, top + heat * tl.log(min_p))
     if filtered:
-        for chunk in range(0, num_chunks):
+        for chunk in range(num_chunks):
             kept_mass = 0.0
             if tl.load(best_row + chunk) >= floor:
                 token = chunk * CHUNK + lane

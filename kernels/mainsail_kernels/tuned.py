@@ -67,7 +67,9 @@ def prefill_config(device: torch.device, head_dim: int, rows: int) -> PrefillCon
         return PrefillConfig(16, 64, 4, 2)
     if rows <= 64 or head_dim > 128:
         return PrefillConfig(64, 64, 4, 2)
-    return PrefillConfig(128, 64, 8, 3) if card_name(device).startswith("NVIDIA H") else PrefillConfig(128, 32, 8, 2)
+    if not card_name(device).startswith("NVIDIA H"):
+        return PrefillConfig(128, 32, 8, 2)
+    return PrefillConfig(128, 128, 8, 3) if rows > 4096 else PrefillConfig(64, 64, 4, 2)
 
 
 def decode_config(device: torch.device, head_dim: int) -> DecodeConfig:
@@ -94,8 +96,10 @@ def linear_config(device: torch.device, rows: int, num_out: int, num_in: int) ->
         return LinearConfig(16, 64, 4, 1)
     if not card_name(device).startswith("NVIDIA H"):
         return None  # not measured
-    if rows == 1 and num_in <= 8192:
-        return LinearConfig(4, 1024, 4, 2 if num_out > 4096 else 1)
     if rows == 1:
-        return LinearConfig(2, 2048, 4, 1)
-    return LinearConfig(64, 256, 4, 3) if num_out >= 65536 else None
+        if num_out <= 4096 or num_out >= 65536:
+            return LinearConfig(4, 512, 4, 4)
+        return LinearConfig(2, 2048, 4, 1) if num_out < 16384 else LinearConfig(4, 1024, 4, 2)
+    if num_out >= 65536:
+        return LinearConfig(64, 256, 4, 3)
+    return LinearConfig(32, 256, 4, 4) if num_out <= 4096 and num_in <= 4096 else None

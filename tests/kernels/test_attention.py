@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+
 from mainsail_kernels import reference
 from mainsail_kernels.attention_decode import decode_workspace, paged_attention_decode
 from mainsail_kernels.attention_prefill import paged_attention_prefill

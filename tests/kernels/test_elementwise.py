@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from mainsail_kernels import reference
 from mainsail_kernels.blocks import apply_token_bitmask, copy_blocks, gather_blocks, scatter_blocks
 from mainsail_kernels.kv_write import rope_and_write_kv

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from mainsail_kernels.linear import linear
 from mainsail_kernels.tuned import LinearConfig, override
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from mainsail_kernels import reference
 from mainsail_kernels.sample import argmax, sample
 
