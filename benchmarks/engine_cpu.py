@@ -112,7 +112,8 @@ def main() -> None:
     runner = make_runner(args.model, args.dtype)
     load_s = time.perf_counter() - started
     result: dict[str, Any] = {
-        "cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads(), "load_average": os.getloadavg()[0],
+        "cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0],
         "torch": torch.__version__, "dtype": args.dtype, "load_s": round(load_s, 1),
     }  # fmt: skip
     budget = batched_tokens(EngineConfig(model=ModelConfig(path=args.model)), torch.device("cpu"))
