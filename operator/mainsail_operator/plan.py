@@ -6,8 +6,8 @@ A roll from one revision to the next:
     old   N ── one fewer for each new one that serves ──▶ 0 ── deleted
 
 The old revision never shrinks below what the new one does not serve yet, and never grows again. A new revision that
-fails to load therefore harms nobody. Where the nodes have no room for a surge, one old pod makes way at a time, and only
-once everything of the new revision that has a place serves: no deadlock, and never more than one pod missing.
+fails to load therefore harms nobody. Where the nodes have no room for a surge, one old pod makes way at a time, and
+only once everything of the new revision that has a place serves: no deadlock, never more than one pod missing.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What to tell: conditions with stable reasons from spec, observation and plan (pure). Conforms to kstatus.
 
-Ready says whether requests are answered, by whichever revision. ModelLoaded is about the newest revision, and carries the
-engine's own words when it could not start. Reconciling and Stalled are there only while they are True.
+Ready says whether requests are answered, by whichever revision. ModelLoaded is about the newest revision, and carries
+the engine's own words when it could not start. Reconciling and Stalled are there only while they are True.
 """
 
 from __future__ import annotations
