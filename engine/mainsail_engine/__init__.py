@@ -1,1 +1,19 @@
-"""See the package map in CONTRIBUTING.md."""
+"""See the package map in CONTRIBUTING.md. For use from Python: `from mainsail_engine import LLM, SamplingParams`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mainsail_engine.llm import LLM, SamplingParams
+
+__all__ = ["LLM", "SamplingParams"]
+
+
+def __getattr__(name: str) -> Any:
+    """On demand: the core process imports this package too, and needs none of it."""
+    if name in __all__:
+        from mainsail_engine import llm
+
+        return getattr(llm, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

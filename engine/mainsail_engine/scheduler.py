@@ -127,7 +127,9 @@ class Scheduler:
                 self._finish(request, FinishReason.ERROR)
                 waited = now - request.arrival_time_s
                 message = f"deadline exceeded: not finished within {waited:.1f} s"
-                self._outputs.append(RequestOutput(request.request_id, [], FinishReason.ERROR, error=message))
+                self._outputs.append(
+                    RequestOutput(request.request_id, [], FinishReason.ERROR, stop_reason="deadline", error=message)
+                )
 
     def take_outputs(self) -> list[RequestOutput]:
         """What happened outside of a step (deadlines). `commit` hands it out as well; this is for when nothing runs."""

@@ -81,8 +81,10 @@ class GenerationRequest(Strict):
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
     cache_salt: Annotated[str, Field(max_length=256), AfterValidator(_unicode)] | None = None
     return_token_ids: bool | None = None
-    user: str | None = None
-    """An end user's name: taken and not used (nothing here depends on it yet)."""
+    user: Annotated[str, Field(max_length=256), AfterValidator(_unicode)] | None = None
+    """Users who wait are served fairly."""
+    timeout: Annotated[float, Field(gt=0)] | None = None
+    """Seconds; a request that is not finished by then ends with 504."""
     frequency_penalty: Annotated[Any, neutral(0, 0.0)] = None
     presence_penalty: Annotated[Any, neutral(0, 0.0)] = None
     repetition_penalty: Annotated[Any, neutral(1, 1.0)] = None

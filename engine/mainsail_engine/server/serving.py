@@ -41,6 +41,8 @@ class Job:
     skip_special_tokens: bool = True
     priority: int = 0
     cache_salt: str = ""
+    user: str = ""
+    timeout_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +163,8 @@ class Serving:
                 skip_special_tokens=body.skip_special_tokens is not False,
                 priority=body.priority or 0,
                 cache_salt=body.cache_salt or "",
+                user=body.user or "",
+                timeout_s=body.timeout,
             )
             for answer in range(body.n or 1)
         ]
@@ -190,7 +194,9 @@ class Serving:
         reason = FinishReason.ABORT
         self.admission.enter(num_prompt)
         try:
-            add = Add(request_id, job.prompt_token_ids, job.params, job.priority, job.cache_salt)
+            add = Add(
+                request_id, job.prompt_token_ids, job.params, job.priority, job.cache_salt, job.user, job.timeout_s
+            )
             async with (
                 aclosing(self.client.generate(add)) as outputs,
                 aclosing(self._deltas(job, outputs, times)) as deltas,
@@ -213,7 +219,7 @@ class Serving:
         stream = TextStream(job, self._detokenizer(job))
         async for output in outputs:
             if output.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
-                raise RequestError(output.error or "the request was aborted", status=500, code="generation_failed")
+                raise generation_error(output)
             now = time.monotonic()
             if times.first_token_s is None:
                 self.admission.leave(len(job.prompt_token_ids), now, served=True)
@@ -227,6 +233,13 @@ class Serving:
         if self.tokenizer is None:
             return NoText()
         return self.tokenizer.detokenizer(skip_special_tokens=job.skip_special_tokens)
+
+
+def generation_error(output: RequestOutput) -> RequestError:
+    message = output.error or "the request was aborted"
+    if output.stop_reason == "deadline":
+        return RequestError(message, status=504, param="timeout", code="deadline_exceeded")
+    return RequestError(message, status=500, code="generation_failed")
 
 
 def sampling_params(body: GenerationRequest, max_tokens: int, answer: int) -> SamplingParams:

@@ -163,7 +163,8 @@ def test_a_client_that_goes_is_aborted(engine: Any, waiting: Callable[..., None]
         httpx.Client(timeout=60) as http,
         http.stream("POST", engine.url + "/v1/chat/completions", json=body) as answer,
     ):
-        next(answer.iter_lines())
+        lines = answer.iter_lines()  # kept: letting go of it would close the stream
+        assert next(lines)
         assert engine.metric("vllm:num_requests_running") == 1
     waiting(engine.idle, "nothing running, all blocks free")
     with httpx.Client(timeout=0.5) as http, pytest.raises(httpx.ReadTimeout):
@@ -186,6 +187,13 @@ async def test_many_clients_half_of_them_leave(engine: Any, waiting: Callable[..
 
     async with httpx.AsyncClient(timeout=120, limits=httpx.Limits(max_connections=100)) as http:
         await asyncio.gather(*(one(http, index) for index in range(100)))
+    waiting(engine.idle, "nothing running, all blocks free")
+
+
+def test_a_deadline_ends_a_request(engine: Any, waiting: Callable[..., None]) -> None:
+    response = engine.chat(messages=COUNT, max_tokens=4000, ignore_eos=True, timeout=0.3)
+    assert response.status_code == 504, response.text
+    assert response.json()["error"]["type"] == "timeout_error"
     waiting(engine.idle, "nothing running, all blocks free")
 
 

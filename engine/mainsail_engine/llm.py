@@ -1,0 +1,286 @@
+"""The engine from Python, as the field is used to:
+
+    llm = LLM(model="…")
+    for output in llm.generate(["Hello", {"prompt_token_ids": [1, 2]}], SamplingParams(max_tokens=8)):
+        print(output.outputs[0].text)
+
+The same core process and the same checks as behind HTTP: only the transport is missing. An event loop of its own runs
+on a thread; `close` (or leaving the `with` block, or the end of the program) ends both.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import sys
+import threading
+import time
+from collections.abc import Coroutine, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypedDict, TypeVar, cast
+
+from pydantic import ValidationError
+
+from mainsail_engine.cli import check_model_path
+from mainsail_engine.client import EngineClient
+from mainsail_engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from mainsail_engine.metrics import Metrics
+from mainsail_engine.protocol import FirstScheduled, StepOutputs
+from mainsail_engine.server.admission import Admission
+from mainsail_engine.server.answers import Answer, collect
+from mainsail_engine.server.chat import as_template_messages
+from mainsail_engine.server.errors import from_validation
+from mainsail_engine.server.schemas import ChatCompletionRequest, CompletionRequest
+from mainsail_engine.server.serving import Job, Serving, merge
+from mainsail_engine.text.tokenizer import load_tokenizer
+
+T = TypeVar("T")
+UNBOUNDED = 2**62
+
+
+class TokensPrompt(TypedDict):
+    prompt_token_ids: list[int]
+
+
+Prompt = str | TokensPrompt
+Messages = list[dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How to pick tokens and when to stop. What is left out has the API's default; max_tokens None: all that fits."""
+
+    max_tokens: int | None = 16
+    min_tokens: int | None = None
+    n: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionOutput:
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: str | None
+    stop_reason: int | str | None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """One prompt's answers."""
+
+    prompt: str | None
+    """None where token ids were given."""
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    num_cached_tokens: int
+
+
+class LLM:
+    """One model, loaded. Raises StartupError when it cannot be, and ValueError for parameters that make no sense."""
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        dtype: str = "auto",
+        load_format: str = "auto",
+        max_model_len: int | None = None,
+        max_num_seqs: int = SchedulerConfig().max_num_seqs,
+        max_num_batched_tokens: int | None = None,
+        gpu_memory_utilization: float = CacheConfig().memory_utilization,
+        kv_cache_blocks: int | None = None,
+        enable_prefix_caching: bool = True,
+        device: str = "auto",
+    ) -> None:
+        self._config = EngineConfig(
+            model=ModelConfig(path=model, dtype=dtype, load_format=load_format, max_model_len=max_model_len),
+            cache=CacheConfig(
+                num_blocks=kv_cache_blocks,
+                memory_utilization=gpu_memory_utilization,
+                enable_prefix_caching=enable_prefix_caching,
+            ),
+            scheduler=SchedulerConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens),
+            device=device,
+        )
+        check_model_path(self._config.model)
+        self._serving: Serving | None = None
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="engine-client", daemon=True)
+        self._thread.start()
+        self._client = EngineClient(self._config, on_step=self._on_step, on_first_scheduled=self._on_first_scheduled)
+        atexit.register(self.close)
+        try:
+            self._serving = self._call(self._start())
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the core process. Safe to call twice."""
+        if not self._thread.is_alive():
+            return
+        self._call(self._client.close())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+        atexit.unregister(self.close)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Continue every prompt; the outputs are in the prompts' order."""
+        many: list[Prompt] = [prompts] if isinstance(prompts, str | dict) else list(prompts)
+        each = _spread(sampling_params, len(many))
+        return self._call(self._generate(many, each, _Progress(len(many), shown=use_tqdm)))
+
+    def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Answer one conversation, or each of several."""
+        single = bool(messages) and isinstance(messages[0], dict)
+        many = cast("list[Messages]", [messages] if single else list(messages))
+        each = _spread(sampling_params, len(many))
+        prompts: list[Prompt] = [{"prompt_token_ids": ids} for ids in self._call(self._render(many))]
+        return self._call(self._generate(prompts, each, _Progress(len(many), shown=use_tqdm)))
+
+    def _call(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    async def _start(self) -> Serving:
+        ready = await self._client.start()
+        path = Path(self._config.model.path)
+        return Serving(
+            client=self._client,
+            tokenizer=load_tokenizer(path),
+            metrics=Metrics(path.name, ready.max_model_len),
+            admission=Admission(max_requests=UNBOUNDED, max_tokens=UNBOUNDED),
+            ready=ready,
+            model_names=(path.name,),
+            model_path=str(path),
+        )
+
+    @property
+    def _started(self) -> Serving:
+        if self._serving is None:
+            raise RuntimeError("the engine is closed")
+        return self._serving
+
+    async def _render(self, conversations: list[Messages]) -> list[list[int]]:
+        rendered: list[list[int]] = []
+        for messages in conversations:
+            request = _validated(ChatCompletionRequest, {"model": "", "messages": messages})
+            plain = as_template_messages(request.messages)
+            rendered.append(await self._started.encode_chat(plain, add_generation_prompt=True, variables=None))
+        return rendered
+
+    async def _generate(
+        self, prompts: list[Prompt], params: list[SamplingParams], progress: _Progress
+    ) -> list[RequestOutput]:
+        """All are checked before the first one starts."""
+        jobs = [await self._jobs(prompt, each) for prompt, each in zip(prompts, params, strict=True)]
+        arrival_s = time.monotonic()
+
+        async def one(prompt: Prompt, own: list[Job]) -> RequestOutput:
+            answers = await collect(merge([self._started.generate(job, arrival_s) for job in own]), own)
+            progress.add(sum(len(answer.token_ids) for answer in answers))
+            return _output(prompt, own[0], answers)
+
+        tasks = [asyncio.create_task(one(prompt, own)) for prompt, own in zip(prompts, jobs, strict=True)]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            progress.end()
+
+    async def _jobs(self, prompt: Prompt, params: SamplingParams) -> list[Job]:
+        given = prompt if isinstance(prompt, str) else prompt["prompt_token_ids"]
+        body = _validated(CompletionRequest, {"model": "", "prompt": given, **asdict(params)})
+        serving = self._started
+        ids = given if isinstance(given, list) else await serving.encode(given, add_special_tokens=True, param="prompt")
+        max_tokens = serving.check_length(ids, body.max_tokens, param="prompt", max_tokens_param="max_tokens")
+        return serving.make_jobs(body, ids, max_tokens)
+
+    def _on_step(self, step: StepOutputs) -> None:
+        if self._serving is not None:
+            self._serving.metrics.step(step)
+
+    def _on_first_scheduled(self, first: FirstScheduled) -> None:
+        if self._serving is not None:
+            self._serving.first_scheduled(first)
+
+
+M = TypeVar("M", CompletionRequest, ChatCompletionRequest)
+
+
+def _validated(kind: type[M], fields: dict[str, Any]) -> M:
+    """The server's own checks; a problem names its field."""
+    try:
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        raise ValueError(from_validation(error.errors()).message) from None
+
+
+def _spread(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+    """One for each prompt."""
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if len(params) != count:
+        raise ValueError(f"{len(params)} sampling_params for {count} prompts: give one, or one for each")
+    return list(params)
+
+
+def _output(prompt: Prompt, job: Job, answers: list[Answer]) -> RequestOutput:
+    outputs = [
+        CompletionOutput(index, answer.text, answer.token_ids, answer.finish_reason, answer.stop_reason)
+        for index, answer in enumerate(answers)
+    ]
+    text = prompt if isinstance(prompt, str) else None
+    return RequestOutput(text, job.prompt_token_ids, outputs, answers[0].num_cached_tokens)
+
+
+class _Progress:
+    """One line on stderr that is written over and over; nothing where stderr is no terminal."""
+
+    def __init__(self, total: int, *, shown: bool) -> None:
+        self._total, self._done, self._tokens = total, 0, 0
+        self._shown = shown and sys.stderr.isatty()
+        self._began_s = time.monotonic()
+
+    def add(self, tokens: int) -> None:
+        self._done += 1
+        self._tokens += tokens
+        if self._shown:
+            rate = self._tokens / max(time.monotonic() - self._began_s, 1e-9)
+            bar = ("#" * (30 * self._done // self._total)).ljust(30)
+            print(f"\r[{bar}] {self._done}/{self._total}, {rate:.0f} tokens/s", end="", file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        if self._shown:
+            print(file=sys.stderr)
