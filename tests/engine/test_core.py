@@ -1,0 +1,158 @@
+"""The loop and its messages, with the real scheduler and a runner that only names tokens."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from mainsail_engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from mainsail_engine.core import EngineCore, describe, pipeline_depth, warm_up
+from mainsail_engine.errors import MissingTensorError
+from mainsail_engine.protocol import (
+    Abort,
+    Add,
+    Failed,
+    FirstScheduled,
+    Ready,
+    RequestOutput,
+    SchedulerStats,
+    StepOutputs,
+    decode_from_core,
+    decode_to_core,
+    encode,
+)
+from mainsail_engine.request import FinishReason, SamplingParams
+from mainsail_engine.scheduler import Scheduler
+from mainsail_engine.step import FAILED_TOKEN, StepPlan, StepResult
+
+EOS = 7
+CONFIG = EngineConfig(
+    model=ModelConfig(path="none"),
+    cache=CacheConfig(num_blocks=16),
+    scheduler=SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=32),
+    device="cpu",
+)
+
+
+class Pending:
+    def __init__(self, tokens: list[int], log: list[str], number: int) -> None:
+        self._tokens, self._log, self._number = tokens, log, number
+
+    def result(self) -> StepResult:
+        self._log.append(f"result {self._number}")
+        return StepResult(self._tokens)
+
+
+class NamingRunner:
+    """Every sampled token is the next position modulo 5; slot-independent, so nothing has to be computed."""
+
+    num_blocks = 16
+    max_model_len = 64
+    eos_token_ids = frozenset({EOS})
+    vocab_size = 8
+
+    def __init__(self, token: int | None = None) -> None:
+        self.log: list[str] = []
+        self._token = token
+        self._count = 0
+
+    def launch(self, plan: StepPlan) -> Pending:
+        self._count += 1
+        self.log.append(f"launch {self._count}")
+        ends = [chunk.start + chunk.num_tokens for chunk in plan.chunks if chunk.samples]
+        return Pending([end % 5 if self._token is None else self._token for end in ends], self.log, self._count)
+
+
+def make(depth: int = 1, token: int | None = None) -> tuple[EngineCore, NamingRunner]:
+    runner = NamingRunner(token)
+    return EngineCore(Scheduler(CONFIG, 16, 64, {EOS}), runner, depth=depth), runner
+
+
+def drive(core: EngineCore) -> list[StepOutputs]:
+    steps: list[StepOutputs] = []
+    while core.has_work:
+        step = core.step(time.monotonic())
+        assert step is not None
+        steps.append(step)
+    return steps
+
+
+def add(name: str, prompt: int = 3, max_tokens: int = 4) -> Add:
+    return Add(name, [1] * prompt, SamplingParams(max_tokens=max_tokens, temperature=0.0))
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_tokens_are_the_same_at_any_depth(depth: int) -> None:
+    core, _ = make(depth)
+    core.handle(add("a"), 0.0)
+    core.handle(add("b", prompt=5, max_tokens=2), 0.0)
+    outputs = [output for step in drive(core) for output in step.outputs]
+    tokens = {name: [t for o in outputs if o.request_id == name for t in o.token_ids] for name in "ab"}
+    assert tokens == {"a": [3, 4, 0, 1], "b": [0, 1]}
+    assert [o.finish_reason for o in outputs if o.finish_reason] == [FinishReason.LENGTH] * 2
+
+
+def test_with_depth_two_the_next_step_is_launched_before_a_result_is_read() -> None:
+    core, runner = make(depth=2)
+    core.handle(add("a"), 0.0)
+    drive(core)
+    assert runner.log[:3] == ["launch 1", "launch 2", "result 1"]
+
+
+def test_the_time_in_the_queue_is_told_once() -> None:
+    core, _ = make()
+    core.handle(add("a"), time.monotonic())
+    first = [item for step in drive(core) for item in step.first_scheduled]
+    assert [item.request_id for item in first] == ["a"]
+    assert first[0].queue_time_s >= 0
+
+
+def test_a_request_that_can_never_run_fails_alone() -> None:
+    core, _ = make()
+    core.handle(add("long", prompt=100), 0.0)
+    core.handle(add("fine"), 0.0)
+    outputs = [output for step in drive(core) for output in step.outputs]
+    failed = [output for output in outputs if output.request_id == "long"]
+    assert [output.finish_reason for output in failed] == [FinishReason.ERROR]
+    assert "100 tokens" in (failed[0].error or "")
+    assert sum(len(output.token_ids) for output in outputs) == 4
+
+
+def test_an_abort_brings_the_gauges_up_to_date() -> None:
+    core, _ = make()
+    core.handle(add("a"), 0.0)
+    core.step(0.0)
+    core.handle(Abort(["a", "unknown"]), 0.0)
+    assert drive(core)[-1].stats.num_running == 0
+    assert not core.has_work
+
+
+def test_a_failing_first_token_stops_the_start() -> None:
+    warm_up(make()[0])
+    with pytest.raises(RuntimeError, match="first token"):
+        warm_up(make(token=FAILED_TOKEN)[0])
+
+
+def test_reasons() -> None:
+    assert describe(MissingTensorError("no x.weight")) == Failed("MissingTensor", "no x.weight")
+    assert describe(MemoryError()).reason == "OutOfMemory"
+    assert describe(ValueError("odd")) == Failed("EngineFailed", "ValueError: odd")
+
+
+def test_two_steps_in_flight_only_where_they_pay() -> None:
+    assert pipeline_depth(CONFIG, "cuda:0") == 2
+    assert pipeline_depth(CONFIG, "cpu") == 1
+
+
+def test_messages_arrive_as_they_were_sent() -> None:
+    stats = SchedulerStats(num_running=1, kv_usage=0.5)
+    output = RequestOutput("a", [1], FinishReason.STOP, EOS, 3)
+    for message in (
+        Ready(64, 16, 16, 8, [EOS], "cpu", "float32"),
+        StepOutputs(3, [output], stats, 4, 0.1, [FirstScheduled("a", 0.2)]),
+        Failed("EngineFailed", "why"),
+    ):
+        assert decode_from_core(encode(message)) == message
+    for command in (add("a"), Abort(["a"], FinishReason.STOP)):
+        assert decode_to_core(encode(command)) == command
