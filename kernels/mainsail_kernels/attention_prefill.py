@@ -76,7 +76,7 @@ def _attend_range(
                 visible = visible & (at[None, :] > position[:, None] - window)
             scores = tl.where(visible, scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, axis=1) * factor)
-        if MASKED:  # noqa: SIM108; a row that has seen nothing yet keeps -inf: subtract 0 from it instead
+        if MASKED:  # a row that has seen nothing yet keeps -inf: subtract 0 from it instead
             base = tl.where(new_top == float("-inf"), 0.0, new_top)
         else:
             base = new_top

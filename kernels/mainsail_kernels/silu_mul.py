@@ -18,10 +18,8 @@ def _gated_kernel(gate_up_ptr, out_ptr, size, stride, GELU: tl.constexpr, BLOCK:
     inside = column < size
     gate = tl.load(gate_up_ptr + row * stride + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up_ptr + row * stride + size + column, mask=inside, other=0.0).to(tl.float32)
-    if GELU:  # noqa: SIM108; 0.5 * x * (1 + tanh(y)) is x * sigmoid(2y)
-        exponent = 2.0 * 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
-    else:
-        exponent = gate
+    # gelu: 0.5 * x * (1 + tanh(y)) is x * sigmoid(2y)
+    exponent = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate) if GELU else gate
     out = gate / (1.0 + tl.exp(-exponent)) * up
     tl.store(out_ptr + row * size + column, out.to(out_ptr.dtype.element_ty), mask=inside)
 
