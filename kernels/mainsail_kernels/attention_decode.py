@@ -203,7 +203,7 @@ def decode_workspace(
     num_seqs: int, num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device
 ) -> DecodeWorkspace:
     """A workspace for batches of up to num_seqs rows. Captured graphs keep its address: hold on to it."""
-    chunks = _target(device, head_dim, num_kv_heads) + num_seqs
+    chunks = max(_target(device, head_dim, num_kv_heads, rows) for rows in (1, num_seqs)) + num_seqs
     items = chunks * num_heads
     return DecodeWorkspace(
         partial=torch.empty(items * head_dim, dtype=torch.float32, device=device),
@@ -212,9 +212,9 @@ def decode_workspace(
     )
 
 
-def _target(device: torch.device, head_dim: int, num_kv_heads: int) -> int:
+def _target(device: torch.device, head_dim: int, num_kv_heads: int, num_seqs: int) -> int:
     """Chunks per KV head that fill the card."""
-    programs = multiprocessors(device) * decode_config(device, head_dim).programs_per_sm
+    programs = multiprocessors(device) * decode_config(device, head_dim, num_seqs).programs_per_sm
     return max(programs // num_kv_heads, 1)
 
 
@@ -267,8 +267,8 @@ def _launch(
     num_seqs, num_heads, head_dim = query.shape
     num_kv_heads = kv.shape[2]
     group = num_heads // num_kv_heads
-    config = decode_config(query.device, head_dim)
-    target = _target(query.device, head_dim, num_kv_heads)
+    config = decode_config(query.device, head_dim, num_seqs)
+    target = _target(query.device, head_dim, num_kv_heads, num_seqs)
     items = (target + num_seqs) * num_heads
     enough = workspace.partial.numel() >= items * head_dim and workspace.counters.numel() >= num_seqs * num_kv_heads
     require(enough, f"the workspace is too small for {num_seqs} sequences of {num_heads} heads of {head_dim}")

@@ -14,7 +14,7 @@ import torch
 from mainsail_kernels import reference
 from mainsail_kernels._triton import next_power_of_2, require, runs_kernels, tl, triton
 
-_HEADS_PER_PROGRAM = 8
+_HEADS_PER_PROGRAM = 16
 
 
 @triton.jit

@@ -72,8 +72,8 @@ def prefill_config(device: torch.device, head_dim: int, rows: int) -> PrefillCon
     return PrefillConfig(128, 128, 8, 3) if rows > 4096 else PrefillConfig(64, 64, 4, 2)
 
 
-def decode_config(device: torch.device, head_dim: int) -> DecodeConfig:
-    """For one query per sequence."""
+def decode_config(device: torch.device, head_dim: int, num_seqs: int) -> DecodeConfig:
+    """For one query for each of num_seqs sequences."""
     chosen = _override.get(DecodeConfig)
     if isinstance(chosen, DecodeConfig):
         return chosen
@@ -82,7 +82,7 @@ def decode_config(device: torch.device, head_dim: int) -> DecodeConfig:
     hopper = card_name(device).startswith("NVIDIA H")
     if head_dim > 128:
         return DecodeConfig(32, 4, 3 if hopper else 2, 4)
-    return DecodeConfig(64, 4, 3, 4) if hopper else DecodeConfig(32, 4, 2, 4)
+    return DecodeConfig(64, 4, 3, 3 if num_seqs <= 2 else 4) if hopper else DecodeConfig(32, 4, 2, 4)
 
 
 def linear_config(device: torch.device, rows: int, num_out: int, num_in: int) -> LinearConfig | None:
