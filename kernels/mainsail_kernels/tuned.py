@@ -1,5 +1,6 @@
 """Tuned launch configurations, as data: what `benchmarks/kernels.py --tune` found, by card, with the versions.
 
+The H200's entries (cards named "NVIDIA H…") were found with torch 2.11.0 and Triton 3.6.0, CUDA 13.0.
 A card without a table gets the defaults, which are safe everywhere (shared memory of 100 KiB is enough for them).
 `override` replaces a choice for a block of code: the tuning script's way to try a configuration.
 """
