@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from mainsail_engine.request import Request
-from mainsail_kernels import reference
+from mainsail_kernels import sample as kernels
 
 
 @dataclass(slots=True)
@@ -75,13 +75,13 @@ class SlotParameters:
 
 def greedy(logits: torch.Tensor) -> torch.Tensor:
     """The best token of each row, [n] int64; FAILED_TOKEN (-1) for a broken row. Waits for nothing: graphs hold it."""
-    return reference.argmax(logits)
+    return kernels.argmax(logits)
 
 
 def sample(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
     """One token per row, [n] int64; FAILED_TOKEN (-1) for a row that holds NaN or +inf or nothing but -inf."""
     if rows.all_greedy:
         return greedy(logits)
-    return reference.sample(
+    return kernels.sample(
         logits, rows.temperature, rows.top_k, rows.top_p, rows.min_p, rows.seeds, rows.steps
     )  # fmt: skip
