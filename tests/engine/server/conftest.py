@@ -55,6 +55,11 @@ class Engine:
         gauges = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
         return all(self.metric(gauge) == 0 for gauge in gauges)
 
+    def memory_kib(self) -> int:
+        """What API and core process hold together."""
+        status = [Path(f"/proc/{pid}/status").read_text() for pid in (self.process.pid, self.core_pid())]
+        return sum(int(re.search(r"VmRSS:\s+(\d+)", text).group(1)) for text in status)  # type: ignore[union-attr]
+
     def core_pid(self) -> int:
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
         return int(children[0])
