@@ -185,8 +185,8 @@ async def test_many_clients_half_of_them_leave(engine: Any, waiting: Callable[..
                 if index % 2:
                     return
 
-    async with httpx.AsyncClient(timeout=120, limits=httpx.Limits(max_connections=100)) as http:
-        await asyncio.gather(*(one(http, index) for index in range(100)))
+    async with httpx.AsyncClient(timeout=120, limits=httpx.Limits(max_connections=200)) as http:
+        await asyncio.gather(*(one(http, index) for index in range(200)))
     waiting(engine.idle, "nothing running, all blocks free")
 
 
