@@ -76,6 +76,7 @@ class EngineClient:
         self._on_first_scheduled = on_first_scheduled
         self._streams: dict[str, _Stream] = {}
         self._folder: Path | None = None
+        self._context: zmq.asyncio.Context | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._ready: asyncio.Future[Ready] | None = None
         self._failed: Failed | None = None
@@ -103,7 +104,7 @@ class EngineClient:
     async def start(self) -> Ready:
         """Start the core and wait until it has generated a token. Raises StartupError with the core's reason."""
         self._folder = Path(tempfile.mkdtemp(prefix="mainsail-"))
-        context = zmq.asyncio.Context()
+        self._context = context = zmq.asyncio.Context()
         self._commands = _bind(context, zmq.PUSH, f"ipc://{self._folder}/commands")
         outputs = _bind(context, zmq.PULL, f"ipc://{self._folder}/outputs")
         self._ready = asyncio.get_running_loop().create_future()
@@ -133,6 +134,9 @@ class EngineClient:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._context is not None:  # left to the garbage collector, it would wait for its open sockets for ever
+            self._context.destroy(linger=0)
+            self._context = None
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
 
