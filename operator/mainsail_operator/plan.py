@@ -12,6 +12,7 @@ only once everything of the new revision that has a place serves: no deadlock, n
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from mainsail_operator import objects
@@ -22,6 +23,9 @@ from mainsail_operator.types import JSON, InferenceServiceSpec
 
 NO_ROOM_AFTER_S = 15.0
 """A pod that the scheduler has refused for this long will not be placed by waiting a little more."""
+
+_WANTS_ROOM = re.compile(r"Insufficient |Too many pods|free ports|ReadWriteOncePod")
+"""What the scheduler says when the end of an old pod could help: not of a missing claim, nor of a wrong selector."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +84,13 @@ def _no_room(target: Revision, replicas: int, old: list[Revision], now: float) -
     """The scheduler finds no place for the next new pod, and nothing is on the way that could change that."""
     if target.serving >= replicas or target.starting or any(pod.ending for r in (target, *old) for pod in r.pods):
         return False
-    if sum(len(revision.alive) for revision in old) > replicas - target.serving:
+    if _shrink(old, target, replicas, drain_first=False):
         return False  # the old ones that the new ones replace make room first
-    refused = [pod.unschedulable_since for pod in target.alive if pod.unschedulable_since is not None]
+    refused = [
+        pod.unschedulable_since
+        for pod in target.alive
+        if pod.unschedulable_since is not None and pod.trouble and _WANTS_ROOM.search(pod.trouble.message)
+    ]
     return bool(refused) and now - min(refused) >= NO_ROOM_AFTER_S
 
 

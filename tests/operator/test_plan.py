@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from hypothesis import given
+import pytest
+from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
@@ -35,6 +36,7 @@ class Cluster:
         self.applied: dict[str, str] = {}
         self.revisions: dict[str, Revision] = {}
         self.broken: set[str] = set()
+        self.refusal = "0/1 nodes are available: 1 Insufficient nvidia.com/gpu."
         self._count = 0
 
     def observed(self) -> Observed:
@@ -95,9 +97,10 @@ class Cluster:
             pods: list[Pod] = []
             for pod in revision.pods:
                 if not pod.scheduled and used < self.room:
-                    pod, used = replace(pod, scheduled=True, unschedulable_since=None), used + 1
+                    pod, used = replace(pod, scheduled=True, unschedulable_since=None, trouble=None), used + 1
                 elif not pod.scheduled:
-                    pod = replace(pod, unschedulable_since=pod.unschedulable_since or self.now)
+                    refused = Trouble("Unschedulable", self.refusal)
+                    pod = replace(pod, unschedulable_since=pod.unschedulable_since or self.now, trouble=refused)
                 pods.append(pod)
             self.revisions[name] = replace(revision, pods=tuple(pods))
 
@@ -175,6 +178,7 @@ def test_a_revision_that_cannot_load_harms_nobody_and_reverting_is_no_third(repl
 
 @given(st.lists(st.tuples(st.integers(1, 4), st.integers(0, 4), st.integers(0, 12)), min_size=1, max_size=8),
        st.integers(1, 8))  # fmt: skip
+@example(history=[(2, 1, 1), (3, 2, 2), (1, 2, 0)], room=2)
 @hypothesis_settings(max_examples=150, deadline=None)
 def test_any_history_of_specs_ends_at_the_last_one(history: list[tuple[int, int, int]], room: int) -> None:
     cluster = Cluster(room)
@@ -218,3 +222,19 @@ def test_waits_before_it_believes_that_there_is_no_room() -> None:
     seen = cluster.observed()
     assert not plan(OWNER, new, seen, SETTINGS, cluster.now).drain_first
     assert plan(OWNER, new, seen, SETTINGS, cluster.now + NO_ROOM_AFTER_S).drain_first
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        'persistentvolumeclaim "typo" not found',
+        "0/1 nodes are available: 1 node(s) didn't match Pod's node affinity/selector.",
+    ],
+)
+def test_a_pod_that_no_room_would_help_never_costs_an_old_one(refusal: str) -> None:
+    cluster, _ = settled(1, 1, 1)
+    cluster.refusal = refusal
+    for _ in range(20):
+        cluster.pass_over(spec_of(2, 1))
+        cluster.advance()
+        assert cluster.serving == 1
