@@ -23,7 +23,7 @@ from mainsail_operator.observe import Observed, observe
 from mainsail_operator.plan import plan
 from mainsail_operator.settings import Settings
 from mainsail_operator.status import invalid, status
-from mainsail_operator.types import JSON, Condition, InferenceServiceSpec, InferenceServiceStatus
+from mainsail_operator.types import JSON, InferenceServiceSpec, InferenceServiceStatus
 
 log = logging.getLogger(__name__)
 
@@ -137,5 +137,4 @@ def _status_of(body: JSON) -> InferenceServiceStatus:
     try:
         return InferenceServiceStatus.model_validate(raw)
     except ValidationError:
-        conditions: list[Condition] = []
-        return InferenceServiceStatus(conditions=conditions)
+        return InferenceServiceStatus()

@@ -61,15 +61,14 @@ class SlotParameters:
         def on_device(values: np.ndarray) -> torch.Tensor:
             return torch.from_numpy(values).to(device, non_blocking=True)  # pyright: ignore[reportUnknownMemberType]
 
-        temperature = self.temperature[slots]
         return SamplingRows(
-            temperature=on_device(temperature),
+            temperature=on_device(self.temperature[slots]),
             top_k=on_device(self.top_k[slots]),
             top_p=on_device(self.top_p[slots]),
             min_p=on_device(self.min_p[slots]),
             seeds=on_device(self.seeds[slots]),
             steps=on_device(positions.astype(np.int64)),
-            all_greedy=bool((temperature <= 0).all()),
+            all_greedy=self.all_greedy(slots),
         )
 
 
