@@ -2,7 +2,7 @@
 
 In the order in which an object flows::
 
-    types.py      spec and status as typed models; crd.py makes the CustomResourceDefinition of them
+    types/        spec and status as typed models; crd.py makes the CustomResourceDefinition of them
     handlers.py   kopf: watches and indexes, wake-ups
     reconcile.py  one task per object; a pass is observe → plan → apply → status
     observe.py    what is there, and why a pod does not serve

@@ -1,0 +1,55 @@
+"""The InferenceService itself: spec and status in one object."""
+
+from __future__ import annotations
+
+from pydantic import ConfigDict, Field
+
+from mainsail_operator.types.engine import EngineSpec
+from mainsail_operator.types.model import ModelSpec
+from mainsail_operator.types.pod import PodTemplateSpec, ResourcesSpec
+from mainsail_operator.types.rollout import DrainSpec, RolloutSpec
+from mainsail_operator.types.schema import Model, rule, rules
+from mainsail_operator.types.status import InferenceServiceStatus
+
+
+class InferenceServiceSpec(Model):
+    """What the user asks for."""
+
+    model: ModelSpec = Field(description="The model to serve.")
+    engine: EngineSpec = Field(default_factory=EngineSpec, description="How the engine runs the model.")
+    resources: ResourcesSpec = Field(
+        default_factory=ResourcesSpec,
+        description="Resources of each replica. Default, when empty: one GPU (limits: nvidia.com/gpu: 1). "
+        "Name only cpu and memory to run without a GPU.",
+    )
+    pod_template: PodTemplateSpec = Field(
+        default_factory=PodTemplateSpec,
+        description="Merged into the pods that the operator makes: nodeSelector, tolerations, environment, volumes, "
+        "sidecars, another image for container `engine`.",
+    )
+    replicas: int = Field(
+        default=1,
+        ge=0,
+        le=10_000,
+        description="Number of pods that serve. 0 keeps the service's address and stops all pods. Changing it never "
+        "restarts a pod; `kubectl scale` and autoscalers write it.",
+    )
+    drain: DrainSpec = Field(default_factory=DrainSpec, description="How a replica ends.")
+    rollout: RolloutSpec = Field(default_factory=RolloutSpec, description="How a change of the spec reaches the pods.")
+
+
+class InferenceService(Model):
+    """A model behind an OpenAI-compatible endpoint."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            rule(
+                "self.metadata.name.size() <= 50 && self.metadata.name.matches('^[a-z]([-a-z0-9]*[a-z0-9])?$')",
+                "the name becomes a Service and the prefix of Deployments: at most 50 lower-case letters, digits and "
+                "-, beginning with a letter",
+            )
+        )
+    )
+
+    spec: InferenceServiceSpec = Field(description="What the user asks for.")
+    status: InferenceServiceStatus | None = Field(default=None, description="What the operator last saw.")

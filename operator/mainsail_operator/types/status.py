@@ -1,0 +1,58 @@
+"""What the operator answers."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from mainsail_operator.types.schema import Model
+
+
+class RevisionStatus(Model):
+    """One revision that has pods."""
+
+    name: str = Field(description="The revision's Deployment.")
+    replicas: int = Field(description="Pods of it that exist and are not ending.")
+    serving: int = Field(description="Pods of it that answer requests.")
+    weight: int = Field(description="Share of the requests that it gets, in percent.")
+
+
+class Condition(Model):
+    """One aspect of the service's state, with a stable reason to build on and a message to read."""
+
+    type: str = Field(
+        max_length=64,
+        description="Ready: it answers requests. ModelLoaded: the newest revision has loaded its model. "
+        "RolloutComplete: only the newest revision is left and all its replicas serve. Reconciling (only while True): "
+        "work is under way. Stalled (only while True): it will not proceed without a change.",
+    )
+    status: Literal["True", "False", "Unknown"] = Field(description="Whether it holds.")
+    reason: str = Field(max_length=128, description="Why, in one stable word.")
+    message: str = Field(max_length=2048, description="Why, for people: what is wrong, where, and what to do.")
+    observed_generation: int = Field(description="The metadata.generation that this was decided on.")
+    last_transition_time: str = Field(
+        description="When the status last changed.", json_schema_extra={"format": "date-time"}
+    )
+
+
+class InferenceServiceStatus(Model):
+    """What the operator last saw. Conforms to kstatus: `observedGeneration`, Reconciling, Stalled."""
+
+    observed_generation: int = Field(
+        default=0, description="The metadata.generation that this status is about; older means not looked at yet."
+    )
+    url: str = Field(default="", description="Base URL of the OpenAI API in the cluster, for this service alone.")
+    replicas: int = Field(default=0, description="Pods of all revisions that exist and are not ending.")
+    serving_replicas: int = Field(default=0, description="Pods of all revisions that answer requests.")
+    selector: str = Field(default="", description="Label selector of the pods, for the scale subresource.")
+    revisions: list[RevisionStatus] = Field(
+        default_factory=list[RevisionStatus],
+        description="Revisions with pods, the newest first.",
+        json_schema_extra={"x-kubernetes-list-type": "atomic"},
+    )
+    conditions: list[Condition] = Field(
+        default_factory=list[Condition],
+        description="Ready, ModelLoaded, RolloutComplete; Reconciling and Stalled only while they are True.",
+        json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
+    )
