@@ -1,7 +1,8 @@
 """Health and metrics on a port and a thread of their own, so that load on the event loop never fails a probe.
 
 `/health/live`: the event loop's heartbeat moved in the last `STUCK_S`. `/health/ready`: everything was listed once,
-and the gateway is not draining. `/metrics`: Prometheus' text form.
+and the gateway is not draining. `/metrics`: Prometheus' text form; `/metrics?name[]=NAME` only that metric, which the
+operator asks for every second.
 """
 
 import threading
@@ -9,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
@@ -49,9 +51,11 @@ class HealthServer:
             protocol_version = "HTTP/1.1"
 
             def do_GET(self) -> None:
-                path = self.path.partition("?")[0]
+                path, _, query = self.path.partition("?")
                 if path == "/metrics":
-                    self._answer(200, generate_latest(registry), CONTENT_TYPE_LATEST)
+                    names = parse_qs(query).get("name[]")
+                    chosen = registry.restricted_registry(names) if names else registry
+                    self._answer(200, generate_latest(chosen), CONTENT_TYPE_LATEST)
                 elif path in checks:
                     good, text = checks[path](time.monotonic())
                     self._answer(200 if good else 503, text.encode() + b"\n", "text/plain")

@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 
+import httpx2
 import kopf
 import uvloop
 
@@ -17,7 +18,9 @@ from mainsail_operator.handlers import Store, register, settings_for_watching
 from mainsail_operator.health import serve_health
 from mainsail_operator.lease import Lease
 from mainsail_operator.reconcile import Reconciler
+from mainsail_operator.scrape import TIMEOUT_S, Scraper
 from mainsail_operator.settings import Settings, from_environment
+from mainsail_operator.signals import Signals
 
 _LOOP_STUCK_S = 60.0
 
@@ -28,14 +31,16 @@ async def run(settings: Settings) -> None:
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     beat = [time.monotonic()]
     health = serve_health(settings.health_port, lambda: time.monotonic() - beat[0] < _LOOP_STUCK_S)
-    async with kube_client() as client:
+    async with kube_client() as client, httpx2.AsyncClient(trust_env=False, timeout=TIMEOUT_S) as pods:
         lease = Lease(client, settings.namespace, settings.identity)
         store = Store()
-        reconciler = Reconciler(Writer(client, lease.holds), lease, settings, store.read)
+        scraper = Scraper(pods, Signals(), gateways=lambda: store.gateways() if lease.holds() else [])
+        reconciler = Reconciler(Writer(client, lease.holds), lease, settings, store.read, scraper.want)
         registry = kopf.OperatorRegistry()
         register(registry, store, reconciler)
         leading = asyncio.create_task(lease.run())
         beating = asyncio.create_task(_beat(beat))
+        scraping = asyncio.create_task(scraper.run())
         try:
             await kopf.operator(
                 registry=registry,
@@ -47,7 +52,7 @@ async def run(settings: Settings) -> None:
             )
         finally:
             await reconciler.close()
-            for task in (leading, beating):
+            for task in (leading, beating, scraping):
                 task.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
                     await task

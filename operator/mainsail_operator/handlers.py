@@ -6,13 +6,15 @@ kopf fills all indexes before it calls the first event handler, so a pass never 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from typing import Any, cast
 
 import kopf
 
 from mainsail_operator.objects import SERVICE_LABEL
+from mainsail_operator.observe import scrape_target
 from mainsail_operator.reconcile import Key, Reconciler, Snapshot
+from mainsail_operator.scrape import Target
 from mainsail_operator.types import GROUP, JSON, PLURAL, VERSION
 
 CHILDREN: dict[str, tuple[str, str]] = {
@@ -21,6 +23,10 @@ CHILDREN: dict[str, tuple[str, str]] = {
     "services": ("", "v1"),
     "serviceaccounts": ("", "v1"),
 }
+GATEWAYS = "gateways"
+"""Index of the gateway's pods, all under this one key."""
+_GATEWAY_LABELS = {"app.kubernetes.io/name": "mainsail", "app.kubernetes.io/component": "gateway"}
+GATEWAY_METRICS_PORT = 8081
 _KINDS = {"services": "Service", "serviceaccounts": "ServiceAccount"}
 
 
@@ -33,10 +39,15 @@ class Store:
     def bind(self, **indexes: Any) -> None:
         self._indexes = indexes
 
-    def _values(self, kind: str, key: Key) -> list[JSON]:
+    def _values(self, kind: str, key: Hashable) -> list[JSON]:
         index = self._indexes.get(kind)
         found: Iterable[Any] = index.get(key, ()) if index is not None else ()
         return [cast(JSON, value) for value in found]
+
+    def gateways(self) -> list[Target]:
+        """The gateway pods that can be asked for metrics."""
+        pods = self._values(GATEWAYS, GATEWAYS)
+        return [target for pod in pods if (target := scrape_target(pod, GATEWAY_METRICS_PORT)) is not None]
 
     def read(self, key: Key) -> Snapshot | None:
         body = self._values(PLURAL, key)
@@ -55,10 +66,13 @@ def register(registry: kopf.OperatorRegistry, store: Store, reconciler: Reconcil
     async def index_child(body: kopf.Body, **_: Any) -> dict[Key, JSON]:
         return {(str(body.metadata.namespace), body.metadata.labels[SERVICE_LABEL]): dict(body)}
 
+    async def index_gateway(body: kopf.Body, **_: Any) -> dict[str, JSON]:
+        return {GATEWAYS: dict(body)}
+
     async def changed(body: kopf.Body, inferenceservices: Any, deployments: Any, pods: Any, services: Any,
-                serviceaccounts: Any, **_: Any) -> None:  # fmt: skip
+                serviceaccounts: Any, gateways: Any, **_: Any) -> None:  # fmt: skip
         store.bind(inferenceservices=inferenceservices, deployments=deployments, pods=pods, services=services,
-                   serviceaccounts=serviceaccounts)  # fmt: skip
+                   serviceaccounts=serviceaccounts, gateways=gateways)  # fmt: skip
         name = body.metadata.labels.get(SERVICE_LABEL) if body.get("kind") != "InferenceService" else body.metadata.name
         reconciler.wake((str(body.metadata.namespace), str(name)))
 
@@ -68,6 +82,7 @@ def register(registry: kopf.OperatorRegistry, store: Store, reconciler: Reconcil
     kopf.on.login(registry=registry)(login)
     kopf.index(GROUP, VERSION, PLURAL, id=PLURAL, registry=registry)(index_own)
     kopf.on.event(GROUP, VERSION, PLURAL, registry=registry)(changed)
+    kopf.index("", "v1", "pods", id=GATEWAYS, labels=_GATEWAY_LABELS, registry=registry)(index_gateway)
     labelled = {SERVICE_LABEL: kopf.PRESENT}
     for plural, (group, version) in CHILDREN.items():
         kopf.index(group, version, plural, id=plural, labels=labelled, registry=registry)(index_child)

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, cast
 
-from mainsail_operator.objects import APPLIED, CONTAINER, REVISION_LABEL
+from mainsail_operator.objects import APPLIED, CONTAINER, HTTP_PORT, REVISION_LABEL
+from mainsail_operator.scrape import Target
 from mainsail_operator.types import JSON
 
 
@@ -32,6 +33,9 @@ class Pod:
     unschedulable_since: float | None = None
     """Unix seconds since which the scheduler finds no place for it."""
     trouble: Trouble | None = None
+    uid: str = ""
+    metrics: Target | None = None
+    """Where it tells its load; None while it has no address."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +79,11 @@ class Observed:
     applied: Mapping[str, str] = field(default_factory=dict[str, str])
     """Kind/name of the other children → hash of the manifest that was applied last."""
 
+    @property
+    def targets(self) -> list[Target]:
+        """The pods that can be asked for their load, those that are ending included: they drain."""
+        return [pod.metrics for found in self.revisions for pod in found.pods if pod.metrics is not None]
+
     def revision(self, revision: str) -> Revision | None:
         return next((found for found in self.revisions if found.revision == revision), None)
 
@@ -107,7 +116,20 @@ def read_pod(pod: JSON) -> Pod:
         scheduled=bool(_get(pod, "spec", "nodeName")),
         unschedulable_since=_unix(str(unplaced.get("lastTransitionTime", ""))) if refused else None,
         trouble=None if serving else _trouble(pod, unplaced if refused else None),
+        uid=str(_get(pod, "metadata", "uid", default="")),
+        metrics=scrape_target(pod, HTTP_PORT),
     )
+
+
+def scrape_target(pod: JSON, port: int) -> Target | None:
+    """Where the pod tells its metrics; None while it has no address or has ended."""
+    address = str(_get(pod, "status", "podIP", default=""))
+    if not address or _get(pod, "status", "phase") != "Running":
+        return None
+    host = f"[{address}]" if ":" in address else address
+    statuses = cast("list[JSON]", _get(pod, "status", "containerStatuses", default=[]))
+    restarts = sum(int(status.get("restartCount", 0)) for status in statuses)
+    return Target(str(_get(pod, "metadata", "uid", default="")), f"http://{host}:{port}/metrics", restarts)
 
 
 def _unix(timestamp: str) -> float:

@@ -21,6 +21,7 @@ from mainsail_operator.lease import Lease
 from mainsail_operator.objects import Owner
 from mainsail_operator.observe import Observed, observe
 from mainsail_operator.plan import plan
+from mainsail_operator.scrape import Target
 from mainsail_operator.settings import Settings
 from mainsail_operator.status import invalid, status
 from mainsail_operator.types import JSON, InferenceServiceSpec, InferenceServiceStatus
@@ -46,11 +47,14 @@ class Snapshot:
 
 Read = Callable[[Key], Snapshot | None]
 """None: the InferenceService is gone."""
+Want = Callable[[Key, Sequence[Target]], None]
+"""Says which pods' load this service's decisions need (`scrape.Scraper.want`)."""
 
 
 class Reconciler:
-    def __init__(self, writer: Writer, lease: Lease, settings: Settings, read: Read) -> None:
+    def __init__(self, writer: Writer, lease: Lease, settings: Settings, read: Read, want: Want) -> None:
         self._writer = writer
+        self._want = want
         self._lease = lease
         self._settings = settings
         self._read = read
@@ -83,6 +87,7 @@ class Reconciler:
                 await self._lease.acquired.wait()
                 snapshot = self._read(key)
                 if snapshot is None:
+                    self._want(key, ())
                     return
                 failures = 0 if await self._guarded(key, snapshot) else failures + 1
         finally:
@@ -117,6 +122,8 @@ class Reconciler:
             told = invalid(owner, generation, str(error), before.conditions, now)
         else:
             seen = observe(snapshot.deployments, snapshot.pods, snapshot.others, owner.uid)
+            # Two revisions: the newest is judged beside the one before it.
+            self._want((owner.namespace, owner.name), seen.targets if len(seen.revisions) > 1 else ())
             told = await self._carry_out(owner, spec, generation, seen, before, now)
         if told != before:
             await self._writer.status(owner, told)

@@ -34,4 +34,8 @@ def test_over_http(server):
     assert httpx.get(url + "/health/live").status_code == 200
     assert httpx.get(url + "/health/startup").status_code == 200
     assert "mainsail:gateway_name_conflicts" in httpx.get(url + "/metrics").text
+    only = httpx.get(url + "/metrics", params={"name[]": "mainsail:gateway_name_conflicts"}).text
+    assert {line.split()[2] for line in only.splitlines() if line.startswith("#")} == {
+        "mainsail:gateway_name_conflicts"
+    }
     assert httpx.get(url + "/x").status_code == 404

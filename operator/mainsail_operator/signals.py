@@ -1,0 +1,326 @@
+"""What pods say about their load, over windows of time: counters that survive restarts, gauges, histograms.
+
+A `History` holds the last minutes of one pod's metrics, keyed by the pod's UID, so that a new pod of an old name never
+inherits numbers. A `Window` answers questions about a span of it: how much a counter grew, a gauge's mean, a quantile
+of a histogram. `Signals` is the collection that `scrape` fills and that decisions read; reading waits for nothing.
+
+Counters start again at zero when a process does. Between two scrapes, one counter that shrank, or a container that was
+restarted, means that all of them began anew: what the later scrape says then counts in full. What happened after the
+last scrape before a crash is lost, so sums are lower bounds.
+
+What is read (see `ENGINE` and `GATEWAY`): the engine's metrics under vLLM's names, from each engine pod; and from each
+gateway pod what it counted for each engine pod, because only the gateway sees what clients saw.
+"""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from mainsail_operator.exposition import Series
+
+WAITING = "vllm:num_requests_waiting"
+RUNNING = "vllm:num_requests_running"
+KV_USAGE = "vllm:kv_cache_usage_perc"
+PREEMPTIONS = "vllm:num_preemptions_total"
+FIRST_TOKEN = "vllm:time_to_first_token_seconds"
+INTER_TOKEN = "vllm:inter_token_latency_seconds"
+FINISHED = "vllm:request_success_total"
+GENERATED = "vllm:generation_tokens_total"
+PREFIX_HITS = "vllm:prefix_cache_hits_total"
+SESSIONS = "mainsail:sessions_"
+"""Prefix of the gauges about agents' sessions: held, parked, and the KV that they want."""
+GATEWAY = "mainsail:gateway_"
+GATEWAY_REQUESTS = "mainsail:gateway_requests_total"
+GATEWAY_FIRST_TOKEN = "mainsail:gateway_time_to_first_token_seconds"
+GATEWAY_INTER_TOKEN = "mainsail:gateway_inter_token_seconds"
+HELD = "mainsail:gateway_held_requests"
+"""Gauge of a gateway, labels namespace and service: requests that it holds because nothing serves them yet."""
+
+_ENGINE_NAMES = frozenset(
+    {
+        *(WAITING, RUNNING, KV_USAGE, PREEMPTIONS, FINISHED, GENERATED, PREFIX_HITS),
+        *(f"{name}_{part}" for name in (FIRST_TOKEN, INTER_TOKEN) for part in ("bucket", "count", "sum")),
+    }
+)
+
+FRESH_S = 30.0
+"""A pod whose last good scrape is older says nothing any more."""
+DENSE_S = 120.0
+"""Every scrape of the last two minutes is kept, and before that one in `SPARSE_S`."""
+SPARSE_S = 15.0
+HORIZON_S = 900.0
+
+_GROWS = ("_total", "_bucket", "_count", "_sum")
+
+
+def is_engine_signal(name: str) -> bool:
+    return name in _ENGINE_NAMES or name.startswith(SESSIONS)
+
+
+def is_gateway_signal(name: str) -> bool:
+    return name.startswith(GATEWAY)
+
+
+@dataclass(frozen=True, slots=True)
+class Distribution:
+    """A histogram's growth over a window."""
+
+    bounds: tuple[float, ...] = ()
+    """Upper bounds, ascending, the last one infinite."""
+    counts: tuple[float, ...] = ()
+    """Observations at most that large: cumulative, as in Prometheus."""
+    sum: float = 0.0
+
+    @property
+    def count(self) -> float:
+        return self.counts[-1] if self.counts else 0.0
+
+    @property
+    def mean(self) -> float | None:
+        return self.sum / self.count if self.count > 0 else None
+
+    def quantile(self, q: float) -> float | None:
+        """Interpolated within the bucket, as Prometheus' histogram_quantile does; None without observations.
+
+        In the last, infinite bucket it is the largest finite bound: the truth is at least that."""
+        if self.count <= 0:
+            return None
+        rank = q * self.count
+        index = bisect_left(self.counts, rank)
+        if self.bounds[index] == float("inf"):
+            return self.bounds[index - 1] if index else None
+        low, below = (self.bounds[index - 1], self.counts[index - 1]) if index else (0.0, 0.0)
+        inside = self.counts[index] - below
+        return low + (self.bounds[index] - low) * ((rank - below) / inside if inside > 0 else 1.0)
+
+
+def merged(parts: Iterable[Distribution]) -> Distribution:
+    """Several pods' observations as one distribution. Raises ValueError when their bounds differ."""
+    found = [part for part in parts if part.counts]
+    if not found:
+        return Distribution()
+    if any(part.bounds != found[0].bounds for part in found):
+        raise ValueError("histograms with different bounds cannot be added")
+    counts = tuple(sum(column) for column in zip(*(part.counts for part in found), strict=True))
+    return Distribution(found[0].bounds, counts, sum(part.sum for part in found))
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """One pod's metrics between two of its scrapes."""
+
+    start: float
+    end: float
+    """Unix seconds of the first and the last scrape; equal when there was only one."""
+    _columns: Mapping[Series, int]
+    _rows: Sequence[array[float]]
+
+    @property
+    def span_s(self) -> float:
+        return self.end - self.start
+
+    def series(self, name: str, **labels: str) -> list[Series]:
+        """The series of that name whose labels include the given ones."""
+        asked = labels.items()
+        return [series for series in self._columns if series[0] == name and asked <= dict(series[1]).items()]
+
+    def increase(self, name: str, **labels: str) -> float:
+        """By how much the counter grew, over all series that match; 0 for one that is not there."""
+        return sum(self._grown(series) for series in self.series(name, **labels))
+
+    def per_minute(self, name: str, **labels: str) -> float | None:
+        """None when the window is too short to tell."""
+        return 60.0 * self.increase(name, **labels) / self.span_s if self.span_s > 0 else None
+
+    def last(self, name: str, **labels: str) -> float | None:
+        """The gauge's sum over the matching series at the end; None when it is not there."""
+        found = self.series(name, **labels)
+        return sum(_at(self._rows[-1], self._columns[series]) for series in found) if found else None
+
+    def mean(self, name: str, **labels: str) -> float | None:
+        """The gauge's mean over the window's scrapes."""
+        found = self.series(name, **labels)
+        if not found:
+            return None
+        total = sum(_at(row, self._columns[series]) for row in self._rows for series in found)
+        return total / len(self._rows)
+
+    def distribution(self, name: str, **labels: str) -> Distribution:
+        """The histogram's growth, over all series that match."""
+        counts: dict[float, float] = {}
+        for series in self.series(f"{name}_bucket", **labels):
+            bound = float(dict(series[1])["le"])
+            counts[bound] = counts.get(bound, 0.0) + self._grown(series)
+        bounds = tuple(sorted(counts))
+        return Distribution(bounds, tuple(counts[bound] for bound in bounds), self.increase(f"{name}_sum", **labels))
+
+    def _grown(self, series: Series) -> float:
+        column = self._columns[series]
+        return max(0.0, _at(self._rows[-1], column) - _at(self._rows[0], column))
+
+
+def _at(row: array[float], column: int) -> float:
+    """A series that appeared after a row was taken was 0 then."""
+    return row[column] if column < len(row) else 0.0
+
+
+@dataclass(slots=True)
+class History:
+    """One pod's scrapes of the last minutes. Counters are stored as sums that never shrink."""
+
+    restarts: int = 0
+    """Restarts of the pod's container when it was scraped last."""
+    _columns: dict[Series, int] = field(default_factory=dict[Series, int])
+    _times: list[float] = field(default_factory=list[float])
+    _rows: list[array[float]] = field(default_factory=list["array[float]"])
+    _raw: dict[Series, float] = field(default_factory=dict[Series, float])
+    _before: dict[Series, float] = field(default_factory=dict[Series, float])
+    """What counters had reached before the last restart."""
+
+    @property
+    def last_scrape(self) -> float | None:
+        return self._times[-1] if self._times else None
+
+    def add(self, now: float, samples: Mapping[Series, float], restarts: int = 0) -> None:
+        """A scrape. Times must not go back; one that does is ignored."""
+        if self._times and now <= self._times[-1]:
+            return
+        if restarts != self.restarts or any(
+            series[0].endswith(_GROWS) and value < self._raw.get(series, 0.0) for series, value in samples.items()
+        ):
+            for series, value in self._raw.items():
+                if series[0].endswith(_GROWS):
+                    self._before[series] = self._before.get(series, 0.0) + value
+        self.restarts = restarts
+        self._raw = dict(samples)
+        if len(self._columns) > 2 * len(samples) + 64:
+            self._compact(samples)
+        for series in samples:
+            self._columns.setdefault(series, len(self._columns))
+        row = array("d", bytes(8 * len(self._columns)))
+        for series, column in self._columns.items():
+            row[column] = self._before.get(series, 0.0) + samples.get(series, 0.0)
+        self._times.append(now)
+        self._rows.append(row)
+        self._forget(now)
+
+    def _compact(self, samples: Mapping[Series, float]) -> None:
+        """Drop the columns of series that are no longer told: a gateway's pods come and go for months."""
+        old = [(series, column) for series, column in self._columns.items() if series in samples]
+        self._rows = [array("d", (_at(row, column) for _, column in old)) for row in self._rows]
+        self._columns = {series: column for column, (series, _) in enumerate(old)}
+        self._before = {series: value for series, value in self._before.items() if series in samples}
+
+    def _forget(self, now: float) -> None:
+        """Older scrapes are thinned out, and end at the horizon."""
+        keep: list[int] = []
+        dense = bisect_left(self._times, now - DENSE_S)
+        for index in range(dense):
+            old = self._times[index] < now - HORIZON_S
+            near = keep and self._times[index] - self._times[keep[-1]] < SPARSE_S
+            if not old and not near:
+                keep.append(index)
+        if len(keep) == dense:
+            return
+        self._times = [self._times[index] for index in keep] + self._times[dense:]
+        self._rows = [self._rows[index] for index in keep] + self._rows[dense:]
+
+    def window(self, since: float, until: float = float("inf")) -> Window | None:
+        """From the last scrape at or before `since` (else the first one) to the last one before `until`."""
+        end = bisect_right(self._times, until)
+        if end == 0:
+            return None
+        start = max(bisect_right(self._times, since, 0, end) - 1, 0)
+        return Window(self._times[start], self._times[end - 1], self._columns, self._rows[start:end])
+
+
+@dataclass(frozen=True, slots=True)
+class PodLoad:
+    """What one engine pod has to do, in the numbers that scaling looks at."""
+
+    uid: str
+    waiting: float
+    running: float
+    kv_usage: float
+    """Share of the KV blocks that running requests hold."""
+    preemptions_per_minute: float
+    first_token_p95_s: float | None = None
+    """None: no first token in the window."""
+    kv_wanted: float = 0.0
+    """KV that sessions want beyond what they have, as a share of this pod's blocks."""
+    requests_per_s: float = 0.0
+    """Finished requests."""
+    tokens_per_s: float = 0.0
+    """Generated tokens."""
+    warmth: float = 0.0
+    """Prompt tokens per second that the prefix cache saved: what would be lost with the pod."""
+    sessions: float = 0.0
+    """Sessions of agents that the pod holds or has parked."""
+
+
+GAUGE_WINDOW_S = 20.0
+RATE_WINDOW_S = 60.0
+
+
+def pod_load(uid: str, history: History | None, now: float) -> PodLoad | None:
+    """None: not scraped yet, not for too long, or not an engine that says what it does."""
+    last = history.last_scrape if history else None
+    if history is None or last is None or now - last > FRESH_S:
+        return None
+    gauges, rates = history.window(now - GAUGE_WINDOW_S), history.window(now - RATE_WINDOW_S)
+    if gauges is None or rates is None:
+        return None
+    waiting, running, usage = gauges.mean(WAITING), gauges.mean(RUNNING), gauges.mean(KV_USAGE)
+    if waiting is None or running is None or usage is None:
+        return None
+    seconds = max(rates.span_s, 1.0)
+    return PodLoad(
+        uid=uid,
+        waiting=waiting,
+        running=running,
+        kv_usage=usage,
+        # Over a minute at least, so that one preemption right after the start is not a rate of twelve.
+        preemptions_per_minute=rates.increase(PREEMPTIONS) * 60.0 / max(rates.span_s, RATE_WINDOW_S),
+        first_token_p95_s=rates.distribution(FIRST_TOKEN).quantile(0.95),
+        kv_wanted=gauges.mean("mainsail:sessions_kv_wanted_perc") or 0.0,
+        requests_per_s=rates.increase(FINISHED) / seconds,
+        tokens_per_s=rates.increase(GENERATED) / seconds,
+        warmth=rates.increase(PREFIX_HITS) / seconds,
+        sessions=(gauges.last("mainsail:sessions_held") or 0.0) + (gauges.last("mainsail:sessions_parked") or 0.0),
+    )
+
+
+@dataclass(slots=True)
+class Signals:
+    """The histories of all pods that are scraped. Written by `scrape`, read by everybody else."""
+
+    engines: dict[str, History] = field(default_factory=dict[str, History])
+    """By pod UID."""
+    gateways: dict[str, History] = field(default_factory=dict[str, History])
+    held: dict[str, tuple[float, dict[tuple[str, str], float]]] = field(
+        default_factory=dict[str, "tuple[float, dict[tuple[str, str], float]]"]
+    )
+    """By gateway pod UID: when it was asked, and the requests that it holds by namespace and service."""
+
+    def load(self, uid: str, now: float) -> PodLoad | None:
+        """What the engine pod has to do now; None when it does not say."""
+        return pod_load(uid, self.engines.get(uid), now)
+
+    def held_requests(self, namespace: str, service: str, now: float) -> float:
+        """Requests that gateways hold for a service. What a silent gateway said last counts as long as it is fresh."""
+        fresh = (held for at, held in self.held.values() if now - at <= FRESH_S)
+        return sum(held.get((namespace, service), 0.0) for held in fresh)
+
+    def gateway_windows(self, since: float) -> list[Window]:
+        """One window for each gateway pod: what clients met, by namespace, service, revision and pod."""
+        found = (history.window(since) for history in self.gateways.values())
+        return [window for window in found if window is not None]
+
+    def retain(self, engines: set[str], gateways: set[str]) -> None:
+        """Forget pods that are gone."""
+        for known, alive in ((self.engines, engines), (self.gateways, gateways), (self.held, gateways)):
+            for uid in known.keys() - alive:
+                del known[uid]

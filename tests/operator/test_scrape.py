@@ -1,0 +1,142 @@
+"""The scraper against real HTTP servers: what it asks, how often, and that bad ones harm nobody."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import asynccontextmanager
+
+import httpx2
+import pytest
+
+from mainsail_operator import scrape
+from mainsail_operator.scrape import Scraper, Target
+from mainsail_operator.signals import FINISHED, HELD, Signals
+
+ENGINE_PAGE = """# HELP vllm:num_requests_waiting w
+vllm:num_requests_waiting{model_name="m"} 3.0
+vllm:num_requests_running{model_name="m"} 1.0
+vllm:kv_cache_usage_perc{model_name="m"} 0.25
+vllm:request_success_total{model_name="m",finished_reason="stop"} 7.0
+python_gc_objects_collected_total{generation="0"} 100.0
+"""
+
+
+class Pod:
+    """Answers GET with a page; counts; may hang or be broken."""
+
+    def __init__(self, page: str) -> None:
+        self.page = page
+        self.paths: list[str] = []
+        self.hang = False
+        self.status = "200 OK"
+        self.url = ""
+
+    async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        line = await reader.readline()
+        self.paths.append(line.split()[1].decode())
+        while (await reader.readline()).strip():
+            pass
+        if self.hang:
+            await asyncio.sleep(30)
+        body = self.page.encode()
+        head = f"HTTP/1.1 {self.status}\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        writer.write(head.encode() + body)
+        await writer.drain()
+        writer.close()
+
+
+@asynccontextmanager
+async def running(*pods: Pod):
+    servers = []
+    for pod in pods:
+        server = await asyncio.start_server(pod.answer, "127.0.0.1", 0)
+        pod.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/metrics"
+        servers.append(server)
+    yield
+    for server in servers:
+        server.close()
+
+
+async def rounds(scraper: Scraper, ahead_s: float = 0.0) -> None:
+    """One round of scrapes, to its end."""
+    scraper.round(time.monotonic() + ahead_s)
+    await asyncio.gather(*scraper._tasks)
+
+
+@pytest.fixture
+async def client():
+    async with httpx2.AsyncClient(trust_env=False) as client:
+        yield client
+
+
+async def test_engines_of_wanted_services_only(client) -> None:
+    pod, fresh, signals = Pod(ENGINE_PAGE), [], Signals()
+    async with running(pod):
+        scraper = Scraper(client, signals, gateways=list, on_fresh=fresh.append)
+        await rounds(scraper)
+        assert pod.paths == []
+        scraper.want(("d", "s"), [Target("u", pod.url)])
+        await rounds(scraper)
+        await rounds(scraper)  # not due again
+        assert pod.paths == ["/metrics"]
+        assert fresh == [("d", "s")]
+        load = signals.load("u", time.time())
+        assert load is not None
+        assert (load.waiting, load.running, load.kv_usage) == (3.0, 1.0, 0.25)
+        await rounds(scraper, scrape.INTERVAL_S + 1)
+        assert len(pod.paths) == 2
+        scraper.want(("d", "s"), [])
+        await rounds(scraper, 60)
+        assert len(pod.paths) == 2
+        assert signals.engines == {}
+
+
+async def test_a_dead_and_a_hanging_pod_hold_up_nobody(client, monkeypatch) -> None:
+    monkeypatch.setattr(scrape, "TIMEOUT_S", 0.3)
+    good, hanging, broken = Pod(ENGINE_PAGE), Pod(ENGINE_PAGE), Pod("vllm:num_requests_waiting{")
+    hanging.hang = True
+    signals = Signals()
+    async with running(good, hanging, broken):
+        scraper = Scraper(client, signals, gateways=list)
+        dead = Target("dead", "http://127.0.0.1:9/metrics")
+        pods = [Target(name, pod.url) for name, pod in (("hang", hanging), ("broken", broken), ("good", good))]
+        scraper.want(("d", "s"), [dead, *pods])
+        await rounds(scraper)
+        assert set(signals.engines) == {"good"}
+        assert scraper._due["dead"].at - time.monotonic() > scrape.INTERVAL_S * 1.5, "asked less often from now on"
+        await rounds(scraper, scrape.INTERVAL_S + 1)
+        assert (len(good.paths), len(broken.paths)) == (2, 1)
+
+
+async def test_held_requests_wake_their_service(client) -> None:
+    gateway = Pod(
+        f'{HELD}{{namespace="d",service="s"}} 2\n{HELD}{{namespace="d",service="t"}} 0\n'
+        'mainsail:gateway_requests_total{namespace="d",service="s",revision="r",pod="p",code="200"} 9\n'
+        'mainsail:gateway_requests_total{namespace="d",service="t",revision="r",pod="q",code="200"} 9\n'
+    )
+    held, signals = [], Signals()
+    async with running(gateway):
+        scraper = Scraper(client, signals, gateways=lambda: [Target("g", gateway.url)], on_held=held.append)
+        await rounds(scraper)
+        assert gateway.paths == [f"/metrics?name[]={HELD}"], "nobody wants to know more"
+        assert held == [("d", "s")]
+        assert signals.held_requests("d", "s", time.time()) == 2
+        scraper.want(("d", "s"), [Target("u", gateway.url)])
+        await rounds(scraper)
+        (window,) = signals.gateway_windows(0)
+        assert window.last("mainsail:gateway_requests_total", service="s", pod="p") == 9
+        assert window.series("mainsail:gateway_requests_total", service="t") == []
+
+
+async def test_a_restarted_pod_keeps_its_sums(client) -> None:
+    pod, signals = Pod(ENGINE_PAGE), Signals()
+    async with running(pod):
+        scraper = Scraper(client, signals, gateways=list)
+        scraper.want(("d", "s"), [Target("u", pod.url, restarts=0)])
+        await rounds(scraper)
+        scraper.want(("d", "s"), [Target("u", pod.url, restarts=1)])
+        await rounds(scraper, scrape.INTERVAL_S + 1)
+        window = signals.engines["u"].window(0)
+        assert window is not None
+        assert window.increase(FINISHED) == 7

@@ -1,0 +1,191 @@
+"""Windows over scraped metrics: what grew, across restarts and gaps; and what a pod has to do."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from mainsail_operator.exposition import parse
+from mainsail_operator.signals import (
+    DENSE_S,
+    FINISHED,
+    FIRST_TOKEN,
+    FRESH_S,
+    HORIZON_S,
+    KV_USAGE,
+    PREEMPTIONS,
+    RUNNING,
+    WAITING,
+    Distribution,
+    History,
+    Signals,
+    merged,
+    pod_load,
+)
+
+
+def total(value: float, name: str = FINISHED, **labels: str):
+    return {(name, tuple(sorted(labels.items()))): value}
+
+
+def idle(**more: float):
+    names = {"waiting": WAITING, "running": RUNNING, "kv": KV_USAGE, "preemptions": PREEMPTIONS}
+    return {(name, ()): more.get(short, 0.0) for short, name in names.items()}
+
+
+@given(st.text(max_size=30), st.floats(allow_nan=False))
+def test_reads_what_the_client_library_writes(label: str, value: float) -> None:
+    registry = CollectorRegistry()
+    Gauge("vllm:num_requests_waiting", "w", ("model_name",), registry=registry).labels(label).set(value)
+    Counter("other", "not asked for", registry=registry).inc()
+    found = dict(parse(generate_latest(registry).decode(), lambda name: name.startswith("vllm:")))
+    assert found == {(WAITING, (("model_name", label),)): value}
+
+
+@pytest.mark.parametrize("line", ["x{a=1} 2", 'x{a="b" 2', "x", "x{} y", 'x{a="b"}'])
+def test_half_a_page_is_an_error(line: str) -> None:
+    with pytest.raises(ValueError, match="not a s"):
+        list(parse(line, lambda _: True))
+
+
+def test_a_counter_survives_a_restart_of_its_process() -> None:
+    history = History()
+    for now, value in ((0, 100), (5, 110), (10, 3), (15, 7)):
+        history.add(float(now), total(value))
+    window = history.window(0)
+    assert window is not None
+    assert window.increase(FINISHED) == 10 + 3 + 4
+
+
+def test_a_restart_is_seen_though_the_counter_is_higher_already() -> None:
+    history = History()
+    history.add(0.0, total(10), restarts=0)
+    history.add(5.0, total(12), restarts=1)
+    window = history.window(0)
+    assert window is not None
+    assert window.increase(FINISHED) == 12
+
+
+def test_one_shrunken_counter_means_that_all_began_anew() -> None:
+    history = History()
+    history.add(0.0, total(10) | total(5, PREEMPTIONS))
+    history.add(5.0, total(2) | total(6, PREEMPTIONS))
+    window = history.window(0)
+    assert window is not None
+    assert (window.increase(FINISHED), window.increase(PREEMPTIONS)) == (2, 6)
+
+
+@given(st.lists(st.tuples(st.integers(0, 50), st.booleans()), min_size=1, max_size=60))
+def test_growth_is_never_negative_and_loses_nothing_between_scrapes(steps: list[tuple[int, bool]]) -> None:
+    history, raw, truth = History(), 0, 0
+    history.add(0.0, total(0))
+    for number, (more, restart) in enumerate(steps, start=1):
+        raw = more if restart else raw + more
+        truth += more
+        history.add(5.0 * number, total(raw), restarts=sum(flag for _, flag in steps[:number]))
+    window = history.window(0)
+    assert window is not None
+    assert window.increase(FINISHED) == truth
+
+
+def test_series_that_appear_later_grew_from_zero() -> None:
+    history = History()
+    history.add(0.0, total(4, code="200"))
+    history.add(5.0, total(6, code="200") | total(3, code="500"))
+    window = history.window(0)
+    assert window is not None
+    assert window.increase(FINISHED, code="500") == 3
+    assert window.increase(FINISHED) == 5
+
+
+def test_series_of_pods_that_are_gone_leave_no_columns() -> None:
+    history = History()
+    for number in range(500):
+        history.add(5.0 * number, total(number, pod=f"p{number // 2}") | total(number, pod="stays"))
+    window = history.window(0)
+    assert window is not None
+    assert len(window._columns) <= 70
+    assert window.increase(FINISHED, pod="stays") == pytest.approx(window.span_s / 5.0)
+
+
+def test_old_scrapes_are_thinned_and_end() -> None:
+    history = History()
+    for number in range(2000):
+        history.add(5.0 * number, total(number))
+    window = history.window(0)
+    assert window is not None
+    assert HORIZON_S - 20 <= window.span_s <= HORIZON_S
+    assert len(window._rows) <= DENSE_S / 5 + HORIZON_S / 15 + 2
+    assert window.increase(FINISHED) == pytest.approx(window.span_s / 5)
+
+
+@given(st.lists(st.floats(0.0, 20.0), min_size=1, max_size=200), st.floats(0.01, 1.0))
+def test_a_quantile_lies_in_the_bucket_of_the_true_one(values: list[float], q: float) -> None:
+    bounds = (0.1, 0.5, 1.0, 5.0, 10.0)
+    registry = CollectorRegistry()
+    histogram = Histogram("t", "t", registry=registry, buckets=bounds)
+    history = History()
+    history.add(0.0, dict(parse(generate_latest(registry).decode(), lambda _: True)))
+    for value in values:
+        histogram.observe(value)
+    history.add(5.0, dict(parse(generate_latest(registry).decode(), lambda _: True)))
+    window = history.window(0)
+    assert window is not None
+    found = window.distribution("t").quantile(q)
+    rank = max(1, -int(-q * len(values) // 1))
+    true = sorted(values)[min(rank, len(values)) - 1]
+    upper = next((bound for bound in bounds if true <= bound), None)
+    assert found is not None
+    if upper is None:
+        assert found == bounds[-1]
+    else:
+        lower = max((bound for bound in bounds if bound < true), default=0.0)
+        assert lower - 1e-9 <= found <= upper + 1e-9
+
+
+def test_distributions_add_up_and_only_if_they_can() -> None:
+    one = Distribution((0.1, float("inf")), (1, 2), 0.5)
+    assert merged([one, Distribution(), one]) == Distribution((0.1, float("inf")), (2, 4), 1.0)
+    with pytest.raises(ValueError, match="different bounds"):
+        merged([one, Distribution((0.2, float("inf")), (1, 2), 0.5)])
+
+
+def test_load_of_a_pod() -> None:
+    history = History()
+    for number in range(13):
+        history.add(100.0 + 5 * number, idle(waiting=4.0, running=2.0, kv=0.5, preemptions=number / 2))
+    load = pod_load("u", history, 165.0)
+    assert load is not None
+    assert (load.waiting, load.running, load.kv_usage) == (4.0, 2.0, 0.5)
+    assert load.preemptions_per_minute == pytest.approx(6.0, rel=0.1)
+    assert load.first_token_p95_s is None
+
+
+def test_one_preemption_at_the_start_is_one_a_minute() -> None:
+    history = History()
+    history.add(100.0, idle())
+    history.add(105.0, idle(preemptions=1.0))
+    load = pod_load("u", history, 106.0)
+    assert load is not None
+    assert load.preemptions_per_minute == 1.0
+
+
+def test_stale_silent_or_foreign_pods_say_nothing() -> None:
+    signals = Signals()
+    assert signals.load("u", 0.0) is None
+    signals.engines["u"] = History()
+    signals.engines["u"].add(100.0, idle())
+    assert signals.load("u", 100.0 + FRESH_S) is not None
+    assert signals.load("u", 101.0 + FRESH_S) is None
+    signals.engines["other"] = History()
+    signals.engines["other"].add(100.0, total(1, FIRST_TOKEN + "_count"))
+    assert signals.load("other", 100.0) is None
+
+
+def test_held_requests_add_up_over_gateways_and_grow_stale() -> None:
+    signals = Signals(held={"g1": (100.0, {("d", "s"): 2.0}), "g2": (90.0, {("d", "s"): 1.0})})
+    assert signals.held_requests("d", "s", 101.0) == 3.0
+    assert signals.held_requests("d", "s", 125.0) == 2.0
+    assert signals.held_requests("d", "other", 101.0) == 0.0
