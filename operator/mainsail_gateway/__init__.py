@@ -6,10 +6,12 @@ A request's way through the modules, which is also the order to read them in::
     app.py       the ASGI application: paths, bodies, errors
     request.py   what the gateway reads of a body: the model, and what a prompt weighs
     routes.py    model -> service -> endpoints, from watches (watch.py)
-    balance.py   which endpoint (pure), with fleet.py as its memory
+    split.py     which revision (pure)
+    balance.py   which endpoint of it (pure), with fleet.py as the memory of both
     retry.py     whether once more (pure)
     relay.py     bytes through, both ways; over connections of upstream.py
 
-Beside them: errors.py (OpenAI's error form), metrics.py, health.py (own port and thread), settings.py.
-Decisions are pure functions that take the clock as an argument; sockets are only in server, upstream and watch.
+Beside them: errors.py (OpenAI's error form), metrics.py and pod_metrics.py, health.py (own port and thread),
+settings.py. Decisions are pure functions that take the clock as an argument; sockets are only in server, upstream
+and watch.
 """

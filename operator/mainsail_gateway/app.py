@@ -9,6 +9,7 @@ import asyncio
 import logging
 import re
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -32,6 +33,7 @@ _CLOSE: Headers = [(b"connection", b"close")]
 LINGER_S = 2.0
 """How long a refused body is still read, so that its sender sees the refusal instead of a reset."""
 SESSION_HEADERS = (b"x-session-id", b"x-conversation-id")
+USER_HEADERS = (b"x-user-id",)
 
 
 class Gateway:
@@ -48,9 +50,10 @@ class Gateway:
 
     def use(self, table: Table) -> None:
         """Route by `table` from now on."""
+        now = time.monotonic()
         self.table = table
-        self.fleet.update(table, time.monotonic())
-        self.metrics.update(table)
+        self.fleet.update(table, now)
+        self.metrics.update(table, now)
         self.connections.retain({e.key for service in table.services.values() for e in service.endpoints})
         self.health.synced = True
 
@@ -140,13 +143,13 @@ class Gateway:
             call.code = 502
             raise
         finally:
-            metrics.count(call.code)
+            (call.pod or metrics).count(call.code)
             metrics.duration.observe(time.monotonic() - call.arrived)
 
     def _call(self, scope: Scope, body: bytes, parsed: request.Parsed, service: Service, arrived: float) -> Call:
         query: bytes = scope["query_string"]
         headers: Headers = scope["headers"]
-        session = next((value.decode("latin-1") for name, value in headers if name in SESSION_HEADERS), None)
+        session = _header(headers, SESSION_HEADERS) or parsed.session
         return Call(
             method=b"POST",
             target=scope["raw_path"] + (b"?" + query if query else b""),
@@ -154,9 +157,10 @@ class Gateway:
             body=body,
             model=parsed.model,
             weight=parsed.weight,
-            prefixes=balance.prefix_keys(parsed.prompt, session or parsed.session),
+            prefixes=balance.prefix_keys(parsed.prompt, session),
             arrived=arrived,
             service=service,
+            sticky=session or _header(headers, USER_HEADERS),
         )
 
     def _service(self, model: str) -> Service:
@@ -193,6 +197,11 @@ class Gateway:
         await send(start)
         await send({"type": "http.response.body", "body": body, "more_body": False})
         self.metrics.refused(200)
+
+
+def _header(headers: Headers, names: Sequence[bytes]) -> str | None:
+    """The first of these headers that the request has, if it says anything."""
+    return next((value.decode("latin-1") for name, value in headers if name in names and value), None)
 
 
 def _model_object(name: str, service: Service) -> dict[str, Any]:

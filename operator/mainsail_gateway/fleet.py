@@ -12,6 +12,7 @@ from mainsail_gateway import balance
 from mainsail_gateway.balance import Load, PrefixIndex
 from mainsail_gateway.retry import RetryBudget
 from mainsail_gateway.routes import Endpoint, Service, Table
+from mainsail_gateway.split import Split, Weights, eligible
 from mainsail_gateway.watch import Key
 
 
@@ -23,23 +24,45 @@ class Pool:
         self.loads: dict[str, Load] = {}
         self.index = PrefixIndex()
         self.budget = RetryBudget()
+        self.weights: Weights = ()
+        """Of the revisions, while more than one has endpoints."""
+        self.split = Split()
         self._picks = 0
 
-    def update(self, endpoints: Sequence[Endpoint], now: float) -> None:
+    def update(self, endpoints: Sequence[Endpoint], now: float, weights: Weights = ()) -> None:
+        several = len({endpoint.revision for endpoint in endpoints}) > 1
+        self.weights = weights if several else ()
         # The first endpoints of a service have nobody to warm up behind.
         since = now if self.loads else now - balance.SLOW_START_S
         self.endpoints = {endpoint.key: endpoint for endpoint in endpoints}
         self.loads = {key: self.loads.get(key) or Load(key, since) for key in self.endpoints}
 
-    def pick(self, weight: int, prefixes: Sequence[bytes], avoid: set[str], now: float) -> tuple[Endpoint, Load] | None:
-        """An endpoint that is not in `avoid`, and its load; None when there is none left."""
+    def pick(
+        self, weight: int, prefixes: Sequence[bytes], avoid: set[str], now: float, sticky: str | None = None
+    ) -> tuple[Endpoint, Load] | None:
+        """An endpoint that is not in `avoid`, and its load; None when there is none left.
+
+        First the revision, by its weight or by `sticky` (a session's or user's name), then the balance inside it."""
         loads = [load for load in self.loads.values() if load.key not in avoid]
-        load = balance.pick(loads, weight, prefixes, self.index, now)
+        load = balance.pick(self._of_one_revision(loads, now, sticky), weight, prefixes, self.index, now)
         if load is None:
             return None
         self._picks += 1
         load.picked = self._picks
         return self.endpoints[load.key], load
+
+    def _of_one_revision(self, loads: list[Load], now: float, sticky: str | None) -> list[Load]:
+        if not self.weights:
+            return loads
+        serving: dict[str, bool] = {}
+        for load in loads:
+            name = self.endpoints[load.key].revision
+            serving[name] = serving.get(name, False) or load.ejected_until <= now
+        weighted = eligible(self.weights, serving)
+        if not weighted:
+            return loads
+        chosen = self.split.choose(weighted, sticky)
+        return [load for load in loads if self.endpoints[load.key].revision == chosen]
 
 
 @contextmanager
@@ -63,7 +86,7 @@ class Fleet:
     def update(self, table: Table, now: float) -> None:
         self.pools = {key: self.pools.get(key) or Pool() for key in table.services}
         for key, service in table.services.items():
-            self.pools[key].update(service.endpoints, now)
+            self.pools[key].update(service.endpoints, now, service.weights)
 
     def pool(self, service: Service) -> Pool:
         return self.pools[service.key]

@@ -31,6 +31,7 @@ from mainsail_gateway.balance import Load
 from mainsail_gateway.errors import GatewayError, no_capacity
 from mainsail_gateway.fleet import Pool, in_flight
 from mainsail_gateway.metrics import ServiceMetrics
+from mainsail_gateway.pod_metrics import PodMetrics
 from mainsail_gateway.routes import Endpoint, Service
 from mainsail_gateway.settings import Settings
 from mainsail_gateway.upstream import Connection, ConnectionPool, UpstreamError
@@ -73,11 +74,24 @@ class Call:
     prefixes: Sequence[bytes]
     arrived: float
     service: Service
+    sticky: str | None = None
+    """Session or user: decides the revision while several have a weight."""
+    pod: PodMetrics | None = None
+    """The endpoint that has the request, or had it last; None: none has."""
+    sent: float = 0.0
+    """When it was sent there."""
     phase: Phase = "connecting"
     since: float = 0.0
     code: int = CLIENT_GONE
     abort_reason: Literal["", "client", "overdue"] = ""
     task: asyncio.Task[object] | None = field(default_factory=asyncio.current_task)
+
+    def at(self, pod: PodMetrics) -> None:
+        """The request goes to another endpoint now; the last one broke it."""
+        if self.pod is not None:
+            self.pod.count(502)
+        self.pod = pod
+        self.sent = time.monotonic()
 
     def enter(self, phase: Phase) -> None:
         self.phase = phase
@@ -167,9 +181,10 @@ class Relay:
     async def _attempts(self, call: Call, pool: Pool, metrics: ServiceMetrics, send: Send) -> None:
         tried: set[str] = set()
         failure: UpstreamError | None = None
-        while (found := pool.pick(call.weight, call.prefixes, tried, time.monotonic())) is not None:
+        while (found := pool.pick(call.weight, call.prefixes, tried, time.monotonic(), call.sticky)) is not None:
             endpoint, load = found
             tried.add(endpoint.key)
+            call.at(metrics.pod(endpoint))
             with in_flight(load, call.weight):
                 try:
                     connection = await self._exchange(call, endpoint)
@@ -183,6 +198,7 @@ class Relay:
                         return
                     balance.failed(load, time.monotonic(), at_once=True)
                     connection.close()
+                    call.pod = None
                     continue
             if len(tried) >= MAX_ATTEMPTS or not _affordable(failure, pool, metrics):
                 break
@@ -222,13 +238,12 @@ class Relay:
             call.enter("sending")
             await send({"type": "http.response.start", "status": call.code, "headers": self._head(connection)})
             more = True
-            first = sse
+            chunks = call.pod.stream(call.sent) if sse and call.pod is not None else None
             while more:
                 call.enter("reading")
                 data, more = await connection.read()
-                if first and data:
-                    metrics.first_byte.observe(time.monotonic() - call.arrived)
-                    first = False
+                if chunks is not None and data:
+                    chunks.arrived(time.monotonic())
                 ended = data[-2:] or ended
                 call.enter("sending")
                 await send({"type": "http.response.body", "body": data, "more_body": more})

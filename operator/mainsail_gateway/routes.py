@@ -4,6 +4,9 @@ A request reads the table once and keeps that reading, so a change never shows i
 services claim goes to the older one (creationTimestamp, then namespace and name), the same in every gateway; the other
 is not served under that name, which is logged and counted, and heals by itself when either changes.
 
+A service's status says which revision gets which share of the requests. A pod of a revision that it does not name yet
+gets none until it does (split.py).
+
 Endpoints come from EndpointSlices labelled `mainsail.dev/service`: ready, not terminating, port `http`. Readiness of
 an engine means that it has generated a token and is not draining.
 """
@@ -39,8 +42,18 @@ class ServiceSpec(msgspec.Struct, frozen=True):
     engine: EngineSpec = EngineSpec()
 
 
+class RevisionStatus(msgspec.Struct, frozen=True):
+    name: str = ""
+    weight: int = 0
+
+
+class ServiceStatus(msgspec.Struct, frozen=True):
+    revisions: list[RevisionStatus] | None = None
+
+
 class InferenceService(KubeObject, frozen=True, kw_only=True):
     spec: ServiceSpec = ServiceSpec()
+    status: ServiceStatus | None = None
 
 
 class SliceConditions(msgspec.Struct, frozen=True):
@@ -77,6 +90,8 @@ class Endpoint:
     host: str
     port: int
     pod: str
+    revision: str = ""
+    """The Deployment that the pod is of, as in the service's `status.revisions`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +103,8 @@ class Service:
     served_names: tuple[str, ...]
     max_model_len: int | None
     endpoints: tuple[Endpoint, ...]
+    weights: tuple[tuple[str, int], ...] = ()
+    """Revisions and their shares of the requests, the newest first. Empty: all endpoints are alike."""
 
     @property
     def key(self) -> Key:
@@ -127,6 +144,7 @@ def _age(item: InferenceService) -> tuple[str, str, str]:
 
 
 def _service(item: InferenceService, endpoints: Mapping[str, Endpoint]) -> Service:
+    revisions = (item.status and item.status.revisions) or []
     return Service(
         namespace=item.metadata.namespace,
         name=item.metadata.name,
@@ -134,6 +152,7 @@ def _service(item: InferenceService, endpoints: Mapping[str, Endpoint]) -> Servi
         served_names=tuple(dict.fromkeys(item.spec.model.servedNames or [item.metadata.name])),
         max_model_len=item.spec.engine.maxModelLen,
         endpoints=tuple(endpoints[key] for key in sorted(endpoints)),
+        weights=tuple((r.name, r.weight) for r in revisions) if any(r.weight > 0 for r in revisions) else (),
     )
 
 
@@ -155,8 +174,13 @@ def _endpoints(piece: EndpointSlice) -> dict[str, Endpoint]:
             continue
         pod = item.targetRef or TargetRef()
         key = f"{pod.uid or item.addresses[0]}:{port}"
-        found[key] = Endpoint(key=key, host=item.addresses[0], port=port, pod=pod.name)
+        found[key] = Endpoint(key=key, host=item.addresses[0], port=port, pod=pod.name, revision=revision_of(pod.name))
     return found
+
+
+def revision_of(pod: str) -> str:
+    """The Deployment of a pod: its name without the ReplicaSet's and the pod's own endings."""
+    return pod.rsplit("-", 2)[0]
 
 
 class Routes:

@@ -164,7 +164,9 @@ class Running:
     task: asyncio.Task = field(repr=False)
 
     def metric(self, name: str, **labels: str) -> float:
-        return self.gateway.metrics.registry.get_sample_value(name, labels) or 0.0
+        """The sum of the series that have these labels."""
+        samples = [x for family in self.gateway.metrics.registry.collect() for x in family.samples if x.name == name]
+        return sum(x.value for x in samples if labels.items() <= x.labels.items())
 
 
 def service(*endpoints: Endpoint, name: str = "m", **more) -> Service:

@@ -50,6 +50,24 @@ def test_names_and_endpoints():
     assert table.models["b"].endpoints == ()
 
 
+def test_revisions_and_their_weights():
+    status = {"revisions": [{"name": "a-77", "weight": 10, "replicas": 1}, {"name": "a-66", "weight": 90}]}
+    item = msgspec.convert(
+        {"metadata": {"name": "a", "namespace": "default"}, "spec": {"model": {"uri": "x"}}, "status": status},
+        InferenceService,
+    )
+    end = pod("10.0.0.1") | {"targetRef": {"name": "a-77-5d8f-x2x4z"}}
+    a = build([item], [piece("a", end)]).models["a"]
+    assert a.weights == (("a-77", 10), ("a-66", 90))
+    assert a.endpoints[0].revision == "a-77"
+
+
+@pytest.mark.parametrize("status", [None, {}, {"revisions": None}, {"revisions": [{"name": "a-77", "weight": 0}]}])
+def test_no_weights(status):
+    item = {"metadata": {"name": "a", "namespace": "default"}, "spec": {"model": {"uri": "x"}}, "status": status}
+    assert build([msgspec.convert(item, InferenceService)], []).models["a"].weights == ()
+
+
 @pytest.mark.parametrize(
     "slices",
     [
