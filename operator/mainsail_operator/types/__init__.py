@@ -21,7 +21,7 @@ from __future__ import annotations
 from mainsail_operator.types.engine import OWNED_FLAGS, EngineSpec, KvCacheSpec
 from mainsail_operator.types.model import ModelSpec, PvcSource, pvc_source
 from mainsail_operator.types.pod import OWNED_LABELS, PodTemplateMetadata, PodTemplateSpec, ResourcesSpec
-from mainsail_operator.types.rollout import DrainSpec, RolloutSpec
+from mainsail_operator.types.rollout import DrainSpec, Phase, RolloutGate, RolloutSpec, RolloutStatus, RolloutStep
 from mainsail_operator.types.schema import API_VERSION, GROUP, JSON, KIND, PLURAL, VERSION, Model, rule, rules, seconds
 from mainsail_operator.types.service import InferenceService, InferenceServiceSpec
 from mainsail_operator.types.status import Condition, InferenceServiceStatus, RevisionStatus
@@ -44,12 +44,16 @@ __all__ = [
     "KvCacheSpec",
     "Model",
     "ModelSpec",
+    "Phase",
     "PodTemplateMetadata",
     "PodTemplateSpec",
     "PvcSource",
     "ResourcesSpec",
     "RevisionStatus",
+    "RolloutGate",
     "RolloutSpec",
+    "RolloutStatus",
+    "RolloutStep",
     "pvc_source",
     "rule",
     "rules",

@@ -28,7 +28,7 @@ def seconds(duration: str) -> int:
     return hours * 3600 + minutes * 60 + secs
 
 
-def _check_duration(value: str) -> str:
+def check_duration(value: str) -> str:
     seconds(value)
     return value
 
@@ -55,13 +55,13 @@ _DURATION_RULE = rule(
 _DURATION_CEL = "!self.matches('^([0-9]+h)?([0-9]+m)?([0-9]+s)?$') || self == '' || "
 
 
-def _duration_field(most: str) -> Any:
+def duration_field(most: str) -> Any:
     bound = rule(f"{_DURATION_CEL}duration(self) <= duration('{most}')", f"at most {most}")
     return Field(max_length=16, json_schema_extra=rules(_DURATION_RULE, bound))
 
 
-DrainTimeout = Annotated[str, AfterValidator(_check_duration), _duration_field("1h")]
-ProgressDeadline = Annotated[str, AfterValidator(_check_duration), _duration_field("24h")]
+DrainTimeout = Annotated[str, AfterValidator(check_duration), duration_field("1h")]
+ProgressDeadline = Annotated[str, AfterValidator(check_duration), duration_field("24h")]
 
 Quantity = Annotated[
     int | str,

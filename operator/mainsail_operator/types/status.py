@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from mainsail_operator.types.rollout import RolloutStatus
 from mainsail_operator.types.schema import Model
 
 
@@ -15,7 +16,10 @@ class RevisionStatus(Model):
     name: str = Field(description="The revision's Deployment.")
     replicas: int = Field(description="Pods of it that exist and are not ending.")
     serving: int = Field(description="Pods of it that answer requests.")
-    weight: int = Field(description="Share of the requests that it gets, in percent.")
+    weight: int = Field(
+        description="Share of the requests that it gets. The weights add up to 100, or are all 0 while nothing serves. "
+        "The gateway routes by them; a revision of weight 0 gets no request while another one serves."
+    )
 
 
 class Condition(Model):
@@ -50,6 +54,9 @@ class InferenceServiceStatus(Model):
         default_factory=list[RevisionStatus],
         description="Revisions with pods, the newest first.",
         json_schema_extra={"x-kubernetes-list-type": "atomic"},
+    )
+    rollout: RolloutStatus | None = Field(
+        default=None, description="Where the change from one revision to the next stands."
     )
     conditions: list[Condition] = Field(
         default_factory=list[Condition],
