@@ -1,8 +1,8 @@
 """EngineClient: what the API process holds of the core process.
 
-Starts the core, hands requests to it, and gives each its own stream of outputs. A stream that is left early (client
-gone, stop string found) aborts its request on the way out, whatever the way. When the core dies, every stream ends
-with an `EngineDeadError` and `died` is set: the owner then ends the process, for a pod to be replaced.
+Starts the core, hands requests to it, and hands each output to its request's sink, synchronously: all of a step's
+tokens are dealt with in one turn of the event loop. When the core dies, every sink gets an `EngineDeadError` and `died`
+is set: the owner then ends the process, for a pod to be replaced.
 
 The sockets are ipc files in a folder that only this user can enter. Everything runs on one event loop.
 """
@@ -16,8 +16,9 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 import zmq
@@ -51,14 +52,16 @@ class EngineDeadError(RequestError):
         super().__init__(f"the engine failed: {message}", status=500, code="engine_failed")
 
 
-class _Stream:
-    """One request's outputs on their way from the socket to its handler."""
+class Sink(Protocol):
+    """Where one request's outputs go. Must not wait, and must not raise."""
 
-    __slots__ = ("error", "outputs")
+    def on_output(self, output: RequestOutput, now: float) -> None:
+        """now: monotonic time at which the step's outputs arrived."""
+        ...
 
-    def __init__(self) -> None:
-        self.outputs: asyncio.Queue[RequestOutput | None] = asyncio.Queue()
-        self.error: RequestError | None = None
+    def on_error(self, error: RequestError) -> None:
+        """The end, without a finish reason."""
+        ...
 
 
 class EngineClient:
@@ -74,7 +77,7 @@ class EngineClient:
         self._config = config
         self._on_step = on_step
         self._on_first_scheduled = on_first_scheduled
-        self._streams: dict[str, _Stream] = {}
+        self._sinks: dict[str, Sink] = {}
         self._folder: Path | None = None
         self._context: zmq.asyncio.Context | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -90,7 +93,7 @@ class EngineClient:
 
     @property
     def num_requests(self) -> int:
-        return len(self._streams)
+        return len(self._sinks)
 
     @property
     def is_alive(self) -> bool:
@@ -140,39 +143,26 @@ class EngineClient:
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
 
-    async def generate(self, add: Add) -> AsyncGenerator[RequestOutput, None]:
-        """The request's outputs, until one has a finish reason. Leaving early aborts it. Raises RequestError."""
+    def submit(self, add: Add, sink: Sink) -> None:
+        """Hand a request to the core; its outputs go to the sink. Raises EngineDeadError."""
         if not self.is_alive:
             raise EngineDeadError(self.failure.message)
-        stream = _Stream()
-        if not self._streams:
+        if not self._sinks:
             self.progress_at_s = time.monotonic()
-        self._streams[add.request_id] = stream
-        finished = False
-        try:
-            await self._commands.send(encode(add))
-            while not finished:
-                output = await stream.outputs.get()
-                if output is None:
-                    finished = True
-                    raise stream.error or EngineDeadError(self.failure.message)
-                finished = output.finish_reason is not None
-                yield output
-        finally:
-            self._streams.pop(add.request_id, None)
-            if not finished:
-                self._abort([add.request_id])
+        self._sinks[add.request_id] = sink
+        self._commands.send(encode(add))
+
+    def abort(self, request_ids: Iterable[str], reason: FinishReason = FinishReason.ABORT) -> None:
+        """Forget these requests, here at once and in the core before its next step. Unknown ids have ended."""
+        known = [request_id for request_id in request_ids if self._sinks.pop(request_id, None) is not None]
+        if known and self.is_alive:
+            self._commands.send(encode(Abort(known, reason)))
 
     def fail_all(self, error: RequestError) -> None:
-        """End every stream with this error."""
-        for stream in self._streams.values():
-            stream.error = stream.error or error
-            stream.outputs.put_nowait(None)
-
-    def _abort(self, request_ids: list[str]) -> None:
-        """Tell the core without waiting: this runs in a finally, maybe of a cancelled task."""
-        if self.is_alive:
-            self._commands.send(encode(Abort(request_ids, FinishReason.ABORT)))
+        """End every request with this error."""
+        sinks, self._sinks = self._sinks, {}
+        for sink in sinks.values():
+            sink.on_error(error)
 
     async def _receive(self, socket: zmq.asyncio.Socket) -> None:
         while True:
@@ -197,9 +187,10 @@ class EngineClient:
             for first in step.first_scheduled:
                 self._on_first_scheduled(first)
         for output in step.outputs:
-            stream = self._streams.get(output.request_id)
-            if stream is not None:
-                stream.outputs.put_nowait(output)
+            finished = output.finish_reason is not None
+            sink = self._sinks.pop(output.request_id, None) if finished else self._sinks.get(output.request_id)
+            if sink is not None:
+                sink.on_output(output, self.progress_at_s)
 
     async def _watch(self, process: asyncio.subprocess.Process) -> None:
         """Wait for the core's end; then let its last words arrive, and pass them on."""

@@ -32,7 +32,7 @@ from mainsail_engine.server.answers import Answer, collect
 from mainsail_engine.server.chat import as_template_messages
 from mainsail_engine.server.errors import from_validation
 from mainsail_engine.server.schemas import ChatCompletionRequest, CompletionRequest
-from mainsail_engine.server.serving import Job, Serving, merge
+from mainsail_engine.server.serving import Job, Serving
 from mainsail_engine.text.tokenizer import load_tokenizer
 
 T = TypeVar("T")
@@ -206,7 +206,7 @@ class LLM:
         arrival_s = time.monotonic()
 
         async def one(prompt: Prompt, own: list[Job]) -> RequestOutput:
-            answers = await collect(merge([self._started.generate(job, arrival_s) for job in own]), own)
+            answers = await collect(self._started, own, arrival_s)
             progress.add(sum(len(answer.token_ids) for answer in answers))
             return _output(prompt, own[0], answers)
 

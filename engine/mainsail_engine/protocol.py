@@ -44,6 +44,16 @@ class Ready(msgspec.Struct, frozen=True, tag=True, array_like=True):
     dtype: str
 
 
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """One position: log-probabilities under the model's own distribution (before penalties and temperature)."""
+
+    token_ids: list[int]
+    """The token that is there, then the best ones, best first."""
+    logprobs: list[float]
+    rank: int
+    """1 + how many tokens are more probable than the one that is there."""
+
+
 class RequestOutput(msgspec.Struct, frozen=True, array_like=True):
     """What one step brought one request."""
 
@@ -54,6 +64,12 @@ class RequestOutput(msgspec.Struct, frozen=True, array_like=True):
     num_cached_tokens: int = 0
     error: str | None = None
     """With finish_reason error: what went wrong with this request."""
+    logprobs: list[TokenLogprobs] | None = None
+    """One for each of token_ids, if they were asked for."""
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    """Of the next prompt positions (the first output begins at the prompt's second token)."""
+    embedding: bytes | None = None
+    """The prompt's embedding: float32 numbers, not normalized."""
 
 
 class SchedulerStats(msgspec.Struct, frozen=True, array_like=True):

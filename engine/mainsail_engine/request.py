@@ -21,6 +21,13 @@ if TYPE_CHECKING:
     from mainsail_engine.kv.prefix_tree import Node
 
 
+class Pooling(enum.StrEnum):
+    """How the hidden states of a prompt become one vector."""
+
+    MEAN = "mean"
+    LAST = "last"
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How to pick tokens and when to stop. The API process has checked every value before it gets here."""
 
@@ -36,6 +43,29 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     """The same seed gives the same tokens whatever else is in the batch. None: a fresh one per request."""
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    presence_penalty: float = 0.0
+    """Taken from the logit of every token that the answer has."""
+    frequency_penalty: float = 0.0
+    """… and once more for each time that it has it."""
+    repetition_penalty: float = 1.0
+    """Positive logits of tokens in prompt or answer are divided by this, negative ones multiplied."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token id, what to add to its logit)."""
+    allowed_token_ids: tuple[int, ...] = ()
+    """Nothing else may be picked. Empty: everything may."""
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    """Token sequences that the answer must not contain: the last token of each is forbidden after the others."""
+    logprobs: int | None = None
+    """With each token its log-probability and those of so many best ones (0: its own only). None: none."""
+    prompt_logprobs: int | None = None
+    """The same for the prompt's tokens, from the second on."""
+    pooling: Pooling | None = None
+    """The prompt's embedding is asked for, not its continuation (max_tokens is 1 then, and its token of no use)."""
+
+    @property
+    def reads_whole_prompt(self) -> bool:
+        """Every position's hidden state is needed: cached KV cannot stand in for it."""
+        return self.prompt_logprobs is not None or self.pooling is Pooling.MEAN
 
 
 class FinishReason(enum.StrEnum):
@@ -64,7 +94,7 @@ class IllegalMoveError(RuntimeError):
     """A bug: a request was moved to a state that it cannot reach from where it is."""
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Request:
     request_id: str
     prompt_token_ids: list[int]
@@ -93,6 +123,8 @@ class Request:
     """Tokens that launched steps will sample and that are not in output_token_ids yet."""
     num_cached_tokens: int = 0
     """Prompt tokens that the prefix tree gave at the first admission (usage.prompt_tokens_details.cached_tokens)."""
+    num_prompt_logprobs: int = 0
+    """Prompt positions whose log-probabilities a finished step has brought."""
     num_preemptions: int = 0
     num_written_tokens: int = 0
     """Positions whose KV a finished step has written: what the prefix tree may share."""
@@ -113,6 +145,14 @@ class Request:
     def num_tokens(self) -> int:
         """Known tokens: prompt and output so far."""
         return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def max_cached_tokens(self) -> int:
+        """How many leading positions may come from the cache: a step must compute at least one."""
+        if not self.params.reads_whole_prompt:
+            return self.num_tokens - 1
+        done = self.num_prompt_logprobs if self.params.pooling is None else 0
+        return self.num_tokens - 1 if done and done >= len(self.prompt_token_ids) - 1 else done
 
     @property
     def is_finished(self) -> bool:

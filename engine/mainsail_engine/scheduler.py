@@ -32,7 +32,7 @@ from mainsail_engine.kv.cache import KVCache, blocks_for
 from mainsail_engine.kv.prefix_tree import Match, Node, pack_tokens
 from mainsail_engine.protocol import RequestOutput, SchedulerStats
 from mainsail_engine.request import FinishReason, Request, RequestStatus
-from mainsail_engine.step import FAILED_TOKEN, Chunk, StepPlan, StepResult
+from mainsail_engine.step import FORBIDDEN_TOKEN, Chunk, ChunkExtras, StepPlan, StepResult
 from mainsail_engine.waiting import OUTPUT_WEIGHT, PROMPT_WEIGHT, Account, WaitingQueue
 
 log = logging.getLogger(__name__)
@@ -234,7 +234,7 @@ class Scheduler:
                 return  # the last: it was preempted, and its step has not come back
             match = self.kv.match(request)
             next_key = self._next_key(request, match.node, len(match.blocks))
-            if next_key in computing:
+            if next_key in computing and not request.params.reads_whole_prompt:
                 held = True
                 continue  # another request writes this block right now: share it in a moment
             lacking = self._lacking(request, match)
@@ -337,7 +337,7 @@ class Scheduler:
         self._plans_in_flight -= 1
         outputs = self.take_outputs()
         tokens = iter(result.token_ids)
-        for chunk in plan.chunks:
+        for index, chunk in enumerate(plan.chunks):
             request = chunk.request
             request.num_launched_chunks -= 1
             token = next(tokens) if chunk.samples else None
@@ -345,13 +345,16 @@ class Scheduler:
                 request.num_in_flight -= 1
             if request.status is RequestStatus.FINISHED:
                 continue
-            if token == FAILED_TOKEN:
-                outputs.append(self._fail(request))
+            if token is not None and token < 0:
+                outputs.append(self._fail(request, token))
                 continue
             if request.status is RequestStatus.RUNNING:
                 self._written(request, chunk.start + chunk.num_tokens)
-            if token is not None:
-                outputs.append(self._accept(request, token))
+            extras = result.extras.get(index)
+            if extras is not None:
+                outputs.append(self._accept_with_extras(request, token, extras))
+            elif token is not None:
+                outputs.append(self._accept(request, [token]))
         return outputs
 
     def _written(self, request: Request, num_tokens: int) -> None:
@@ -360,13 +363,29 @@ class Scheduler:
         else:
             request.num_written_tokens = num_tokens
 
-    def _accept(self, request: Request, token: int) -> RequestOutput:
-        request.output_token_ids.append(token)
-        self._accounts[request.request_id].served += OUTPUT_WEIGHT
-        reason = self._stops(request, token)
-        if reason is not None:
-            self._finish(request, reason)
-        return RequestOutput(request.request_id, [token], reason, request.stop_reason, request.num_cached_tokens)
+    def _accept(self, request: Request, tokens: list[int], extras: ChunkExtras | None = None) -> RequestOutput:
+        """The request's next tokens, up to the one that ends it."""
+        account, reason = self._accounts[request.request_id], None
+        for count, token in enumerate(tokens, 1):
+            request.output_token_ids.append(token)
+            account.served += OUTPUT_WEIGHT
+            reason = self._stops(request, token)
+            if reason is not None:
+                tokens = tokens[:count]
+                self._finish(request, reason)
+                break
+        stop, cached = request.stop_reason, request.num_cached_tokens
+        if extras is None:
+            return RequestOutput(request.request_id, tokens, reason, stop, cached)
+        logprobs = extras.logprobs and extras.logprobs[: len(tokens)]
+        return RequestOutput(
+            request.request_id, tokens, reason, stop, cached,
+            logprobs=logprobs, prompt_logprobs=extras.prompt_logprobs, embedding=extras.embedding,
+        )  # fmt: skip
+
+    def _accept_with_extras(self, request: Request, token: int | None, extras: ChunkExtras) -> RequestOutput:
+        request.num_prompt_logprobs += len(extras.prompt_logprobs or ())
+        return self._accept(request, [] if token is None else [token, *extras.token_ids], extras)
 
     def _stops(self, request: Request, token: int) -> FinishReason | None:
         """Whether this token ends the request; before min_tokens only length can."""
@@ -379,7 +398,12 @@ class Scheduler:
                 return FinishReason.STOP
         return FinishReason.LENGTH if request.num_tokens >= request.max_num_tokens else None
 
-    def _fail(self, request: Request) -> RequestOutput:
+    def _fail(self, request: Request, token: int) -> RequestOutput:
+        """The step brought no token for this request, but one of the codes for why."""
+        if token == FORBIDDEN_TOKEN:
+            self._finish(request, FinishReason.ERROR)
+            message = "the request's own parameters (allowed_token_ids, bad_words, …) forbid every token here"
+            return RequestOutput(request.request_id, [], FinishReason.ERROR, stop_reason="forbidden", error=message)
         self.kv.discard(request)
         self._finish(request, FinishReason.ERROR)
         message = "the model's output was not a number (NaN or infinity) for this request"

@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from mainsail_engine.protocol import TokenLogprobs
 from mainsail_engine.request import Request
 
 
@@ -59,6 +60,22 @@ class StepPlan:
 
 FAILED_TOKEN = -1
 """In place of a token: the row's logits held NaN or only infinities. That request alone fails."""
+FORBIDDEN_TOKEN = -2
+"""In place of a token: the request's own parameters forbid every one."""
+
+
+@dataclass(slots=True)
+class ChunkExtras:
+    """What a chunk brought besides one token."""
+
+    token_ids: list[int] = field(default_factory=list[int])
+    """Further tokens, after the one in StepResult.token_ids."""
+    logprobs: list[TokenLogprobs] | None = None
+    """One for each token of the chunk."""
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    """Of the request's next prompt positions."""
+    embedding: bytes | None = None
+    """Float32, of the whole prompt."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -66,6 +83,8 @@ class StepResult:
     """Sampled token ids, one for each chunk of the plan with `samples`, in the plan's order."""
 
     token_ids: list[int]
+    extras: dict[int, ChunkExtras] = field(default_factory=dict[int, ChunkExtras])
+    """By a chunk's place in the plan; empty when no request of the step wants more than a token."""
 
 
 class PendingStep(Protocol):

@@ -32,11 +32,11 @@ class KVCache:
         """Sources of this step's copies: nobody may get them before the plan is made."""
 
     def match(self, request: Request) -> Match:
-        """What is cached of the request's known tokens, less the last one: a step must compute at least one."""
+        """What is cached of the request's known tokens, as far as the cache may serve it."""
         if not self._sharing:
             return Match([], None)
-        num_tokens = request.num_tokens
-        return self.tree.match(request.token_ids(0, num_tokens), request.cache_salt, num_tokens - 1)
+        limit = request.max_cached_tokens
+        return self.tree.match(request.token_ids(0, request.num_tokens), request.cache_salt, limit)
 
     def blocks_wanted(self, request: Request, match: Match) -> int:
         """Available blocks that admission takes: those to compute, and the matched ones that lie idle."""

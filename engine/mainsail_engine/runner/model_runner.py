@@ -25,7 +25,10 @@ from mainsail_engine.runner import memory
 from mainsail_engine.runner.batch import BlockTables, StepArrays, build
 from mainsail_engine.runner.cuda_graphs import DecodeGraphs, graph_bytes
 from mainsail_engine.runner.threads import set_cpu_threads
-from mainsail_engine.sampling.sampler import SlotParameters, greedy, sample
+from mainsail_engine.sampling.extras import PendingExtras
+from mainsail_engine.sampling.logprobs import prompt_logprob_rows
+from mainsail_engine.sampling.pooling import Pooler
+from mainsail_engine.sampling.sampler import PROMPT, Sampler, greedy
 from mainsail_engine.step import BlockCopy, Chunk, StepPlan, StepResult
 from mainsail_kernels.attention_decode import decode_workspace
 from mainsail_kernels.blocks import copy_blocks
@@ -40,11 +43,13 @@ class PendingTokens:
 
     tokens: torch.Tensor
     done: torch.cuda.Event | None
+    extras: PendingExtras | None = None
 
     def result(self) -> StepResult:
         if self.done is not None:
             self.done.synchronize()
-        return StepResult(token_ids=[int(token) for token in self.tokens.numpy()])
+        tokens: list[int] = self.tokens.numpy().tolist()
+        return StepResult(tokens) if self.extras is None else StepResult(tokens, self.extras.read())
 
 
 def choose_device(name: str) -> torch.device:
@@ -133,7 +138,8 @@ class ModelRunner:
         shape = (a.num_layers, num_blocks, 2, a.num_kv_heads, BLOCK_SIZE, a.head_dim)
         self.kv_cache = torch.zeros(shape, dtype=self.dtype, device=self.device)
         self._tables = BlockTables(slots, -(-self.max_model_len // BLOCK_SIZE))
-        self._sampling = SlotParameters(slots)
+        self._sampler = Sampler(slots, a.vocab_size, self.eos_token_ids, self.device)
+        self._pooler = Pooler()
         cuda = self.device.type == "cuda"
         self._workspace = (
             decode_workspace(slots, a.num_heads, a.num_kv_heads, a.head_dim, self.device) if cuda else None
@@ -161,28 +167,57 @@ class ModelRunner:
             self._copy(plan.copies)
         arrays, moved_in = build(plan, self._tables)
         for chunk in moved_in:
-            self._sampling.fill(chunk.slot, chunk.request)
+            self._sampler.move_in(chunk.slot, chunk.request)
         if self._graphs is not None and self._graphs.takes(arrays):
             logits, tokens = self._graphs.replay(arrays)
-            changed = self._forbid_early_end(logits, plan)
-            if not changed and self._sampling.all_greedy(arrays.sampled_slots):
+            if self._sampler.wants_best(arrays.sampled_slots):
                 return self._pending(tokens)
-            return self._sample(logits, arrays)
+            return self._sample(logits, arrays, plan, None)
         token_ids = self._up(arrays.token_ids)
         if len(arrays.from_device):
             token_ids[self._up(arrays.from_device)] = self._newest[self._up(arrays.from_slots)]
         hidden = self._model.forward(token_ids, self._attention(arrays), self.kv_cache)
+        whole = self._sampler.slots.asks(arrays.slots) & PROMPT
+        extras = self._prompt_extras(plan, arrays, hidden) if whole else None
         if not len(arrays.sampled):
-            return self._pending(torch.empty(0, dtype=torch.int64))
+            return self._pending(torch.empty(0, dtype=torch.int64), extras)
         logits = self._model.logits(hidden[self._up(arrays.sampled)])
-        self._forbid_early_end(logits, plan)
-        return self._sample(logits, arrays)
+        return self._sample(logits, arrays, plan, extras)
 
-    def _sample(self, logits: torch.Tensor, arrays: StepArrays) -> PendingTokens:
-        rows = self._sampling.rows(arrays.sampled_slots, arrays.positions[arrays.sampled] + 1, self.device)
-        tokens = sample(logits, rows)
-        self._newest[self._up(arrays.sampled_slots)] = tokens.clamp(min=0)
-        return self._pending(tokens)
+    def _sample(
+        self, logits: torch.Tensor, arrays: StepArrays, plan: StepPlan, extras: PendingExtras | None
+    ) -> PendingTokens:
+        sampled = self._sampler.sample(logits, arrays.sampled_slots, arrays.positions[arrays.sampled] + 1)
+        self._newest[self._up(arrays.sampled_slots)] = sampled.tokens.clamp(min=0)
+        if sampled.logprobs is not None:
+            extras = extras or PendingExtras()
+            extras.add_sampled(sampled, plan)
+        return self._pending(sampled.tokens, extras)
+
+    def _prompt_extras(self, plan: StepPlan, arrays: StepArrays, hidden: torch.Tensor) -> PendingExtras:
+        """What requests want of every prompt position: log-probabilities, an embedding."""
+        extras = PendingExtras()
+        for index, chunk in enumerate(plan.chunks):
+            params, first = chunk.request.params, int(arrays.query_start[index])
+            if params.pooling is not None:
+                vector = self._pooler.add(chunk.request, chunk.start, hidden[first : first + chunk.num_tokens])
+                if vector is not None:
+                    extras.add_embedding(index, vector)
+            elif params.prompt_logprobs is not None:
+                self._add_prompt_logprobs(extras, index, chunk, hidden[first : first + chunk.num_tokens])
+        return extras
+
+    def _add_prompt_logprobs(self, extras: PendingExtras, index: int, chunk: Chunk, hidden: torch.Tensor) -> None:
+        """hidden [num_tokens, hidden_size] of the chunk: position p tells of the token at p + 1."""
+        prompt = chunk.request.prompt_token_ids
+        start = max(chunk.start, chunk.request.num_prompt_logprobs)
+        stop = min(chunk.start + chunk.num_tokens, len(prompt) - 1)
+        if start >= stop:
+            return
+        num_best = chunk.request.params.prompt_logprobs or 0
+        following = self._up(np.array(prompt[start + 1 : stop + 1], np.int64))
+        rows = hidden[start - chunk.start : stop - chunk.start]
+        extras.add_prompt(index, prompt_logprob_rows(rows, self._model.logits, following, num_best), num_best)
 
     def _up(self, values: np.ndarray) -> torch.Tensor:
         tensor = torch.from_numpy(values)  # pyright: ignore[reportUnknownMemberType]
@@ -190,14 +225,14 @@ class ModelRunner:
             return tensor
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
-    def _pending(self, tokens: torch.Tensor) -> PendingTokens:
-        if tokens.device.type == "cpu":
-            return PendingTokens(tokens, None)
+    def _pending(self, tokens: torch.Tensor, extras: PendingExtras | None = None) -> PendingTokens:
+        if self.device.type == "cpu":
+            return PendingTokens(tokens, None, extras)
         on_host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
         on_host.copy_(tokens, non_blocking=True)
         done = torch.cuda.Event()
         done.record()
-        return PendingTokens(on_host, done)
+        return PendingTokens(on_host, done, extras)
 
     def _attention(self, arrays: StepArrays) -> Attention:
         kind = CpuAttention if self.device.type == "cpu" else Attention
@@ -216,19 +251,6 @@ class ModelRunner:
         columns = np.array([(copy.src, copy.dst, copy.num_tokens) for copy in copies], np.int64).T
         src, dst, num_tokens = (self._up(np.ascontiguousarray(column)) for column in columns)
         copy_blocks(self.kv_cache, src, dst, num_tokens)
-
-    def _forbid_early_end(self, logits: torch.Tensor, plan: StepPlan) -> bool:
-        """min_tokens: the end tokens of rows that may not end yet get no probability. True: there was such a row."""
-        row, changed = -1, False
-        for chunk in plan.chunks:
-            row += chunk.samples
-            request, params = chunk.request, chunk.request.params
-            produced = chunk.start + chunk.num_tokens - len(request.prompt_token_ids)
-            if chunk.samples and produced < params.min_tokens:
-                banned = sorted(self.eos_token_ids.union(params.stop_token_ids))
-                logits[row, banned] = -torch.inf
-                changed = changed or bool(banned)
-        return changed
 
 
 def _warm_up_request(length: int) -> Request:

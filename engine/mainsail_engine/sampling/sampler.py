@@ -1,7 +1,12 @@
 """From logits to tokens, for a whole batch, with each request's own parameters.
 
-The parameters live in one row of numbers per slot and travel with a step's other inputs. The random number of a token
-depends on its request's seed and its position only, so a seeded request gives the same tokens in any batch.
+    logits ─▶ edits (bias, allowed and forbidden tokens) ─▶ penalties ─▶ temperature, top-k/p, min-p: draw ─▶ tokens
+       └──▶ log-probabilities, of the model's own distribution                                         └─▶ counted
+
+Everything that a token needs lives on the device, one row for each slot: nothing here waits for the device, and a step
+may be launched before the last one's tokens are on the CPU. What a step's requests do not ask for is not computed: one
+look at the slots' flags decides. The random number of a token depends on its request's seed and its position only, so
+a seeded request gives the same tokens in any batch.
 """
 
 from __future__ import annotations
@@ -12,8 +17,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from mainsail_engine.request import Request
+from mainsail_engine.request import Request, SamplingParams
+from mainsail_engine.sampling.edits import LogitEdits
+from mainsail_engine.sampling.logprobs import LogprobRows, logprob_rows
+from mainsail_engine.sampling.penalties import TokenCounts
+from mainsail_engine.step import FAILED_TOKEN, FORBIDDEN_TOKEN
 from mainsail_kernels import sample as kernels
+
+DRAWS, EDITS, PENALTIES, LOGPROBS, PROMPT = 1, 2, 4, 8, 16
+"""What a slot's request asks for beyond the best token. PROMPT: something of every prompt position."""
 
 
 @dataclass(slots=True)
@@ -33,22 +45,27 @@ class SlotParameters:
     """Every slot's sampling parameters as arrays; a slot is filled when a request first runs in it."""
 
     def __init__(self, num_slots: int) -> None:
+        self.flags = np.zeros(num_slots, np.uint8)
         self.temperature = np.zeros(num_slots, np.float32)
         self.top_k = np.zeros(num_slots, np.int64)
         self.top_p = np.ones(num_slots, np.float32)
         self.min_p = np.zeros(num_slots, np.float32)
         self.seeds = np.zeros(num_slots, np.int64)
+        self.logprobs = np.zeros(num_slots, np.int64)
 
     def fill(self, slot: int, request: Request) -> None:
         params = request.params
+        self.flags[slot] = flags_of(params)
         self.temperature[slot] = params.temperature
         self.top_k[slot] = params.top_k
         self.top_p[slot] = params.top_p
         self.min_p[slot] = params.min_p
         self.seeds[slot] = self._seed(request)
+        self.logprobs[slot] = params.logprobs or 0
 
-    def all_greedy(self, slots: np.ndarray) -> bool:
-        return bool((self.temperature[slots] <= 0).all())
+    def asks(self, slots: np.ndarray) -> int:
+        """The flags of these slots together; 0: the best token will do for all."""
+        return int(np.bitwise_or.reduce(self.flags[slots])) if len(slots) else 0
 
     def _seed(self, request: Request) -> int:
         if request.params.seed is not None:
@@ -68,8 +85,22 @@ class SlotParameters:
             min_p=on_device(self.min_p[slots]),
             seeds=on_device(self.seeds[slots]),
             steps=on_device(positions.astype(np.int64)),
-            all_greedy=self.all_greedy(slots),
+            all_greedy=not self.asks(slots) & DRAWS,
         )
+
+
+def flags_of(params: SamplingParams) -> int:
+    """What a request asks for beyond the best token."""
+    edits = params.logit_bias or params.allowed_token_ids or params.bad_words or params.min_tokens
+    penalties = params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0
+    whole = params.prompt_logprobs is not None or params.pooling is not None
+    return (
+        (DRAWS if params.temperature > 0 else 0)
+        | (EDITS if edits else 0)
+        | (PENALTIES if penalties else 0)
+        | (LOGPROBS if params.logprobs is not None else 0)
+        | (PROMPT if whole else 0)
+    )
 
 
 def greedy(logits: torch.Tensor) -> torch.Tensor:
@@ -84,3 +115,80 @@ def sample(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
     return kernels.sample(
         logits, rows.temperature, rows.top_k, rows.top_p, rows.min_p, rows.seeds, rows.steps
     )  # fmt: skip
+
+
+@dataclass(slots=True)
+class Sampled:
+    """A step's tokens [n] int64, and the log-probabilities of the rows that asked for them; all on the device."""
+
+    tokens: torch.Tensor
+    logprobs: LogprobRows | None = None
+    logprob_rows: np.ndarray | None = None
+    """[m] int64: which of the n rows `logprobs` has."""
+    num_logprobs: np.ndarray | None = None
+    """[m] int64: how many of the best tokens each of them asked for."""
+
+
+class Sampler:
+    """The sampling state of all slots, and the step from logits to tokens."""
+
+    def __init__(self, num_slots: int, vocab_size: int, eos_token_ids: frozenset[int], device: torch.device) -> None:
+        self._device = device
+        self.slots = SlotParameters(num_slots)
+        self._edits = LogitEdits(num_slots, eos_token_ids, device)
+        self._counts = TokenCounts(num_slots, vocab_size, device)
+
+    def move_in(self, slot: int, request: Request) -> None:
+        """This request runs in the slot from now on (again, perhaps: then with output that counts)."""
+        self.slots.fill(slot, request)
+        flags = int(self.slots.flags[slot])
+        self._edits.move_in(slot, request if flags & EDITS else None)
+        if flags & PENALTIES:
+            self._counts.move_in(slot, request)
+
+    def wants_best(self, slots: np.ndarray) -> bool:
+        """Whether the best token of the untouched logits is all that these slots ask for."""
+        return not self.slots.asks(slots) & ~PROMPT
+
+    def sample(self, logits: torch.Tensor, slots: np.ndarray, positions: np.ndarray) -> Sampled:
+        """The next token of each row. logits [n, vocab], maybe changed in place; slots and positions [n] int64.
+
+        positions are those of the tokens to be sampled. A code below 0 instead of a token: see step.py.
+        """
+        asks = self.slots.asks(slots)
+        if not asks & (EDITS | PENALTIES):
+            sampled = Sampled(sample(logits, self.slots.rows(slots, positions, self._device)))
+            return self._with_logprobs(sampled, logits, slots) if asks & LOGPROBS else sampled
+        raw, logits = logits, logits.float() if logits.dtype != torch.float32 else logits.clone()
+        if asks & EDITS:
+            self._edits.apply(logits, slots, positions)
+        if asks & PENALTIES:
+            self._counts.penalize(logits, slots, self._rows_with(slots, PENALTIES))
+        tokens = sample(logits, self.slots.rows(slots, positions, self._device))
+        sampled = Sampled(_told_apart(tokens, raw))
+        if asks & EDITS:
+            self._edits.note(slots, tokens)
+        if asks & PENALTIES:
+            self._counts.count(slots, tokens, self._rows_with(slots, PENALTIES))
+        return self._with_logprobs(sampled, raw, slots) if asks & LOGPROBS else sampled
+
+    def _rows_with(self, slots: np.ndarray, flag: int) -> np.ndarray:
+        return np.flatnonzero(self.slots.flags[slots] & flag)
+
+    def _with_logprobs(self, sampled: Sampled, raw: torch.Tensor, slots: np.ndarray) -> Sampled:
+        rows = self._rows_with(slots, LOGPROBS)
+        wanted = self.slots.logprobs[slots[rows]]
+        chosen, logits = sampled.tokens, raw
+        if len(rows) < len(slots):
+            index = torch.from_numpy(rows).to(self._device, non_blocking=True)  # pyright: ignore[reportUnknownMemberType]
+            chosen, logits = chosen[index], raw[index]
+        sampled.logprobs = logprob_rows(logits, chosen.clamp(min=0), int(wanted.max()))
+        sampled.logprob_rows, sampled.num_logprobs = rows, wanted
+        return sampled
+
+
+def _told_apart(tokens: torch.Tensor, raw: torch.Tensor) -> torch.Tensor:
+    """A row without a token failed in the model, or its own parameters forbid all: the untouched logits tell."""
+    broken = greedy(raw) < 0
+    forbidden = torch.where(tokens < 0, FORBIDDEN_TOKEN, tokens)
+    return torch.where(broken, FAILED_TOKEN, forbidden)

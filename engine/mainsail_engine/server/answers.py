@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
+from mainsail_engine.protocol import TokenLogprobs
 from mainsail_engine.request import FinishReason
-from mainsail_engine.server.serving import Delta, Job
+from mainsail_engine.server.serving import Delta, Job, Serving
 
 
 @dataclass(slots=True)
@@ -18,6 +17,11 @@ class Answer:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     num_cached_tokens: int = 0
+    logprobs: list[TokenLogprobs] = field(default_factory=list[TokenLogprobs])
+    """One for each token, if they were asked for."""
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list[TokenLogprobs])
+    """Of the prompt's tokens from the second on, if they were asked for."""
+    embedding: bytes | None = None
 
     @property
     def text(self) -> str:
@@ -29,13 +33,19 @@ class Answer:
         self.token_ids.extend(delta.token_ids)
         self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
         self.num_cached_tokens = max(self.num_cached_tokens, delta.num_cached_tokens)
+        if delta.logprobs and keep_text:
+            self.logprobs.extend(delta.logprobs)
+        if delta.prompt_logprobs:
+            self.prompt_logprobs.extend(delta.prompt_logprobs)
+        if delta.embedding is not None:
+            self.embedding = delta.embedding
 
 
-async def collect(deltas: AsyncGenerator[tuple[int, Delta], None], jobs: list[Job]) -> list[Answer]:
-    """All answers, in the jobs' order."""
+async def collect(serving: Serving, jobs: list[Job], arrival_s: float) -> list[Answer]:
+    """All answers, in the jobs' order. Raises RequestError."""
     answers = [Answer() for _ in jobs]
-    async with aclosing(deltas):
-        async for index, delta in deltas:
+    async with serving.answer(jobs, arrival_s, whole=True) as answering:
+        for index, delta in await answering.next():
             answers[index].add(delta)
     return answers
 

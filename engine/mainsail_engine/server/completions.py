@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import msgspec
@@ -13,10 +13,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from mainsail_engine.errors import RequestError
+from mainsail_engine.protocol import TokenLogprobs
 from mainsail_engine.server.answers import Answer, collect, usage
+from mainsail_engine.server.logprobs import TokenTexts, completion_logprobs, prompt_logprobs
 from mainsail_engine.server.schemas import MAX_PROMPTS, CompletionRequest
-from mainsail_engine.server.serving import Delta, Job, Serving, merge
-from mainsail_engine.server.streaming import DONE, EventStream, event, unless_disconnected
+from mainsail_engine.server.serving import Delta, Job, Serving
+from mainsail_engine.server.streaming import DONE, ChunkWriter, EventStream, unless_disconnected
+from mainsail_engine.text.tokenizer import Tokenizer
 
 DEFAULT_MAX_TOKENS = 16
 """OpenAI's, for this endpoint only."""
@@ -52,65 +55,189 @@ async def _jobs(serving: Serving, body: CompletionRequest) -> list[Job]:
     jobs: list[Job] = []
     for prompt in prompts:
         ids = await _token_ids(serving, prompt, body)
-        room = serving.check_length(ids, body.max_tokens, param="prompt", max_tokens_param="max_tokens")
+        asked = None if body.max_tokens is None else max(body.max_tokens, 1)
+        room = serving.check_length(ids, asked, param="prompt", max_tokens_param="max_tokens")
         max_tokens = room if body.max_tokens is not None else min(room, DEFAULT_MAX_TOKENS)
         if (body.min_tokens or 0) > max_tokens:
             raise RequestError(f"min_tokens must not be above max_tokens ({max_tokens})", param="min_tokens")
-        jobs.extend(serving.make_jobs(body, ids, max_tokens))
+        wanted = body.prompt_logprobs
+        if body.echo and body.logprobs is not None:
+            wanted = max(wanted or 0, body.logprobs)
+        jobs.extend(serving.make_jobs(body, ids, max_tokens, logprobs=body.logprobs, prompt_logprobs=wanted))
     return jobs
 
 
 async def _token_ids(serving: Serving, prompt: str | list[int], body: CompletionRequest) -> list[int]:
-    if isinstance(prompt, list):
-        return prompt
-    return await serving.encode(prompt, add_special_tokens=body.add_special_tokens is not False, param="prompt")
+    if isinstance(prompt, str):
+        special = body.add_special_tokens is not False
+        prompt = await serving.encode(prompt, add_special_tokens=special, param="prompt")
+    return prompt[-body.truncate_prompt_tokens :] if body.truncate_prompt_tokens is not None else prompt
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """How the answers to one request are shown."""
+
+    body: CompletionRequest
+    jobs: list[Job]
+    texts: TokenTexts
+    tokenizer: Tokenizer | None
+
+    def prompts(self) -> list[Job]:
+        """One job for each prompt."""
+        return self.jobs[:: self.body.n or 1]
+
+    def first_of(self, index: int) -> int:
+        """The answer that brings the log-probabilities of this one's prompt."""
+        return index - index % (self.body.n or 1)
+
+    def prompt_text(self, index: int) -> str:
+        """What echo puts before the answer."""
+        if self.tokenizer is None:
+            return ""
+        job = self.jobs[index]
+        return self.tokenizer.decode(job.prompt_token_ids, skip_special_tokens=job.skip_special_tokens)
+
+    def logprobs(
+        self, entries: Sequence[TokenLogprobs | None], token_ids: Sequence[int], offset: int
+    ) -> dict[str, Any] | None:
+        if self.body.logprobs is None:
+            return None
+        wanted = self.body.logprobs + 1
+        cut = [e and TokenLogprobs(e.token_ids[:wanted], e.logprobs[:wanted], e.rank) for e in entries]
+        return completion_logprobs(cut, token_ids, self.texts, offset)
+
+    def echoed(self, index: int, prompt: list[TokenLogprobs], answer: Answer) -> tuple[str, dict[str, Any] | None]:
+        """Text and log-probabilities of prompt and answer; without tokens of the answer where none were wanted."""
+        nothing_more = self.body.max_tokens == 0
+        tokens = [] if nothing_more else answer.token_ids
+        entries = [None, *prompt, *([] if nothing_more else answer.logprobs)]
+        shown = self.logprobs(entries, [*self.jobs[index].prompt_token_ids, *tokens], 0)
+        return self.prompt_text(index) + ("" if nothing_more else answer.text), shown
+
+
+def _shape(serving: Serving, body: CompletionRequest, jobs: list[Job]) -> _Shape:
+    texts = TokenTexts(serving.tokenizer, as_ids=bool(body.return_tokens_as_token_ids))
+    return _Shape(body, jobs, texts, serving.tokenizer)
 
 
 async def _whole(
     serving: Serving, body: CompletionRequest, jobs: list[Job], head: dict[str, Any], arrival_s: float
 ) -> Response:
-    answers = await collect(merge([serving.generate(job, arrival_s) for job in jobs]), jobs)
-    choices = [_choice(index, answer, jobs[index], body) for index, answer in enumerate(answers)]
-    shown = {**head, "choices": choices, "usage": usage(jobs[:: body.n or 1], answers)}
+    answers = await collect(serving, jobs, arrival_s)
+    shape = _shape(serving, body, jobs)
+    choices = [_choice(index, answers, shape) for index in range(len(answers))]
+    shown = {**head, "choices": choices, "usage": _usage(shape, answers)}
     return Response(msgspec.json.encode(shown), media_type="application/json")
 
 
-def _choice(index: int, answer: Answer, job: Job, body: CompletionRequest) -> dict[str, Any]:
-    choice = {
+def _usage(shape: _Shape, answers: list[Answer]) -> dict[str, Any]:
+    counts = usage(shape.prompts(), answers)
+    if shape.body.max_tokens == 0:  # the core cannot help making one: nobody asked for it
+        counts |= {"completion_tokens": 0, "total_tokens": counts["prompt_tokens"]}
+    return counts
+
+
+def _choice(index: int, answers: list[Answer], shape: _Shape) -> dict[str, Any]:
+    body, answer, prompt = shape.body, answers[index], answers[shape.first_of(index)].prompt_logprobs
+    text, logprobs = answer.text, shape.logprobs(answer.logprobs, answer.token_ids, 0)
+    if body.echo:
+        text, logprobs = shape.echoed(index, prompt, answer)
+    choice: dict[str, Any] = {
         "index": index,
-        "text": answer.text,
-        "logprobs": None,
+        "text": text,
+        "logprobs": logprobs,
         "finish_reason": answer.finish_reason,
         "stop_reason": answer.stop_reason,
     }
+    if body.max_tokens == 0:
+        choice |= {"finish_reason": "length", "stop_reason": None}
+    if body.prompt_logprobs is not None:
+        choice["prompt_logprobs"] = prompt_logprobs(prompt, shape.texts)
     if body.return_token_ids:
-        return {**choice, "token_ids": answer.token_ids, "prompt_token_ids": job.prompt_token_ids}
+        choice["token_ids"] = [] if body.max_tokens == 0 else answer.token_ids
+        choice["prompt_token_ids"] = shape.jobs[index].prompt_token_ids
     return choice
+
+
+class _Chunks:
+    """The events of one streamed request."""
+
+    def __init__(self, shape: _Shape, head: dict[str, Any]) -> None:
+        self._shape = shape
+        body = shape.body
+        self._writer = ChunkWriter(head, opening=b'"text":', closing=b',"logprobs":null,"finish_reason":null')
+        self._answers = [Answer() for _ in shape.jobs]
+        self._waiting: list[list[Delta]] = [[] for _ in shape.jobs]
+        """Deltas of answers whose prompt's log-probabilities have not all come."""
+        self._offsets = [0] * len(shape.jobs)
+        self._echoed = [not body.echo] * len(shape.jobs)
+        options = body.stream_options
+        self._continuous = options is not None and options.continuous_usage_stats
+        self._plain = body.logprobs is None and not (body.return_token_ids or self._continuous)
+
+    def of(self, index: int, delta: Delta) -> bytes:
+        self._answers[index].add(delta, keep_text=False)
+        if self._echoed[index]:
+            return self._shown(index, delta)
+        self._waiting[index].append(delta)
+        return b"".join([self._echo(each) for each in range(len(self._waiting)) if self._can_echo(each)])
+
+    def _can_echo(self, index: int) -> bool:
+        if self._echoed[index] or not self._answers[index].token_ids:
+            return False
+        first = self._shape.first_of(index)
+        needed = len(self._shape.jobs[first].prompt_token_ids) - 1
+        return self._shape.body.logprobs is None or len(self._answers[first].prompt_logprobs) >= needed
+
+    def _echo(self, index: int) -> bytes:
+        """The prompt, and what came of the answer meanwhile."""
+        self._echoed[index] = True
+        prompt = self._answers[self._shape.first_of(index)].prompt_logprobs
+        text, logprobs = self._shape.echoed(index, prompt, Answer())
+        self._offsets[index] = len(text)
+        echo = self._writer.choice({"index": index, "text": text, "logprobs": logprobs, "finish_reason": None})
+        return echo + b"".join([self._shown(index, delta) for delta in self._waiting[index]])
+
+    def _shown(self, index: int, delta: Delta) -> bytes:
+        if self._plain and delta.finish_reason is None:
+            return self._writer.text(index, delta.text) if delta.text else b""
+        if not (delta.text or delta.finish_reason or delta.token_ids):
+            return b""
+        counts = {"usage": _usage(self._shape, self._answers)} if self._continuous else {}
+        return self._writer.choice(self._choice(index, delta), **counts)
+
+    def _choice(self, index: int, delta: Delta) -> dict[str, Any]:
+        body, nothing_more = self._shape.body, self._shape.body.max_tokens == 0
+        entries = None if nothing_more else delta.logprobs
+        choice: dict[str, Any] = {
+            "index": index,
+            "text": "" if nothing_more else delta.text,
+            "logprobs": self._shape.logprobs(entries, delta.token_ids, self._offsets[index]) if entries else None,
+            "finish_reason": "length" if nothing_more else delta.finish_reason,
+        }
+        self._offsets[index] += sum(len(self._shape.texts.spelled(t).decode(errors="replace")) for t in delta.token_ids)
+        if delta.finish_reason is not None:
+            choice["stop_reason"] = None if nothing_more else delta.stop_reason
+        if body.return_token_ids:
+            choice["token_ids"] = [] if nothing_more else delta.token_ids
+        return choice
+
+    def last(self) -> bytes:
+        options = self._shape.body.stream_options
+        if options is None or not options.include_usage:
+            return DONE
+        return self._writer.no_choice(usage=_usage(self._shape, self._answers)) + DONE
 
 
 async def _events(
     serving: Serving, body: CompletionRequest, jobs: list[Job], head: dict[str, Any], arrival_s: float
 ) -> AsyncGenerator[bytes, None]:
-    answers = [Answer() for _ in jobs]
-    async with aclosing(merge([serving.generate(job, arrival_s) for job in jobs])) as deltas:
-        async for index, delta in deltas:
-            answers[index].add(delta, keep_text=False)
-            if delta.text or delta.finish_reason or body.return_token_ids:
-                yield event({**head, "choices": [_delta_choice(index, delta, body)]})
-    if body.stream_options is not None and body.stream_options.include_usage:
-        yield event({**head, "choices": [], "usage": usage(jobs[:: body.n or 1], answers)})
-    yield DONE
-
-
-def _delta_choice(index: int, delta: Delta, body: CompletionRequest) -> dict[str, Any]:
-    choice: dict[str, Any] = {
-        "index": index,
-        "text": delta.text,
-        "logprobs": None,
-        "finish_reason": delta.finish_reason,
-    }
-    if delta.finish_reason is not None:
-        choice["stop_reason"] = delta.stop_reason
-    if body.return_token_ids:
-        choice["token_ids"] = delta.token_ids
-    return choice
+    """What a step brought all answers leaves as one piece."""
+    chunks = _Chunks(_shape(serving, body, jobs), head)
+    async with serving.answer(jobs, arrival_s) as answering:
+        while deltas := await answering.next():
+            data = b"".join([chunks.of(index, delta) for index, delta in deltas])
+            if data:
+                yield data
+    yield chunks.last()

@@ -15,6 +15,9 @@ INT64 = 2**63
 MAX_STOPS = 16
 MAX_N = 128
 MAX_PROMPTS = 2048
+MAX_LOGPROBS = 20
+MAX_BIASED = 1024
+MAX_BAD_WORDS = 256
 
 
 def neutral(*values: Any) -> AfterValidator:
@@ -48,7 +51,8 @@ class Strict(BaseModel):
 
 class StreamOptions(Strict):
     include_usage: bool = False
-    continuous_usage_stats: Annotated[Any, neutral(False)] = None
+    continuous_usage_stats: bool = False
+    """Usage so far with every chunk."""
     include_obfuscation: Annotated[Any, neutral(False)] = None
 
 
@@ -57,6 +61,13 @@ Stop = Annotated[
     BeforeValidator(_as_list),
     Field(max_length=MAX_STOPS, description="A text or a list of texts; generation ends before the first one."),
 ]
+
+
+Unicode = Annotated[str, AfterValidator(_unicode)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+NumLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+TokenIds = list[TokenId]
 
 
 class GenerationRequest(Strict):
@@ -74,7 +85,7 @@ class GenerationRequest(Strict):
     stop: Stop | None = None
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
-    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=256)] | None = None
+    stop_token_ids: Annotated[TokenIds, Field(max_length=256)] | None = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
@@ -85,16 +96,21 @@ class GenerationRequest(Strict):
     """Users who wait are served fairly."""
     timeout: Annotated[float, Field(gt=0)] | None = None
     """Seconds; a request that is not finished by then ends with 504."""
-    frequency_penalty: Annotated[Any, neutral(0, 0.0)] = None
-    presence_penalty: Annotated[Any, neutral(0, 0.0)] = None
-    repetition_penalty: Annotated[Any, neutral(1, 1.0)] = None
-    logit_bias: Annotated[Any, neutral({})] = None
-    prompt_logprobs: Annotated[Any, neutral()] = None
-    allowed_token_ids: Annotated[Any, neutral()] = None
-    bad_words: Annotated[Any, neutral([])] = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
+    logit_bias: Annotated[dict[Unicode, Bias], Field(max_length=MAX_BIASED)] | None = None
+    """Token id (as JSON's keys are: in quotes) to what is added to its logit."""
+    prompt_logprobs: NumLogprobs | None = None
+    allowed_token_ids: Annotated[TokenIds, Field(min_length=1, max_length=MAX_PROMPTS)] | None = None
+    bad_words: Annotated[list[Annotated[Unicode, Field(min_length=1)]], Field(max_length=MAX_BAD_WORDS)] | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    """Keep only so many of the prompt's last tokens."""
+    return_tokens_as_token_ids: bool | None = None
+    """In log-probabilities, tokens are written as "token_id:123": strings that are unique."""
+    spaces_between_special_tokens: Annotated[Any, neutral(True)] = None
     structured_outputs: Annotated[Any, neutral()] = None
     response_format: Annotated[Any, neutral({"type": "text"})] = None
-    truncate_prompt_tokens: Annotated[Any, neutral()] = None
     use_beam_search: Annotated[Any, neutral(False)] = None
     service_tier: Annotated[Any, neutral("auto", "default")] = None
 
@@ -104,6 +120,8 @@ class GenerationRequest(Strict):
             raise PydanticCustomError("stream_options", "stream_options: only allowed with stream: true")
         if self.min_tokens and self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise PydanticCustomError("min_tokens", "min_tokens: must not be above max_tokens")
+        if self.stream and self.prompt_logprobs is not None:
+            raise PydanticCustomError("prompt_logprobs", "prompt_logprobs: not available with stream: true")
         return self
 
 
@@ -146,8 +164,8 @@ class ChatCompletionRequest(GenerationRequest):
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     add_generation_prompt: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    logprobs: Annotated[Any, neutral(False)] = None
-    top_logprobs: Annotated[Any, neutral(0)] = None
+    logprobs: bool | None = None
+    top_logprobs: NumLogprobs | None = None
     tools: Annotated[Any, neutral([])] = None
     tool_choice: Annotated[Any, neutral("none", "auto")] = None
     parallel_tool_calls: Annotated[Any, neutral(True, False)] = None
@@ -167,8 +185,11 @@ class ChatCompletionRequest(GenerationRequest):
     echo: Annotated[Any, neutral(False)] = None
     continue_final_message: Annotated[Any, neutral(False)] = None
 
-
-TokenIds = list[Annotated[int, Field(ge=0, lt=2**31)]]
+    @model_validator(mode="after")
+    def _check_logprobs(self) -> ChatCompletionRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise PydanticCustomError("top_logprobs", "top_logprobs: only allowed with logprobs: true")
+        return self
 
 
 class CompletionRequest(GenerationRequest):
@@ -180,9 +201,18 @@ class CompletionRequest(GenerationRequest):
     ]  # fmt: skip
     add_special_tokens: bool | None = None
     best_of: Annotated[Any, neutral(1)] = None
-    echo: Annotated[Any, neutral(False)] = None
-    logprobs: Annotated[Any, neutral()] = None
+    echo: bool | None = None
+    """The prompt comes back before its continuation, with its log-probabilities where logprobs asks for them."""
+    logprobs: NumLogprobs | None = None
+    max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    """0 only with echo: nothing but the prompt."""
     suffix: Annotated[Any, neutral("")] = None
+
+    @model_validator(mode="after")
+    def _check_max_tokens(self) -> CompletionRequest:
+        if self.max_tokens == 0 and not self.echo:
+            raise PydanticCustomError("max_tokens", "max_tokens: must be at least 1 (0 is for echo: true)")
+        return self
 
 
 class TokenizeRequest(Strict):
@@ -216,6 +246,36 @@ class Usage(BaseModel):
     prompt_tokens_details: PromptTokensDetails
 
 
+class TopLogprob(BaseModel):
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class ChatLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    content: list[ChatLogprob]
+
+
+class CompletionLogprobs(BaseModel):
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class PromptLogprob(BaseModel):
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
+
+
 class ChatMessage(BaseModel):
     role: Literal["assistant"]
     content: str | None
@@ -224,7 +284,7 @@ class ChatMessage(BaseModel):
 class ChatChoice(BaseModel):
     index: int
     message: ChatMessage
-    logprobs: None
+    logprobs: ChatLogprobs | None
     finish_reason: Literal["stop", "length"]
     stop_reason: int | str | None
     token_ids: list[int] | None = None
@@ -237,16 +297,19 @@ class ChatCompletion(BaseModel):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    prompt_token_ids: list[int] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class CompletionChoice(BaseModel):
     index: int
     text: str
-    logprobs: None
+    logprobs: CompletionLogprobs | None
     finish_reason: Literal["stop", "length"]
     stop_reason: int | str | None
     token_ids: list[int] | None = None
     prompt_token_ids: list[int] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class Completion(BaseModel):

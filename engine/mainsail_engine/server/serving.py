@@ -1,7 +1,12 @@
-"""One generation, from token ids to text: admission, the core's stream, detokenizing, stop strings, metrics.
+"""One generation, from token ids to text: admission, the core's outputs, detokenizing, stop strings, metrics.
 
-What chat and plain completions share. A `Job` becomes a stream of `Delta`s; leaving the stream early (the client is
-gone) aborts the request in the core, by way of the generators' `finally`.
+What all endpoints that generate have in common.
+
+    Job ──▶ Generation ──submit──▶ core ──outputs──▶ Generation ──deltas──▶ Answering ──batches──▶ handler
+
+`Answering` is one HTTP request: one or more jobs. Outputs are turned into deltas right where they arrive, without a
+task for each token; the handler is woken once a step, with all that the step brought. Leaving an `Answering` early (the
+client is gone) aborts what still runs.
 """
 
 from __future__ import annotations
@@ -9,18 +14,17 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
 from mainsail_engine.client import EngineClient
 from mainsail_engine.errors import RequestError
 from mainsail_engine.metrics import Metrics, RequestTimes
-from mainsail_engine.protocol import Add, FirstScheduled, Ready, RequestOutput
+from mainsail_engine.protocol import Add, FirstScheduled, Ready, RequestOutput, TokenLogprobs
 from mainsail_engine.request import FinishReason, SamplingParams
 from mainsail_engine.server.admission import Admission
+from mainsail_engine.server.parameters import sampling_params
 from mainsail_engine.server.schemas import GenerationRequest
 from mainsail_engine.text.detokenizer import Detokenizer, NoText
 from mainsail_engine.text.stop_strings import StopStrings
@@ -54,6 +58,9 @@ class Delta:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     num_cached_tokens: int = 0
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    embedding: bytes | None = None
 
 
 class TextStream:
@@ -73,10 +80,15 @@ class TextStream:
             text += "" if self._stops.matched is not None else self._stops.flush()
         if self._stops.matched is not None:
             reason, stop_reason = FinishReason.STOP, self._stops.matched
-        return Delta(text, output.token_ids, reason, stop_reason, output.num_cached_tokens)
+        return Delta(
+            text, output.token_ids, reason, stop_reason, output.num_cached_tokens,
+            output.logprobs, output.prompt_logprobs, output.embedding,
+        )  # fmt: skip
 
     def _show(self, token_ids: list[int]) -> str:
         """Before min_tokens a stop string is plain text."""
+        if not self._min_tokens:
+            return self._stops.feed(self._detokenizer.feed(token_ids))
         free = max(0, min(self._min_tokens - self._num_tokens, len(token_ids)))
         self._num_tokens += len(token_ids)
         early = self._detokenizer.feed(token_ids[:free]) if free else ""
@@ -135,29 +147,47 @@ class Serving:
         text = template.render(messages, add_generation_prompt=add_generation_prompt, variables=variables)
         return await self.encode(text, add_special_tokens=False, param="messages")
 
-    def check_length(self, prompt: list[int], max_tokens: int | None, *, param: str, max_tokens_param: str) -> int:
-        """The number of tokens to generate at most. Raises RequestError when prompt and answer cannot fit."""
+    def check_prompt(self, prompt: list[int], *, param: str) -> int:
+        """The room for an answer. Raises RequestError when there is none, or the prompt is no prompt."""
         room = self.max_model_len - len(prompt)
         if not prompt:
             raise RequestError("the prompt has no tokens", param=param)
         if room < 1:
             message = f"the prompt has {len(prompt)} tokens, the context {self.max_model_len}: leave room for an answer"
             raise RequestError(message, param=param, code="context_length_exceeded")
-        if max_tokens is not None and max_tokens > room:
-            message = f"{max_tokens_param} is {max_tokens}, but after {len(prompt)} prompt tokens only {room} fit"
-            raise RequestError(message, param=max_tokens_param, code="context_length_exceeded")
         highest = max(prompt)
         if highest >= self.ready.vocab_size:
             message = f"token id {highest} is not in the vocabulary ({self.ready.vocab_size} ids)"
             raise RequestError(message, param=param)
+        return room
+
+    def check_length(self, prompt: list[int], max_tokens: int | None, *, param: str, max_tokens_param: str) -> int:
+        """The number of tokens to generate at most. Raises RequestError when prompt and answer cannot fit."""
+        room = self.check_prompt(prompt, param=param)
+        if max_tokens is not None and max_tokens > room:
+            message = f"{max_tokens_param} is {max_tokens}, but after {len(prompt)} prompt tokens only {room} fit"
+            raise RequestError(message, param=max_tokens_param, code="context_length_exceeded")
         return room if max_tokens is None else max_tokens
 
-    def make_jobs(self, body: GenerationRequest, prompt: list[int], max_tokens: int) -> list[Job]:
-        """One job for each of the n answers; with a seed, each gets its own, derived from it."""
+    def make_jobs(
+        self,
+        body: GenerationRequest,
+        prompt: list[int],
+        max_tokens: int,
+        *,
+        logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
+    ) -> list[Job]:
+        """One job for each of the n answers. With a seed, each gets its own, derived from it; the prompt's
+        log-probabilities are the same for all and come with the first. Raises RequestError."""
+        params = sampling_params(
+            body, max_tokens, vocab_size=self.ready.vocab_size, eos_token_ids=self.ready.eos_token_ids,
+            encode=self._encode_word, logprobs=logprobs,
+        )  # fmt: skip
         return [
             Job(
                 prompt_token_ids=prompt,
-                params=sampling_params(body, max_tokens, answer),
+                params=params(answer, None if answer else prompt_logprobs),
                 stop=tuple(body.stop or ()),
                 include_stop=bool(body.include_stop_str_in_output),
                 skip_special_tokens=body.skip_special_tokens is not False,
@@ -168,6 +198,9 @@ class Serving:
             )
             for answer in range(body.n or 1)
         ]
+
+    def _encode_word(self, text: str) -> list[int]:
+        return self.text().encode(text, add_special_tokens=False, param="bad_words")
 
     def admit(self, jobs: list[Job], n: int) -> None:
         """Raises RequestError: 503 while draining, 429 when the queue is full."""
@@ -186,108 +219,145 @@ class Serving:
         if times is not None:
             times.queue_time_s = first.queue_time_s
 
-    async def generate(self, job: Job, arrival_s: float) -> AsyncGenerator[Delta, None]:
-        """The answer as it comes. Raises RequestError when the request fails on the way."""
-        request_id = uuid.uuid4().hex
-        num_prompt = len(job.prompt_token_ids)
-        times = self._times[request_id] = RequestTimes(arrival_s, num_prompt, job.params.max_tokens)
-        reason = FinishReason.ABORT
-        self.admission.enter(num_prompt)
-        try:
-            add = Add(
-                request_id, job.prompt_token_ids, job.params, job.priority, job.cache_salt, job.user, job.timeout_s
-            )
-            async with (
-                aclosing(self.client.generate(add)) as outputs,
-                aclosing(self._deltas(job, outputs, times)) as deltas,
-            ):
-                async for delta in deltas:
-                    reason = delta.finish_reason or reason
-                    yield delta
-        except RequestError:
-            reason = FinishReason.ERROR
-            raise
-        finally:
-            if times.first_token_s is None:
-                self.admission.leave(num_prompt, time.monotonic(), served=False)
-            del self._times[request_id]
-            self.metrics.finished(times, reason)
+    def answer(self, jobs: list[Job], arrival_s: float, *, whole: bool = False) -> Answering:
+        """Use it as a context: entering starts the jobs, leaving ends those that still run."""
+        return Answering(self, jobs, arrival_s, whole=whole)
 
-    async def _deltas(
-        self, job: Job, outputs: AsyncGenerator[RequestOutput, None], times: RequestTimes
-    ) -> AsyncGenerator[Delta, None]:
-        stream = TextStream(job, self._detokenizer(job))
-        async for output in outputs:
-            if output.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
-                raise generation_error(output)
-            now = time.monotonic()
-            if times.first_token_s is None:
-                self.admission.leave(len(job.prompt_token_ids), now, served=True)
-            self.metrics.tokens(times, len(output.token_ids), output.num_cached_tokens, now)
-            delta = stream.feed(output)
-            yield delta
-            if delta.finish_reason is not None:
-                return
-
-    def _detokenizer(self, job: Job) -> Detokenizer:
+    def detokenizer(self, job: Job) -> Detokenizer:
         if self.tokenizer is None:
             return NoText()
         return self.tokenizer.detokenizer(skip_special_tokens=job.skip_special_tokens)
+
+    def enter(self, request_id: str, job: Job, arrival_s: float) -> RequestTimes:
+        num_prompt = len(job.prompt_token_ids)
+        times = self._times[request_id] = RequestTimes(arrival_s, num_prompt, job.params.max_tokens)
+        self.admission.enter(num_prompt)
+        return times
+
+    def leave(self, request_id: str, times: RequestTimes, reason: FinishReason) -> None:
+        if times.first_token_s is None:
+            self.admission.leave(times.num_prompt_tokens, time.monotonic(), served=False)
+        del self._times[request_id]
+        self.metrics.finished(times, reason)
+
+
+class Answering:
+    """The answers to one HTTP request: deltas in batches, each with its answer's index.
+
+    whole: nobody looks before the end, so the handler is woken only then.
+    """
+
+    def __init__(self, serving: Serving, jobs: list[Job], arrival_s: float, *, whole: bool) -> None:
+        self._serving = serving
+        self._whole = whole
+        self._generations = [Generation(serving, self, index, job, arrival_s) for index, job in enumerate(jobs)]
+        self._num_running = len(jobs)
+        self._arrived: list[tuple[int, Delta]] = []
+        self._error: RequestError | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    async def __aenter__(self) -> Answering:
+        try:
+            for generation in self._generations:
+                generation.start()
+        except RequestError:
+            self.close()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End what still runs."""
+        for generation in self._generations:
+            generation.end(FinishReason.ABORT)
+
+    async def next(self) -> list[tuple[int, Delta]]:
+        """What has come since the last call, waiting for something; empty at the end. Raises RequestError."""
+        while not self._is_due():
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        if self._error is not None:
+            raise self._error
+        arrived, self._arrived = self._arrived, []
+        return arrived
+
+    def _is_due(self) -> bool:
+        if self._error is not None or not self._num_running:
+            return True
+        return bool(self._arrived) and not self._whole
+
+    def put(self, index: int, delta: Delta) -> None:
+        self._arrived.append((index, delta))
+        if delta.finish_reason is not None:
+            self._num_running -= 1
+        self._wake()
+
+    def fail(self, error: RequestError) -> None:
+        """One error ends the whole."""
+        self._error = self._error or error
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done() and self._is_due():
+            self._waiter.set_result(None)
+
+
+class Generation:
+    """One job on its way: a sink for the core's outputs that makes deltas of them."""
+
+    __slots__ = ("_answering", "_arrival_s", "_id", "_index", "_job", "_running", "_serving", "_text", "_times")
+
+    def __init__(self, serving: Serving, answering: Answering, index: int, job: Job, arrival_s: float) -> None:
+        self._serving, self._answering, self._index, self._job = serving, answering, index, job
+        self._arrival_s = arrival_s
+        self._id = uuid.uuid4().hex
+        self._running = False
+        self._text = TextStream(job, serving.detokenizer(job))
+        self._times: RequestTimes | None = None
+
+    def start(self) -> None:
+        """Raises EngineDeadError."""
+        job = self._job
+        self._times = self._serving.enter(self._id, job, self._arrival_s)
+        self._running = True
+        add = Add(self._id, job.prompt_token_ids, job.params, job.priority, job.cache_salt, job.user, job.timeout_s)
+        self._serving.client.submit(add, self)
+
+    def end(self, reason: FinishReason) -> None:
+        """The last thing that happens to it: ends it in the core too, where it may still run."""
+        if not self._running or self._times is None:
+            return
+        self._running = False
+        self._serving.client.abort([self._id], FinishReason.STOP if reason is FinishReason.STOP else FinishReason.ABORT)
+        self._serving.leave(self._id, self._times, reason)
+
+    def on_output(self, output: RequestOutput, now: float) -> None:
+        times = self._times
+        if times is None:
+            return
+        if output.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
+            self.on_error(generation_error(output))
+            return
+        if output.token_ids:
+            if times.first_token_s is None:
+                self._serving.admission.leave(times.num_prompt_tokens, now, served=True)
+            self._serving.metrics.tokens(times, len(output.token_ids), output.num_cached_tokens, now)
+        delta = self._text.feed(output)
+        if delta.finish_reason is not None:
+            self.end(delta.finish_reason)
+        self._answering.put(self._index, delta)
+
+    def on_error(self, error: RequestError) -> None:
+        self.end(FinishReason.ERROR)
+        self._answering.fail(error)
 
 
 def generation_error(output: RequestOutput) -> RequestError:
     message = output.error or "the request was aborted"
     if output.stop_reason == "deadline":
         return RequestError(message, status=504, param="timeout", code="deadline_exceeded")
+    if output.stop_reason == "forbidden":
+        return RequestError(message, code="no_token_allowed")
     return RequestError(message, status=500, code="generation_failed")
-
-
-def sampling_params(body: GenerationRequest, max_tokens: int, answer: int) -> SamplingParams:
-    """The request's values, or the API's defaults; each of n answers with a seed of its own."""
-    seed = None if body.seed is None else (body.seed + answer + 2**63) % 2**64 - 2**63
-    return SamplingParams(
-        max_tokens=max_tokens,
-        min_tokens=body.min_tokens or 0,
-        temperature=1.0 if body.temperature is None else body.temperature,
-        top_p=1.0 if body.top_p is None else body.top_p,
-        top_k=max(body.top_k or 0, 0),
-        min_p=body.min_p or 0.0,
-        seed=seed,
-        stop_token_ids=tuple(body.stop_token_ids or ()),
-        ignore_eos=bool(body.ignore_eos),
-    )
-
-
-async def merge(streams: list[AsyncGenerator[Delta, None]]) -> AsyncGenerator[tuple[int, Delta], None]:
-    """Several answers as they come, each with its index. Leaving early ends them all; one error ends the whole."""
-    if len(streams) == 1:
-        async with aclosing(streams[0]) as stream:
-            async for delta in stream:
-                yield 0, delta
-        return
-    arrived: asyncio.Queue[tuple[int, Delta | RequestError | None]] = asyncio.Queue()
-
-    async def pump(index: int, stream: AsyncGenerator[Delta, None]) -> None:
-        try:
-            async with aclosing(stream):
-                async for delta in stream:
-                    arrived.put_nowait((index, delta))
-            arrived.put_nowait((index, None))
-        except RequestError as error:
-            arrived.put_nowait((index, error))
-
-    tasks = [asyncio.create_task(pump(index, stream)) for index, stream in enumerate(streams)]
-    running = len(tasks)
-    try:
-        while running:
-            index, item = await arrived.get()
-            if isinstance(item, RequestError):
-                raise item
-            if item is None:
-                running -= 1
-            else:
-                yield index, item
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

@@ -2,6 +2,8 @@
 
 Pure ASGI: a task watches for the disconnect while another produces. Whichever ends first ends the other, and with it
 the generators, whose `finally` aborts the request. (A BaseHTTPMiddleware anywhere would hide the disconnect.)
+
+A chunk of a stream differs from the next in a few words only: `ChunkWriter` serializes what stays the same once.
 """
 
 from __future__ import annotations
@@ -21,11 +23,41 @@ from mainsail_engine.server.errors import error_body
 
 T = TypeVar("T")
 DONE = b"data: [DONE]\n\n"
+_encode = msgspec.json.Encoder().encode
 
 
 def event(data: Any) -> bytes:
     """One server-sent event."""
-    return b"data: " + msgspec.json.encode(data) + b"\n\n"
+    return b"data: " + _encode(data) + b"\n\n"
+
+
+class ChunkWriter:
+    """Events of one stream: {**head, "choices": [choice]}, and their most frequent form ready-made.
+
+    opening and closing are the JSON around a choice's text, e.g. '"delta":{"content":' and '},"logprobs":null,…'.
+    """
+
+    __slots__ = ("_before", "_closing", "_opening", "_starts")
+
+    def __init__(self, head: dict[str, Any], *, opening: bytes, closing: bytes) -> None:
+        self._before = b"data: " + _encode(head)[:-1] + b',"choices":['
+        self._opening, self._closing = opening, closing + b"}]}\n\n"
+        self._starts: dict[int, bytes] = {}
+
+    def text(self, index: int, text: str) -> bytes:
+        """An event with nothing but text."""
+        start = self._starts.get(index)
+        if start is None:
+            start = self._starts[index] = self._before + b'{"index":%d,' % index + self._opening
+        return start + _encode(text) + self._closing
+
+    def choice(self, choice: dict[str, Any], **others: Any) -> bytes:
+        """An event with any choice, and other fields beside the choices."""
+        rest = b"," + _encode(others)[1:] if others else b"}"
+        return self._before + _encode(choice) + b"]" + rest + b"\n\n"
+
+    def no_choice(self, **others: Any) -> bytes:
+        return self._before + b"]," + _encode(others)[1:] + b"\n\n"
 
 
 class EventStream(Response):
@@ -42,21 +74,15 @@ class EventStream(Response):
         await _until_gone(producing, receive)
 
     async def _produce(self, send: Send) -> None:
-        async with aclosing(_with_error(self.events)) as events:
+        async with aclosing(self.events) as events:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            async for data in events:
-                await send({"type": "http.response.body", "body": data, "more_body": True})
+            try:
+                async for data in events:
+                    await send({"type": "http.response.body", "body": data, "more_body": True})
+            except RequestError as error:
+                last = event(error_body(error)) + DONE
+                await send({"type": "http.response.body", "body": last, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-async def _with_error(events: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
-    async with aclosing(events):
-        try:
-            async for data in events:
-                yield data
-        except RequestError as error:
-            yield event(error_body(error))
-            yield DONE
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -49,6 +49,12 @@ class Tokenizer:
         """A fresh one for one stream."""
         return make_detokenizer(self._bytes, skip_special_tokens=skip_special_tokens)
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """What the token contributes to a text; maybe half a character. Empty for ids that are no token."""
+        if self._bytes.kind != "other":
+            return self._bytes[token_id]
+        return self._backend.decode([token_id], skip_special_tokens=False).encode()
+
     def token_string(self, token_id: int) -> str:
         return self._backend.id_to_token(token_id) or ""
 

@@ -1,0 +1,162 @@
+"""What a request's parameters add to single logits: bias, allowed tokens, bad words, no end before min_tokens.
+
+Each is a sparse list, (row, token) pairs for the rows of a step. The lists are put together on the CPU and kept on the
+device for as long as the same requests are in the batch, which is most steps. A bad word of several tokens forbids its
+last one where the others were just written: every slot's last tokens are kept on the device for that, so that a token
+that the CPU does not know yet counts.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from mainsail_engine.request import Request
+
+MAX_BAD_WORD_TOKENS = 32
+_HISTORY = MAX_BAD_WORD_TOKENS - 1
+_ANY, _NOTHING = -1, -2
+"""In a bad word's beginning: matches everything. In a slot's history: no token yet."""
+
+
+@dataclass(slots=True)
+class _Pairs:
+    """(row, token) pairs; each tensor [n]."""
+
+    rows: torch.Tensor
+    tokens: torch.Tensor
+
+
+@dataclass(slots=True)
+class _StepEdits:
+    """The edits of one composition of the batch, on the device."""
+
+    added: _Pairs | None
+    added_values: torch.Tensor | None
+    allowed: _Pairs | None
+    allowed_rows: torch.Tensor | None
+    bad: _Pairs | None
+    """Each bad word's row and last token."""
+    bad_slots: torch.Tensor | None
+    bad_beginnings: torch.Tensor | None
+    """[num_words, _HISTORY] int64, aligned at the end, _ANY before the word."""
+    history_rows: np.ndarray
+    """Rows whose tokens must be remembered."""
+
+
+class LogitEdits:
+    def __init__(self, num_slots: int, eos_token_ids: frozenset[int], device: torch.device) -> None:
+        self._device = device
+        self._eos = eos_token_ids
+        self._tenants: list[Request | None] = [None] * num_slots
+        self._min_until = np.zeros(num_slots, np.int64)
+        """The position from which on the slot's answer may end."""
+        self._history: torch.Tensor | None = None
+        self._tenancy = 0
+        self._known: tuple[bytes, _StepEdits] | None = None
+
+    def move_in(self, slot: int, request: Request | None) -> None:
+        """None: the slot's request edits nothing."""
+        if request is None and self._tenants[slot] is None:
+            return
+        self._tenants[slot] = request
+        self._tenancy += 1
+        self._min_until[slot] = 0 if request is None else len(request.prompt_token_ids) + request.params.min_tokens
+        if request is not None and any(len(word) > 1 for word in request.params.bad_words):
+            self._remember(slot, request.output_token_ids[-_HISTORY:])
+
+    def _remember(self, slot: int, tokens: list[int]) -> None:
+        if self._history is None:
+            self._history = torch.full((len(self._tenants), _HISTORY), _NOTHING, device=self._device)
+        row = np.full(_HISTORY, _NOTHING, np.int64)
+        if tokens:
+            row[-len(tokens) :] = tokens
+        self._history[slot] = self._up(row)
+
+    def apply(self, logits: torch.Tensor, slots: np.ndarray, positions: np.ndarray) -> None:
+        """Edit logits [n, vocab] (float32) in place; positions [n] are those of the tokens to be sampled."""
+        edits = self._edits_of(slots, positions)
+        if edits.allowed is not None and edits.allowed_rows is not None:
+            rows, tokens = edits.allowed.rows, edits.allowed.tokens
+            kept = logits[rows, tokens]
+            logits[edits.allowed_rows] = -math.inf
+            logits[rows, tokens] = kept
+        if edits.added is not None and edits.added_values is not None:
+            logits.index_put_((edits.added.rows, edits.added.tokens), edits.added_values, accumulate=True)
+        if edits.bad is not None and self._history is not None and edits.bad_beginnings is not None:
+            beginnings = edits.bad_beginnings
+            written = ((self._history[edits.bad_slots] == beginnings) | (beginnings == _ANY)).all(dim=1)
+            forbidden = torch.where(written, -math.inf, 0.0)
+            logits.index_put_((edits.bad.rows, edits.bad.tokens), forbidden, accumulate=True)
+
+    def note(self, slots: np.ndarray, tokens: torch.Tensor) -> None:
+        """These tokens [n] were drawn for the slots of the last `apply`."""
+        if self._history is None or self._known is None or not len(self._known[1].history_rows):
+            return
+        rows = self._known[1].history_rows
+        held, newest = self._up(slots[rows]), tokens[self._up(rows)]
+        self._history[held] = torch.cat((self._history[held][:, 1:], newest[:, None]), dim=1)
+
+    def _edits_of(self, slots: np.ndarray, positions: np.ndarray) -> _StepEdits:
+        early = positions < self._min_until[slots]
+        key = self._tenancy.to_bytes(8, "little") + slots.tobytes() + early.tobytes()
+        if self._known is None or self._known[0] != key:
+            self._known = key, self._build(slots, early)
+        return self._known[1]
+
+    def _build(self, slots: np.ndarray, early: np.ndarray) -> _StepEdits:
+        added: list[tuple[int, int, float]] = []
+        allowed: list[tuple[int, int]] = []
+        bad: list[tuple[int, int, int, list[int]]] = []
+        history: set[int] = set()
+        for row, slot in enumerate(map(int, slots)):
+            request = self._tenants[slot]
+            if request is None:
+                continue
+            params = request.params
+            added.extend((row, token, value) for token, value in params.logit_bias)
+            if early[row]:
+                added.extend((row, token, -math.inf) for token in sorted(self._eos.union(params.stop_token_ids)))
+            allowed.extend((row, token) for token in params.allowed_token_ids)
+            for word in params.bad_words:
+                beginning, last = list(word[:-1]), word[-1]
+                if beginning:
+                    history.add(row)
+                    bad.append((row, last, slot, beginning))
+                else:
+                    added.append((row, last, -math.inf))
+        return self._on_device(added, allowed, bad, np.array(sorted(history), np.int64))
+
+    def _on_device(
+        self,
+        added: list[tuple[int, int, float]],
+        allowed: list[tuple[int, int]],
+        bad: list[tuple[int, int, int, list[int]]],
+        history_rows: np.ndarray,
+    ) -> _StepEdits:
+        beginnings = np.full((len(bad), _HISTORY), _ANY, np.int64)
+        for index, (_, _, _, beginning) in enumerate(bad):
+            beginnings[index, -len(beginning) :] = beginning
+        allowed_rows = np.unique(np.array([row for row, _ in allowed], np.int64))
+        return _StepEdits(
+            added=self._pairs([(row, token) for row, token, _ in added]),
+            added_values=self._up(np.array([value for _, _, value in added], np.float32)) if added else None,
+            allowed=self._pairs(allowed),
+            allowed_rows=self._up(allowed_rows) if allowed else None,
+            bad=self._pairs([(row, last) for row, last, _, _ in bad]),
+            bad_slots=self._up(np.array([slot for _, _, slot, _ in bad], np.int64)) if bad else None,
+            bad_beginnings=self._up(beginnings) if bad else None,
+            history_rows=history_rows,
+        )
+
+    def _pairs(self, pairs: list[tuple[int, int]]) -> _Pairs | None:
+        if not pairs:
+            return None
+        rows, tokens = np.array(pairs, np.int64).T
+        return _Pairs(self._up(np.ascontiguousarray(rows)), self._up(np.ascontiguousarray(tokens)))
+
+    def _up(self, values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(values).to(self._device, non_blocking=True)  # pyright: ignore[reportUnknownMemberType]

@@ -1,0 +1,77 @@
+"""Presence, frequency and repetition penalties, from counts that live on the device.
+
+    counts[slot, token]    bit 30: the prompt has it        bits 0 .. 29: how often the answer has it
+
+One row of int32 for each slot, made when the first request asks for penalties. A row is written when a request moves
+in; from then on every sampled token is counted right after its draw, on the device, so that the next step sees it
+whether or not the CPU has. Definitions as in OpenAI's API (presence, frequency) and in Keskar et al., "CTRL", 2019
+(repetition).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from mainsail_engine.request import Request
+
+IN_PROMPT = 1 << 30
+PIECE = 64
+"""Rows that are penalized at once: bounds the intermediate tensors."""
+
+
+def penalize(
+    logits: torch.Tensor,
+    counts: torch.Tensor,
+    presence: torch.Tensor,
+    frequency: torch.Tensor,
+    repetition: torch.Tensor,
+) -> torch.Tensor:
+    """logits [n, vocab] float32 after the penalties (each [n]) for counts [n, vocab] int32."""
+    seen = counts > 0
+    factor = torch.where(seen, repetition[:, None], 1.0)
+    logits = torch.where(logits > 0, logits / factor, logits * factor)
+    written = counts & (IN_PROMPT - 1)
+    return logits - frequency[:, None] * written - presence[:, None] * (written > 0)
+
+
+class TokenCounts:
+    def __init__(self, num_slots: int, vocab_size: int, device: torch.device) -> None:
+        self._shape, self._device = (num_slots, vocab_size), device
+        self._counts: torch.Tensor | None = None
+        self._penalties = np.zeros((3, num_slots), np.float32)
+
+    def _table(self) -> torch.Tensor:
+        if self._counts is None:
+            self._counts = torch.zeros(self._shape, dtype=torch.int32, device=self._device)
+        return self._counts
+
+    def move_in(self, slot: int, request: Request) -> None:
+        """Write the slot's row from the request's prompt and its output so far."""
+        params = request.params
+        self._penalties[:, slot] = params.presence_penalty, params.frequency_penalty, params.repetition_penalty
+        row = self._table()[slot]
+        row.zero_()
+        row[self._up(np.unique(np.array(request.prompt_token_ids, np.int64)))] = IN_PROMPT
+        if request.output_token_ids:
+            tokens, times = np.unique(np.array(request.output_token_ids, np.int64), return_counts=True)
+            row[self._up(tokens)] += self._up(times.astype(np.int32))
+
+    def penalize(self, logits: torch.Tensor, slots: np.ndarray, rows: np.ndarray) -> None:
+        """In place, those rows of logits [n, vocab] (float32) whose slots ask for it."""
+        table = self._table()
+        for first in range(0, len(rows), PIECE):
+            some = rows[first : first + PIECE]
+            index, held = self._up(some), self._up(slots[some])
+            presence, frequency, repetition = self._up(self._penalties[:, slots[some]])
+            logits[index] = penalize(logits[index], table[held], presence, frequency, repetition)
+
+    def count(self, slots: np.ndarray, tokens: torch.Tensor, rows: np.ndarray) -> None:
+        """The tokens [n] of these rows were just drawn."""
+        index, held = self._up(rows), self._up(slots[rows])
+        places = held * self._shape[1] + tokens[index].clamp(min=0)
+        ones = torch.ones(len(rows), dtype=torch.int32, device=self._device)
+        self._table().view(-1).index_add_(0, places, ones)
+
+    def _up(self, values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(values).to(self._device, non_blocking=True)  # pyright: ignore[reportUnknownMemberType]
