@@ -84,6 +84,18 @@ class SchedulerStats(msgspec.Struct, frozen=True, array_like=True):
     """Prompt tokens looked up."""
     prefix_cache_hits: int = 0
     """Prompt tokens found."""
+    host_cache_hits: int = 0
+    """Tokens found in host memory: of prompts, and of requests that resume."""
+    host_usage: float = 0.0
+    """Share of the host tier's blocks that hold something: 0 .. 1."""
+    num_swapped_out: int = 0
+    """Blocks copied to the host."""
+    num_swapped_in: int = 0
+    """Blocks copied back."""
+    num_recomputed_tokens: int = 0
+    """Tokens that preempted requests had computed before and had to compute again."""
+    kv_waste: float = 0.0
+    """Room in allocated blocks that holds nothing, as a share of what is in use."""
 
 
 class FirstScheduled(msgspec.Struct, frozen=True, array_like=True):

@@ -140,6 +140,10 @@ class Request:
     """Full blocks on that path."""
     shadow_block_ids: list[int] = field(default_factory=list[int])
     """The tree's blocks for content that this request computed a second time; owned to keep the path."""
+    load: int = 0
+    """Number of the last load from the host that this request waits for (kv/host_tier.py). 0: of none."""
+    num_lost_tokens: int = 0
+    """Positions that were computed when it was preempted last, and not resumed from yet."""
 
     @property
     def num_tokens(self) -> int:

@@ -1,15 +1,17 @@
 """One step's plan: decode → continue prefills → admit, under one token budget, without phases.
 
     add ──▶ waiting ──admit──▶ prefilling ──last chunk planned──▶ decoding ──commit──▶ finished
-               ▲                   │                                 │
-               └─────── preempt (blocks stay cached) ────────────────┘
+               ▲         (waits for its loads)                       │
+               └─── preempt (KV stays cached, here or on the host) ──┘
 
 Promises. Every decoding request gets its token in every step: the budget is never below the number of running
 requests, and decodes come first. A prompt starts only when the whole of it fits above the watermark, so what was
 admitted is not thrown out again at once; blocks themselves are allocated as chunks come. When running requests outgrow
-the pool, the one with the lowest priority, then the one with the least work to lose, goes back to waiting; its blocks
-stay in the prefix tree, so that it resumes mostly from there. A prompt whose next block another request is computing
-right now waits for that block rather than computing it twice. Who waits is served by priority and fairly between users
+the pool, the one with the lowest priority, then the one with the least work to lose, goes back to waiting; its KV
+stays in the prefix tree and goes to the host as its room is needed, so that it resumes from there and computes nothing
+again unless the host tier is full or off (counted). Who resumes from the host, or begins with a prefix that is there,
+waits for its loads while others run. A prompt whose next block another request is computing right now waits for that
+block rather than computing it twice. Who waits is served by priority and fairly between users
 (`waiting.py`); a request past its deadline ends with an error. One failed row ends one request.
 
 Steps may overlap: plan N+1 may be made before N is committed. What turns out to have stopped at N has its N+1 token
@@ -43,6 +45,10 @@ DEFAULT_BUDGET = {"cuda": 8192}
 CPU_BUDGET = 512
 RETRY_STEPS = 16
 """A request that did not fit is matched anew when room has grown enough, or after this many steps."""
+WASTE_STEPS = 32
+"""The gauge of unused room is taken anew every so many steps: it looks at every request."""
+LOADS_PER_STEP = 128
+"""Blocks that one plan begins to load: enough to keep the bus busy, few enough that others' loads come in between."""
 
 
 class Scheduler:
@@ -54,10 +60,13 @@ class Scheduler:
         eos_token_ids: Iterable[int],
         *,
         max_num_batched_tokens: int | None = None,
+        num_host_blocks: int = 0,
     ) -> None:
         """max_num_batched_tokens: the runner's choice where the configuration leaves it open."""
         self.max_model_len = min(max_model_len, num_blocks * BLOCK_SIZE)
-        self.kv = KVCache(num_blocks, enable_prefix_caching=config.cache.enable_prefix_caching)
+        self.kv = KVCache(
+            num_blocks, num_host_blocks=num_host_blocks, enable_prefix_caching=config.cache.enable_prefix_caching
+        )
         default = max_num_batched_tokens or DEFAULT_BUDGET.get(config.device, CPU_BUDGET)
         self._budget = config.scheduler.max_num_batched_tokens or default
         self._max_running = min(config.scheduler.max_num_seqs, self._budget)
@@ -79,6 +88,8 @@ class Scheduler:
         """The first in the queue that did not fit: its place in the queue, the available blocks it needs, the step."""
         self._num_arrivals = self._num_steps = self._plans_in_flight = 0
         self._num_preemptions = self._prefix_queries = self._prefix_hits = 0
+        self._host_hits = self._num_recomputed = 0
+        self._kv_waste = 0.0
 
     # -- requests come and go ------------------------------------------------------------------------------------
 
@@ -156,10 +167,13 @@ class Scheduler:
         budget = self._plan_prefills(plan, self._budget - plan.num_decodes)
         if self._num_preemptions == preempted_before:
             self._admit(plan, budget)
-        if not plan.chunks and not self._plans_in_flight:
+        if not plan.chunks and not self._plans_in_flight and not self.kv.host.is_loading:
             self._unblock(plan)
         self.kv.unpin()
-        if not plan.chunks:
+        plan.stores = self.kv.host.take_stores()
+        plan.loads = self.kv.host.take_loads(LOADS_PER_STEP)
+        waits_for_loads = self.kv.host.is_loading and not self._plans_in_flight
+        if not (plan.chunks or plan.stores or plan.loads or waits_for_loads):
             return None
         self._plans_in_flight += 1
         return plan
@@ -201,7 +215,8 @@ class Scheduler:
         for request in list(self._prefilling):
             if budget <= 0:
                 break
-            budget -= self._plan_chunk(plan, request, budget)
+            if self.kv.is_loaded(request):
+                budget -= self._plan_chunk(plan, request, budget)
         return budget
 
     def _plan_chunk(self, plan: StepPlan, request: Request, budget: int) -> int:
@@ -233,10 +248,11 @@ class Scheduler:
             if budget <= 0 or self.num_running >= self._max_running or request.num_launched_chunks:
                 return  # the last: it was preempted, and its step has not come back
             match = self.kv.match(request)
-            next_key = self._next_key(request, match.node, len(match.blocks))
-            if next_key in computing and not request.params.reads_whole_prompt:
+            next_key = self._next_key(request, match.node, match.num_blocks)
+            computed_by_another = next_key in computing and not request.params.reads_whole_prompt
+            if computed_by_another or self.kv.tail_is_loading(match):
                 held = True
-                continue  # another request writes this block right now: share it in a moment
+                continue  # this block is being written or loaded right now: share it in a moment
             lacking = self._lacking(request, match)
             if lacking > 0:
                 if not held:
@@ -244,7 +260,8 @@ class Scheduler:
                     self._blocked = (self._waiting.order(request), room, self._num_steps)
                 return
             self._start(plan, request, match)
-            budget -= self._plan_chunk(plan, request, budget)
+            if self.kv.is_loaded(request):
+                budget -= self._plan_chunk(plan, request, budget)
             if next_key is not None:
                 computing.add(next_key)
 
@@ -258,7 +275,8 @@ class Scheduler:
     def _lacking(self, request: Request, match: Match) -> int:
         """Blocks missing for the whole request above the watermark and the prompts begun.
 
-        A tail to copy needs its source kept for a moment: it is dropped where that is one block too many.
+        A tail to copy needs its source kept for a moment: it is dropped where that is one block too many. (A tail on
+        the host is loaded into the request's own block, and needs no more than that.)
         """
         reserved = self._watermark if self.num_running else 0
         reserved += sum(blocks_for(r.num_tokens) - len(r.block_ids) for r in self._prefilling)
@@ -293,12 +311,26 @@ class Scheduler:
         request.slot = self._slots.pop()
         request.move(RequestStatus.RUNNING)
         self._prefilling.append(request)
-        if request.num_preemptions == 0:
+        self._host_hits += match.num_host_tokens
+        if request.num_preemptions:
+            self._note_resumed(request, match)
+        else:
             request.num_cached_tokens = match.num_tokens
             self._prefix_queries += len(request.prompt_token_ids)
             self._prefix_hits += match.num_tokens
             uncached = len(request.prompt_token_ids) - match.num_tokens
             self._accounts[request.request_id].served += PROMPT_WEIGHT * uncached
+
+    def _note_resumed(self, request: Request, match: Match) -> None:
+        recomputed = max(0, request.num_lost_tokens - match.num_tokens)
+        self._num_recomputed += recomputed
+        log.info(
+            "resumed %s: %d tokens still on the device, %d from the host, %d to compute again",
+            request.request_id,
+            match.num_tokens - match.num_host_tokens,
+            match.num_host_tokens,
+            recomputed,
+        )
 
     # -- preemption ----------------------------------------------------------------------------------------------
 
@@ -308,7 +340,7 @@ class Scheduler:
         return min([entry for entry in ranked if entry[1]] or ranked)[3]
 
     def _preempt(self, request: Request) -> None:
-        """Back to waiting. What finished steps have written stays cached; a token in flight still arrives."""
+        """Back to waiting. What finished steps have written stays cached, and is on either tier when it resumes."""
         log.info(
             "preempted %s: %d tokens computed, %d blocks of its own (pool of %d blocks is full)",
             request.request_id,
@@ -317,7 +349,8 @@ class Scheduler:
             self.kv.pool.num_blocks,
         )
         self._stop_running(request)
-        self.kv.release(request)
+        request.num_lost_tokens = request.num_computed_tokens
+        self.kv.suspend(request)
         request.move(RequestStatus.WAITING)
         request.num_preemptions += 1
         self._num_preemptions += 1
@@ -335,6 +368,7 @@ class Scheduler:
     def commit(self, plan: StepPlan, result: StepResult, now: float) -> list[RequestOutput]:
         """Take a finished step's tokens, in launch order. Returns what each request got."""
         self._plans_in_flight -= 1
+        self.kv.loaded(result.num_loaded)
         outputs = self.take_outputs()
         tokens = iter(result.token_ids)
         for index, chunk in enumerate(plan.chunks):
@@ -415,6 +449,7 @@ class Scheduler:
             self.kv.release(request)
         else:
             self._waiting.remove(request)
+            self.kv.forget_tenant(request)
             self._look_again(request)
         request.move(RequestStatus.FINISHED)
         request.finish_reason = reason
@@ -423,7 +458,19 @@ class Scheduler:
 
     # -- what others may know ------------------------------------------------------------------------------------
 
+    def kv_waste(self) -> float:
+        """Room for tokens in the blocks of running requests that holds none, as a share of what is in use."""
+        unused = 0
+        for request in (*self._decoding, *self._prefilling):
+            blocks = len(request.block_ids) + len(request.shadow_block_ids)
+            unused += blocks * BLOCK_SIZE - request.num_computed_tokens
+        used = self.kv.pool.num_owned * BLOCK_SIZE - unused
+        return unused / used if used > 0 else 0.0
+
     def stats(self) -> SchedulerStats:
+        host = self.kv.host
+        if self._num_steps % WASTE_STEPS == 0 or not self.num_running:
+            self._kv_waste = self.kv_waste()
         return SchedulerStats(
             num_running=self.num_running,
             num_waiting=len(self._waiting),
@@ -431,6 +478,12 @@ class Scheduler:
             num_preemptions=self._num_preemptions,
             prefix_cache_queries=self._prefix_queries,
             prefix_cache_hits=self._prefix_hits,
+            host_cache_hits=self._host_hits,
+            host_usage=host.pool.num_idle / host.pool.num_blocks if host.pool.num_blocks else 0.0,
+            num_swapped_out=host.num_stored,
+            num_swapped_in=host.num_loaded,
+            num_recomputed_tokens=self._num_recomputed,
+            kv_waste=self._kv_waste,
         )
 
     def check_integrity(self) -> None:

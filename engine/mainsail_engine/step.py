@@ -43,11 +43,27 @@ class BlockCopy:
     num_tokens: int
 
 
+@dataclass(slots=True, frozen=True)
+class BlockMove:
+    """A whole block between the tiers: device block, host block."""
+
+    device: int
+    host: int
+
+
 @dataclass(slots=True)
 class StepPlan:
-    """One forward pass. Decodes (one token, samples) come first, so that a pure prefix of the batch is uniform."""
+    """One forward pass, and the copies around it. In this order: stores, copies, loads begun, forward pass.
+
+    Decodes (one token, samples) come first, so that a pure prefix of the batch is uniform. A plan may be without any
+    chunk: its result then waits for all loads begun so far, since nothing else can go on.
+    """
 
     chunks: list[Chunk] = field(default_factory=list[Chunk])
+    stores: list[BlockMove] = field(default_factory=list[BlockMove])
+    """Device to host, read before anything of this plan is written. Their device blocks may be written by it."""
+    loads: list[BlockMove] = field(default_factory=list[BlockMove])
+    """Host to device, begun with this plan and finished whenever: no chunk of this plan touches these blocks."""
     copies: list[BlockCopy] = field(default_factory=list[BlockCopy])
     """Done before the forward pass. No block is both a source and a destination, so their order does not matter."""
     num_decodes: int = 0
@@ -85,6 +101,8 @@ class StepResult:
     token_ids: list[int]
     extras: dict[int, ChunkExtras] = field(default_factory=dict[int, ChunkExtras])
     """By a chunk's place in the plan; empty when no request of the step wants more than a token."""
+    num_loaded: int = 0
+    """Blocks of `loads` that have arrived since the runner started, over all plans, in the order they were begun."""
 
 
 class PendingStep(Protocol):

@@ -54,14 +54,36 @@ def alone(prompt: list[int], params: SamplingParams, max_model_len: int) -> list
 
 
 class Device:
-    """Executes plans in order, checks what they read."""
+    """Executes plans in order, checks what they read. A load arrives `lag` plans after the one that began it."""
 
-    def __init__(self, num_blocks: int, slots: int) -> None:
+    def __init__(self, num_blocks: int, slots: int, num_host_blocks: int = 0, lag: int = 0) -> None:
         self.kv = [[-1] * 16 for _ in range(num_blocks)]
+        self.host = [[-1] * 16 for _ in range(num_host_blocks)]
         self.newest = [-1] * slots
-        self.computed = 0
+        self.computed = self.loaded = self.launched = 0
+        self.lag = lag
+        self.loading: deque = deque()
+
+    def move(self, plan) -> None:
+        """The copies between the tiers. What is on its way may not change at either end."""
+        self.launched += 1
+        busy = {host for _, _, host, _ in self.loading}
+        for move in plan.stores:
+            assert move.host not in busy
+            self.host[move.host] = list(self.kv[move.device])
+        for move in plan.loads:
+            self.loading.append((self.launched, move.device, move.host, list(self.host[move.host])))
+            self.kv[move.device] = [-2] * 16
+        while self.loading and (self.loading[0][0] + self.lag <= self.launched or not plan.chunks):
+            _, device, host, content = self.loading.popleft()
+            assert self.host[host] == content
+            assert self.kv[device] == [-2] * 16
+            self.kv[device] = content
+            self.loaded += 1
 
     def launch(self, plan, fail=frozenset()) -> StepResult:
+        assert not {c.src for c in plan.copies} & {device for _, device, _, _ in self.loading}
+        self.move(plan)
         sources, targets = {c.src for c in plan.copies}, [c.dst for c in plan.copies]
         assert not sources & set(targets)
         assert len(set(targets)) == len(targets)
@@ -76,7 +98,7 @@ class Device:
                 token = FAILED_TOKEN if request.request_id in fail else sample(prefix, may_stop)
                 self.newest[chunk.slot] = token
                 samples.append(token)
-        return StepResult(samples)
+        return StepResult(samples, num_loaded=self.loaded)
 
     def tokens(self, chunk) -> list[int]:
         """Token ids of positions [0, the chunk's end)."""
@@ -105,7 +127,7 @@ class Engine:
     """Scheduler and device together, up to `depth` steps in flight."""
 
     def __init__(self, num_blocks=32, max_model_len=200, max_num_seqs=8, budget=48, depth=1, **options) -> None:
-        watermark = options.pop("watermark", 0.05)
+        watermark, host, lag = options.pop("watermark", 0.05), options.pop("host", 0), options.pop("lag", 0)
         config = EngineConfig(
             model=ModelConfig(path="none"),
             cache=CacheConfig(num_blocks=num_blocks, **options),
@@ -113,8 +135,8 @@ class Engine:
                 max_num_seqs=max_num_seqs, max_num_batched_tokens=budget, watermark=watermark
             ),
         )  # fmt: skip
-        self.scheduler = Scheduler(config, num_blocks, max_model_len, [EOS])
-        self.device = Device(num_blocks, max_num_seqs)
+        self.scheduler = Scheduler(config, num_blocks, max_model_len, [EOS], num_host_blocks=host)
+        self.device = Device(num_blocks, max_num_seqs, host, lag)
         self.budget, self.depth, self.now = budget, depth, 0.0
         self.in_flight = deque()
         self.requests: dict[str, Request] = {}
@@ -151,7 +173,8 @@ class Engine:
         return plan is not None
 
     def check_plan(self, plan, decoding) -> None:
-        assert 0 < plan.num_tokens <= self.budget
+        assert 0 <= plan.num_tokens <= self.budget
+        assert plan.chunks or plan.stores or plan.loads or self.device.loading
         for index, chunk in enumerate(plan.chunks):
             assert chunk.num_tokens > 0
             if index < plan.num_decodes:
@@ -330,17 +353,106 @@ def test_the_lowest_priority_then_the_least_work_is_preempted():
     engine.check_outputs()
 
 
-def test_resuming_is_mostly_a_hit():
+@pytest.mark.parametrize("caching", [True, False])
+def test_resuming_is_mostly_a_hit_and_with_a_host_tier_wholly(caching):
     once, extra = 4 * (60 + 39), {}
-    for caching in (True, False):
-        engine = Engine(num_blocks=20, watermark=0.0, budget=200, enable_prefix_caching=caching)
+    for host in (0, 64):
+        engine = Engine(num_blocks=20, watermark=0.0, budget=200, enable_prefix_caching=caching, host=host)
         for i in range(4):
             engine.add(prompt(i, 60), max_tokens=40, ignore_eos=True)
         engine.run()
-        assert engine.scheduler.stats().num_preemptions > 0
+        stats = engine.scheduler.stats()
+        assert stats.num_preemptions > 0
         engine.check_outputs()
-        extra[caching] = engine.device.computed - once
-    assert 0 <= extra[True] < extra[False] / 2
+        extra[host] = engine.device.computed - once
+        assert extra[host] == stats.num_recomputed_tokens
+    assert (extra[64], 0 < extra[0] < 100) == (0, True)
+    assert stats.num_swapped_out > 0
+    assert stats.num_swapped_in > 0
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("lag", [0, 3])
+def test_swapped_out_and_back_changes_no_token(depth, lag):
+    engine = Engine(num_blocks=12, max_model_len=160, depth=depth, watermark=0.0, host=80, lag=lag)
+    for i in range(8):
+        engine.add(prompt(i, 20 + 5 * i), max_tokens=60, ignore_eos=True)
+    engine.run()
+    stats = engine.scheduler.stats()
+    assert stats.num_preemptions > 3
+    assert stats.num_swapped_in > 3
+    assert stats.num_recomputed_tokens <= stats.num_preemptions * (depth - 1)  # the token in flight, at most
+    engine.check_outputs()
+
+
+def test_others_run_while_blocks_are_on_their_way():
+    engine = Engine(num_blocks=24, max_model_len=320, budget=64, host=64, lag=6, max_num_seqs=4)
+    first = engine.add(prompt(0, 200), max_tokens=2, ignore_eos=True)
+    engine.run()
+    engine.add(prompt(1, 300), max_tokens=2, ignore_eos=True)
+    engine.run()  # the first one's blocks had to go
+    engine.add(prompt(2, 20), max_tokens=30, ignore_eos=True, request_id="other")
+    engine.step()
+    again = engine.add(first.prompt_token_ids, max_tokens=2, ignore_eos=True)
+    engine.step()
+    assert (again.status, engine.scheduler.kv.is_loaded(again)) == (RequestStatus.RUNNING, False)
+    before = len(engine.outputs["other"])
+    while not engine.outputs[again.request_id]:
+        engine.step()
+    assert len(engine.outputs["other"]) - before >= 6
+    assert again.num_cached_tokens == 199
+    engine.run()
+    engine.check_outputs()
+
+
+@pytest.mark.parametrize("lag", [2, 9])
+def test_leaving_while_blocks_are_on_their_way(lag):
+    """The client goes, or a second request wants the same blocks: the copies end where they were begun."""
+    engine = Engine(num_blocks=24, max_model_len=320, budget=64, host=64, lag=lag, max_num_seqs=4)
+    first = engine.add(prompt(0, 200), max_tokens=2, ignore_eos=True)
+    engine.run()
+    engine.add(prompt(1, 300), max_tokens=2, ignore_eos=True)
+    engine.run()
+    engine.add(prompt(2, 20), max_tokens=30, ignore_eos=True)
+    engine.step()
+    for name in ("goes", "stays"):
+        engine.add(first.prompt_token_ids, max_tokens=2, ignore_eos=True, request_id=name)
+    engine.step()
+    swapped_in = engine.scheduler.kv.host.num_queued
+    engine.scheduler.abort(["goes"])
+    engine.run()
+    assert engine.scheduler.kv.host.num_queued == swapped_in
+    assert engine.requests["stays"].num_cached_tokens == 199
+    engine.check_outputs()
+
+
+def test_a_full_host_tier_keeps_the_newest_and_the_rest_is_computed_again():
+    engine = Engine(num_blocks=12, max_model_len=160, host=6)
+    for i in range(6):
+        engine.add(prompt(i, 80), max_tokens=1)
+        engine.run()
+    hits = [engine.add(prompt(i, 80), max_tokens=1) for i in (5, 4)]
+    engine.run()
+    assert [r.num_cached_tokens for r in hits] == [79, 79]
+    stats = engine.scheduler.stats()
+    assert stats.host_usage == 1.0
+    assert stats.num_swapped_out > 6
+    engine.check_outputs()
+
+
+def test_branches_find_generated_tokens_on_the_host_too():
+    engine = Engine(num_blocks=16, max_model_len=200, host=64)
+    root = engine.add(prompt(0, 50), max_tokens=20, ignore_eos=True)
+    engine.run()
+    engine.add(prompt(1, 180), max_tokens=2, ignore_eos=True)
+    engine.run()
+    stem, before = root.prompt_token_ids + engine.outputs["r0"], engine.device.computed
+    for i in range(4):
+        branch = engine.add([*stem, 5 + i, *prompt(i, 10)], max_tokens=1)
+        engine.run()
+        assert branch.num_cached_tokens == 69 + (i > 0)  # the last token was sampled, and not computed until then
+    assert engine.device.computed - before == 12 + 3 * 11
+    engine.check_outputs()
 
 
 def test_a_prompt_waits_until_the_whole_of_it_fits_and_then_runs_through():
@@ -503,12 +615,12 @@ class RandomTraffic(RuleBasedStateMachine):
     @initialize(
         num_blocks=st.integers(6, 28), depth=st.integers(1, 2), budget=st.integers(4, 64),
         seqs=st.integers(1, 8), caching=st.sampled_from([True, True, True, False]),
-        watermark=st.sampled_from([0.0, 0.1]),
+        watermark=st.sampled_from([0.0, 0.1]), host=st.sampled_from([0, 3, 10, 60]), lag=st.sampled_from([0, 1, 5]),
     )  # fmt: skip
-    def start(self, num_blocks, depth, budget, seqs, caching, watermark):
+    def start(self, num_blocks, depth, budget, seqs, caching, watermark, host, lag):
         self.engine = Engine(
             num_blocks=num_blocks, max_model_len=min(150, num_blocks * 16), max_num_seqs=seqs, budget=budget,
-            depth=depth, enable_prefix_caching=caching, watermark=watermark,
+            depth=depth, enable_prefix_caching=caching, watermark=watermark, host=host, lag=lag,
         )  # fmt: skip
 
     @rule(
@@ -565,11 +677,13 @@ RandomTraffic.TestCase.settings = settings(
 test_random_traffic = RandomTraffic.TestCase
 
 
-@pytest.mark.parametrize("depth", [1, 2])
-def test_a_long_mixed_run(depth):
+@pytest.mark.parametrize(("depth", "host"), [(1, 0), (2, 0), (1, 30), (2, 30)])
+def test_a_long_mixed_run(depth, host):
     """5,000 steps of random traffic in a pool far too small."""
     rng = random.Random(depth)
-    engine = Engine(num_blocks=24, max_model_len=200, max_num_seqs=6, budget=40, depth=depth, watermark=0.02)
+    engine = Engine(
+        num_blocks=24, max_model_len=200, max_num_seqs=6, budget=40, depth=depth, watermark=0.02, host=host, lag=3
+    )
     for _ in range(5000):
         if rng.random() < 0.12 and len(engine.scheduler._waiting) < 10:
             tokens = rng.choice(STEMS)[: rng.randrange(90)] + prompt(rng.randrange(99), rng.randrange(1, 40))
@@ -584,3 +698,4 @@ def test_a_long_mixed_run(depth):
     stats = engine.scheduler.stats()
     assert stats.num_preemptions > 20
     assert stats.prefix_cache_hits > 0.2 * stats.prefix_cache_queries
+    assert (stats.num_swapped_in > 100) == bool(host)

@@ -50,6 +50,14 @@ class BlockPool:
     def num_owned(self) -> int:
         return self.num_blocks - len(self._free) - self.num_idle
 
+    def grow(self, num_blocks: int) -> None:
+        """Add free blocks until there are num_blocks; never fewer than now."""
+        added = range(self.num_blocks, num_blocks)
+        self.ref_counts.extend(0 for _ in added)
+        self.cached.extend(bytes(len(added)))
+        self._free[:0] = reversed(added)
+        self.num_blocks += len(added)
+
     def allocate(self) -> int:
         """A free block, owned once. Raises BlockPoolError when none is free: evict before."""
         if not self._free:

@@ -1,7 +1,9 @@
-"""What the cached blocks hold: a radix tree over tokens, one node for each block of 16.
+"""What the cached blocks hold: a radix tree over tokens, one node for each block of 16, over both tiers of memory.
 
     root(cache_salt) ── [t0 .. t15] ─┬─ [t16 .. t31] ── [t32 .. t40)      a leaf may be partly filled
+        device            device     │     host            host
                                      └─ [u16 .. u31]
+                                           device
 
 A path from the root is a prefix, and names the blocks that hold its KV. Full blocks are shared as they are. Where a
 prompt leaves the tree inside a block, the common tokens of that block can be copied (copy-on-write), so reuse is exact
@@ -11,8 +13,12 @@ tenants apart from the root on.
 A node's key is its tokens as big-endian 32-bit words: slicing and hashing 64 bytes is one step in C, and in sorted
 order the longest common prefix with any tokens is found beside the place where they would be inserted.
 
-Eviction takes the least recently released leaf that no request owns, from a heap with lazy deletion: O(log n). A
-request that owns a node owns the whole path to it, so every idle block can be evicted in the end, leaves first.
+Eviction takes the least recently released node that no request owns and below which nothing is on the device, from a
+heap with lazy deletion: O(log n). A request that owns a node owns the whole path to it, so every idle block can be
+evicted in the end, leaves first. What is evicted goes to the host tier while there is room; so along a path come nodes
+on the device first, then nodes on the host. A node that came back keeps its host copy, to be evicted for nothing the
+next time, until the host's room is needed: such copies go first, then the least recently used leaf, if it is older
+than what wants its place.
 
 The idea: RadixAttention (SGLang, Zheng et al. 2023) on paged blocks, with a copied tail as in TensorRT-LLM.
 """
@@ -27,6 +33,7 @@ from heapq import heapify, heappop, heappush
 
 from mainsail_engine.config import BLOCK_SIZE
 from mainsail_engine.kv.block_pool import BlockPool, BlockPoolError
+from mainsail_engine.kv.host_tier import HostTier
 
 TOKEN_BYTES = 4
 KEY_BYTES = BLOCK_SIZE * TOKEN_BYTES
@@ -48,18 +55,24 @@ def common_tokens(left: bytes, right: bytes) -> int:
 
 
 class Node:
-    """One cached block, or a root (block -1)."""
+    """One cached block, on the device, the host or both; or a root (no parent)."""
 
-    __slots__ = ("block", "children", "key", "keys", "last_used", "parent", "salt")
+    __slots__ = ("block", "children", "device_children", "host", "key", "keys", "last_used", "load", "parent", "salt")
 
     def __init__(self, key: bytes, block: int, parent: Node | None, salt: str) -> None:
         self.key = key
         self.block = block
+        """On the device; -1: not there."""
+        self.host = -1
+        """On the host; -1: not there."""
+        self.load = 0
+        """Number of the load that brings or brought it to the device: there once the host tier has loaded so many."""
         self.parent = parent
         self.salt = salt
         self.children: dict[bytes, Node] = {}
         self.keys: list[bytes] = []
         """The children's keys in order."""
+        self.device_children = 0
         self.last_used = 0
 
     @property
@@ -68,30 +81,58 @@ class Node:
 
 
 class Match:
-    """What the tree has of a prompt: full blocks to share, and a tail to copy."""
+    """What the tree has of a prompt: full blocks to share, some of them to load first, and a tail to copy."""
 
-    __slots__ = ("blocks", "node", "tail_block", "tail_tokens")
+    __slots__ = ("blocks", "host_nodes", "node", "tail", "tail_tokens")
 
-    def __init__(self, blocks: list[int], node: Node | None, tail_block: int = -1, tail_tokens: int = 0) -> None:
+    def __init__(
+        self,
+        blocks: list[int],
+        node: Node | None,
+        *,
+        host_nodes: Sequence[Node] = (),
+        tail: Node | None = None,
+        tail_tokens: int = 0,
+    ) -> None:
         self.blocks = blocks
+        """On the device."""
+        self.host_nodes = host_nodes
+        """What follows them, on the host only."""
         self.node = node
         """Where the full blocks end; None: at the root."""
-        self.tail_block = tail_block
+        self.tail = tail
         self.tail_tokens = tail_tokens
-        """The first tail_tokens positions of tail_block go on where the full blocks end."""
+        """The first tail_tokens positions of the tail's block go on where the full blocks end."""
+
+    @property
+    def num_blocks(self) -> int:
+        """Full blocks on either tier."""
+        return len(self.blocks) + len(self.host_nodes)
 
     @property
     def num_tokens(self) -> int:
-        return len(self.blocks) * BLOCK_SIZE + self.tail_tokens
+        return self.num_blocks * BLOCK_SIZE + self.tail_tokens
+
+    @property
+    def num_host_tokens(self) -> int:
+        """What has to be loaded."""
+        tail_on_host = self.tail is not None and self.tail.block < 0
+        return len(self.host_nodes) * BLOCK_SIZE + (self.tail_tokens if tail_on_host else 0)
 
 
 class PrefixTree:
-    def __init__(self, pool: BlockPool) -> None:
+    def __init__(self, pool: BlockPool, host: HostTier | None = None) -> None:
         self._pool = pool
+        self._host = host or HostTier()
         self._roots: dict[str, Node] = {}
         self._nodes: list[Node | None] = [None] * pool.num_blocks
+        """By device block."""
+        self._host_nodes: dict[int, Node] = {}
+        """By host block."""
         self._leaves: list[tuple[int, int, Node]] = []
-        """Heap of (last_used, block, node); stale when the node was used since, has children, or is gone."""
+        """Heap of (last_used, block, node); stale when the node was used since, has children there, or is gone."""
+        self._host_leaves: list[tuple[bool, int, int, Node]] = []
+        """Heap of (it is the only copy, last_used, host block, node), stale likewise."""
         self._clock = 0
 
     def match(self, token_ids: Sequence[int], salt: str, limit: int) -> Match:
@@ -100,17 +141,20 @@ class PrefixTree:
         if node is None:
             return Match([], None)
         packed = pack_tokens(token_ids[:limit])
-        blocks: list[int] = []
+        blocks, host_nodes = list[int](), list[Node]()
         for position in range(0, len(packed) - KEY_BYTES + 1, KEY_BYTES):
             child = node.children.get(packed[position : position + KEY_BYTES])
             if child is None:
                 break
-            blocks.append(child.block)
+            if child.block >= 0:
+                blocks.append(child.block)
+            else:
+                host_nodes.append(child)
             node = child
-        rest = packed[len(blocks) * KEY_BYTES : (len(blocks) + 1) * KEY_BYTES]
-        end = node if blocks else None
-        tail, tail_tokens = self._closest_child(node, rest)
-        return Match(blocks, end, tail.block, tail_tokens) if tail else Match(blocks, end)
+        matched = (len(blocks) + len(host_nodes)) * KEY_BYTES
+        tail, tail_tokens = self._closest_child(node, packed[matched : matched + KEY_BYTES])
+        end = node if matched else None
+        return Match(blocks, end, host_nodes=host_nodes, tail=tail, tail_tokens=tail_tokens)
 
     def _closest_child(self, node: Node, rest: bytes) -> tuple[Node | None, int]:
         """The child sharing most leading tokens with rest: a neighbour of rest in sorted order."""
@@ -125,12 +169,14 @@ class PrefixTree:
     def insert(self, parent: Node | None, salt: str, key: bytes, block: int) -> Node:
         """The full block that continues parent (None: the root). Returns the node that now stands for it.
 
-        The returned node's block is another one when the same tokens are cached already: the caller then shares that
-        one (acquires it) to keep the path, and its own stays private.
+        The returned node's block is another one when the same tokens are on the device already: the caller then
+        shares that one (acquires it) to keep the path, and its own stays private.
         """
         parent = parent or self._root(salt)
         existing = parent.children.get(key)
         if existing is not None:
+            if existing.block < 0:
+                self.arrive(existing, block)
             return existing
         self._drop_covered_leaf(parent, key)
         return self._attach(parent, key, block)
@@ -140,7 +186,11 @@ class PrefixTree:
         parent = parent or self._root(salt)
         at = bisect_left(parent.keys, key)
         if at < len(parent.keys) and parent.keys[at].startswith(key):
-            self._touch(parent.children[parent.keys[at]])
+            existing = parent.children[parent.keys[at]]
+            if existing.block < 0 and existing.key == key:
+                self.arrive(existing, block)
+            else:
+                self._touch(existing)
             return
         self._drop_covered_leaf(parent, key)
         self._attach(parent, key, block)
@@ -152,14 +202,22 @@ class PrefixTree:
         return root
 
     def _attach(self, parent: Node, key: bytes, block: int) -> Node:
-        if parent.block < 0:
+        if parent.parent is None:
             self._roots[parent.salt] = parent  # it may have just lost its only child, and with it its place here
-        node = Node(key, block, parent, parent.salt)
-        self._pool.cache(block)
-        self._nodes[block] = node
+        node = Node(key, -1, parent, parent.salt)
         parent.children[key] = node
         insort(parent.keys, key)
+        self.arrive(node, block)
         return node
+
+    def arrive(self, node: Node, block: int, load: int = 0) -> None:
+        """The node is on the device as well: in this block, once that load has brought it."""
+        self._pool.cache(block)
+        self._nodes[block] = node
+        node.block, node.load = block, load
+        if node.parent is not None:
+            node.parent.device_children += 1
+        self._queue_host(node)
 
     def _drop_covered_leaf(self, parent: Node, key: bytes) -> None:
         """A partly filled idle leaf whose tokens the new key repeats is of no more use."""
@@ -167,12 +225,15 @@ class PrefixTree:
         if at < 0:
             return
         leaf = parent.children[parent.keys[at]]
-        if not leaf.is_full and key.startswith(leaf.key) and self._pool.ref_counts[leaf.block] == 0:
+        if not leaf.is_full and key.startswith(leaf.key) and not self._is_owned(leaf):
             self._detach(leaf)
+
+    def _is_owned(self, node: Node) -> bool:
+        return node.block >= 0 and self._pool.ref_counts[node.block] > 0
 
     def _touch(self, node: Node) -> None:
         """Used just now: last in line for eviction, if it is idle at all."""
-        if self._pool.ref_counts[node.block] == 0:
+        if node.block >= 0 and not self._is_owned(node):
             self.mark_idle((node.block,))
 
     def mark_idle(self, blocks: Iterable[int]) -> None:
@@ -183,8 +244,10 @@ class PrefixTree:
             if node is None:
                 raise BlockPoolError(f"block {block} is cached, but the prefix tree does not know it")
             node.last_used = self._clock
-            if not node.children:
+            if not node.device_children:
                 heappush(self._leaves, (self._clock, block, node))
+            if node.host >= 0:
+                self._queue_host(node)
         if len(self._leaves) > 2 * self._pool.num_blocks + 64:
             self._leaves = [entry for entry in self._leaves if self._is_idle_leaf(entry)]
             heapify(self._leaves)
@@ -194,94 +257,213 @@ class PrefixTree:
         return (
             self._nodes[block] is node
             and node.last_used == last_used
-            and not node.children
+            and not node.device_children
             and self._pool.ref_counts[block] == 0
         )
 
+    # -- from the device to the host, and away -------------------------------------------------------------------
+
     def evict(self, num_blocks: int) -> int:
-        """Free up to num_blocks idle blocks, least recently used leaves first. Returns how many."""
+        """Free up to num_blocks idle device blocks, least recently used leaves first. Returns how many."""
         evicted = 0
         while evicted < num_blocks and self._leaves:
             entry = heappop(self._leaves)
             if self._is_idle_leaf(entry):
-                self._detach(entry[2])
+                self._evict(entry[2])
                 evicted += 1
         return evicted
 
+    def _evict(self, node: Node) -> None:
+        """Off the device: to the host if there is room or it is there, else out of the tree, with what continues it."""
+        if node.host < 0:
+            if not self._host_room(node.last_used):
+                self._drop_subtree(node)
+                return
+            node.host = self._host.store(node.block)
+            self._host_nodes[node.host] = node
+        self._leave_device(node)
+        self._queue_host(node)
+
+    def _leave_device(self, node: Node) -> None:
+        block, parent = node.block, node.parent
+        self._nodes[block] = None
+        self._pool.uncache(block)
+        node.block = -1
+        if parent is not None:
+            parent.device_children -= 1
+            self._queue_leaf(parent)
+
+    def _queue_leaf(self, node: Node) -> None:
+        """In line for eviction, if that is all that keeps it."""
+        if node.block >= 0 and not node.device_children and self._pool.ref_counts[node.block] == 0:
+            heappush(self._leaves, (node.last_used, node.block, node))
+
+    def _queue_host(self, node: Node) -> None:
+        """In line for leaving the host, if nothing continues it only there."""
+        if node.host >= 0 and (node.block >= 0 or not node.children):
+            heappush(self._host_leaves, (node.block < 0, node.last_used, node.host, node))
+            if len(self._host_leaves) > 2 * self._host.pool.num_blocks + 64:
+                self._host_leaves = [entry for entry in self._host_leaves if self._may_leave_host(entry)]
+                heapify(self._host_leaves)
+
+    def _may_leave_host(self, entry: tuple[bool, int, int, Node]) -> bool:
+        only_copy, last_used, host, node = entry
+        return (
+            self._host_nodes.get(host) is node
+            and node.last_used == last_used
+            and only_copy == (node.block < 0)
+            and not (only_copy and node.children)
+            and self._host.pool.ref_counts[host] == 0
+        )
+
+    def host_released(self, host_blocks: Iterable[int]) -> None:
+        """Loads have read these: they may leave the host again."""
+        for host in self._host.pool.release(host_blocks):
+            self._queue_host(self._host_nodes[host])
+
+    def _host_room(self, last_used: int) -> bool:
+        """A free host block for something last used then: nothing newer has to go for it."""
+        while not self._host.pool.num_free:
+            entry = heappop(self._host_leaves) if self._host_leaves else None
+            if entry is None:
+                return False
+            if not self._may_leave_host(entry):
+                continue
+            only_copy, used, _, node = entry
+            if not only_copy:
+                self._leave_host(node)
+            elif used <= last_used:
+                self._detach(node)
+            else:
+                heappush(self._host_leaves, entry)
+                return False
+        return True
+
+    def _leave_host(self, node: Node) -> None:
+        del self._host_nodes[node.host]
+        self._host.pool.uncache(node.host)
+        node.host = -1
+
     def _detach(self, node: Node) -> None:
-        """Take a leaf out of the tree. Its parent may be the next leaf, an empty root goes too."""
+        """Take a leaf out of the tree and both tiers. Its parent may be the next leaf, an empty root goes too."""
         parent = node.parent
         if parent is None or node.children:
             raise BlockPoolError("only a leaf can leave the prefix tree")
         del parent.children[node.key]
         del parent.keys[bisect_left(parent.keys, node.key)]
-        self._nodes[node.block] = None
-        self._pool.uncache(node.block)
+        if node.host >= 0:
+            self._leave_host(node)
+        if node.block >= 0:
+            self._leave_device(node)
         if parent.children:
             return
-        if parent.block < 0:
+        if parent.parent is None:
             del self._roots[parent.salt]
-        elif self._pool.ref_counts[parent.block] == 0:
-            heappush(self._leaves, (parent.last_used, parent.block, parent))
+        elif parent.block < 0:
+            self._queue_host(parent)
+
+    def _drop_subtree(self, node: Node) -> None:
+        """The node and everything below it, of which nothing is owned."""
+        stack, order = [node], list[Node]()
+        while stack:
+            each = stack.pop()
+            order.append(each)
+            stack.extend(each.children.values())
+        for each in reversed(order):
+            self._detach(each)
 
     def forget(self, node: Node | None) -> None:
         """Take the path that ends here out of the tree, as far up as only one request owns it.
 
         For KV that must not be used again: it made a step fail. What continues it goes as well.
         """
-        refs = self._pool.ref_counts
-        while node is not None and node.block >= 0 and refs[node.block] <= 1:
-            if not self._forget_below(node):
+        while node is not None and node.parent is not None:
+            if (node.block >= 0 and self._pool.ref_counts[node.block] > 1) or self._owned_below(node):
                 return
             parent = node.parent
-            self._detach(node)
+            self._drop_subtree(node)
             node = parent
 
-    def _forget_below(self, node: Node) -> bool:
-        """Remove the idle nodes under node. False if one of them is in use."""
-        stack, order = list(node.children.values()), list[Node]()
+    def _owned_below(self, node: Node) -> bool:
+        """Whether anything that continues node is in use."""
+        stack = list(node.children.values())
         while stack:
             child = stack.pop()
-            order.append(child)
+            if self._is_owned(child):
+                return True
             stack.extend(child.children.values())
-        if any(self._pool.ref_counts[child.block] for child in order):
-            return False
-        for child in reversed(order):
-            self._detach(child)
-        return True
+        return False
+
+    def drop_tenant(self, salt: str) -> None:
+        """Forget everything of this salt, of which nothing may be owned."""
+        root = self._roots.get(salt)
+        for child in list(root.children.values()) if root else ():
+            self._drop_subtree(child)
 
     def clear(self) -> int:
-        """Forget every idle block (the weights changed, or the device's memory is given up). Returns how many."""
-        return self.evict(self._pool.num_blocks)
+        """Forget every idle block, on both tiers (the weights changed, or the device's memory is given up).
+
+        Returns how many blocks that freed on the device.
+        """
+        free = self._pool.num_free
+        stack = list(self._roots.values())
+        while stack:
+            for child in list(stack.pop().children.values()):
+                if self._is_owned(child):
+                    stack.append(child)
+                else:
+                    self._drop_subtree(child)
+        return self._pool.num_free - free
 
     def check_integrity(self) -> None:
         """Walk the whole tree. Raises BlockPoolError with the first thing that is wrong."""
-        found = 0
+        on_device = on_host = 0
         stack = [(root, salt) for salt, root in self._roots.items()]
         queued = {entry[1] for entry in self._leaves if self._is_idle_leaf(entry)}
+        queued_host = {entry[2] for entry in self._host_leaves if self._may_leave_host(entry)}
         while stack:
             node, salt = stack.pop()
-            self._check_node(node, salt, queued)
-            found += node.block >= 0
+            self._check_node(node, salt)
+            if node.parent is not None:
+                self._check_device(node, queued)
+                self._check_host(node, queued_host)
+                on_device += node.block >= 0
+                on_host += node.host >= 0
             stack.extend((child, salt) for child in node.children.values())
-        if found != sum(self._pool.cached):
-            raise BlockPoolError(f"the tree holds {found} blocks, the pool counts {sum(self._pool.cached)}")
+        for found, pool in ((on_device, self._pool), (on_host, self._host.pool)):
+            if found != sum(pool.cached):
+                raise BlockPoolError(f"the tree holds {found} blocks, the pool counts {sum(pool.cached)}")
 
-    def _check_node(self, node: Node, salt: str, queued: set[int]) -> None:
+    def _check_node(self, node: Node, salt: str) -> None:
         if node.keys != sorted(node.children):
             raise BlockPoolError("a node's keys are not its children's")
         if node.salt != salt:
             raise BlockPoolError("a node is under another tenant's root")
+        if node.device_children != sum(child.block >= 0 for child in node.children.values()):
+            raise BlockPoolError("a node's children on the device are miscounted")
+        if node.parent is None and not node.children:
+            raise BlockPoolError("an empty root was left behind")
+        if node.parent is not None and node.children and not node.is_full:
+            raise BlockPoolError("a partly filled block has a continuation")
+        if node.parent is not None and node.block < 0 and (node.host < 0 or node.device_children):
+            raise BlockPoolError("a node is nowhere, or its continuation is on the device without it")
+
+    def _check_device(self, node: Node, queued: set[int]) -> None:
         if node.block < 0:
-            if not node.children:
-                raise BlockPoolError("an empty root was left behind")
             return
         refs = self._pool.ref_counts
         if self._nodes[node.block] is not node or not self._pool.cached[node.block]:
             raise BlockPoolError(f"block {node.block} is in the tree, but not registered as such")
-        if node.children and not node.is_full:
-            raise BlockPoolError("a partly filled block has a continuation")
-        if any(refs[child.block] > refs[node.block] for child in node.children.values()):
+        if any(child.block >= 0 and refs[child.block] > refs[node.block] for child in node.children.values()):
             raise BlockPoolError("a block has more owners than the block before it")
-        if not node.children and refs[node.block] == 0 and node.block not in queued:
+        if not node.device_children and refs[node.block] == 0 and node.block not in queued:
             raise BlockPoolError(f"idle leaf {node.block} would never be evicted")
+
+    def _check_host(self, node: Node, queued: set[int]) -> None:
+        if node.host < 0:
+            return
+        if self._host_nodes.get(node.host) is not node or not self._host.pool.cached[node.host]:
+            raise BlockPoolError(f"host block {node.host} is in the tree, but not registered as such")
+        may_leave = (node.block >= 0 or not node.children) and not self._host.pool.ref_counts[node.host]
+        if may_leave and node.host not in queued:
+            raise BlockPoolError(f"host block {node.host} would never be evicted")

@@ -64,13 +64,13 @@ def test_the_tail_comes_from_the_branch_that_shares_most():
     tables = [cached.put(branch) for branch in branches]
     for branch, table in zip(branches, tables, strict=True):
         match = cached.tree.match([*branch[:20], 99], "", 21)
-        assert (match.blocks, match.tail_block, match.tail_tokens) == (table[:1], table[1], 4)
+        assert (match.blocks, match.tail.block, match.tail_tokens) == (table[:1], table[1], 4)
 
 
 def test_the_same_tokens_are_kept_once():
     cached = Cached(8)
     tokens = list(range(40))
-    assert cached.put(tokens) == [*cached.put(tokens)[:2], cached.tree.match(tokens, "", 40).tail_block]
+    assert cached.put(tokens) == [*cached.put(tokens)[:2], cached.tree.match(tokens, "", 40).tail.block]
     assert cached.pool.num_idle == 3
 
 
