@@ -88,6 +88,12 @@ def _add_engine_flags(serve: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--kv-cache-blocks", type=int, help="KV blocks of 16 tokens; default: what memory allows")
     group.add_argument(
+        "--kv-offloading-size",
+        "--host-memory",
+        type=float,
+        help="GiB of host memory for KV; default: on CUDA a quarter of what is free, at most the pool's size",
+    )
+    group.add_argument(
         "--enable-prefix-caching",
         action=argparse.BooleanOptionalAction,
         default=True,
@@ -129,6 +135,7 @@ def engine_config(flags: argparse.Namespace) -> EngineConfig:
             num_blocks=getattr(flags, "kv_cache_blocks", None),
             memory_utilization=flags.gpu_memory_utilization,
             enable_prefix_caching=flags.enable_prefix_caching,
+            offloading_size_gib=getattr(flags, "kv_offloading_size", None),
         ),
         scheduler=SchedulerConfig(
             max_num_seqs=flags.max_num_seqs,

@@ -44,9 +44,16 @@ class CacheConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Share of the device's memory for weights, activations and KV together (--gpu-memory-utilization)."""
     enable_prefix_caching: bool = True
     """Keep the KV of finished requests in the prefix tree until its room is needed."""
+    offloading_size_gib: float | None = None
+    """Host memory for KV that the device has no room for (--kv-offloading-size, GiB; pinned on CUDA). 0: none. None: on
+    CUDA a quarter of the memory that this process may still take, at most as much as the pool; on the CPU none."""
 
     def __post_init__(self) -> None:
         _require(self.num_blocks is None or self.num_blocks >= 2, "--kv-cache-blocks must be at least 2")
+        _require(
+            self.offloading_size_gib is None or 0 <= self.offloading_size_gib < float("inf"),
+            "--kv-offloading-size must not be negative",
+        )
         _require(0 < self.memory_utilization <= 1, "--gpu-memory-utilization must be above 0 and at most 1")
 
 

@@ -63,6 +63,7 @@ class SchedulerLike(Protocol):
     def schedule(self, now: float) -> StepPlan | None: ...
     def commit(self, plan: StepPlan, result: StepResult, now: float) -> list[RequestOutput]: ...
     def take_outputs(self) -> list[RequestOutput]: ...
+    def set_host_blocks(self, num_blocks: int) -> None: ...
     def stats(self) -> SchedulerStats: ...
     @property
     def has_work(self) -> bool: ...
@@ -121,6 +122,7 @@ class EngineCore:
     def step(self, now: float) -> StepOutputs | None:
         """Fill the pipeline, then finish its oldest step. None: there was nothing to run."""
         started_s = max(now, self._last_step_end_s)
+        self._scheduler.set_host_blocks(self._runner.num_host_blocks)
         self._launch(now)
         if not self._in_flight:
             outside = self._scheduler.take_outputs()
@@ -239,7 +241,9 @@ def _wait_for_command(core: EngineCore, mailbox: Mailbox) -> None:
 
 def build(config: EngineConfig) -> tuple[EngineCore, Ready]:
     """Load the model and generate a token. Raises StartupError."""
+    from mainsail_engine.runner.memory import offloading_bytes
     from mainsail_engine.runner.model_runner import ModelRunner, batched_tokens
+    from mainsail_engine.runner.swap import with_host_memory
     from mainsail_engine.scheduler import Scheduler
 
     runner = ModelRunner(config)
@@ -251,7 +255,11 @@ def build(config: EngineConfig) -> tuple[EngineCore, Ready]:
         max_num_batched_tokens=batched_tokens(config, runner.device),
     )
     device = str(runner.device)
-    core = EngineCore(scheduler, runner, depth=pipeline_depth(config, device))
+    host_bytes = offloading_bytes(
+        config.cache.offloading_size_gib, pool_bytes=runner.kv_cache.nbytes, cuda=runner.device.type == "cuda"
+    )
+    swapping = with_host_memory(runner, runner.kv_cache, host_bytes)
+    core = EngineCore(scheduler, swapping, depth=pipeline_depth(config, device))
     warm_up(core)
     ready = Ready(
         max_model_len=scheduler.max_model_len,

@@ -53,18 +53,34 @@ GAUGES = {
     "vllm:num_requests_waiting": "Requests that wait to be scheduled.",
     "vllm:kv_cache_usage_perc": "Share of the KV blocks that requests hold: 0 to 1.",
     "vllm:gpu_cache_usage_perc": "The older name of vllm:kv_cache_usage_perc.",
+    "mainsail:kv_waste_perc": "Room in allocated KV blocks that holds nothing, as a share of what is in use.",
+    "mainsail:host_cache_usage_perc": "Share of the host memory for KV that holds something: 0 to 1.",
     "mainsail:last_step_timestamp_seconds": "Unix time of the last finished step: the heartbeat.",
 }
 COUNTERS = {
     "vllm:num_preemptions": "Requests that lost their place to others.",
     "vllm:prefix_cache_queries": "Prompt tokens looked up in the prefix cache.",
     "vllm:prefix_cache_hits": "Prompt tokens found in the prefix cache.",
+    "vllm:external_prefix_cache_hits": "Tokens found in host memory: of prompts, and of requests that resume.",
+    "mainsail:swapped_out_blocks": "KV blocks copied to host memory.",
+    "mainsail:swapped_in_blocks": "KV blocks copied back to the device.",
+    "mainsail:recomputed_tokens": "Tokens that preempted requests had computed before and had to compute again.",
     "vllm:prompt_tokens": "Prompt tokens of requests that got a first token.",
     "vllm:prompt_tokens_cached": "… of which the prefix cache held the KV.",
     "vllm:generation_tokens": "Tokens generated.",
     "mainsail:steps": "Forward passes.",
     "mainsail:admitted": "Requests let in by admission.",
 }
+STATS_COUNTERS = {
+    "vllm:num_preemptions": "num_preemptions",
+    "vllm:prefix_cache_queries": "prefix_cache_queries",
+    "vllm:prefix_cache_hits": "prefix_cache_hits",
+    "vllm:external_prefix_cache_hits": "host_cache_hits",
+    "mainsail:swapped_out_blocks": "num_swapped_out",
+    "mainsail:swapped_in_blocks": "num_swapped_in",
+    "mainsail:recomputed_tokens": "num_recomputed_tokens",
+}
+"""Counters of which every step's stats bring the sum since the start, and the fields they come in."""
 TIME_HISTOGRAMS = {
     "vllm:time_to_first_token_seconds": ("From arrival to the first token.", TTFT_BUCKETS),
     "vllm:inter_token_latency_seconds": ("Between the steps that brought a request tokens.", ITL_BUCKETS),
@@ -155,10 +171,11 @@ class Metrics:
         self._gauges["vllm:num_requests_waiting"].set(stats.num_waiting)
         self._gauges["vllm:kv_cache_usage_perc"].set(stats.kv_usage)
         self._gauges["vllm:gpu_cache_usage_perc"].set(stats.kv_usage)
+        self._gauges["mainsail:kv_waste_perc"].set(stats.kv_waste)
+        self._gauges["mainsail:host_cache_usage_perc"].set(stats.host_usage)
         self._gauges["mainsail:last_step_timestamp_seconds"].set(time.time())
-        self._counters["vllm:num_preemptions"].inc(stats.num_preemptions - last.num_preemptions)
-        self._counters["vllm:prefix_cache_queries"].inc(stats.prefix_cache_queries - last.prefix_cache_queries)
-        self._counters["vllm:prefix_cache_hits"].inc(stats.prefix_cache_hits - last.prefix_cache_hits)
+        for name, field_name in STATS_COUNTERS.items():
+            self._counters[name].inc(getattr(stats, field_name) - getattr(last, field_name))
         self._last_stats = stats
         if step.num_step_tokens == 0:
             return

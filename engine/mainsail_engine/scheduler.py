@@ -125,6 +125,11 @@ class Scheduler:
             if request is not None:
                 self._finish(request, reason)
 
+    def set_host_blocks(self, num_blocks: int) -> None:
+        """So much host memory there is by now, in blocks. It only grows."""
+        if num_blocks > self.kv.host.pool.num_blocks:
+            self.kv.host.grow(num_blocks)
+
     def _look_again(self, request: Request) -> None:
         """The queue has changed at this request's place: what was first in line may not be any more."""
         if self._blocked is not None and self._waiting.order(request) <= self._blocked[0]:

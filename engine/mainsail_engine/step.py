@@ -120,6 +120,11 @@ class Runner(Protocol):
     eos_token_ids: frozenset[int]
     vocab_size: int
 
+    @property
+    def num_host_blocks(self) -> int:
+        """Blocks of host memory there are by now: 0 .. num_host_blocks - 1. It may grow after the start."""
+        ...
+
     def launch(self, plan: StepPlan) -> PendingStep:
         """Start one step. Reads the plan's requests before it returns and keeps no reference to them."""
         ...

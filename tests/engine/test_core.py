@@ -47,7 +47,7 @@ class Pending:
 class NamingRunner:
     """Every sampled token is the next position modulo 5; slot-independent, so nothing has to be computed."""
 
-    num_blocks = 16
+    num_blocks, num_host_blocks = 16, 0
     max_model_len = 64
     eos_token_ids = frozenset({EOS})
     vocab_size = 8

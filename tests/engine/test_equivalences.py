@@ -1,7 +1,8 @@
 """Whatever the scheduler does to a request on the way, the real model answers the same.
 
 Greedy tokens of SmolLM2 in float32: cold and alone is the reference; then with prefix hits and copied tails, in a
-batch, in small chunks, and preempted again and again in a pool that is too small.
+batch, in small chunks, and preempted again and again in a pool that is too small, with and without host memory to go
+to. Between any two steps all free blocks are filled with NaN, on the device and on the host.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from mainsail_engine.core import EngineCore
 from mainsail_engine.protocol import Add
 from mainsail_engine.request import SamplingParams
 from mainsail_engine.runner.model_runner import ModelRunner
+from mainsail_engine.runner.swap import HostMemory, HostSwap, SwappingRunner
 from mainsail_engine.scheduler import Scheduler
 
 pytestmark = pytest.mark.model
@@ -41,8 +43,13 @@ def prompts():
     return [stem[:shared] + rng.choices(range(1000, 20000), k=8) for shared in (50, 23, 32)]
 
 
-def generate(runner, prompts, *, num_blocks=64, budget=256, caching=True, one_by_one=False, watermark=0.01):
+def generate(
+    runner, prompts, *, num_blocks=64, budget=256, caching=True, one_by_one=False, watermark=0.01, host=0
+):  # fmt: skip
     """Tokens for each prompt, and the scheduler's counters."""
+    layers, _, *rest = runner.kv_cache.shape
+    memory = HostMemory((layers, *rest), runner.dtype, host * runner.kv_cache[:, 0].nbytes, pin=False)
+    swapping = SwappingRunner(runner, HostSwap(runner.kv_cache, memory))
     config = EngineConfig(
         model=ModelConfig(path="-"),
         cache=CacheConfig(enable_prefix_caching=caching),
@@ -50,17 +57,26 @@ def generate(runner, prompts, *, num_blocks=64, budget=256, caching=True, one_by
         device="cpu",
     )
     scheduler = Scheduler(config, num_blocks, runner.max_model_len, runner.eos_token_ids)
-    core, answers = EngineCore(scheduler, runner, depth=1), {}
+    core, answers = EngineCore(scheduler, swapping, depth=1), {}
     params = SamplingParams(max_tokens=TOKENS, temperature=0.0, ignore_eos=True)
     for index, prompt in enumerate(prompts):
         core.handle(Add(str(index), prompt, params), time.monotonic())
         if one_by_one or index == len(prompts) - 1:
-            run(core, scheduler, answers)
+            run(core, scheduler, answers, lambda: poison(runner, memory, scheduler))
     return [answers[str(index)] for index in range(len(prompts))], scheduler.stats()
 
 
-def run(core, scheduler, answers) -> None:
+def poison(runner, memory, scheduler) -> None:
+    """What nobody holds must not matter."""
+    runner.kv_cache[:, scheduler.kv.pool._free] = float("nan")
+    for block in scheduler.kv.host.pool._free:
+        for _, _, piece in memory.runs((block,)):
+            piece.fill_(float("nan"))
+
+
+def run(core, scheduler, answers, poison) -> None:
     while core.has_work:
+        poison()
         step = core.step(time.monotonic())
         scheduler.check_integrity()
         for output in step.outputs if step else ():
@@ -88,13 +104,23 @@ def test_a_batch_in_small_chunks_is_as_alone(runner, prompts, reference):
 
 
 @pytest.mark.parametrize("caching", [True, False])
-def test_preempted_is_as_not(runner, prompts, caching):
+@pytest.mark.parametrize("host", [0, 32])
+def test_preempted_is_as_not(runner, prompts, caching, host):
     """Three prompts of one block each, which grow to two blocks each where there are only four."""
     short = [prompt[-8:] + prompt[:5] for prompt in prompts]
     reference, calm = generate(runner, short, caching=False, one_by_one=True)
-    answers, pressed = generate(runner, short, num_blocks=4, caching=caching, watermark=0.0)
+    answers, pressed = generate(runner, short, num_blocks=4, caching=caching, watermark=0.0, host=host)
     assert (calm.num_preemptions, pressed.num_preemptions > 0) == (0, True)
+    assert (pressed.num_swapped_in > 0, pressed.num_recomputed_tokens == 0) == (host > 0, host > 0)
     assert answers == reference
+
+
+def test_prefixes_from_the_host_are_as_cold(runner, prompts, reference):
+    """A pool for one prompt: every prefix comes back from the host, full blocks and tails."""
+    answers, stats = generate(runner, [*prompts, *prompts], num_blocks=5, host=64, one_by_one=True)
+    assert stats.num_swapped_in >= 3
+    assert stats.host_cache_hits >= 30
+    assert answers == [*reference, *reference]
 
 
 def test_the_next_turn_is_as_cold(runner, prompts, reference):

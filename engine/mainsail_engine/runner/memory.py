@@ -16,7 +16,7 @@ from mainsail_engine.config import BLOCK_SIZE
 from mainsail_engine.errors import OutOfMemoryError
 from mainsail_engine.model.architecture import Architecture
 
-_CPU_SHARE = 0.25
+_CPU_SHARE = _HOST_SHARE = 0.25
 _LIMIT_FILES = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 _USAGE_FILES = ("/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory/memory.usage_in_bytes")
 
@@ -51,6 +51,13 @@ def cpu_blocks(per_block: int, *, max_num_seqs: int, max_model_len: int) -> int:
     one = -(-max_model_len // BLOCK_SIZE) + 1
     fits = int(available_host_bytes() * _CPU_SHARE) // per_block
     return _checked(min(fits, one * max_num_seqs), one, per_block)
+
+
+def offloading_bytes(asked_gib: float | None, *, pool_bytes: int, cuda: bool) -> int:
+    """Host memory for KV: what is asked for, or on CUDA a quarter of what is free, at most as much as the pool."""
+    if asked_gib is not None:
+        return int(asked_gib * 2**30)
+    return min(int(available_host_bytes() * _HOST_SHARE), pool_bytes) if cuda else 0
 
 
 def cuda_blocks(per_block: int, *, utilization: float, max_model_len: int, device: torch.device, set_aside: int) -> int:

@@ -73,6 +73,9 @@ def choose_dtype(name: str, architecture: Architecture, device: torch.device) ->
 class ModelRunner:
     """step.Runner over one device."""
 
+    num_host_blocks = 0
+    """Host memory is another's (runner/swap.py)."""
+
     def __init__(self, config: EngineConfig) -> None:
         """Loads the weights and takes the KV pool. Raises StartupError's kinds."""
         path = Path(config.model.path)

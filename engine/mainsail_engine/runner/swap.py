@@ -1,0 +1,230 @@
+"""Host memory for KV blocks, and the copies between it and the device (kv/host_tier.py decides which).
+
+    compute stream   … gather ▶ staging │ copies │ forward pass of the plan …      the step never waits for the bus,
+    out stream                └────────▶ staging ▶ host                            unless both staging buffers are full
+    in stream                  host ▶ staging ▶ scatter ▶ done (event)             … nor for what comes in
+
+A block is spread over the layers, so it passes through a staging buffer, in which it is contiguous: one transfer then
+carries whole runs of blocks. A store is read on the compute stream before anything of its plan is written, so its
+device block may be written at once. A load waits for the compute stream as it was when the load began, and for the
+stores before it; nothing waits for a load but the scheduler, which is told how many have arrived.
+
+On CUDA host memory is pinned, piece by piece, on a thread: pinning takes some tenths of a second for a GiB, and may be
+refused beyond a limit that nobody tells. Then it goes on with what it got, and says so. On the CPU both ends are
+ordinary memory, copies are made at once, and the rest is the same.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from mainsail_engine.step import BlockMove, PendingStep, Runner, StepPlan, StepResult
+from mainsail_kernels.blocks import gather_blocks, scatter_blocks
+
+log = logging.getLogger(__name__)
+PIECE_BYTES = 256 << 20
+"""Host memory is taken in pieces of this size, a power of two: the allocator of pinned memory rounds up to one."""
+STAGING_BYTES = 64 << 20
+"""Each of three staging buffers on the device (two for stores, one for loads)."""
+
+
+class HostMemory:
+    """Blocks of shape [num_layers, 2, num_kv_heads, block_size, head_dim] in pieces of host memory."""
+
+    def __init__(self, shape: Sequence[int], dtype: torch.dtype, num_bytes: int, *, pin: bool) -> None:
+        self._shape, self._dtype, self._pin = tuple(shape), dtype, pin
+        self._block_bytes = torch.Size(shape).numel() * dtype.itemsize
+        self._per_piece = max(1, PIECE_BYTES // self._block_bytes)
+        self._wanted = num_bytes // self._block_bytes
+        self._pieces: list[torch.Tensor] = []
+        self.num_blocks = 0
+        """Grows while memory is being pinned."""
+        if pin:
+            threading.Thread(target=self._take_all, name="pin-host-memory", daemon=True).start()
+        else:
+            self._take_all()
+
+    def _take_all(self) -> None:
+        """Piece by piece until there is enough, or no more to be had."""
+        while self.num_blocks < self._wanted:
+            blocks = min(self._per_piece, self._wanted - self.num_blocks)
+            try:
+                piece = self._take(blocks)
+            except RuntimeError as error:
+                log.warning(
+                    "host memory for KV: got %.1f GiB of the %.1f GiB asked for, and go on with that (%s)",
+                    self.num_blocks * self._block_bytes / 2**30,
+                    self._wanted * self._block_bytes / 2**30,
+                    str(error).splitlines()[0],
+                )
+                return
+            self._pieces.append(piece)
+            self.num_blocks += blocks
+
+    def _take(self, blocks: int) -> torch.Tensor:
+        flat = torch.empty(blocks * self._block_bytes, dtype=torch.uint8, pin_memory=self._pin)
+        return flat.view(self._dtype).view(blocks, *self._shape)
+
+    def runs(self, hosts: Sequence[int]) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """(first, stop, the host memory of hosts[first:stop]) for every run of neighbours."""
+        first = 0
+        for stop in range(1, len(hosts) + 1):
+            together = stop < len(hosts) and hosts[stop] == hosts[stop - 1] + 1 and hosts[stop] % self._per_piece
+            if not together:
+                piece, at = divmod(hosts[first], self._per_piece)
+                yield first, stop, self._pieces[piece][at : at + stop - first]
+                first = stop
+
+
+class HostSwap:
+    """Copies on the CPU: made at once."""
+
+    def __init__(self, kv_cache: torch.Tensor, memory: HostMemory) -> None:
+        self._cache, self._memory = kv_cache, memory
+        self._num_loaded = 0
+
+    @property
+    def num_blocks(self) -> int:
+        return self._memory.num_blocks
+
+    def store(self, moves: Sequence[BlockMove]) -> None:
+        for move in moves:
+            for _, _, memory in self._memory.runs((move.host,)):
+                gather_blocks(self._cache, torch.tensor([move.device]), memory)
+
+    def load(self, moves: Sequence[BlockMove]) -> None:
+        for move in moves:
+            for _, _, memory in self._memory.runs((move.host,)):
+                scatter_blocks(self._cache, torch.tensor([move.device]), memory)
+        self._num_loaded += len(moves)
+
+    def num_loaded(self, *, wait: bool) -> int:
+        """Blocks that have arrived since the start. wait: until all loads begun so far are done."""
+        return self._num_loaded
+
+
+class CudaHostSwap(HostSwap):
+    """Copies on streams of their own."""
+
+    def __init__(self, kv_cache: torch.Tensor, memory: HostMemory) -> None:
+        super().__init__(kv_cache, memory)
+        layers, _, *rest = kv_cache.shape
+        shape = (layers, *rest)
+        blocks = max(1, STAGING_BYTES // (torch.Size(shape).numel() * kv_cache.element_size()))
+
+        def staging() -> torch.Tensor:
+            return torch.empty((blocks, *shape), dtype=kv_cache.dtype, device=kv_cache.device)
+
+        self._out = torch.cuda.Stream(kv_cache.device)
+        self._in = torch.cuda.Stream(kv_cache.device)
+        self._out_buffers = deque((staging(), torch.cuda.Event()) for _ in range(2))
+        """Each with the event of its last transfer to the host."""
+        self._in_buffer = staging()
+        self._pending: deque[tuple[int, torch.cuda.Event]] = deque()
+        """(number of the last block, done) of the loads begun."""
+        self._num_begun = 0
+
+    def store(self, moves: Sequence[BlockMove]) -> None:
+        """Call on the compute stream, before anything of the plan is written."""
+        ordered = sorted(moves, key=lambda move: move.host)
+        size = self._in_buffer.shape[0]
+        for start in range(0, len(ordered), size):
+            self._store(ordered[start : start + size])
+
+    def _store(self, moves: Sequence[BlockMove]) -> None:
+        buffer, sent = self._out_buffers[0]
+        self._out_buffers.rotate(-1)
+        torch.cuda.current_stream().wait_event(sent)
+        gather_blocks(self._cache, self._blocks(moves), buffer[: len(moves)])
+        self._out.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._out):
+            for first, stop, memory in self._memory.runs([move.host for move in moves]):
+                memory.copy_(buffer[first:stop], non_blocking=True)
+            sent.record()
+
+    def load(self, moves: Sequence[BlockMove]) -> None:
+        """Call on the compute stream, after `store` and before the forward pass."""
+        self._in.wait_stream(torch.cuda.current_stream())
+        self._in.wait_stream(self._out)
+        size = self._in_buffer.shape[0]
+        with torch.cuda.stream(self._in):
+            for start in range(0, len(moves), size):
+                self._load(moves[start : start + size])
+
+    def _load(self, moves: Sequence[BlockMove]) -> None:
+        for first, stop, memory in self._memory.runs([move.host for move in moves]):
+            self._in_buffer[first:stop].copy_(memory, non_blocking=True)
+        scatter_blocks(self._cache, self._blocks(moves), self._in_buffer[: len(moves)])
+        self._num_begun += len(moves)
+        done = torch.cuda.Event()
+        done.record()
+        self._pending.append((self._num_begun, done))
+
+    def _blocks(self, moves: Sequence[BlockMove]) -> torch.Tensor:
+        blocks = torch.tensor([move.device for move in moves], dtype=torch.int64, pin_memory=True)
+        return blocks.to(self._cache.device, non_blocking=True)
+
+    def num_loaded(self, *, wait: bool) -> int:
+        while self._pending:
+            number, done = self._pending[0]
+            if wait:
+                done.synchronize()
+            elif not done.query():
+                break
+            self._num_loaded = number
+            self._pending.popleft()
+        return self._num_loaded
+
+
+@dataclass(slots=True)
+class SwappingStep:
+    """A launched plan and its copies."""
+
+    swap: HostSwap
+    step: PendingStep | None
+    """None: the plan had no chunk."""
+
+    def result(self) -> StepResult:
+        result = StepResult([]) if self.step is None else self.step.result()
+        return replace(result, num_loaded=self.swap.num_loaded(wait=self.step is None))
+
+
+class SwappingRunner:
+    """A runner whose plans may store and load blocks."""
+
+    def __init__(self, runner: Runner, swap: HostSwap) -> None:
+        self._runner, self._swap = runner, swap
+        self.num_blocks = runner.num_blocks
+        self.max_model_len = runner.max_model_len
+        self.eos_token_ids = runner.eos_token_ids
+        self.vocab_size = runner.vocab_size
+
+    @property
+    def num_host_blocks(self) -> int:
+        return self._swap.num_blocks
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> SwappingStep:
+        """See step.Runner."""
+        if plan.stores:
+            self._swap.store(plan.stores)
+        if plan.loads:
+            self._swap.load(plan.loads)
+        return SwappingStep(self._swap, self._runner.launch(plan) if plan.chunks else None)
+
+
+def with_host_memory(runner: Runner, kv_cache: torch.Tensor, num_bytes: int) -> Runner:
+    """The runner with that much host memory for KV; itself for none."""
+    layers, _, *rest = kv_cache.shape
+    shape = (layers, *rest)
+    if num_bytes < torch.Size(shape).numel() * kv_cache.element_size():
+        return runner
+    cuda = kv_cache.device.type == "cuda"
+    memory = HostMemory(shape, kv_cache.dtype, num_bytes, pin=cuda)
+    return SwappingRunner(runner, CudaHostSwap(kv_cache, memory) if cuda else HostSwap(kv_cache, memory))
