@@ -14,10 +14,11 @@ import kopf
 import uvloop
 
 from mainsail_operator.apply import Writer, kube_client
-from mainsail_operator.handlers import Store, register, settings_for_watching
+from mainsail_operator.handlers import Store, register, settings_for_watching, woken
 from mainsail_operator.health import serve_health
 from mainsail_operator.lease import Lease
 from mainsail_operator.reconcile import Reconciler
+from mainsail_operator.relist import Relister
 from mainsail_operator.scrape import TIMEOUT_S, Scraper
 from mainsail_operator.settings import Settings, from_environment
 from mainsail_operator.signals import Signals
@@ -37,10 +38,12 @@ async def run(settings: Settings) -> None:
         scraper = Scraper(pods, Signals(), gateways=lambda: store.gateways() if lease.holds() else [])
         reconciler = Reconciler(Writer(client, lease.holds), lease, settings, store.read, scraper.want)
         registry = kopf.OperatorRegistry()
-        register(registry, store, reconciler)
+        relister = Relister(client, settings.watch_namespaces, store.sources(), woken(reconciler))
+        register(registry, store, reconciler, relister)
         leading = asyncio.create_task(lease.run())
         beating = asyncio.create_task(_beat(beat))
         scraping = asyncio.create_task(scraper.run())
+        listing = asyncio.create_task(relister.run())
         try:
             await kopf.operator(
                 registry=registry,
@@ -52,7 +55,7 @@ async def run(settings: Settings) -> None:
             )
         finally:
             await reconciler.close()
-            for task in (leading, beating, scraping):
+            for task in (leading, beating, scraping, listing):
                 task.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
                     await task

@@ -1,100 +1,155 @@
-"""kopf's part: watches. Indexes hold the objects, events wake the reconciler; nothing is decided here.
+"""kopf's part: watches. Events fill the store and wake the reconciler; nothing is decided here.
 
-Only `index` and `on.event` handlers are registered: they need no finalizer and annotate nobody's objects.
-kopf fills all indexes before it calls the first event handler, so a pass never sees half of a cluster.
+Only `index` and `on.event` handlers are registered: they need no finalizer and annotate nobody's objects. kopf calls
+all indexing functions for what it has listed before the first event handler, so a pass never sees half of a cluster.
+The indexing functions keep nothing in kopf's own indexes: those hold whole objects, and keep what was deleted while a
+watch was away (see `store`). Labels are selected by the API server.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import kopf
 
 from mainsail_operator.objects import SERVICE_LABEL
-from mainsail_operator.observe import scrape_target
-from mainsail_operator.reconcile import Key, Reconciler, Snapshot
+from mainsail_operator.observe import read_child, read_deployment, read_pod, scrape_target
+from mainsail_operator.reconcile import Reconciler, Snapshot
+from mainsail_operator.relist import Relister, Source
 from mainsail_operator.scrape import Target
+from mainsail_operator.store import Collection, Key, key_of
 from mainsail_operator.types import GROUP, JSON, PLURAL, VERSION
 
-CHILDREN: dict[str, tuple[str, str]] = {
-    "deployments": ("apps", "v1"),
-    "pods": ("", "v1"),
-    "services": ("", "v1"),
-    "serviceaccounts": ("", "v1"),
-}
-GATEWAYS = "gateways"
-"""Index of the gateway's pods, all under this one key."""
-_GATEWAY_LABELS = {"app.kubernetes.io/name": "mainsail", "app.kubernetes.io/component": "gateway"}
+GATEWAYS: Key = ("", "gateways")
+"""The group of the gateway's pods."""
 GATEWAY_METRICS_PORT = 8081
-_KINDS = {"services": "Service", "serviceaccounts": "ServiceAccount"}
+NAME, COMPONENT = "app.kubernetes.io/name", "app.kubernetes.io/component"
+CHILDREN: dict[str, tuple[str, str, str]] = {
+    "services": ("Service", "", "v1"),
+    "serviceaccounts": ("ServiceAccount", "", "v1"),
+}
+"""Kinds of which only whether they are there as applied matters: kind, group, version by plural."""
+_OURS = f"{SERVICE_LABEL}"
+_PODS = f"{NAME} in (mainsail-engine, mainsail)"
+
+
+def _labels(obj: JSON) -> dict[str, str]:
+    return cast("dict[str, str]", obj["metadata"].get("labels") or {})
+
+
+def _by_label(obj: JSON) -> Key | None:
+    service = _labels(obj).get(SERVICE_LABEL)
+    return (str(obj["metadata"].get("namespace")), service) if service else None
+
+
+def _gateway(obj: JSON) -> Key | None:
+    found = _labels(obj)
+    return GATEWAYS if found.get(NAME) == "mainsail" and found.get(COMPONENT) == "gateway" else None
+
+
+def _body(obj: JSON) -> JSON:
+    """Without the managers of its fields, which nobody reads and which are the half of it."""
+    metadata = {key: value for key, value in obj["metadata"].items() if key != "managedFields"}
+    return {**obj, "metadata": metadata}
 
 
 class Store:
-    """The objects of the indexes by InferenceService, whatever kopf calls them."""
+    """The objects by InferenceService."""
 
     def __init__(self) -> None:
-        self._indexes: dict[str, Any] = {}
+        self.services: Collection[JSON] = Collection(lambda obj: key_of(obj["metadata"]), _body)
+        self.deployments = Collection(_by_label, read_deployment)
+        self.pods = Collection(_by_label, read_pod)
+        self.gateway_pods = Collection(_gateway, partial(scrape_target, port=GATEWAY_METRICS_PORT))
+        self.children = {
+            plural: Collection(_by_label, partial(read_child, kind)) for plural, (kind, *_) in CHILDREN.items()
+        }
 
-    def bind(self, **indexes: Any) -> None:
-        self._indexes = indexes
-
-    def _values(self, kind: str, key: Hashable) -> list[JSON]:
-        index = self._indexes.get(kind)
-        found: Iterable[Any] = index.get(key, ()) if index is not None else ()
-        return [cast(JSON, value) for value in found]
+    def sources(self) -> list[Source]:
+        """Every kind that is watched."""
+        return [
+            Source(f"/apis/{GROUP}/{VERSION}", PLURAL, "", (self.services,)),
+            Source("/apis/apps/v1", "deployments", _OURS, (self.deployments,)),
+            Source("/api/v1", "pods", _PODS, (self.pods, self.gateway_pods)),
+            *(
+                Source(f"/apis/{group}/{version}" if group else f"/api/{version}", plural, _OURS,
+                       (self.children[plural],))
+                for plural, (_, group, version) in CHILDREN.items()
+            ),
+        ]  # fmt: skip
 
     def gateways(self) -> list[Target]:
         """The gateway pods that can be asked for metrics."""
-        pods = self._values(GATEWAYS, GATEWAYS)
-        return [target for pod in pods if (target := scrape_target(pod, GATEWAY_METRICS_PORT)) is not None]
+        return [target for target in self.gateway_pods.of(GATEWAYS) if target is not None]
 
     def read(self, key: Key) -> Snapshot | None:
-        body = self._values(PLURAL, key)
+        body = self.services.of(key)
         if not body:
             return None
-        others = [{"kind": _KINDS[kind], **obj} for kind in _KINDS for obj in self._values(kind, key)]
-        return Snapshot(body[0], self._values("deployments", key), self._values("pods", key), others)
+        children = [child for collection in self.children.values() for child in collection.of(key)]
+        return Snapshot(body[0], self.deployments.of(key), self.pods.of(key), children)
 
 
-def register(registry: kopf.OperatorRegistry, store: Store, reconciler: Reconciler) -> None:
+def register(registry: kopf.OperatorRegistry, store: Store, reconciler: Reconciler, relister: Relister) -> None:
     """Watch InferenceServices and what is labelled as belonging to one."""
+    kopf.on.login(registry=registry)(_login)
+    for source in store.sources():
+        group, _, version = source.base.removeprefix("/apis/").removeprefix("/api/").rpartition("/")
+        name = f"{source.plural}-{group or 'core'}"
+        kopf.index(group, version, source.plural, id=f"index-{name}", registry=registry)(_filler(source.collections))
+        handler = _listener(source.collections, woken(reconciler), relister)
+        kopf.on.event(group, version, source.plural, id=f"event-{name}", registry=registry)(handler)
 
-    async def index_own(body: kopf.Body, **_: Any) -> dict[Key, JSON]:
-        return {(str(body.metadata.namespace), str(body.metadata.name)): dict(body)}
 
-    async def index_child(body: kopf.Body, **_: Any) -> dict[Key, JSON]:
-        return {(str(body.metadata.namespace), body.metadata.labels[SERVICE_LABEL]): dict(body)}
+async def _login(**kwargs: Any) -> kopf.ConnectionInfo | None:
+    return kopf.login_with_service_account(**kwargs) or kopf.login_with_kubeconfig(**kwargs)
 
-    async def index_gateway(body: kopf.Body, **_: Any) -> dict[str, JSON]:
-        return {GATEWAYS: dict(body)}
 
-    async def changed(body: kopf.Body, inferenceservices: Any, deployments: Any, pods: Any, services: Any,
-                serviceaccounts: Any, gateways: Any, **_: Any) -> None:  # fmt: skip
-        store.bind(inferenceservices=inferenceservices, deployments=deployments, pods=pods, services=services,
-                   serviceaccounts=serviceaccounts, gateways=gateways)  # fmt: skip
-        name = body.metadata.labels.get(SERVICE_LABEL) if body.get("kind") != "InferenceService" else body.metadata.name
-        reconciler.wake((str(body.metadata.namespace), str(name)))
+def _filler(collections: Sequence[Collection[Any]]) -> Any:
+    async def fill(body: kopf.Body, **_: Any) -> None:
+        obj: JSON = dict(body)
+        for collection in collections:
+            collection.put(obj)
 
-    async def login(**kwargs: Any) -> kopf.ConnectionInfo | None:
-        return kopf.login_with_service_account(**kwargs) or kopf.login_with_kubeconfig(**kwargs)
+    return fill
 
-    kopf.on.login(registry=registry)(login)
-    kopf.index(GROUP, VERSION, PLURAL, id=PLURAL, registry=registry)(index_own)
-    kopf.on.event(GROUP, VERSION, PLURAL, registry=registry)(changed)
-    kopf.index("", "v1", "pods", id=GATEWAYS, labels=_GATEWAY_LABELS, registry=registry)(index_gateway)
-    labelled = {SERVICE_LABEL: kopf.PRESENT}
-    for plural, (group, version) in CHILDREN.items():
-        kopf.index(group, version, plural, id=plural, labels=labelled, registry=registry)(index_child)
-        kopf.on.event(group, version, plural, labels=labelled, registry=registry)(changed)
+
+def _listener(collections: Sequence[Collection[Any]], wake: Callable[[Key], None], relister: Relister) -> Any:
+    """Wakes whom an event concerns, and notices when kopf lists again."""
+    seen: set[str] = set()
+
+    async def heard(body: kopf.Body, type: str | None, **_: Any) -> None:
+        obj: JSON = dict(body)
+        uid = str(body.metadata.uid)
+        if type is None and uid in seen:
+            relister.suspect()
+        for collection in collections:
+            owner = collection.owner_of(obj)
+            if type == "DELETED":
+                collection.remove(obj["metadata"])
+            if owner is not None:
+                wake(owner)
+        (seen.discard if type == "DELETED" else seen.add)(uid)
+
+    return heard
 
 
 def settings_for_watching() -> kopf.OperatorSettings:
-    """Watches that cannot freeze, no scanning of the cluster, no events about ourselves."""
+    """Watches that cannot freeze, no scanning of the cluster, no events about ourselves; the server selects labels."""
     settings = kopf.OperatorSettings()
     settings.scanning.disabled = True
     settings.posting.enabled = False
     settings.watching.server_timeout = 240
     settings.watching.client_timeout = 300
     settings.networking.error_backoffs = (0.5, 1, 2, 4, 8)
+    for source in Store().sources():
+        if source.selector:
+            settings.watching.label_selectors[source.plural] = source.selector
     return settings
+
+
+def woken(reconciler: Reconciler) -> Callable[[Key], None]:
+    """Wakes the service of a group, if it is one."""
+    return lambda key: None if key == GATEWAYS else reconciler.wake(key)

@@ -20,6 +20,8 @@ SERVICE_LABEL = "mainsail.dev/service"
 REVISION_LABEL = "mainsail.dev/revision"
 APPLIED = "mainsail.dev/applied"
 """Annotation: hash of the manifest that was applied last. Equal: nothing to write."""
+DELETION_COST = "controller.kubernetes.io/pod-deletion-cost"
+"""Kubernetes' own annotation: of the pods of a ReplicaSet that shrinks, those with the lowest cost go first."""
 CONTAINER = "engine"
 HTTP_PORT, HEALTH_PORT = 8000, 8001
 PRE_STOP_S = 5

@@ -1,4 +1,8 @@
-"""What is there, as far as plan and status care: revisions, their pods, and why a pod does not serve (pure)."""
+"""What is there, as far as plan and status care: revisions, their pods, and why a pod does not serve (pure).
+
+Objects are read once, when a watch brings them, into small frozen values; the JSON is not kept. So ten thousand pods
+fit into little memory, and a pass over a service parses nothing.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +12,9 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, cast
 
-from mainsail_operator.objects import APPLIED, CONTAINER, HTTP_PORT, REVISION_LABEL
+from mainsail_operator.objects import APPLIED, CONTAINER, DELETION_COST, HTTP_PORT, REVISION_LABEL
 from mainsail_operator.scrape import Target
-from mainsail_operator.types import JSON
+from mainsail_operator.types import JSON, KIND
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +24,9 @@ class Trouble:
     reason: str
     message: str
     load_failure: bool = False
-    """The engine tried to start and failed: trying again will not help."""
+    """The engine tried to start and failed."""
+    told: bool = False
+    """In the engine's own words, which it has only for what trying again will not help."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +42,46 @@ class Pod:
     uid: str = ""
     metrics: Target | None = None
     """Where it tells its load; None while it has no address."""
+    ended: bool = False
+    """Succeeded or Failed (evicted): only its record is left."""
+    revision: str = ""
+    restarts: int = 0
+    """Of the engine's container."""
+    progress: float = 0.0
+    """Unix seconds of its last step forward: placed, or serving."""
+    deletion_cost: int = 0
+    """What the ReplicaSet controller goes by when it chooses a victim: the lowest first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """A Deployment without its pods."""
+
+    revision: str
+    name: str
+    replicas: int
+    created: str
+    uid: str = ""
+    version: str = ""
+    """Its resourceVersion."""
+    owner: str = ""
+    ending: bool = False
+    refusal: str = ""
+    """Why the API server refuses its pods (a quota, an admission policy, a field that does not exist)."""
+    image: str = ""
+    applied: str = ""
+    deadline_exceeded: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Child:
+    """A Service, a ServiceAccount, … : only whether it is there as applied matters."""
+
+    kind: str
+    name: str
+    applied: str
+    """Hash of the manifest that was applied last."""
+    owner: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +91,14 @@ class Revision:
     revision: str
     name: str
     replicas: int
-    image: str
-    applied: str
-    """Hash of the manifest that was applied last."""
     created: str
-    deadline_exceeded: bool = False
     pods: tuple[Pod, ...] = ()
+    version: str = ""
+    refusal: str = ""
+    image: str = ""
+    applied: str = ""
+    """Hash of the manifest that was applied last."""
+    deadline_exceeded: bool = False
 
     @property
     def alive(self) -> tuple[Pod, ...]:
@@ -108,17 +156,32 @@ def read_pod(pod: JSON) -> Pod:
     conditions = _conditions(pod)
     unplaced = conditions.get("PodScheduled", {})
     refused = unplaced.get("status") == "False" and unplaced.get("reason") == "Unschedulable"
-    serving = conditions.get("Ready", {}).get("status") == "True"
+    ready = conditions.get("Ready", {})
+    serving = ready.get("status") == "True"
+    engine = _engine(pod)
+    steps = [one for one in (unplaced, ready) if one.get("status") == "True"]
+    cost = str(_get(pod, "metadata", "annotations", DELETION_COST, default="0"))
     return Pod(
         name=str(_get(pod, "metadata", "name", default="")),
         serving=serving,
         ending=_get(pod, "metadata", "deletionTimestamp") is not None,
+        ended=_get(pod, "status", "phase") in ("Succeeded", "Failed"),
         scheduled=bool(_get(pod, "spec", "nodeName")),
         unschedulable_since=_unix(str(unplaced.get("lastTransitionTime", ""))) if refused else None,
-        trouble=None if serving else _trouble(pod, unplaced if refused else None),
+        trouble=None if serving else _trouble(engine, unplaced if refused else None),
         uid=str(_get(pod, "metadata", "uid", default="")),
         metrics=scrape_target(pod, HTTP_PORT),
+        revision=str(_get(pod, "metadata", "labels", REVISION_LABEL, default="")),
+        restarts=int(engine.get("restartCount") or 0),
+        progress=max((_unix(str(one.get("lastTransitionTime", ""))) for one in steps), default=0.0),
+        deletion_cost=int(cost) if cost.lstrip("-").isdigit() else 0,
     )
+
+
+def _engine(pod: JSON) -> JSON:
+    """The status of the engine's container."""
+    statuses = cast("list[JSON]", _get(pod, "status", "containerStatuses", default=[]))
+    return next((status for status in statuses if status.get("name") == CONTAINER), cast(JSON, {}))
 
 
 def scrape_target(pod: JSON, port: int) -> Target | None:
@@ -139,11 +202,9 @@ def _unix(timestamp: str) -> float:
         return 0.0
 
 
-def _trouble(pod: JSON, unplaced: JSON | None) -> Trouble | None:
+def _trouble(engine: JSON, unplaced: JSON | None) -> Trouble | None:
     if unplaced is not None:
         return Trouble("Unschedulable", str(unplaced.get("message", "no node has room for the pod")))
-    statuses = cast("list[JSON]", _get(pod, "status", "containerStatuses", default=[]))
-    engine = next((status for status in statuses if status.get("name") == CONTAINER), cast(JSON, {}))
     for state in ("state", "lastState"):
         ended = _get(engine, state, "terminated")
         if ended is not None and _get(ended, "exitCode", default=0) != 0:
@@ -164,7 +225,7 @@ def _ended(ended: JSON) -> Trouble:
         said = None
     if isinstance(said, dict) and "reason" in said:
         words = cast(JSON, said)
-        return Trouble(str(words["reason"]), str(words.get("message", "")), load_failure=True)
+        return Trouble(str(words["reason"]), str(words.get("message", "")), load_failure=True, told=True)
     reason = str(ended.get("reason") or "Error")
     code = ended.get("exitCode")
     if reason == "OOMKilled":
@@ -173,42 +234,54 @@ def _ended(ended: JSON) -> Trouble:
     return Trouble("EngineFailed", text or f"the engine ended with exit code {code}", load_failure=True)
 
 
-def _image(deployment: JSON) -> str:
-    containers = cast("list[JSON]", _get(deployment, "spec", "template", "spec", "containers", default=[]))
-    return next((str(c.get("image", "")) for c in containers if c.get("name") == CONTAINER), "")
-
-
-def read_revision(deployment: JSON, pods: Iterable[Pod]) -> Revision:
+def read_deployment(deployment: JSON) -> Deployment:
+    failure = _conditions(deployment).get("ReplicaFailure", {})
     progressing = _conditions(deployment).get("Progressing", {})
-    return Revision(
+    containers = cast("list[JSON]", _get(deployment, "spec", "template", "spec", "containers", default=[]))
+    return Deployment(
         revision=str(_get(deployment, "metadata", "labels", REVISION_LABEL, default="")),
         name=str(_get(deployment, "metadata", "name", default="")),
         replicas=int(_get(deployment, "spec", "replicas", default=1)),
-        image=_image(deployment),
-        applied=applied_hash(deployment),
         created=str(_get(deployment, "metadata", "creationTimestamp", default="")),
+        uid=str(_get(deployment, "metadata", "uid", default="")),
+        version=str(_get(deployment, "metadata", "resourceVersion", default="")),
+        owner=_owner(deployment),
+        ending=_get(deployment, "metadata", "deletionTimestamp") is not None,
+        refusal=str(failure.get("message", "")) if failure.get("status") == "True" else "",
+        image=next((str(c.get("image", "")) for c in containers if c.get("name") == CONTAINER), ""),
+        applied=applied_hash(deployment),
         deadline_exceeded=progressing.get("reason") == "ProgressDeadlineExceeded",
-        pods=tuple(pods),
     )
 
 
-def observe(deployments: Iterable[JSON], pods: Iterable[JSON], others: Iterable[JSON], owner_uid: str) -> Observed:
+def read_child(kind: str, obj: JSON) -> Child:
+    return Child(kind, str(_get(obj, "metadata", "name", default="")), applied_hash(obj), _owner(obj))
+
+
+def observe(
+    deployments: Iterable[Deployment], pods: Iterable[Pod], children: Iterable[Child], owner_uid: str
+) -> Observed:
     """Only what this very InferenceService owns counts: a namesake's leftovers belong to the garbage collector."""
     by_revision: dict[str, list[Pod]] = {}
     for pod in pods:
-        if _get(pod, "status", "phase") not in ("Succeeded", "Failed"):
-            by_revision.setdefault(str(_get(pod, "metadata", "labels", REVISION_LABEL)), []).append(read_pod(pod))
-    mine = [d for d in deployments if _owned(d, owner_uid) and _get(d, "metadata", "deletionTimestamp") is None]
-    read = [read_revision(d, by_revision.get(str(_get(d, "metadata", "labels", REVISION_LABEL)), [])) for d in mine]
-    read.sort(key=lambda revision: (revision.created, revision.name), reverse=True)
-    applied = {
-        f"{obj.get('kind')}/{_get(obj, 'metadata', 'name')}": applied_hash(obj)
-        for obj in others
-        if _owned(obj, owner_uid)
-    }
-    return Observed(tuple(read), applied)
+        if pod.ended:
+            continue
+        by_revision.setdefault(pod.revision, []).append(pod)
+    revisions = [
+        Revision(
+            revision=d.revision, name=d.name, replicas=d.replicas, created=d.created, version=d.version,
+            refusal=d.refusal, image=d.image, applied=d.applied, deadline_exceeded=d.deadline_exceeded,
+            pods=tuple(sorted(by_revision.get(d.revision, []), key=lambda pod: pod.name)),
+        )
+        for d in deployments
+        if d.owner == owner_uid and not d.ending
+    ]  # fmt: skip
+    revisions.sort(key=lambda revision: (revision.created, revision.name), reverse=True)
+    applied = {f"{child.kind}/{child.name}": child.applied for child in children if child.owner == owner_uid}
+    return Observed(tuple(revisions), applied)
 
 
-def _owned(obj: JSON, uid: str) -> bool:
+def _owner(obj: JSON) -> str:
+    """The UID of the InferenceService that an object belongs to."""
     references = cast("list[JSON]", _get(obj, "metadata", "ownerReferences", default=[]))
-    return any(reference.get("uid") == uid for reference in references)
+    return next((str(r.get("uid")) for r in references if r.get("kind") == KIND), "")

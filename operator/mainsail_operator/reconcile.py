@@ -19,19 +19,18 @@ from pydantic import ValidationError
 from mainsail_operator.apply import NotLeaderError, WriteError, Writer
 from mainsail_operator.lease import Lease
 from mainsail_operator.objects import Owner
-from mainsail_operator.observe import Observed, observe
+from mainsail_operator.observe import Child, Deployment, Observed, Pod, observe
 from mainsail_operator.plan import plan
 from mainsail_operator.scrape import Target
 from mainsail_operator.settings import Settings
 from mainsail_operator.status import invalid, status
+from mainsail_operator.store import Key
 from mainsail_operator.types import JSON, InferenceServiceSpec, InferenceServiceStatus
 
 log = logging.getLogger(__name__)
 
 TICK_S = 15.0
 _BACKOFF_S = (0.5, 60.0)
-Key = tuple[str, str]
-"""Namespace and name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +38,10 @@ class Snapshot:
     """An InferenceService and its children, as the watches have them."""
 
     body: JSON
-    deployments: Sequence[JSON]
-    pods: Sequence[JSON]
-    others: Sequence[JSON]
-    """Services and ServiceAccounts."""
+    deployments: Sequence[Deployment]
+    pods: Sequence[Pod]
+    children: Sequence[Child]
+    """Services, ServiceAccounts, …"""
 
 
 Read = Callable[[Key], Snapshot | None]
@@ -121,7 +120,7 @@ class Reconciler:
         except ValidationError as error:
             told = invalid(owner, generation, str(error), before.conditions, now)
         else:
-            seen = observe(snapshot.deployments, snapshot.pods, snapshot.others, owner.uid)
+            seen = observe(snapshot.deployments, snapshot.pods, snapshot.children, owner.uid)
             # Two revisions: the newest is judged beside the one before it.
             self._want((owner.namespace, owner.name), seen.targets if len(seen.revisions) > 1 else ())
             told = await self._carry_out(owner, spec, generation, seen, before, now)

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from mainsail_operator.observe import observe, read_pod
+from mainsail_operator.observe import observe, read_deployment, read_pod
 
 
 def pod(*, ready="False", state=None, last=None, scheduled=True, reason=None, **metadata):
@@ -55,7 +55,7 @@ def test_no_trouble_while_it_starts_or_serves() -> None:
 def deployment(name: str, revision: str, created: str, uid: str = "u"):
     return {
         "metadata": {"name": name, "labels": {"mainsail.dev/revision": revision}, "creationTimestamp": created,
-                     "ownerReferences": [{"uid": uid}]},
+                     "ownerReferences": [{"kind": "InferenceService", "uid": uid}]},
         "spec": {"replicas": 2},
     }  # fmt: skip
 
@@ -63,11 +63,11 @@ def deployment(name: str, revision: str, created: str, uid: str = "u"):
 def test_only_what_is_owned_counts_newest_first() -> None:
     seen = observe(
         [
-            deployment("a", "r", "2026-01-01T00:00:00Z"),
-            deployment("b", "s", "2026-01-02T00:00:00Z"),
-            deployment("c", "t", "2026-01-03T00:00:00Z", uid="other"),
+            read_deployment(deployment("a", "r", "2026-01-01T00:00:00Z")),
+            read_deployment(deployment("b", "s", "2026-01-02T00:00:00Z")),
+            read_deployment(deployment("c", "t", "2026-01-03T00:00:00Z", uid="other")),
         ],
-        [pod(ready="True")],
+        [read_pod(pod(ready="True"))],
         [],
         "u",
     )

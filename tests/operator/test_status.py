@@ -14,8 +14,8 @@ NOW = 1_800_000_000.0
 def revision(owner, spec, settings, *pods: Pod, **fields) -> Revision:
     manifest = objects.deployment(owner, spec, spec.replicas, settings)
     return Revision(
-        revision_of(spec), manifest["metadata"]["name"], spec.replicas, "engine:1", objects.digest_of(manifest),
-        "2026-01-02T00:00:00Z", pods=pods, **fields,
+        revision_of(spec), manifest["metadata"]["name"], spec.replicas, "2026-01-02T00:00:00Z", pods=pods,
+        image="engine:1", applied=objects.digest_of(manifest), **fields,
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, ConfigDict, Field
 
 from mainsail_operator.types.schema import (
+    JSON,
     DrainTimeout,
     Model,
     ProgressDeadline,
@@ -19,7 +20,7 @@ from mainsail_operator.types.schema import (
 Hold = Annotated[str, AfterValidator(check_duration), duration_field("24h")]
 
 
-def _ratio(text: str) -> dict[str, object]:
+def _ratio(text: str) -> JSON:
     return rules(rule("self >= 1.0", f"{text} compares with the old revision: at least 1, for example 1.5"))
 
 
