@@ -81,6 +81,14 @@ def _add_engine_flags(serve: argparse.ArgumentParser) -> None:
         "--max-num-batched-tokens", type=int, help="tokens per step; default: 8192 on CUDA, 512 on the CPU"
     )
     group.add_argument(
+        "--max-inter-token-latency-ms",
+        type=float,
+        help="cut prompts into chunks so that running streams wait no longer; 0: no bound; default: 50, CPU 0",
+    )
+    group.add_argument(
+        "--enable-chunked-prefill", action="store_true", default=True, help="always on; accepted for compatibility"
+    )
+    group.add_argument(
         "--gpu-memory-utilization",
         type=float,
         default=CacheConfig().memory_utilization,
@@ -140,6 +148,7 @@ def engine_config(flags: argparse.Namespace) -> EngineConfig:
         scheduler=SchedulerConfig(
             max_num_seqs=flags.max_num_seqs,
             max_num_batched_tokens=getattr(flags, "max_num_batched_tokens", None),
+            max_inter_token_latency_ms=getattr(flags, "max_inter_token_latency_ms", None),
         ),
         device=flags.device,
         overlap=flags.overlap,

@@ -62,6 +62,9 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Requests that run at once: the height of every per-request tensor."""
     max_num_batched_tokens: int | None = None
     """Token budget of one step. None: 8192 on CUDA, 512 on the CPU, where a longer step would stall every stream."""
+    max_inter_token_latency_ms: float | None = None
+    """What a step may take while requests decode; chunks of prompts are cut to it, from measured times. 0: no bound.
+    None: 50 on CUDA, no bound on the CPU."""
     watermark: float = 0.01
     """Share of the blocks that admission leaves free, so that running requests grow without preempting at once."""
 
@@ -70,6 +73,10 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
         _require(
             self.max_num_batched_tokens is None or self.max_num_batched_tokens >= 1,
             "--max-num-batched-tokens must be at least 1",
+        )
+        _require(
+            self.max_inter_token_latency_ms is None or self.max_inter_token_latency_ms >= 0,
+            "--max-inter-token-latency-ms must not be negative",
         )
 
 

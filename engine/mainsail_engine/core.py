@@ -51,6 +51,7 @@ log = logging.getLogger(__name__)
 WARM_UP_ID = "warm-up"
 IDLE_S = 0.005
 """How long to wait for a command while the scheduler holds everything back."""
+CUDA_LATENCY_MS = 50.0
 LINGER_MS = 2000
 """How long the last message may take to leave."""
 
@@ -171,6 +172,14 @@ def pipeline_depth(config: EngineConfig, device: str) -> int:
     return 2 if config.overlap and device.startswith("cuda") else 1
 
 
+def latency_target_s(config: EngineConfig, device: str) -> float:
+    """Between two tokens of a stream; 0: no bound. On the CPU a step's floor is often above any target in use."""
+    asked_ms = config.scheduler.max_inter_token_latency_ms
+    if asked_ms is None:
+        asked_ms = CUDA_LATENCY_MS if device.startswith("cuda") else 0.0
+    return asked_ms / 1000
+
+
 def warm_up(core: EngineCore) -> None:
     """Generate one token through the whole path: whatever fails lazily fails before Ready."""
     core.handle(Add(WARM_UP_ID, [0], SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)), time.monotonic())
@@ -253,6 +262,7 @@ def build(config: EngineConfig) -> tuple[EngineCore, Ready]:
         runner.max_model_len,
         runner.eos_token_ids,
         max_num_batched_tokens=batched_tokens(config, runner.device),
+        max_inter_token_latency_s=latency_target_s(config, str(runner.device)),
     )
     device = str(runner.device)
     host_bytes = offloading_bytes(

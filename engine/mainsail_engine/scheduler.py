@@ -28,6 +28,7 @@ from collections.abc import Iterable
 from heapq import heappop, heappush
 from itertools import islice
 
+from mainsail_engine.chunking import ChunkController, StepWork, attention_pairs
 from mainsail_engine.config import BLOCK_SIZE, EngineConfig
 from mainsail_engine.errors import RequestError
 from mainsail_engine.kv.cache import KVCache, blocks_for
@@ -60,10 +61,17 @@ class Scheduler:
         eos_token_ids: Iterable[int],
         *,
         max_num_batched_tokens: int | None = None,
+        max_inter_token_latency_s: float = 0.0,
         num_host_blocks: int = 0,
     ) -> None:
-        """max_num_batched_tokens: the runner's choice where the configuration leaves it open."""
+        """max_num_batched_tokens, max_inter_token_latency_s (0: no bound): what the configuration leaves open."""
         self.max_model_len = min(max_model_len, num_blocks * BLOCK_SIZE)
+        if self.max_model_len < max_model_len:
+            log.warning(
+                "the KV pool of %d blocks holds %d tokens, the context of %d does not fit: serving %d "
+                "(set --max-model-len to that, or raise --kv-cache-blocks)",
+                *(num_blocks, num_blocks * BLOCK_SIZE, max_model_len, self.max_model_len),
+            )
         self.kv = KVCache(
             num_blocks, num_host_blocks=num_host_blocks, enable_prefix_caching=config.cache.enable_prefix_caching
         )
@@ -90,6 +98,8 @@ class Scheduler:
         self._num_preemptions = self._prefix_queries = self._prefix_hits = 0
         self._host_hits = self._num_recomputed = 0
         self._kv_waste = 0.0
+        self._chunking = ChunkController(max_inter_token_latency_s) if max_inter_token_latency_s > 0 else None
+        self._last_commit_s = 0.0
 
     # -- requests come and go ------------------------------------------------------------------------------------
 
@@ -165,11 +175,11 @@ class Scheduler:
     def schedule(self, now: float) -> StepPlan | None:
         """The next step's plan. None: nothing to do before another request or the step in flight comes in."""
         self._num_steps += 1
-        plan, preempted_before = StepPlan(), self._num_preemptions
+        plan, preempted_before = StepPlan(planned_s=now), self._num_preemptions
         self._expire(now)
         self._make_room_for_decodes()
         self._plan_decodes(plan)
-        budget = self._plan_prefills(plan, self._budget - plan.num_decodes)
+        budget = self._plan_prefills(plan, self._prefill_budget(plan))
         if self._num_preemptions == preempted_before:
             self._admit(plan, budget)
         if not plan.chunks and not self._plans_in_flight and not self.kv.host.is_loading:
@@ -214,6 +224,15 @@ class Scheduler:
             request.num_in_flight = in_flight + 1
             request.num_launched_chunks += 1
         plan.num_decodes = len(chunks)
+
+    def _prefill_budget(self, plan: StepPlan) -> int:
+        """Tokens left for prompts: what a step may have, and while requests decode what their latency allows."""
+        left = self._budget - plan.num_decodes
+        if self._chunking is None or not plan.num_decodes or not (self._prefilling or self._waiting):
+            return left
+        plan.decode_context = sum(chunk.start for chunk in plan.chunks)
+        start = self._prefilling[0].num_computed_tokens if self._prefilling else 0
+        return min(left, self._chunking.budget(StepWork(plan.num_decodes, plan.decode_context), start))
 
     def _plan_prefills(self, plan: StepPlan, budget: int) -> int:
         """The next chunk of every prompt begun, oldest first. Returns the budget left."""
@@ -373,6 +392,7 @@ class Scheduler:
     def commit(self, plan: StepPlan, result: StepResult, now: float) -> list[RequestOutput]:
         """Take a finished step's tokens, in launch order. Returns what each request got."""
         self._plans_in_flight -= 1
+        self._measure(plan, now)
         self.kv.loaded(result.num_loaded)
         outputs = self.take_outputs()
         tokens = iter(result.token_ids)
@@ -395,6 +415,21 @@ class Scheduler:
             elif token is not None:
                 outputs.append(self._accept(request, [token]))
         return outputs
+
+    def _measure(self, plan: StepPlan, now: float) -> None:
+        """How long the step took: from the end of the one before it, if that was later than its own beginning."""
+        began_s, self._last_commit_s = max(plan.planned_s, self._last_commit_s), now
+        if self._chunking is None or not plan.chunks:
+            return
+        prefills = plan.chunks[plan.num_decodes :]
+        context = plan.decode_context or sum(chunk.start for chunk in plan.chunks[: plan.num_decodes])
+        work = StepWork(
+            plan.num_decodes,
+            context,
+            sum(chunk.num_tokens for chunk in prefills),
+            sum(attention_pairs(chunk.start, chunk.num_tokens) for chunk in prefills),
+        )
+        self._chunking.observe(work, now - began_s)
 
     def _written(self, request: Request, num_tokens: int) -> None:
         if num_tokens >= (request.num_tree_blocks + 1) * BLOCK_SIZE:

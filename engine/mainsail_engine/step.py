@@ -68,6 +68,10 @@ class StepPlan:
     """Done before the forward pass. No block is both a source and a destination, so their order does not matter."""
     num_decodes: int = 0
     """The first num_decodes chunks have exactly one token and sample."""
+    planned_s: float = 0.0
+    """Monotonic clock."""
+    decode_context: int = 0
+    """Tokens in the contexts of the decodes, together (counted only where chunks follow a latency target)."""
 
     @property
     def num_tokens(self) -> int:

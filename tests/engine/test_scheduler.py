@@ -12,6 +12,7 @@ import random
 from collections import deque
 
 import pytest
+from benchmarks.simulated import SimulatedEngine
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -699,3 +700,23 @@ def test_a_long_mixed_run(depth, host):
     assert stats.num_preemptions > 20
     assert stats.prefix_cache_hits > 0.2 * stats.prefix_cache_queries
     assert (stats.num_swapped_in > 100) == bool(host)
+
+
+def test_little_of_the_allocated_room_is_unused_at_any_time():
+    """A mixed workload: prompts of 20 to 4,000 tokens, shared prefixes, answers of up to 400."""
+    rng = random.Random(5)
+    engine = SimulatedEngine(num_blocks=6000, num_host_blocks=6000, max_model_len=5000, max_num_seqs=64)
+    stem, waste = [7] * 300, []
+
+    def look(plan):
+        if engine.scheduler.num_running >= 16:
+            waste.append(engine.scheduler.kv_waste())
+
+    engine.on_step = look
+    for i in range(200):
+        prompt = stem[: rng.choice((0, 300))] + [8 + i] * int(20 * 200 ** rng.random())
+        request = Request(f"r{i}", prompt, SamplingParams(max_tokens=rng.randrange(1, 400), ignore_eos=True), 0.0)
+        engine.at(rng.random() * 8, lambda request=request: engine.add(request))
+    engine.run()
+    assert len(waste) > 500
+    assert 0 < max(waste) < 0.04

@@ -48,9 +48,8 @@ def available_host_bytes() -> int:
 
 def cpu_blocks(per_block: int, *, max_num_seqs: int, max_model_len: int) -> int:
     """Blocks for a CPU pool. Raises OutOfMemoryError when not even one request of full length fits."""
-    one = -(-max_model_len // BLOCK_SIZE) + 1
     fits = int(available_host_bytes() * _CPU_SHARE) // per_block
-    return _checked(min(fits, one * max_num_seqs), one, per_block)
+    return _checked(min(fits, _full_length(max_model_len) * max_num_seqs), max_model_len, per_block)
 
 
 def offloading_bytes(asked_gib: float | None, *, pool_bytes: int, cuda: bool) -> int:
@@ -66,14 +65,21 @@ def cuda_blocks(per_block: int, *, utilization: float, max_model_len: int, devic
     peak = torch.cuda.max_memory_allocated(device)
     others = total - free - torch.cuda.memory_reserved(device)
     room = int(total * utilization) - peak - max(others, 0) - set_aside
-    return _checked(room // per_block, -(-max_model_len // BLOCK_SIZE) + 1, per_block)
+    return _checked(room // per_block, max_model_len, per_block)
 
 
-def _checked(blocks: int, needed: int, per_block: int) -> int:
+def _checked(blocks: int, max_model_len: int, per_block: int) -> int:
+    """blocks, if one request of full length (and a block to copy a shared tail from) fits. Raises OutOfMemoryError."""
+    needed = _full_length(max_model_len)
     if blocks < needed:
+        fits = max(blocks - 1, 0) * BLOCK_SIZE
         raise OutOfMemoryError(
-            f"the KV pool would hold {max(blocks, 0) * BLOCK_SIZE} tokens, one request of full length needs "
-            f"{needed * BLOCK_SIZE} ({needed * per_block >> 20} MiB); lower --max-model-len, raise "
-            "--gpu-memory-utilization, or set --kv-cache-blocks"
+            f"a context of {max_model_len} tokens needs {needed * per_block >> 20} MiB of KV, and memory is left for "
+            f"{fits} tokens: set --max-model-len to {fits} or less, raise --gpu-memory-utilization, or set "
+            "--kv-cache-blocks"
         )
     return blocks
+
+
+def _full_length(max_model_len: int) -> int:
+    return -(-max_model_len // BLOCK_SIZE) + 1

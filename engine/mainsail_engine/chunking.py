@@ -1,0 +1,139 @@
+"""How much prefill a step may carry while others decode: as much as keeps the time between tokens under a target.
+
+    step time  =  w · (1, decodes, their context, prefill tokens, their attention)        learned while it runs
+    chunk      =  the most prefill tokens for which that stays under the target
+
+Every finished step is a measurement: what it computed, and how long it took. The five weights are the non-negative
+least squares of relative errors over the last few hundred steps; the device, the model and the length of contexts need
+not be known. Steps with and without prefill are remembered apart, so that an hour of decoding does not wash out what
+prefill costs. Nothing is trusted far from what was seen: beside decodes a chunk is at most twice as large as the
+largest of the last few. Prefill never starves: MIN_CHUNK tokens go with every step, whatever the target.
+
+Pure: times come in as arguments. The idea of a token budget from a latency objective is Sarathi-Serve's (Agrawal et
+al., 2024), which profiles it beforehand.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+MIN_CHUNK = 32
+"""Prefill tokens that a step carries at least."""
+FIRST_CHUNK = 256
+"""… and at most, beside decodes, before anything was measured."""
+AIM = 0.85
+"""Share of the target that a step is planned for: the rest is for what the fit misses."""
+MEMORY = 300
+"""Steps of either kind that the fit remembers, fading."""
+RECENT = 16
+"""Steps with prefill whose largest chunk bounds the next one."""
+SWEEPS = 8
+"""Rounds of coordinate descent before a prediction: it starts where it ended the last time."""
+SCALES = (1.0, 1e2, 1e5, 1e3, 1e7)
+"""Typical sizes of the five features: the fit sees them as numbers around one."""
+RIDGE = 1e-4
+"""Pulls weights of which nothing is known to zero."""
+
+
+@dataclass(slots=True, frozen=True)
+class StepWork:
+    """What one step computes."""
+
+    decodes: int = 0
+    decode_context: int = 0
+    """Tokens in the contexts of those decodes, together."""
+    prefill_tokens: int = 0
+    prefill_attention: int = 0
+    """Pairs of a prefill token and a token that it attends to."""
+
+    def features(self) -> list[float]:
+        raw = (1, self.decodes, self.decode_context, self.prefill_tokens, self.prefill_attention)
+        return [value / scale for value, scale in zip(raw, SCALES, strict=True)]
+
+
+def attention_pairs(start: int, num_tokens: int) -> int:
+    """Pairs for the positions [start, start + num_tokens): each attends to all before it and itself."""
+    return num_tokens * start + num_tokens * (num_tokens + 1) // 2
+
+
+class _Moments:
+    """Fading sums over steps: of products of features, and of features, each divided by the step's time."""
+
+    def __init__(self) -> None:
+        size = len(SCALES)
+        self.products = [[0.0] * size for _ in range(size)]
+        self.sums = [0.0] * size
+
+    def add(self, features: list[float], seconds: float) -> None:
+        x, fade = [value / seconds for value in features], 1 - 1 / MEMORY
+        self.products = [[fade * p + xi * xj for p, xj in zip(row, x, strict=True)]
+                         for row, xi in zip(self.products, x, strict=True)]  # fmt: skip
+        self.sums = [fade * s + xi for s, xi in zip(self.sums, x, strict=True)]
+
+
+class StepCost:
+    """The fit. Weights are in seconds per scaled feature, none negative."""
+
+    def __init__(self) -> None:
+        self._decoding, self._mixed = _Moments(), _Moments()
+        self._weights = [0.0] * len(SCALES)
+
+    def observe(self, work: StepWork, seconds: float) -> None:
+        moments = self._mixed if work.prefill_tokens else self._decoding
+        moments.add(work.features(), max(seconds, 1e-6))
+
+    def fit(self) -> None:
+        """Descend one weight after another, on the sums of both kinds of steps."""
+        w = self._weights
+        both = zip(self._decoding.products, self._mixed.products, strict=True)
+        products = [[d + m for d, m in zip(*rows, strict=True)] for rows in both]
+        sums = [d + m for d, m in zip(self._decoding.sums, self._mixed.sums, strict=True)]
+        for _ in range(SWEEPS):
+            for i, row in enumerate(products):
+                others = sum(p * v for p, v in zip(row, w, strict=True)) - row[i] * w[i]
+                w[i] = max(0.0, (sums[i] - others) / (row[i] + RIDGE * (1 + row[i])))
+
+    def predict(self, work: StepWork) -> float:
+        return sum(w * v for w, v in zip(self._weights, work.features(), strict=True))
+
+    @property
+    def per_prefill_token_s(self) -> float:
+        return self._weights[3] / SCALES[3]
+
+    @property
+    def per_attention_pair_s(self) -> float:
+        return self._weights[4] / SCALES[4]
+
+
+class ChunkController:
+    """The prefill budget of the next step, for a target of seconds between two tokens of a decoding request."""
+
+    def __init__(self, target_s: float) -> None:
+        self.target_s = target_s
+        self.cost = StepCost()
+        self._recent: deque[int] = deque(maxlen=RECENT)
+        """Prefill tokens of the last steps that had some."""
+
+    def observe(self, work: StepWork, seconds: float) -> None:
+        """A step took so long, from the end of the one before it."""
+        self.cost.observe(work, seconds)
+        if work.prefill_tokens:
+            self._recent.append(work.prefill_tokens)
+
+    def budget(self, decodes: StepWork, start: int) -> int:
+        """Prefill tokens that may go with these decodes, if they begin at position `start` of their prompt.
+
+        Solves base + a n + b (n start + n²/2) = aim for n.
+        """
+        self.cost.fit()
+        room_s = self.target_s * AIM - self.cost.predict(decodes)
+        linear = self.cost.per_prefill_token_s + self.cost.per_attention_pair_s * start
+        square = self.cost.per_attention_pair_s / 2
+        trusted = max(FIRST_CHUNK, 2 * max(self._recent, default=0))
+        if room_s <= 0:
+            return MIN_CHUNK
+        if linear + square <= 0:
+            return trusted
+        tokens = 2 * room_s / (linear + (linear * linear + 4 * square * room_s) ** 0.5)
+        return max(MIN_CHUNK, min(int(tokens), trusted))
