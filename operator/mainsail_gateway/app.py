@@ -9,16 +9,19 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
 import msgspec
 
-from mainsail_gateway import balance, request
+from mainsail_gateway import admission, balance, request
+from mainsail_gateway.admission import Admission
 from mainsail_gateway.asgi import Headers, Message, Receive, Scope, Send
 from mainsail_gateway.errors import GatewayError, bad_request, no_capacity, send_error, too_large, unknown_model
-from mainsail_gateway.fleet import Fleet
+from mainsail_gateway.fleet import Fleet, Pool
 from mainsail_gateway.health import Health
+from mainsail_gateway.hold import Reply
 from mainsail_gateway.metrics import Metrics
 from mainsail_gateway.relay import CLIENT_GONE, BrokenOff, Call, ClientGone, Relay
 from mainsail_gateway.routes import Service, Table
@@ -46,6 +49,10 @@ class Gateway:
         self.table = Table()
         self.fleet = Fleet()
         self.connections = ConnectionPool(connect_timeout_s=settings.connect_timeout_s, idle_s=settings.upstream_idle_s)
+        self.admission = Admission()
+        self.metrics.registry.register(self.admission)
+        self.wake: Callable[[], None] | None = None
+        """Called when a request begins to wait for a replica."""
         self.relay = Relay(self.connections, settings, self._extra_headers)
 
     def use(self, table: Table) -> None:
@@ -54,6 +61,7 @@ class Gateway:
         self.table = table
         self.fleet.update(table, now)
         self.metrics.update(table, now)
+        self.admission.update(table, now)
         self.connections.retain({e.key for service in table.services.values() for e in service.endpoints})
         self.health.synced = True
 
@@ -75,12 +83,13 @@ class Gateway:
         if scope["type"] != "http":
             return
         lingering = False
+        reply = Reply(send)
         try:
-            await self._dispatch(scope, receive, send)
+            await self._dispatch(scope, receive, reply)
         except GatewayError as error:
             lingering = error.status in (408, 413)
             extra = _CLOSE if lingering or self.health.draining else []
-            await send_error(send, error, extra, more=lingering)
+            await send_error(reply.send, error, extra, more=lingering)
         except ClientGone:
             return
         except BrokenOff as error:
@@ -90,12 +99,12 @@ class Gateway:
             await _linger(receive)
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _dispatch(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _dispatch(self, scope: Scope, receive: Receive, reply: Reply) -> None:
         method: str = scope["method"]
         path: str = scope["path"]
         try:
             if method in ("GET", "HEAD") and (answer := self._own(path)) is not None:
-                await self._send_json(send, answer)
+                await self._send_json(reply.send, answer)
                 return
             if not _PATH.fullmatch(scope["raw_path"]):
                 raise GatewayError(404, f"Unknown path {path[:200]}. The API is under /v1/.", code="not_found")
@@ -109,7 +118,7 @@ class Gateway:
         except GatewayError as error:
             self.metrics.refused(error.status)
             raise
-        await self._relay(self._call(scope, body, parsed, service, arrived), receive, send)
+        await self._relay(self._call(scope, body, parsed, service, arrived), parsed, receive, reply)
 
     def _own(self, path: str) -> object | None:
         """What the gateway itself answers to a GET; None when the path is not its own."""
@@ -129,10 +138,11 @@ class Gateway:
             return {"status": text}
         return None
 
-    async def _relay(self, call: Call, receive: Receive, send: Send) -> None:
+    async def _relay(self, call: Call, parsed: request.Parsed, receive: Receive, reply: Reply) -> None:
         metrics = self.metrics.of(call.service)
         try:
-            await self.relay.forward(call, self.fleet.pool(call.service), metrics, receive, send)
+            async with self._admitted(call, parsed, receive, reply) as pool:
+                await self.relay.forward(call, pool, metrics, receive, reply.send)
         except GatewayError as error:
             call.code = error.status
             raise
@@ -145,6 +155,35 @@ class Gateway:
         finally:
             (call.pod or metrics).count(call.code)
             metrics.duration.observe(time.monotonic() - call.arrived)
+
+    def _beat(self, reply: Reply) -> Callable[[], Awaitable[None]]:
+        return lambda: reply.beat(self._extra_headers())
+
+    def _pool(self, call: Call) -> Pool:
+        pool = self.fleet.pools.get(call.service.key)
+        if pool is None:  # deleted while the request waited
+            raise unknown_model(call.model)
+        return pool
+
+    @asynccontextmanager
+    async def _admitted(
+        self, call: Call, parsed: request.Parsed, receive: Receive, reply: Reply
+    ) -> AsyncGenerator[Pool]:
+        """Inside, the request runs; before it, it may wait. Raises what `Door.enter` does.
+
+        Gives the service's endpoints as they are then."""
+        door = self.admission.doors[call.service.key]
+        ticket = admission.ticket(call, parsed.stream, parsed.timeout_s)
+        if not call.service.endpoints and self.wake is not None:
+            self.wake()
+        await door.enter(ticket, call.model, receive, self._beat(reply) if parsed.stream else None)
+        if ticket.timeout_s is not None:
+            call.deadline = ticket.since + ticket.timeout_s
+        call.on_first = lambda latency_s: door.answering(ticket, latency_s)
+        try:
+            yield self._pool(call)
+        finally:
+            door.leave(ticket, call)
 
     def _call(self, scope: Scope, body: bytes, parsed: request.Parsed, service: Service, arrived: float) -> Call:
         query: bytes = scope["query_string"]

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from mainsail_gateway import balance
 from mainsail_gateway.balance import Load, PrefixIndex
 from mainsail_gateway.retry import RetryBudget
-from mainsail_gateway.routes import Endpoint, Service, Table
+from mainsail_gateway.routes import Endpoint, Table
 from mainsail_gateway.split import Split, Weights, eligible
 from mainsail_gateway.watch import Key
 
@@ -87,6 +87,3 @@ class Fleet:
         self.pools = {key: self.pools.get(key) or Pool() for key in table.services}
         for key, service in table.services.items():
             self.pools[key].update(service.endpoints, now, service.weights)
-
-    def pool(self, service: Service) -> Pool:
-        return self.pools[service.key]

@@ -9,7 +9,7 @@ an endpoint that is unready for a moment does not start from zero; then they go.
 """
 
 from bisect import bisect_left
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Iterator, Set
 from itertools import accumulate
 
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
@@ -51,15 +51,20 @@ class Buckets:
 class Stream:
     """The times of one stream's chunks: the first from when the request was sent, the others from the one before."""
 
-    __slots__ = ("_gaps", "_last", "_next")
+    __slots__ = ("_gaps", "_last", "_next", "_on_first")
 
-    def __init__(self, pod: "PodMetrics", sent: float) -> None:
+    def __init__(self, pod: "PodMetrics", sent: float, on_first: Callable[[float], None] | None = None) -> None:
+        self._on_first = on_first
         self._next = pod.first_token
         self._gaps = pod.inter_token
         self._last = sent
 
     def arrived(self, now: float) -> None:
-        self._next.observe(now - self._last)
+        gap = now - self._last
+        self._next.observe(gap)
+        if self._on_first is not None:
+            self._on_first(gap)
+            self._on_first = None
         self._next = self._gaps
         self._last = now
 
@@ -78,9 +83,9 @@ class PodMetrics:
     def count(self, code: int) -> None:
         self.codes[code] = self.codes.get(code, 0) + 1
 
-    def stream(self, sent: float) -> Stream:
-        """The clock of a stream whose request was sent at `sent`."""
-        return Stream(self, sent)
+    def stream(self, sent: float, on_first: Callable[[float], None] | None = None) -> Stream:
+        """The clock of a stream whose request was sent at `sent`. on_first: told the time to the first chunk."""
+        return Stream(self, sent, on_first)
 
 
 class PodsCollector(Collector):

@@ -80,6 +80,10 @@ class Call:
     """The endpoint that has the request, or had it last; None: none has."""
     sent: float = 0.0
     """When it was sent there."""
+    on_first: Callable[[float], None] | None = None
+    """Told the time to the first chunk, when the answer is a stream."""
+    deadline: float | None = None
+    """By the event loop's clock: an answer that has not begun then is not wanted any more."""
     phase: Phase = "connecting"
     since: float = 0.0
     code: int = CLIENT_GONE
@@ -109,7 +113,8 @@ class Call:
             "reading": settings.idle_timeout_s,
             "sending": settings.client_timeout_s,
         }
-        return now - self.since > limits[self.phase]
+        late = self.deadline is not None and now > self.deadline and self.phase in ("connecting", "waiting")
+        return late or now - self.since > limits[self.phase]
 
 
 class _Watched(AbstractAsyncContextManager[None]):
@@ -174,6 +179,9 @@ class Relay:
         if call.phase == "sending":
             metrics.failure("client_timeout")
             return BrokenOff("the client takes no bytes")
+        if call.deadline is not None and asyncio.get_running_loop().time() > call.deadline:
+            metrics.failure("deadline")
+            return GatewayError(504, "No answer began within the request's timeout.", code="deadline_exceeded")
         metrics.failure("timeout")
         message = f"No answer from a replica of `{call.model}` within {self._settings.response_timeout_s:g} s."
         return GatewayError(504, message, code="upstream_timeout")
@@ -238,7 +246,7 @@ class Relay:
             call.enter("sending")
             await send({"type": "http.response.start", "status": call.code, "headers": self._head(connection)})
             more = True
-            chunks = call.pod.stream(call.sent) if sse and call.pod is not None else None
+            chunks = call.pod.stream(call.sent, call.on_first) if sse and call.pod is not None else None
             while more:
                 call.enter("reading")
                 data, more = await connection.read()

@@ -31,6 +31,7 @@ class _Body(msgspec.Struct):
     prompt: msgspec.Raw = _RAW_EMPTY
     input: msgspec.Raw = _RAW_EMPTY
     prompt_cache_key: Any = None
+    timeout: Any = None
     user: Any = None
 
 
@@ -45,6 +46,8 @@ class Parsed:
     always) equal prefixes of tokens in the engine."""
     session: str | None
     """What the client calls the conversation (`prompt_cache_key`, `user`), if it says."""
+    timeout_s: float | None = None
+    """How long the client wants to wait for the whole answer (`timeout`). The engine judges odd values."""
 
 
 _decoder = msgspec.json.Decoder(_Body)
@@ -69,7 +72,12 @@ def parse(body: bytes) -> Parsed:
         weight=len(prompt) // BYTES_PER_TOKEN + _answer_tokens(fields),
         prompt=prompt,
         session=next((name for name in (fields.prompt_cache_key, fields.user) if isinstance(name, str) and name), None),
+        timeout_s=_positive(fields.timeout),
     )
+
+
+def _positive(value: object) -> float | None:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) and value > 0 else None
 
 
 def _answer_tokens(fields: _Body) -> int:

@@ -14,6 +14,7 @@ an engine means that it has generated a token and is not draining.
 import asyncio
 import datetime
 import logging
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -21,6 +22,7 @@ from types import MappingProxyType
 import httpx2
 import msgspec
 
+from mainsail_gateway.shed import Policy
 from mainsail_gateway.watch import Key, KubeObject, Reflector, Timing
 
 log = logging.getLogger(__name__)
@@ -35,11 +37,31 @@ class ModelSpec(msgspec.Struct, frozen=True):
 
 class EngineSpec(msgspec.Struct, frozen=True):
     maxModelLen: int | None = None
+    maxNumSeqs: int = 256
+
+
+class AdmissionSpec(msgspec.Struct, frozen=True):
+    maxQueuedRequests: int = 512
+    maxQueueTime: str = "30s"
+    maxConcurrency: int | None = None
+    priorities: dict[str, int] | None = None
+
+
+class ToZeroSpec(msgspec.Struct, frozen=True):
+    holdRequests: int = 200
+    holdFor: str = "10m"
+
+
+class ScalingSpec(msgspec.Struct, frozen=True):
+    min: int = 1
+    toZero: ToZeroSpec = ToZeroSpec()
 
 
 class ServiceSpec(msgspec.Struct, frozen=True):
     model: ModelSpec = ModelSpec()
     engine: EngineSpec = EngineSpec()
+    admission: AdmissionSpec = AdmissionSpec()
+    scaling: ScalingSpec | None = None
 
 
 class RevisionStatus(msgspec.Struct, frozen=True):
@@ -106,6 +128,8 @@ class Service:
     weights: tuple[tuple[str, int], ...] = ()
     """Revisions and their shares of the requests, the newest first. Empty: all endpoints are alike."""
 
+    policy: Policy = field(default_factory=Policy)
+
     @property
     def key(self) -> Key:
         return self.namespace, self.name
@@ -153,7 +177,30 @@ def _service(item: InferenceService, endpoints: Mapping[str, Endpoint]) -> Servi
         max_model_len=item.spec.engine.maxModelLen,
         endpoints=tuple(endpoints[key] for key in sorted(endpoints)),
         weights=tuple((r.name, r.weight) for r in revisions) if any(r.weight > 0 for r in revisions) else (),
+        policy=_policy(item.spec),
     )
+
+
+def _policy(spec: ServiceSpec) -> Policy:
+    admission = spec.admission
+    holds = spec.scaling.toZero if spec.scaling is not None and spec.scaling.min == 0 else None
+    default = Policy()
+    return Policy(
+        max_queued_requests=admission.maxQueuedRequests,
+        max_queue_time_s=seconds(admission.maxQueueTime),
+        priorities=default.priorities if admission.priorities is None else MappingProxyType(admission.priorities),
+        max_running=admission.maxConcurrency or spec.engine.maxNumSeqs,
+        hold_requests=holds.holdRequests if holds else 0,
+        hold_for_s=seconds(holds.holdFor) if holds else 0.0,
+    )
+
+
+_UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
+
+
+def seconds(duration: str) -> float:
+    """`2m30s` → 150. What the API server has let through is well formed; anything else counts as nothing."""
+    return sum(int(count) * _UNITS[unit] for count, unit in re.findall(r"([0-9]+)(ms|[hms])", duration))
 
 
 def _epoch(timestamp: str) -> int:

@@ -22,6 +22,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from mainsail_gateway.app import Gateway
 from mainsail_gateway.health import HealthServer
+from mainsail_gateway.hold import Waker
 from mainsail_gateway.routes import Routes
 from mainsail_gateway.settings import Settings
 from mainsail_gateway.watch import Timing
@@ -121,7 +122,9 @@ def kubernetes_client(settings: Settings) -> httpx2.AsyncClient:
 async def background(gateway: Gateway, client: httpx2.AsyncClient, timing: Timing) -> AsyncGenerator[None]:
     """The watches and the sweeps, while inside."""
     routes = Routes(client, gateway.settings.namespaces, gateway.use, timing=timing)
-    tasks = [asyncio.create_task(routes.run()), asyncio.create_task(gateway.run())]
+    waker = Waker(client, gateway.admission.held)
+    gateway.wake = waker.woken.set
+    tasks = [asyncio.create_task(part.run()) for part in (routes, gateway, waker)]
     for task in tasks:
         task.add_done_callback(_report)
     try:

@@ -5,8 +5,8 @@ CustomResourceDefinition, so a field's description here is what `kubectl explain
 the API server fills in, and the rules beside it are what the API server refuses with. A description says what the field
 is for, its unit, and the failure that it prevents.
 
-One module for each noun: `schema` (what all share), `model`, `engine`, `pod`, `rollout`, `status`, and `service`, which
-puts them together.
+One module for each noun: `schema` (what all share), `model`, `engine`, `pod`, `rollout`, `admission`,
+`status`, and `service`, which puts them together.
 
 Two rules keep upgrades harmless:
 
@@ -18,6 +18,7 @@ Two rules keep upgrades harmless:
 
 from __future__ import annotations
 
+from mainsail_operator.types.admission import AdmissionSpec
 from mainsail_operator.types.engine import OWNED_FLAGS, EngineSpec, KvCacheSpec
 from mainsail_operator.types.model import ModelSpec, PvcSource, pvc_source
 from mainsail_operator.types.pod import OWNED_LABELS, PodTemplateMetadata, PodTemplateSpec, ResourcesSpec
@@ -35,6 +36,7 @@ __all__ = [
     "OWNED_LABELS",
     "PLURAL",
     "VERSION",
+    "AdmissionSpec",
     "Condition",
     "DrainSpec",
     "EngineSpec",

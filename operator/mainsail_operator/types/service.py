@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import ConfigDict, Field
 
+from mainsail_operator.types.admission import AdmissionSpec
 from mainsail_operator.types.engine import EngineSpec
 from mainsail_operator.types.model import ModelSpec
 from mainsail_operator.types.pod import PodTemplateSpec, ResourcesSpec
@@ -33,6 +34,10 @@ class InferenceServiceSpec(Model):
         le=10_000,
         description="Number of pods that serve. 0 keeps the service's address and stops all pods. Changing it never "
         "restarts a pod; `kubectl scale` and autoscalers write it.",
+    )
+    admission: AdmissionSpec = Field(
+        default_factory=AdmissionSpec,
+        description="What the gateway does with more requests than the service can serve.",
     )
     drain: DrainSpec = Field(default_factory=DrainSpec, description="How a replica ends.")
     rollout: RolloutSpec = Field(default_factory=RolloutSpec, description="How a change of the spec reaches the pods.")
