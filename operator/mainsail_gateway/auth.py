@@ -3,8 +3,8 @@
 A key is a Secret with the label `mainsail.dev/api-key`; its name is the key's name in metrics and messages. Its fields:
 
 ====================  ==================================================================================================
-``sha256``            the key's SHA-256 in hex, so that nobody who reads the Secret has the key; several, one a line, are
-                      all accepted (rotation: add the new one, move the clients, remove the old one)
+``sha256``            the key's SHA-256 in hex, so that nobody who reads the Secret has the key; several, one a line,
+                      are all accepted (rotation: add the new one, move the clients, remove the old one)
 ``key``               or the key itself, likewise
 ``models``            names that it may ask for, separated by commas or spaces; ``*`` in a name stands for anything.
                       Default: all
@@ -29,7 +29,7 @@ import math
 import re
 from collections import deque
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from types import MappingProxyType
 
@@ -124,7 +124,7 @@ def _number(fields: Mapping[str, str], name: str) -> int | None:
 class KeyRing:
     """All keys, by the hash of what a client sends."""
 
-    by_hash: Mapping[bytes, ApiKey] = MappingProxyType({})
+    by_hash: Mapping[bytes, ApiKey] = field(default_factory=lambda: MappingProxyType({}))
 
     @classmethod
     def of(cls, keys: Iterable[ApiKey]) -> "KeyRing":
@@ -142,7 +142,7 @@ class KeyRing:
         if found is None:
             return None
         # The look-up leaks at most how a hash begins, of which a client knows nothing; the verdict is in constant time.
-        return found if any([hmac.compare_digest(digest, known) for known in found.hashes]) else None
+        return found if sum(hmac.compare_digest(digest, known) for known in found.hashes) else None
 
 
 def token_of(headers: Headers) -> bytes | None:

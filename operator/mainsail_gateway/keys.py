@@ -1,7 +1,7 @@
 """The keys in use: watched Secrets, what each key has used, and what the metrics say of it.
 
-`Keys` is asked once for each request (`enter`) and told when it has ended. Rotation needs no restart: a changed Secret is
-in force as soon as the watch brings it, and with the API server away, what was known last stays in force.
+`Keys` is asked once for each request (`enter`) and told when it has ended. Rotation needs no restart: a changed
+Secret is in force as soon as the watch brings it, and with the API server away, what was known last stays in force.
 """
 
 import asyncio
@@ -93,7 +93,9 @@ class Keys(Collector):
         of = "mainsail:gateway_"
         return (
             CounterMetricFamily(of + "key_requests", "Requests by API key and HTTP status.", labels=("key", "code")),
-            CounterMetricFamily(of + "key_tokens", "Tokens by API key, of prompts and of answers.", labels=("key", "kind")),
+            CounterMetricFamily(
+                of + "key_tokens", "Tokens by API key, of prompts and of answers.", labels=("key", "kind")
+            ),
             GaugeMetricFamily(of + "key_requests_in_flight", "Requests running, by API key.", labels=("key",)),
             GaugeMetricFamily(of + "invalid_keys", "Secrets with the label of a key that are none.", labels=()),
         )

@@ -1,8 +1,9 @@
 """What an answer has used, from its last bytes.
 
-Engines say it in `usage`, in the last event of a stream (if asked for) or at the end of a whole answer. So only the tail of
-what passes is kept, and searched once, at the end; nothing is parsed on the way. Where an answer says nothing, its events
-are counted instead: an engine sends one for each token or few, and the prompt is what it was estimated to be.
+Engines say it in `usage`, in the last event of a stream (if asked for) or at the end of a whole answer. So only the
+tail of what passes is kept, and searched once, at the end; nothing is parsed on the way. Where an answer says
+nothing, its events are counted instead: an engine sends one for each token or few, and the prompt is what it was
+estimated to be.
 """
 
 import re
