@@ -22,6 +22,7 @@ from mainsail_operator.relist import Relister
 from mainsail_operator.scrape import TIMEOUT_S, Scraper
 from mainsail_operator.settings import Settings, from_environment
 from mainsail_operator.signals import Signals
+from mainsail_operator.sizing import Sizer
 
 _LOOP_STUCK_S = 60.0
 
@@ -35,8 +36,12 @@ async def run(settings: Settings) -> None:
     async with kube_client() as client, httpx2.AsyncClient(trust_env=False, timeout=TIMEOUT_S) as pods:
         lease = Lease(client, settings.namespace, settings.identity)
         store = Store()
-        scraper = Scraper(pods, Signals(), gateways=lambda: store.gateways() if lease.holds() else [])
-        reconciler = Reconciler(Writer(client, lease.holds), lease, settings, store.read, scraper.want)
+        signals = Signals()
+        scraper = Scraper(pods, signals, gateways=lambda: store.gateways() if lease.holds() else [])
+        reconciler = Reconciler(
+            Writer(client, lease.holds), lease, settings, store.read, scraper.want, Sizer(signals, store.room)
+        )
+        scraper.on_held = reconciler.wake
         registry = kopf.OperatorRegistry()
         relister = Relister(client, settings.watch_namespaces, store.sources(), woken(reconciler))
         register(registry, store, reconciler, relister)

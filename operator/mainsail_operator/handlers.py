@@ -14,16 +14,20 @@ from typing import Any, cast
 
 import kopf
 
+from mainsail_operator import gpus
+from mainsail_operator.gpus import read_node
 from mainsail_operator.objects import SERVICE_LABEL
 from mainsail_operator.observe import read_child, read_deployment, read_pod, scrape_target
 from mainsail_operator.reconcile import Reconciler, Snapshot
 from mainsail_operator.relist import Relister, Source
 from mainsail_operator.scrape import Target
 from mainsail_operator.store import Collection, Key, key_of
-from mainsail_operator.types import GROUP, JSON, PLURAL, VERSION
+from mainsail_operator.types import GROUP, JSON, PLURAL, VERSION, InferenceServiceSpec
 
 GATEWAYS: Key = ("", "gateways")
 """The group of the gateway's pods."""
+NODES: Key = ("", "nodes")
+"""The group of all nodes."""
 GATEWAY_METRICS_PORT = 8081
 NAME, COMPONENT = "app.kubernetes.io/name", "app.kubernetes.io/component"
 CHILDREN: dict[str, tuple[str, str, str]] = {
@@ -63,6 +67,7 @@ class Store:
         self.deployments = Collection(_by_label, read_deployment)
         self.pods = Collection(_by_label, read_pod)
         self.gateway_pods = Collection(_gateway, partial(scrape_target, port=GATEWAY_METRICS_PORT))
+        self.nodes = Collection(lambda _: NODES, read_node)
         self.children = {
             plural: Collection(_by_label, partial(read_child, kind)) for plural, (kind, *_) in CHILDREN.items()
         }
@@ -73,6 +78,7 @@ class Store:
             Source(f"/apis/{GROUP}/{VERSION}", PLURAL, "", (self.services,)),
             Source("/apis/apps/v1", "deployments", _OURS, (self.deployments,)),
             Source("/api/v1", "pods", _PODS, (self.pods, self.gateway_pods)),
+            Source("/api/v1", "nodes", "", (self.nodes,), namespaced=False),
             *(
                 Source(f"/apis/{group}/{version}" if group else f"/api/{version}", plural, _OURS,
                        (self.children[plural],))
@@ -83,6 +89,11 @@ class Store:
     def gateways(self) -> list[Target]:
         """The gateway pods that can be asked for metrics."""
         return [target for target in self.gateway_pods.of(GATEWAYS) if target is not None]
+
+    def room(self, spec: InferenceServiceSpec) -> int | None:
+        """Further replicas that the nodes have GPUs for, as far as Mainsail's own pods hold them."""
+        held = ((pod.node, pod.gpus) for owner in self.pods.owners() for pod in self.pods.of(owner) if pod.gpus)
+        return gpus.room(spec, self.nodes.of(NODES), held)
 
     def read(self, key: Key) -> Snapshot | None:
         body = self.services.of(key)
@@ -152,4 +163,4 @@ def settings_for_watching() -> kopf.OperatorSettings:
 
 def woken(reconciler: Reconciler) -> Callable[[Key], None]:
     """Wakes the service of a group, if it is one."""
-    return lambda key: None if key == GATEWAYS else reconciler.wake(key)
+    return lambda key: None if key in (GATEWAYS, NODES) else reconciler.wake(key)

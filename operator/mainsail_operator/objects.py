@@ -65,7 +65,7 @@ def selector(owner: Owner) -> str:
 def revision_of(spec: InferenceServiceSpec) -> str:
     """Ten hex digits of what differs from the defaults in the parts of the spec that change the pod."""
     parts = spec.model_dump(mode="json", by_alias=True, exclude_defaults=True)
-    for unrelated in ("replicas", "rollout", "admission"):
+    for unrelated in ("replicas", "scaling", "rollout", "admission"):
         parts.pop(unrelated, None)
     return digest(parts)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, cast
 
+from mainsail_operator.gpus import held_by
 from mainsail_operator.objects import APPLIED, CONTAINER, DELETION_COST, HTTP_PORT, REVISION_LABEL
 from mainsail_operator.scrape import Target
 from mainsail_operator.types import JSON, KIND
@@ -49,6 +50,9 @@ class Pod:
     """Of the engine's container."""
     progress: float = 0.0
     """Unix seconds of its last step forward: placed, or serving."""
+    node: str = ""
+    """Where it holds GPUs; empty: nowhere."""
+    gpus: int = 0
     deletion_cost: int = 0
     """What the ReplicaSet controller goes by when it chooses a victim: the lowest first."""
 
@@ -160,6 +164,7 @@ def read_pod(pod: JSON) -> Pod:
     serving = ready.get("status") == "True"
     engine = _engine(pod)
     steps = [one for one in (unplaced, ready) if one.get("status") == "True"]
+    node, gpus = held_by(pod)
     cost = str(_get(pod, "metadata", "annotations", DELETION_COST, default="0"))
     return Pod(
         name=str(_get(pod, "metadata", "name", default="")),
@@ -174,6 +179,8 @@ def read_pod(pod: JSON) -> Pod:
         revision=str(_get(pod, "metadata", "labels", REVISION_LABEL, default="")),
         restarts=int(engine.get("restartCount") or 0),
         progress=max((_unix(str(one.get("lastTransitionTime", ""))) for one in steps), default=0.0),
+        node=node,
+        gpus=gpus,
         deletion_cost=int(cost) if cost.lstrip("-").isdigit() else 0,
     )
 

@@ -23,6 +23,7 @@ from mainsail_operator.observe import Child, Deployment, Observed, Pod, observe
 from mainsail_operator.plan import plan
 from mainsail_operator.scrape import Target
 from mainsail_operator.settings import Settings
+from mainsail_operator.sizing import Sizer
 from mainsail_operator.status import invalid, status
 from mainsail_operator.store import Key
 from mainsail_operator.types import JSON, InferenceServiceSpec, InferenceServiceStatus
@@ -30,6 +31,8 @@ from mainsail_operator.types import JSON, InferenceServiceSpec, InferenceService
 log = logging.getLogger(__name__)
 
 TICK_S = 15.0
+SCALED_TICK_S = 5.0
+"""Of a service whose load decides its replicas: as often as its pods are scraped."""
 _BACKOFF_S = (0.5, 60.0)
 
 
@@ -51,8 +54,9 @@ Want = Callable[[Key, Sequence[Target]], None]
 
 
 class Reconciler:
-    def __init__(self, writer: Writer, lease: Lease, settings: Settings, read: Read, want: Want) -> None:
+    def __init__(self, writer: Writer, lease: Lease, settings: Settings, read: Read, want: Want, sizer: Sizer) -> None:
         self._writer = writer
+        self._sizer = sizer
         self._want = want
         self._lease = lease
         self._settings = settings
@@ -76,7 +80,8 @@ class Reconciler:
         failures = 0
         try:
             while True:
-                pause = TICK_S if not failures else min(_BACKOFF_S[1], _BACKOFF_S[0] * 2**failures)
+                tick = SCALED_TICK_S if self._sizer.watches(key) else TICK_S
+                pause = tick if not failures else min(_BACKOFF_S[1], _BACKOFF_S[0] * 2**failures)
                 try:
                     async with asyncio.timeout(pause):
                         await self._wakes[key].wait()
@@ -87,6 +92,7 @@ class Reconciler:
                 snapshot = self._read(key)
                 if snapshot is None:
                     self._want(key, ())
+                    self._sizer.forget(key)
                     return
                 failures = 0 if await self._guarded(key, snapshot) else failures + 1
         finally:
@@ -122,8 +128,11 @@ class Reconciler:
         else:
             seen = observe(snapshot.deployments, snapshot.pods, snapshot.children, owner.uid)
             # Two revisions: the newest is judged beside the one before it.
-            self._want((owner.namespace, owner.name), seen.targets if len(seen.revisions) > 1 else ())
-            told = await self._carry_out(owner, spec, generation, seen, before, now)
+            wanted = spec.scaling is not None or len(seen.revisions) > 1
+            self._want((owner.namespace, owner.name), seen.targets if wanted else ())
+            sized = self._sizer.size(owner, spec, seen, metadata.get("annotations") or {}, before.scaling, now)
+            told = await self._carry_out(owner, sized.effective(spec), generation, seen, before, now)
+            told = sized.told(told, generation, before.conditions, now)
         if told != before:
             await self._writer.status(owner, told)
 

@@ -37,6 +37,7 @@ class Source:
     selector: str
     collections: Sequence[Collection[Any]]
     """All that keep objects of this kind."""
+    namespaced: bool = True
 
 
 class Relister:
@@ -81,7 +82,7 @@ class Relister:
     async def sweep(self) -> None:
         """List every kind and set the store right. Raises httpx2.HTTPError."""
         for source in self._sources:
-            for scope in self._scopes or ("",):
+            for scope in (self._scopes if source.namespaced else ()) or ("",):
                 items, version = await self._list(source, scope)
                 for collection in source.collections:
                     for key in collection.reconcile(items, version, lambda k, s=scope: not s or k[0] == s):

@@ -6,9 +6,9 @@
 
 **From zero.** A gateway that gets a request for a service without replicas holds it and says so in the gauge
 `mainsail:gateway_held_requests{namespace,service}`. The operator asks each gateway every second (with
-`?name[]=mainsail:gateway_held_requests`, Prometheus' own way to ask for some series only) and wakes the service. So a
-gateway needs no right to write anything, a lost message cannot leave a request waiting, and a new leader sees the need
-within a second. The annotation `mainsail.dev/wake` on the InferenceService (an RFC 3339 time) does the same by hand.
+`?name[]=mainsail:gateway_held_requests`, Prometheus' own way to ask for some series only) and wakes the service: a
+lost message cannot leave a request waiting, and a new leader sees the need within a second. At once, and for people,
+the annotation `mainsail.dev/wake` on the InferenceService (an RFC 3339 time) asks for a first replica.
 
 A pod that does not answer is asked less and less often, up to once a minute; its numbers grow stale meanwhile, and
 whoever decides sees that they are.
@@ -63,13 +63,12 @@ class _Due:
 
 @dataclass(slots=True)
 class Scraper:
-    """`want` says whose engines to ask, `gateways` who the gateways are; `on_held` and `on_fresh` are told services."""
+    """`want` says whose engines to ask, `gateways` who the gateways are; `on_held` is told who is held."""
 
     client: httpx2.AsyncClient
     signals: Signals
     gateways: Callable[[], Iterable[Target]]
     on_held: Callable[[Key], None] = lambda _: None
-    on_fresh: Callable[[Key], None] = lambda _: None
     _wanted: dict[Key, Sequence[Target]] = field(default_factory=dict[Key, "Sequence[Target]"])
     _due: dict[str, _Due] = field(default_factory=dict[str, _Due])
     _tasks: set[asyncio.Task[None]] = field(default_factory=set["asyncio.Task[None]"])
@@ -96,8 +95,8 @@ class Scraper:
     def round(self, now: float) -> None:
         """Start every scrape that is due. now: monotonic seconds."""
         gateways = list(self.gateways())
-        engines = [(key, target) for key, targets in self._wanted.items() for target in targets]
-        names = {target.uid for _, target in engines}
+        engines = [target for targets in self._wanted.values() for target in targets]
+        names = {target.uid for target in engines}
         self.signals.retain(names, {target.uid for target in gateways})
         for uid in self._due.keys() - names - {f"{g.uid}/{what}" for g in gateways for what in ("held", "seen")}:
             if not self._due[uid].busy:
@@ -107,8 +106,8 @@ class Scraper:
             if self._wanted:
                 self._start(f"{target.uid}/seen", partial(self._ask_gateway, target), INTERVAL_S, now)
         interval = max(INTERVAL_S, len(engines) / MAX_PER_SECOND)
-        for key, target in engines:
-            self._start(target.uid, partial(self._ask_engine, key, target), interval, now)
+        for target in engines:
+            self._start(target.uid, partial(self._ask_engine, target), interval, now)
 
     def _start(self, uid: str, ask: Callable[[], Coroutine[None, None, None]], interval: float, now: float) -> None:
         due = self._due.setdefault(uid, _Due())
@@ -148,11 +147,10 @@ class Scraper:
                 parts.append(part)
         return b"".join(parts).decode()
 
-    async def _ask_engine(self, key: Key, target: Target) -> None:
+    async def _ask_engine(self, target: Target) -> None:
         samples = dict(parse(await self._page(target.url), is_engine_signal))
         history = self.signals.engines.setdefault(target.uid, History())
         history.add(time.time(), samples, target.restarts)
-        self.on_fresh(key)
 
     async def _ask_held(self, target: Target) -> None:
         samples = parse(await self._page(f"{target.url}?name[]={HELD}"), HELD.__eq__)

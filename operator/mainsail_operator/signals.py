@@ -148,6 +148,18 @@ class Window:
         total = sum(_at(row, self._columns[series]) for row in self._rows for series in found)
         return total / len(self._rows)
 
+    def trend(self, name: str, **labels: str) -> float:
+        """By how much the gauge grows each second: from the mean of the first third of the scrapes to the last."""
+        third = len(self._rows) // 3
+        if third == 0:
+            return 0.0
+        ends = [self._columns[series] for series in self.series(name, **labels)]
+        first, last = (
+            sum(_at(row, column) for row in rows for column in ends) / third
+            for rows in (self._rows[:third], self._rows[-third:])
+        )
+        return (last - first) / (self.span_s * (1 - third / len(self._rows)))
+
     def distribution(self, name: str, **labels: str) -> Distribution:
         """The histogram's growth, over all series that match."""
         counts: dict[float, float] = {}
@@ -236,6 +248,13 @@ class History:
         start = max(bisect_right(self._times, since, 0, end) - 1, 0)
         return Window(self._times[start], self._times[end - 1], self._columns, self._rows[start:end])
 
+    def after(self, since: float) -> Window | None:
+        """The scrapes at or after `since` alone; None without any."""
+        start = bisect_left(self._times, since)
+        if start == len(self._times):
+            return None
+        return Window(self._times[start], self._times[-1], self._columns, self._rows[start:])
+
 
 @dataclass(frozen=True, slots=True)
 class PodLoad:
@@ -248,7 +267,9 @@ class PodLoad:
     """Share of the KV blocks that running requests hold."""
     preemptions_per_minute: float
     first_token_p95_s: float | None = None
-    """None: no first token in the window."""
+    """None: too few first tokens in the window to tell."""
+    waiting_trend: float = 0.0
+    """By how much `waiting` grows each second; below 0, the queue drains."""
     kv_wanted: float = 0.0
     """KV that sessions want beyond what they have, as a share of this pod's blocks."""
     requests_per_s: float = 0.0
@@ -263,20 +284,24 @@ class PodLoad:
 
 GAUGE_WINDOW_S = 20.0
 RATE_WINDOW_S = 60.0
+LEAST_SPAN_S = 14.0
+"""A load is told once it has been seen for this long: three scrapes or four."""
+_ENOUGH_FIRST_TOKENS = 5
 
 
-def pod_load(uid: str, history: History | None, now: float) -> PodLoad | None:
-    """None: not scraped yet, not for too long, or not an engine that says what it does."""
+def pod_load(uid: str, history: History | None, now: float, since: float = 0.0) -> PodLoad | None:
+    """Measured not before `since`. None: not seen for long enough, not for too long, or no engine that says what it
+    does."""
     last = history.last_scrape if history else None
     if history is None or last is None or now - last > FRESH_S:
         return None
-    gauges, rates = history.window(now - GAUGE_WINDOW_S), history.window(now - RATE_WINDOW_S)
-    if gauges is None or rates is None:
+    rates, gauges = (history.after(max(since, last - window)) for window in (RATE_WINDOW_S, GAUGE_WINDOW_S))
+    if rates is None or gauges is None or rates.span_s < LEAST_SPAN_S:
         return None
     waiting, running, usage = gauges.mean(WAITING), gauges.mean(RUNNING), gauges.mean(KV_USAGE)
     if waiting is None or running is None or usage is None:
         return None
-    seconds = max(rates.span_s, 1.0)
+    first_tokens = rates.distribution(FIRST_TOKEN)
     return PodLoad(
         uid=uid,
         waiting=waiting,
@@ -284,11 +309,12 @@ def pod_load(uid: str, history: History | None, now: float) -> PodLoad | None:
         kv_usage=usage,
         # Over a minute at least, so that one preemption right after the start is not a rate of twelve.
         preemptions_per_minute=rates.increase(PREEMPTIONS) * 60.0 / max(rates.span_s, RATE_WINDOW_S),
-        first_token_p95_s=rates.distribution(FIRST_TOKEN).quantile(0.95),
+        first_token_p95_s=first_tokens.quantile(0.95) if first_tokens.count >= _ENOUGH_FIRST_TOKENS else None,
+        waiting_trend=rates.trend(WAITING),
         kv_wanted=gauges.mean("mainsail:sessions_kv_wanted_perc") or 0.0,
-        requests_per_s=rates.increase(FINISHED) / seconds,
-        tokens_per_s=rates.increase(GENERATED) / seconds,
-        warmth=rates.increase(PREFIX_HITS) / seconds,
+        requests_per_s=rates.increase(FINISHED) / rates.span_s,
+        tokens_per_s=rates.increase(GENERATED) / rates.span_s,
+        warmth=rates.increase(PREFIX_HITS) / rates.span_s,
         sessions=(gauges.last("mainsail:sessions_held") or 0.0) + (gauges.last("mainsail:sessions_parked") or 0.0),
     )
 
@@ -305,9 +331,9 @@ class Signals:
     )
     """By gateway pod UID: when it was asked, and the requests that it holds by namespace and service."""
 
-    def load(self, uid: str, now: float) -> PodLoad | None:
-        """What the engine pod has to do now; None when it does not say."""
-        return pod_load(uid, self.engines.get(uid), now)
+    def load(self, uid: str, now: float, since: float = 0.0) -> PodLoad | None:
+        """What the engine pod has to do now, measured not before `since`; None when it does not say."""
+        return pod_load(uid, self.engines.get(uid), now, since)
 
     def held_requests(self, namespace: str, service: str, now: float) -> float:
         """Requests that gateways hold for a service. What a silent gateway said last counts as long as it is fresh."""

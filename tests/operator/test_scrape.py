@@ -11,7 +11,7 @@ import pytest
 
 from mainsail_operator import scrape
 from mainsail_operator.scrape import Scraper, Target
-from mainsail_operator.signals import FINISHED, HELD, Signals
+from mainsail_operator.signals import FINISHED, HELD, KV_USAGE, RUNNING, WAITING, Signals
 
 ENGINE_PAGE = """# HELP vllm:num_requests_waiting w
 vllm:num_requests_waiting{model_name="m"} 3.0
@@ -71,19 +71,18 @@ async def client():
 
 
 async def test_engines_of_wanted_services_only(client) -> None:
-    pod, fresh, signals = Pod(ENGINE_PAGE), [], Signals()
+    pod, signals = Pod(ENGINE_PAGE), Signals()
     async with running(pod):
-        scraper = Scraper(client, signals, gateways=list, on_fresh=fresh.append)
+        scraper = Scraper(client, signals, gateways=list)
         await rounds(scraper)
         assert pod.paths == []
         scraper.want(("d", "s"), [Target("u", pod.url)])
         await rounds(scraper)
         await rounds(scraper)  # not due again
         assert pod.paths == ["/metrics"]
-        assert fresh == [("d", "s")]
-        load = signals.load("u", time.time())
-        assert load is not None
-        assert (load.waiting, load.running, load.kv_usage) == (3.0, 1.0, 0.25)
+        window = signals.engines["u"].window(0)
+        assert window is not None
+        assert (window.last(WAITING), window.last(RUNNING), window.last(KV_USAGE)) == (3.0, 1.0, 0.25)
         await rounds(scraper, scrape.INTERVAL_S + 1)
         assert len(pod.paths) == 2
         scraper.want(("d", "s"), [])

@@ -165,18 +165,32 @@ def test_load_of_a_pod() -> None:
 
 def test_one_preemption_at_the_start_is_one_a_minute() -> None:
     history = History()
-    history.add(100.0, idle())
-    history.add(105.0, idle(preemptions=1.0))
-    load = pod_load("u", history, 106.0)
+    for number in range(4):
+        history.add(100.0 + 5 * number, idle(preemptions=float(number > 0)))
+    load = pod_load("u", history, 116.0)
     assert load is not None
     assert load.preemptions_per_minute == 1.0
+
+
+def test_the_trend_of_a_queue() -> None:
+    history = History()
+    for number in range(13):
+        history.add(100.0 + 5 * number, idle(waiting=60.0 - 4 * number))
+    load = pod_load("u", history, 160.0)
+    assert load is not None
+    assert load.waiting_trend == pytest.approx(-0.8, rel=0.1)
 
 
 def test_stale_silent_or_foreign_pods_say_nothing() -> None:
     signals = Signals()
     assert signals.load("u", 0.0) is None
     signals.engines["u"] = History()
+    signals.engines["u"].add(80.0, idle())
+    signals.engines["u"].add(90.0, idle())
+    assert signals.load("u", 92.0) is None, "not seen for long enough"
     signals.engines["u"].add(100.0, idle())
+    assert signals.load("u", 100.0) is not None
+    assert signals.load("u", 100.0, since=89.0) is None, "not seen for long enough since then"
     assert signals.load("u", 100.0 + FRESH_S) is not None
     assert signals.load("u", 101.0 + FRESH_S) is None
     signals.engines["other"] = History()

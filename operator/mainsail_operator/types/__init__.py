@@ -5,7 +5,7 @@ CustomResourceDefinition, so a field's description here is what `kubectl explain
 the API server fills in, and the rules beside it are what the API server refuses with. A description says what the field
 is for, its unit, and the failure that it prevents.
 
-One module for each noun: `schema` (what all share), `model`, `engine`, `pod`, `rollout`, `admission`,
+One module for each noun: `schema` (what all share), `model`, `engine`, `pod`, `rollout`, `scaling`, `admission`,
 `status`, and `service`, which puts them together.
 
 Two rules keep upgrades harmless:
@@ -23,9 +23,10 @@ from mainsail_operator.types.engine import OWNED_FLAGS, EngineSpec, KvCacheSpec
 from mainsail_operator.types.model import ModelSpec, PvcSource, pvc_source
 from mainsail_operator.types.pod import OWNED_LABELS, PodTemplateMetadata, PodTemplateSpec, ResourcesSpec
 from mainsail_operator.types.rollout import DrainSpec, Phase, RolloutGate, RolloutSpec, RolloutStatus, RolloutStep
+from mainsail_operator.types.scaling import ScaleDownSpec, ScalingSpec, ScalingTargets, ToZeroSpec, latency_s
 from mainsail_operator.types.schema import API_VERSION, GROUP, JSON, KIND, PLURAL, VERSION, Model, rule, rules, seconds
 from mainsail_operator.types.service import InferenceService, InferenceServiceSpec
-from mainsail_operator.types.status import Condition, InferenceServiceStatus, RevisionStatus
+from mainsail_operator.types.status import Capacity, Condition, InferenceServiceStatus, RevisionStatus, ScalingStatus
 
 __all__ = [
     "API_VERSION",
@@ -37,6 +38,7 @@ __all__ = [
     "PLURAL",
     "VERSION",
     "AdmissionSpec",
+    "Capacity",
     "Condition",
     "DrainSpec",
     "EngineSpec",
@@ -56,6 +58,12 @@ __all__ = [
     "RolloutSpec",
     "RolloutStatus",
     "RolloutStep",
+    "ScaleDownSpec",
+    "ScalingSpec",
+    "ScalingStatus",
+    "ScalingTargets",
+    "ToZeroSpec",
+    "latency_s",
     "pvc_source",
     "rule",
     "rules",

@@ -62,6 +62,7 @@ def duration_field(most: str) -> Any:
 
 DrainTimeout = Annotated[str, AfterValidator(check_duration), duration_field("1h")]
 ProgressDeadline = Annotated[str, AfterValidator(check_duration), duration_field("24h")]
+Duration = Annotated[str, AfterValidator(check_duration), duration_field("168h")]
 
 Quantity = Annotated[
     int | str,

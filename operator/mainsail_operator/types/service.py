@@ -9,12 +9,25 @@ from mainsail_operator.types.engine import EngineSpec
 from mainsail_operator.types.model import ModelSpec
 from mainsail_operator.types.pod import PodTemplateSpec, ResourcesSpec
 from mainsail_operator.types.rollout import DrainSpec, RolloutSpec
+from mainsail_operator.types.scaling import ScalingSpec
 from mainsail_operator.types.schema import Model, rule, rules
 from mainsail_operator.types.status import InferenceServiceStatus
 
 
 class InferenceServiceSpec(Model):
     """What the user asks for."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            rule(
+                "!has(self.scaling) || self.replicas == 1",
+                "spec.replicas and spec.scaling exclude one another: with scaling the operator decides between "
+                "scaling.min and scaling.max, so remove replicas; or remove scaling to set replicas by hand, by "
+                "kubectl scale or by an autoscaler of your own",
+                path=".replicas",
+            )
+        )
+    )
 
     model: ModelSpec = Field(description="The model to serve.")
     engine: EngineSpec = Field(default_factory=EngineSpec, description="How the engine runs the model.")
@@ -33,7 +46,14 @@ class InferenceServiceSpec(Model):
         ge=0,
         le=10_000,
         description="Number of pods that serve. 0 keeps the service's address and stops all pods. Changing it never "
-        "restarts a pod; `kubectl scale` and autoscalers write it.",
+        "restarts a pod; `kubectl scale`, a HorizontalPodAutoscaler and KEDA write it through the scale subresource. "
+        "Beside `scaling`, which then decides instead, leave it out.",
+    )
+    scaling: ScalingSpec | None = Field(
+        default=None,
+        description="Lets the operator choose the number of replicas by load: queues, KV cache, preemptions, latency, "
+        "agents' sessions. It never writes the spec, so GitOps sees no drift; status.scaling says what it chose, and "
+        "why. Default: spec.replicas is the number.",
     )
     admission: AdmissionSpec = Field(
         default_factory=AdmissionSpec,

@@ -22,14 +22,50 @@ class RevisionStatus(Model):
     )
 
 
+class Capacity(Model):
+    """What one replica carried when it was full: the measure of whether fewer replicas would do."""
+
+    requests_per_second: float = Field(description="Finished requests per second of one full replica.")
+    tokens_per_second: float = Field(description="Generated tokens per second of one full replica.")
+
+
+class ScalingStatus(Model):
+    """How many replicas the service should have, and why that many."""
+
+    desired: int = Field(default=1, description="Replicas that the service should have now.")
+    reason: str = Field(
+        default="",
+        max_length=64,
+        description="Why the number last changed, in one stable word: QueueDepth, KvUsage, Preemptions, "
+        "TimeToFirstToken and HeldRequests made it grow; LowLoad, NoRoom and Idle made it shrink; Bounds: scaling.min "
+        "or max moved; Woken: by annotation. Replicas: spec.replicas is the number.",
+    )
+    message: str = Field(default="", max_length=512, description="The same with the numbers that it was decided on.")
+    limited_by: Literal["", "GPUs", "max"] = Field(
+        default="", description="What keeps the service from growing as the load asks for; empty: nothing does."
+    )
+    last_scale_time: str | None = Field(
+        default=None, description="When the number last changed.", json_schema_extra={"format": "date-time"}
+    )
+    idle_since: str | None = Field(
+        default=None,
+        description="Since when nothing was asked, where scaling.min is 0.",
+        json_schema_extra={"format": "date-time"},
+    )
+    capacity: Capacity | None = Field(
+        default=None, description="What one replica carried when it was full; unknown until one was."
+    )
+
+
 class Condition(Model):
     """One aspect of the service's state, with a stable reason to build on and a message to read."""
 
     type: str = Field(
         max_length=64,
         description="Ready: it answers requests. ModelLoaded: the newest revision has loaded its model. "
-        "RolloutComplete: only the newest revision is left and all its replicas serve. Reconciling (only while True): "
-        "work is under way. Stalled (only while True): it will not proceed without a change.",
+        "RolloutComplete: only the newest revision is left and all its replicas serve. ScalingActive (only with "
+        "spec.scaling): the load decides the number of replicas; False: it cannot be seen. Reconciling (only while "
+        "True): work is under way. Stalled (only while True): it will not proceed without a change.",
     )
     status: Literal["True", "False", "Unknown"] = Field(description="Whether it holds.")
     reason: str = Field(max_length=128, description="Why, in one stable word.")
@@ -58,6 +94,7 @@ class InferenceServiceStatus(Model):
     rollout: RolloutStatus | None = Field(
         default=None, description="Where the change from one revision to the next stands."
     )
+    scaling: ScalingStatus | None = Field(default=None, description="How many replicas, and why that many.")
     conditions: list[Condition] = Field(
         default_factory=list[Condition],
         description="Ready, ModelLoaded, RolloutComplete; Reconciling and Stalled only while they are True.",
