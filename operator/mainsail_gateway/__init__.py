@@ -6,6 +6,8 @@ A request's way through the modules, which is also the order to read them in::
     app.py       the ASGI application: paths, bodies, errors
     request.py   what the gateway reads of a body: the model, and what a prompt weighs
     routes.py    model -> service -> endpoints, from watches (watch.py)
+    auth.py      whose request it is, and what its key allows (pure); keys.py watches the Secrets, usage.py reads what
+                 an answer has used
     shed.py      now, later, or not (pure), with what gradient.py learned; admission.py waits and refuses, hold.py tells
                  waiting clients and wakes a service at zero
     split.py     which revision (pure)

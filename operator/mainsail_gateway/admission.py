@@ -14,6 +14,7 @@ from prometheus_client.registry import Collector
 
 from mainsail_gateway import hold
 from mainsail_gateway.asgi import Receive
+from mainsail_gateway.auth import ApiKey
 from mainsail_gateway.errors import GatewayError, bad_request
 from mainsail_gateway.relay import Call, ClientGone
 from mainsail_gateway.routes import Table
@@ -39,8 +40,8 @@ NORMAL = "normal"
 SWEEP_S = 0.25
 
 
-def ticket(call: Call, streamed: bool, timeout_s: float | None, key: str = "", most: int | None = None) -> Ticket:
-    """A request's place in line. key: the API key's name; most: the highest priority that the key allows.
+def ticket(call: Call, streamed: bool, timeout_s: float | None, key: ApiKey | None = None) -> Ticket:
+    """A request's place in line. A key decides about the highest priority, and the usual one.
 
     Raises a 400 that names the header."""
     priorities = call.service.policy.priorities
@@ -49,10 +50,11 @@ def ticket(call: Call, streamed: bool, timeout_s: float | None, key: str = "", m
         message = f"The header `X-Mainsail-Priority` must be one of {', '.join(sorted(priorities))}."
         raise bad_request(message, param="X-Mainsail-Priority")
     priority = priorities.get(named or NORMAL, 0)
-    if most is not None:
+    if key is not None:
+        most = priorities.get(key.priority or NORMAL, 0)
         priority = most if named is None else min(priority, most)
     limits = [limit for limit in (_timeout(call), timeout_s) if limit is not None]
-    return Ticket(key, priority, call.weight, streamed, min(limits, default=None))
+    return Ticket("" if key is None else key.name, priority, call.weight, streamed, min(limits, default=None))
 
 
 def _timeout(call: Call) -> float | None:

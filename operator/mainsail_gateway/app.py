@@ -9,30 +9,34 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import msgspec
 
-from mainsail_gateway import admission, balance, request
+from mainsail_gateway import admission, auth, balance, request
 from mainsail_gateway.admission import Admission
 from mainsail_gateway.asgi import Headers, Message, Receive, Scope, Send
+from mainsail_gateway.auth import CREDENTIALS, ApiKey
 from mainsail_gateway.errors import GatewayError, bad_request, no_capacity, send_error, too_large, unknown_model
 from mainsail_gateway.fleet import Fleet, Pool
 from mainsail_gateway.health import Health
 from mainsail_gateway.hold import Reply
+from mainsail_gateway.keys import Keys
 from mainsail_gateway.metrics import Metrics
 from mainsail_gateway.relay import CLIENT_GONE, BrokenOff, Call, ClientGone, Relay
 from mainsail_gateway.routes import Service, Table
 from mainsail_gateway.settings import Settings
 from mainsail_gateway.upstream import ConnectionPool
+from mainsail_gateway.usage import Usage
 
 log = logging.getLogger(__name__)
 
 _PATH = re.compile(rb"/v1(?:/(?!\.\.?(?:/|$))[A-Za-z0-9._~:-]+)+")
 _MODEL_PATH = re.compile(r"/v1/models/(.+)")
 _CLOSE: Headers = [(b"connection", b"close")]
+_OPEN_PATHS = ("/health", "/health/ready", "/health/live")
 LINGER_S = 2.0
 """How long a refused body is still read, so that its sender sees the refusal instead of a reset."""
 SESSION_HEADERS = (b"x-session-id", b"x-conversation-id")
@@ -53,6 +57,9 @@ class Gateway:
         self.metrics.registry.register(self.admission)
         self.wake: Callable[[], None] | None = None
         """Called when a request begins to wait for a replica."""
+        self.keys = Keys() if settings.auth == "keys" else None
+        if self.keys is not None:
+            self.metrics.registry.register(self.keys)
         self.relay = Relay(self.connections, settings, self._extra_headers)
 
     def use(self, table: Table) -> None:
@@ -102,8 +109,11 @@ class Gateway:
     async def _dispatch(self, scope: Scope, receive: Receive, reply: Reply) -> None:
         method: str = scope["method"]
         path: str = scope["path"]
+        key: ApiKey | None = None
         try:
-            if method in ("GET", "HEAD") and (answer := self._own(path)) is not None:
+            if self.keys is not None and path not in _OPEN_PATHS:
+                key = self.keys.check(scope["headers"])
+            if method in ("GET", "HEAD") and (answer := self._own(path, key)) is not None:
                 await self._send_json(reply.send, answer)
                 return
             if not _PATH.fullmatch(scope["raw_path"]):
@@ -114,23 +124,25 @@ class Gateway:
             arrived = time.monotonic()
             body = await self._body(scope, receive)
             parsed = request.parse(body)
-            service = self._service(parsed.model)
+            service = self._service(parsed.model, key)
         except GatewayError as error:
             self.metrics.refused(error.status)
+            if self.keys is not None and key is not None:
+                self.keys.count(key, error.status)
             raise
-        await self._relay(self._call(scope, body, parsed, service, arrived), parsed, receive, reply)
+        await self._relay(self._call(scope, body, parsed, service, arrived), parsed, key, receive, reply)
 
-    def _own(self, path: str) -> object | None:
+    def _own(self, path: str, key: ApiKey | None) -> object | None:
         """What the gateway itself answers to a GET; None when the path is not its own."""
         if path == "/v1/models":
-            models = sorted(self.table.models.items())
+            models = sorted(item for item in self.table.models.items() if key is None or key.may_use(item[0]))
             return {"object": "list", "data": [_model_object(name, service) for name, service in models]}
         if match := _MODEL_PATH.fullmatch(path):
             service = self.table.models.get(match[1])
-            if service is None:
+            if service is None or (key is not None and not key.may_use(match[1])):
                 raise unknown_model(match[1])
             return _model_object(match[1], service)
-        if path in ("/health", "/health/ready", "/health/live"):
+        if path in _OPEN_PATHS:
             check = self.health.live if path == "/health/live" else self.health.ready
             good, text = check(time.monotonic())
             if not good:
@@ -138,11 +150,15 @@ class Gateway:
             return {"status": text}
         return None
 
-    async def _relay(self, call: Call, parsed: request.Parsed, receive: Receive, reply: Reply) -> None:
+    async def _relay(
+        self, call: Call, parsed: request.Parsed, key: ApiKey | None, receive: Receive, reply: Reply
+    ) -> None:
         metrics = self.metrics.of(call.service)
         try:
-            async with self._admitted(call, parsed, receive, reply) as pool:
-                await self.relay.forward(call, pool, metrics, receive, reply.send)
+            with self._charged(call, parsed, key) as usage:
+                async with self._admitted(call, parsed, key, receive, reply) as pool:
+                    send = reply.send if usage is None else usage.meter(reply.send)
+                    await self.relay.forward(call, pool, metrics, receive, send)
         except GatewayError as error:
             call.code = error.status
             raise
@@ -156,6 +172,28 @@ class Gateway:
             (call.pod or metrics).count(call.code)
             metrics.duration.observe(time.monotonic() - call.arrived)
 
+    @contextmanager
+    def _charged(self, call: Call, parsed: request.Parsed, key: ApiKey | None) -> Generator[Usage | None]:
+        """Inside, the request counts against its key's limits. Raises a 429."""
+        if self.keys is None or key is None:
+            yield None
+            return
+        usage = Usage(parsed.prompt_tokens)
+        try:
+            account = self.keys.take(key, call.weight)
+        except GatewayError as error:
+            self.keys.count(key, error.status)
+            raise
+        code = CLIENT_GONE
+        try:
+            yield usage
+            code = call.code
+        except GatewayError as error:
+            code = error.status
+            raise
+        finally:
+            self.keys.settle(key, account, call.weight, usage, code)
+
     def _beat(self, reply: Reply) -> Callable[[], Awaitable[None]]:
         return lambda: reply.beat(self._extra_headers())
 
@@ -167,13 +205,13 @@ class Gateway:
 
     @asynccontextmanager
     async def _admitted(
-        self, call: Call, parsed: request.Parsed, receive: Receive, reply: Reply
+        self, call: Call, parsed: request.Parsed, key: ApiKey | None, receive: Receive, reply: Reply
     ) -> AsyncGenerator[Pool]:
         """Inside, the request runs; before it, it may wait. Raises what `Door.enter` does.
 
         Gives the service's endpoints as they are then."""
         door = self.admission.doors[call.service.key]
-        ticket = admission.ticket(call, parsed.stream, parsed.timeout_s)
+        ticket = admission.ticket(call, parsed.stream, parsed.timeout_s, key)
         if not call.service.endpoints and self.wake is not None:
             self.wake()
         await door.enter(ticket, call.model, receive, self._beat(reply) if parsed.stream else None)
@@ -188,6 +226,8 @@ class Gateway:
     def _call(self, scope: Scope, body: bytes, parsed: request.Parsed, service: Service, arrived: float) -> Call:
         query: bytes = scope["query_string"]
         headers: Headers = scope["headers"]
+        if self.keys is not None:
+            headers = [header for header in headers if header[0] not in CREDENTIALS]
         session = _header(headers, SESSION_HEADERS) or parsed.session
         return Call(
             method=b"POST",
@@ -202,12 +242,14 @@ class Gateway:
             sticky=session or _header(headers, USER_HEADERS),
         )
 
-    def _service(self, model: str) -> Service:
+    def _service(self, model: str, key: ApiKey | None) -> Service:
         if not self.health.synced:
             raise no_capacity(model, 1.0)
         service = self.table.models.get(model)
         if service is None:
             raise unknown_model(model)
+        if key is not None and not key.may_use(model):
+            raise auth.forbidden(key, model)
         return service
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes:

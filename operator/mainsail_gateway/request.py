@@ -44,6 +44,8 @@ class Parsed:
     prompt: bytes
     """The JSON text of the prompt, tools first, as chat templates render them. Equal prefixes here are (nearly
     always) equal prefixes of tokens in the engine."""
+    prompt_tokens: int
+    """The prompt's part of that."""
     session: str | None
     """What the client calls the conversation (`prompt_cache_key`, `user`), if it says."""
     timeout_s: float | None = None
@@ -70,6 +72,7 @@ def parse(body: bytes) -> Parsed:
         model=fields.model,
         stream=fields.stream is True,
         weight=len(prompt) // BYTES_PER_TOKEN + _answer_tokens(fields),
+        prompt_tokens=len(prompt) // BYTES_PER_TOKEN,
         prompt=prompt,
         session=next((name for name in (fields.prompt_cache_key, fields.user) if isinstance(name, str) and name), None),
         timeout_s=_positive(fields.timeout),

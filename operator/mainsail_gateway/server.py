@@ -7,9 +7,11 @@ within `drain_timeout_s`, and the process exits with 0. A second signal ends it 
 
 import asyncio
 import logging
+import ssl
 import time
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -23,9 +25,12 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from mainsail_gateway.app import Gateway
 from mainsail_gateway.health import HealthServer
 from mainsail_gateway.hold import Waker
+from mainsail_gateway.keys import KeyWatch
 from mainsail_gateway.routes import Routes
 from mainsail_gateway.settings import Settings
 from mainsail_gateway.watch import Timing
+
+_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +72,34 @@ class LimitedProtocol(HttpToolsProtocol):
         return any(start is not None and now - start > timeout_s for start in starts)
 
 
+class Certificate:
+    """The TLS certificate's files, read again when they change: new connections get the new one."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._files = (settings.tls_cert, settings.tls_key)
+        self._seen = self._state()
+
+    def _state(self) -> tuple[tuple[int, int, int], ...]:
+        states = [Path(name).stat() for name in self._files if name]
+        return tuple((state.st_ino, state.st_mtime_ns, state.st_size) for state in states)
+
+    def refresh(self, context: ssl.SSLContext | None) -> None:
+        cert, key = self._files
+        if context is None or cert is None:
+            return
+        try:
+            state = self._state()
+            if state == self._seen:
+                return
+            context.load_cert_chain(cert, key)
+        except (OSError, ssl.SSLError) as error:
+            # Half of a change, or a mistake: the old one stays, and the next second tries again.
+            log.warning("the TLS certificate cannot be read again: %s", error)
+            return
+        self._seen = state
+        log.info("the TLS certificate was read again")
+
+
 class Server(uvicorn.Server):
     """uvicorn's server with a drain before its shutdown, and an exit code of 0 after it."""
 
@@ -74,6 +107,7 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._gateway = gateway
         self._drain_since: float | None = None
+        self._certificate = Certificate(gateway.settings)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         del frame
@@ -89,6 +123,7 @@ class Server(uvicorn.Server):
         now = time.monotonic()
         if counter % 10 == 0:
             self._sweep(now)
+            self._certificate.refresh(self.config.ssl)
         if self._drain_since is not None and now - self._drain_since >= self._gateway.settings.drain_delay_s:
             return True
         return await super().on_tick(counter)
@@ -118,13 +153,27 @@ def kubernetes_client(settings: Settings) -> httpx2.AsyncClient:
     return AsyncClient(single, ConnectionParams(timeout=httpx2.Timeout(10.0)))
 
 
+def own_namespace() -> str:
+    """The Pod's namespace; `default` outside of a cluster."""
+    try:
+        return _NAMESPACE.read_text().strip()
+    except OSError:
+        return "default"
+
+
 @asynccontextmanager
 async def background(gateway: Gateway, client: httpx2.AsyncClient, timing: Timing) -> AsyncGenerator[None]:
     """The watches and the sweeps, while inside."""
     routes = Routes(client, gateway.settings.namespaces, gateway.use, timing=timing)
     waker = Waker(client, gateway.admission.held)
     gateway.wake = waker.woken.set
-    tasks = [asyncio.create_task(part.run()) for part in (routes, gateway, waker)]
+    parts: list[Routes | Gateway | Waker | KeyWatch] = [routes, gateway, waker]
+    if gateway.keys is not None:
+        namespace = gateway.settings.keys_namespace or own_namespace()
+        parts.append(KeyWatch(client, namespace, gateway.keys, timing=timing))
+    else:
+        log.warning("no API keys are asked for: whoever reaches this gateway may use every model (--auth anonymous)")
+    tasks = [asyncio.create_task(part.run()) for part in parts]
     for task in tasks:
         task.add_done_callback(_report)
     try:
@@ -160,6 +209,8 @@ def configure(gateway: Gateway) -> uvicorn.Config:
         log_config=None,
         server_header=False,
         backlog=4096,
+        ssl_certfile=settings.tls_cert,
+        ssl_keyfile=settings.tls_key,
         timeout_keep_alive=round(settings.keep_alive_s),
         timeout_graceful_shutdown=round(settings.drain_timeout_s),
         proxy_headers=False,

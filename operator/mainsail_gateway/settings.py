@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from typing import Literal
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +16,14 @@ class Settings:
     """Path of a kubeconfig; without it the Pod's service account, then $KUBECONFIG, then ~/.kube/config."""
     namespaces: tuple[str, ...] = ()
     """Namespaces to serve; empty: all."""
+
+    auth: Literal["anonymous", "keys"] = "anonymous"
+    """anonymous: whoever reaches the gateway may use every model. keys: only who has an API key (auth.py)."""
+    keys_namespace: str | None = None
+    """Where the Secrets of the API keys are; without it the Pod's own namespace."""
+    tls_cert: str | None = None
+    tls_key: str | None = None
+    """PEM files, as a Secret's volume has them; read again when they change. Without them: plain HTTP."""
 
     max_body_bytes: int = 10 * 1024 * 1024
     """Over it: 413. The body is held in memory until an endpoint has answered, so that it can be sent again."""
@@ -55,6 +64,10 @@ _HELP = {
     "kubeconfig": "path of a kubeconfig (default: the Pod's service account, then $KUBECONFIG)",
     "max_body_bytes": "largest request body; over it 413",
     "max_header_bytes": "largest request head; over it 431",
+    "auth": "anonymous (everybody) or keys (who has an API key: a Secret labelled mainsail.dev/api-key)",
+    "keys_namespace": "namespace of the API keys' Secrets (default: the Pod's own)",
+    "tls_cert": "PEM file of the certificate chain; with --tls-key, HTTPS is served on --port",
+    "tls_key": "PEM file of its private key",
     "log_level": "debug, info, warning or error",
 }
 
@@ -88,4 +101,8 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
             parser.error(f"--{name.replace('_', '-')} must not be negative, got {value}")
     if values["log_level"] not in ("debug", "info", "warning", "error"):
         parser.error(f"--log-level must be debug, info, warning or error, got {values['log_level']}")
+    if values["auth"] not in ("anonymous", "keys"):
+        parser.error(f"--auth must be anonymous or keys, got {values['auth']}")
+    if bool(values["tls_cert"]) != bool(values["tls_key"]):
+        parser.error("--tls-cert and --tls-key go together: give both or neither")
     return Settings(**values)

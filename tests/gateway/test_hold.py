@@ -5,6 +5,7 @@ import json
 from datetime import UTC, datetime
 
 import httpx
+import httpx2
 import openai
 import pytest
 from hypothesis import given
@@ -163,3 +164,21 @@ async def test_a_timeout_that_passes_before_an_answer(kit):
     async with kit.gateway(kit.service(up.endpoint())) as gw, httpx.AsyncClient(timeout=30) as client:
         answer = await client.post(gw.url + CHAT, json={**BODY, "timeout": 0.2})
         assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline_exceeded")
+
+
+async def test_the_operator_is_asked_for_a_replica(kit):
+    api = await kit.upstream(kit.raw(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}", cut=False))
+    held: dict[tuple[str, str], int] = {}
+    async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{api.port}") as client:
+        waker = hold.Waker(client, lambda: held)
+        task = asyncio.create_task(waker.run())
+        held["ns", "m"] = 3
+        waker.woken.set()
+        waker.woken.set()
+        await kit.until(lambda: api.seen)
+        await asyncio.sleep(0.1)
+        task.cancel()
+    assert len(api.seen) == 1
+    assert api.seen[0].head.startswith(b"PATCH /apis/mainsail.dev/v1alpha1/namespaces/ns/inferenceservices/m HTTP/1.1")
+    assert api.seen[0].header("content-type") == "application/merge-patch+json"
+    assert json.loads(api.seen[0].body)["metadata"]["annotations"]["mainsail.dev/wake"].endswith("Z")

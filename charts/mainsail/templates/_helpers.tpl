@@ -40,3 +40,14 @@ nodeSelector: {{ toJson . }}
 tolerations: {{ toJson . }}
 {{- end }}
 {{- end }}
+
+{{- define "mainsail.gatewayArgs" -}}
+{{- $args := list "--auth" (lower .Values.gateway.auth.mode) -}}
+{{- if .Values.gateway.auth.namespace -}}
+{{- $args = concat $args (list "--keys-namespace" .Values.gateway.auth.namespace) -}}
+{{- end -}}
+{{- if .Values.gateway.tls.secretName -}}
+{{- $args = concat $args (list "--tls-cert" "/etc/mainsail/tls/tls.crt" "--tls-key" "/etc/mainsail/tls/tls.key") -}}
+{{- end -}}
+{{- toJson $args -}}
+{{- end }}
