@@ -55,6 +55,18 @@ def gelu_tanh_mul(gate_up: torch.Tensor) -> torch.Tensor:
     return (F.gelu(gate, approximate="tanh") * up).to(gate_up.dtype)
 
 
+def grouped_mlp(
+    x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
+) -> torch.Tensor:
+    """The weighted sum of the chosen experts' gated MLPs: x [n, hidden], weights and chosen [n, k]."""
+    out = torch.zeros_like(_wide(x))
+    for expert in chosen.unique().tolist():
+        token, rank = (chosen == expert).nonzero(as_tuple=True)
+        inner = silu_mul(F.linear(x[token], gate_up[expert]))
+        out.index_add_(0, token, _wide(F.linear(inner, down[expert])) * weights[token, rank, None].to(out.dtype))
+    return out.to(x.dtype)
+
+
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x [n, in] times weight [out, in] transposed, plus bias [out]."""
     return F.linear(x, weight, bias)

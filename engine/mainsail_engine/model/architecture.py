@@ -1,7 +1,8 @@
 """What a checkpoint says about its model: one frozen value, from a config.json or from GGUF metadata.
 
-The names are Hugging Face's. Anything that this engine does not compute (another activation, an unknown rope scaling)
-is refused here, by name, instead of being computed wrongly. Nothing here imports torch.
+The names are Hugging Face's. What all families share is read here; what is a family's own is in `families.py`. Anything
+that this engine does not compute (another activation, an unknown rope scaling) is refused by name, instead of being
+computed wrongly. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -9,20 +10,47 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mainsail_engine.errors import ModelNotFoundError, UnsupportedModelError
 from mainsail_engine.text.gguf_metadata import read_metadata
 
+RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
+ROPE_KINDS: tuple[RopeKind, ...] = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+Activation = Literal["silu", "gelu_tanh"]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RopeScaling:
-    """Llama 3.1's stretching of the low frequencies (`rope_type: llama3`); factor 1 is none."""
+class Rope:
+    """Rotary embedding of one kind of layer; `rotary.py` has the formulas and where they come from."""
 
+    kind: RopeKind = "default"
+    theta: float = 10000.0
     factor: float = 1.0
+    original_max_position_embeddings: int = 8192
+    """The context that the model was trained with before it was stretched."""
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float = 1.0
+    """Cosines and sines are multiplied by this (YaRN, LongRoPE)."""
+    long_factor: tuple[float, ...] = ()
+    short_factor: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Experts:
+    """A mixture of experts in place of the MLP: Mixtral, Qwen3-MoE."""
+
+    num_experts: int
+    experts_per_token: int
+    intermediate_size: int
+    normalized: bool
+    """The chosen experts' weights are made to add up to 1."""
+    dense_layers: frozenset[int] = frozenset()
+    """Layers that have a plain MLP."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,20 +66,44 @@ class Architecture:
     vocab_size: int
     max_position_embeddings: int
     rms_norm_eps: float
-    rope_theta: float
-    rope_scaling: RopeScaling = RopeScaling()
+    rope: Rope = Rope()
+    local_rope: Rope | None = None
+    """Of layers with a window, where they have one of their own (Gemma 3)."""
+    rotary_dim: int = 0
+    """Channels of a head that are rotated; 0: all."""
+    no_rope_layers: frozenset[int] = frozenset()
+    """Layers without any rotation (SmolLM3)."""
+    windows: tuple[int, ...] = ()
+    """Per layer, how many of the newest tokens it sees; 0: all. Empty: no layer has a window."""
+    activation: Activation = "silu"
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     """Biases on the query, key and value projections (Qwen2)."""
     qk_norm: bool = False
-    """RMS norm of every query and key head before the rotation (Qwen3)."""
+    """RMS norm of every query and key head before the rotation (Qwen3, Gemma 3)."""
+    norm_offset: float = 0.0
+    """Added to the weights of norms when they are loaded: Gemma stores w - 1."""
+    attention_scale: float = 0.0
+    """Scores are multiplied by this; 0: 1 / sqrt(head_dim)."""
+    attention_soft_cap: float = 0.0
+    logits_soft_cap: float = 0.0
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    """What each half of a layer adds is multiplied by this (Granite)."""
+    logits_scale: float = 1.0
+    """Logits are multiplied by this."""
+    experts: Experts | None = None
     dtype: str = "float32"
     """The checkpoint's own."""
     eos_token_ids: frozenset[int] = frozenset()
 
+    def window(self, layer: int) -> int:
+        return self.windows[layer] if self.windows else 0
 
-SUPPORTED = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-_GGUF_NAMES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+    @property
+    def scale(self) -> float:
+        """What attention scores are multiplied by."""
+        return self.attention_scale or self.head_dim**-0.5
 
 
 def read_architecture(path: Path) -> Architecture:
@@ -74,8 +126,10 @@ def _json(path: Path) -> dict[str, Any]:
         raise UnsupportedModelError(f"{path} is not valid JSON: {error}") from error
 
 
-def _refuse(what: str) -> UnsupportedModelError:
-    return UnsupportedModelError(f"{what} is not supported; supported architectures: {', '.join(SUPPORTED)}")
+def refuse(what: str) -> UnsupportedModelError:
+    from mainsail_engine.model.families import FAMILIES
+
+    return UnsupportedModelError(f"{what} is not supported; supported architectures: {', '.join(FAMILIES)}")
 
 
 def _ids(value: Any) -> frozenset[int]:
@@ -86,83 +140,102 @@ def _ids(value: Any) -> frozenset[int]:
 
 def from_config(config: dict[str, Any], generation: dict[str, Any]) -> Architecture:
     """From Hugging Face's config.json (version 4 and 5 spellings) and generation_config.json."""
+    from mainsail_engine.model.families import FAMILIES
+
     names: list[str] = config.get("architectures") or ["(no architectures in config.json)"]
-    if names[0] not in SUPPORTED:
-        raise _refuse(f"architecture {names[0]}")
-    if config.get("hidden_act", "silu") != "silu":
-        raise _refuse(f"activation {config['hidden_act']}")
-    if config.get("use_sliding_window"):
-        raise _refuse("sliding-window attention (use_sliding_window)")
+    family = FAMILIES.get(names[0])
+    if family is None:
+        raise refuse(f"architecture {names[0]}")
     try:
-        heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
-        rope: dict[str, Any] = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        return Architecture(
-            name=names[0],
-            num_layers=int(config["num_hidden_layers"]),
-            hidden_size=hidden,
-            intermediate_size=int(config["intermediate_size"]),
-            num_heads=heads,
-            num_kv_heads=int(config.get("num_key_value_heads") or heads),
-            head_dim=int(config.get("head_dim") or hidden // heads),
-            vocab_size=int(config["vocab_size"]),
-            max_position_embeddings=int(config["max_position_embeddings"]),
-            rms_norm_eps=float(config["rms_norm_eps"]),
-            rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
-            rope_scaling=_rope_scaling(rope),
-            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-            attention_bias=names[0] == "Qwen2ForCausalLM" or bool(config.get("attention_bias", False)),
-            qk_norm=names[0] == "Qwen3ForCausalLM",
-            dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32"),
-            eos_token_ids=_ids(generation.get("eos_token_id", config.get("eos_token_id"))),
-        )
+        common: dict[str, Any] = {
+            "name": names[0],
+            **_sizes(config),
+            "rms_norm_eps": float(config["rms_norm_eps"]),
+            "activation": _activation(config),
+            "tie_word_embeddings": bool(config.get("tie_word_embeddings", False)),
+            "attention_bias": bool(config.get("attention_bias", False)),
+            "dtype": str(config.get("dtype") or config.get("torch_dtype") or "float32"),
+            "eos_token_ids": _ids(generation.get("eos_token_id", config.get("eos_token_id"))),
+        }
+        return Architecture(**{**common, **family(config)})
     except KeyError as error:
         raise UnsupportedModelError(f"config.json lacks the field {error}") from error
 
 
-def _rope_scaling(rope: dict[str, Any]) -> RopeScaling:
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind == "default":
-        return RopeScaling()
-    if kind != "llama3":
-        raise _refuse(f"rope scaling {kind!r}")
-    return RopeScaling(
-        factor=float(rope["factor"]),
-        low_freq_factor=float(rope["low_freq_factor"]),
-        high_freq_factor=float(rope["high_freq_factor"]),
-        original_max_position_embeddings=int(rope["original_max_position_embeddings"]),
-    )
+def _sizes(config: dict[str, Any]) -> dict[str, Any]:
+    heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
+    return {
+        "num_layers": int(config["num_hidden_layers"]),
+        "hidden_size": hidden,
+        "intermediate_size": int(config["intermediate_size"]),
+        "num_heads": heads,
+        "num_kv_heads": int(config.get("num_key_value_heads") or heads),
+        "head_dim": int(config.get("head_dim") or hidden // heads),
+        "vocab_size": int(config["vocab_size"]),
+        "max_position_embeddings": int(config["max_position_embeddings"]),
+    }
+
+
+def _activation(config: dict[str, Any]) -> Activation:
+    named: dict[str, Activation] = {
+        "silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh",
+    }  # fmt: skip
+    name = str(config.get("hidden_activation") or config.get("hidden_act") or "silu")
+    if name not in named:
+        raise refuse(f"activation {name}")
+    return named[name]
+
+
+_GGUF_NAMES = {
+    "llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
+    "gemma3": "Gemma3ForCausalLM",
+}  # fmt: skip
 
 
 def from_gguf(metadata: dict[str, Any]) -> Architecture:
     """From the key-value pairs of a GGUF header. The embedding is tied unless the file has output.weight (loader)."""
     family = str(metadata.get("general.architecture", "?"))
     if family not in _GGUF_NAMES:
-        raise _refuse(f"GGUF architecture {family}")
+        raise refuse(f"GGUF architecture {family}")
     if any(f"{family}.rope.scaling.{key}" in metadata for key in ("type", "factor")):
         kind = metadata.get(f"{family}.rope.scaling.type")
         if kind not in (None, "none"):
-            raise _refuse(f"GGUF rope scaling {kind!r}")
+            raise refuse(f"GGUF rope scaling {kind!r}")
     try:
         heads = int(metadata[f"{family}.attention.head_count"])
         hidden = int(metadata[f"{family}.embedding_length"])
         vocab = metadata.get(f"{family}.vocab_size") or len(metadata["tokenizer.ggml.tokens"])
-        return Architecture(
-            name=_GGUF_NAMES[family],
-            num_layers=int(metadata[f"{family}.block_count"]),
-            hidden_size=hidden,
-            intermediate_size=int(metadata[f"{family}.feed_forward_length"]),
-            num_heads=heads,
-            num_kv_heads=int(metadata.get(f"{family}.attention.head_count_kv", heads)),
-            head_dim=int(metadata.get(f"{family}.attention.key_length", hidden // heads)),
-            vocab_size=int(vocab),
-            max_position_embeddings=int(metadata[f"{family}.context_length"]),
-            rms_norm_eps=float(metadata[f"{family}.attention.layer_norm_rms_epsilon"]),
-            rope_theta=float(metadata.get(f"{family}.rope.freq_base", 10000.0)),
-            tie_word_embeddings=True,
-            attention_bias=family == "qwen2",
-            qk_norm=family == "qwen3",
-            dtype="float32",
-            eos_token_ids=_ids(metadata.get("tokenizer.ggml.eos_token_id")),
-        )
+        layers = int(metadata[f"{family}.block_count"])
+        common: dict[str, Any] = {
+            "name": _GGUF_NAMES[family],
+            "num_layers": layers,
+            "hidden_size": hidden,
+            "intermediate_size": int(metadata[f"{family}.feed_forward_length"]),
+            "num_heads": heads,
+            "num_kv_heads": int(metadata.get(f"{family}.attention.head_count_kv", heads)),
+            "head_dim": int(metadata.get(f"{family}.attention.key_length", hidden // heads)),
+            "vocab_size": int(vocab),
+            "max_position_embeddings": int(metadata[f"{family}.context_length"]),
+            "rms_norm_eps": float(metadata[f"{family}.attention.layer_norm_rms_epsilon"]),
+            "rope": Rope(theta=float(metadata.get(f"{family}.rope.freq_base", 10000.0))),
+            "tie_word_embeddings": True,
+            "attention_bias": family == "qwen2",
+            "qk_norm": family in ("qwen3", "gemma3"),
+            "eos_token_ids": _ids(metadata.get("tokenizer.ggml.eos_token_id")),
+        }
+        if family == "gemma3":
+            common.update(_gguf_gemma3(metadata, hidden, layers))
+        return Architecture(**common)
     except KeyError as error:
         raise UnsupportedModelError(f"the GGUF header lacks the key {error}") from error
+
+
+def _gguf_gemma3(metadata: dict[str, Any], hidden: int, layers: int) -> dict[str, Any]:
+    """Every sixth layer sees all; the others a window, with a rotation of their own. Norms come with their 1 added."""
+    window = int(metadata["gemma3.attention.sliding_window"])
+    return {
+        "windows": tuple(0 if (layer + 1) % 6 == 0 else window for layer in range(layers)),
+        "local_rope": Rope(theta=10000.0),
+        "activation": "gelu_tanh",
+        "embedding_scale": hidden**0.5,
+    }

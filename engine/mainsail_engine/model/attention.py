@@ -33,14 +33,19 @@ class Attention:
     workspace: DecodeWorkspace | None = None
     """The decode kernel's scratch, one for all steps of a stream (CUDA)."""
 
-    def attend(self, query: torch.Tensor, kv: torch.Tensor, scale: float) -> torch.Tensor:
-        """query [num_tokens, num_heads, head_dim] to its context in kv: the same shape."""
+    def attend(
+        self, query: torch.Tensor, kv: torch.Tensor, scale: float, *, window: int = 0, soft_cap: float = 0.0
+    ) -> torch.Tensor:
+        """query [num_tokens, num_heads, head_dim] to its context in kv: the same shape.
+
+        window: how many of the newest tokens are seen, its own among them (0: all); soft_cap bounds the scores (0: no).
+        """
         n = self.num_decodes
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
         if n:
-            self._decode(query[:n], kv, scale, out[:n])
+            self._decode(query[:n], kv, scale, window, soft_cap, out[:n])
         if n < query.shape[0]:
-            self._prefill(query[n:], kv, scale, out[n:])
+            self._prefill(query[n:], kv, scale, window, soft_cap, out[n:])
         return out
 
     def rotate_and_write(
@@ -61,13 +66,21 @@ class Attention:
             num_heads=num_heads, num_kv_heads=num_kv_heads, q_norm=q_norm, k_norm=k_norm, eps=eps,
         )  # fmt: skip
 
-    def _decode(self, query: torch.Tensor, kv: torch.Tensor, scale: float, out: torch.Tensor) -> None:
+    def _decode(
+        self, query: torch.Tensor, kv: torch.Tensor, scale: float, window: int, soft_cap: float, out: torch.Tensor
+    ) -> None:
         n = self.num_decodes
-        tables, lens = self.block_tables[:n], self.seq_lens[:n]
-        paged_attention_decode(query, kv, tables, lens, scale, workspace=self.workspace, out=out)
+        paged_attention_decode(
+            query, kv, self.block_tables[:n], self.seq_lens[:n], scale,
+            sliding_window=window, soft_cap=soft_cap, workspace=self.workspace, out=out,
+        )  # fmt: skip
 
-    def _prefill(self, query: torch.Tensor, kv: torch.Tensor, scale: float, out: torch.Tensor) -> None:
+    def _prefill(
+        self, query: torch.Tensor, kv: torch.Tensor, scale: float, window: int, soft_cap: float, out: torch.Tensor
+    ) -> None:
         n = self.num_decodes
         starts = self.query_start[n:] - n if n else self.query_start
-        tables, lens = self.block_tables[n:], self.seq_lens[n:]
-        paged_attention_prefill(query, kv, tables, starts, lens, self.max_query_len, scale, out=out)
+        paged_attention_prefill(
+            query, kv, self.block_tables[n:], starts, self.seq_lens[n:], self.max_query_len, scale,
+            sliding_window=window, soft_cap=soft_cap, out=out,
+        )  # fmt: skip

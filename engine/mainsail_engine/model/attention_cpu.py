@@ -54,8 +54,13 @@ def plan_gather(block_tables: torch.Tensor, seq_lens: torch.Tensor, kv: torch.Te
 
 @dataclass(slots=True)
 class CpuAttention(Attention):
-    _rotation: tuple[torch.Tensor, torch.Tensor] | None = field(default=None, init=False)
+    _rotations: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(
+        default_factory=dict[int, tuple[torch.Tensor, torch.Tensor]], init=False
+    )
+    """By the identity of the table: some models rotate different layers differently."""
     _gather: Gather | None = field(default=None, init=False)
+    _windows: dict[int, torch.Tensor | None] = field(default_factory=dict[int, torch.Tensor | None], init=False)
+    """By window: what a sequence sees of the gathered buffer."""
 
     def rotate_and_write(
         self,
@@ -70,21 +75,31 @@ class CpuAttention(Attention):
         eps: float,
     ) -> torch.Tensor:
         head_dim = kv.shape[-1]
+        if cos_sin.shape[1] != head_dim or (q_norm is not None and q_norm.dtype != qkv.dtype):
+            return Attention.rotate_and_write(
+                self, qkv, kv, cos_sin, num_heads=num_heads, num_kv_heads=num_kv_heads,
+                q_norm=q_norm, k_norm=k_norm, eps=eps,
+            )  # fmt: skip
         heads = qkv.view(qkv.shape[0], num_heads + 2 * num_kv_heads, head_dim)
         moving = heads[:, : num_heads + num_kv_heads]
         if q_norm is not None and k_norm is not None:
             queries = F.rms_norm(moving[:, :num_heads], (head_dim,), q_norm, eps)
             moving = torch.cat((queries, F.rms_norm(moving[:, num_heads:], (head_dim,), k_norm, eps)), dim=1)
-        if self._rotation is None:
-            self._rotation = _rotation(cos_sin, self.positions, qkv.dtype)
-        cos, sin = self._rotation
+        if id(cos_sin) not in self._rotations:
+            self._rotations[id(cos_sin)] = _rotation(cos_sin, self.positions, qkv.dtype)
+        cos, sin = self._rotations[id(cos_sin)]
         rotated = torch.addcmul(moving * cos, moving.roll(head_dim // 2, -1), sin)
         places = kv.permute(0, 3, 1, 2, 4)  # [num_blocks, 16, 2, num_kv_heads, head_dim]
         blocks, offsets = self.slot_mapping // BLOCK_SIZE, self.slot_mapping % BLOCK_SIZE
         places[blocks, offsets] = torch.stack((rotated[:, num_heads:], heads[:, num_heads + num_kv_heads :]), dim=1)
         return rotated[:, :num_heads]
 
-    def _decode(self, query: torch.Tensor, kv: torch.Tensor, scale: float, out: torch.Tensor) -> None:
+    def _decode(
+        self, query: torch.Tensor, kv: torch.Tensor, scale: float, window: int, soft_cap: float, out: torch.Tensor
+    ) -> None:
+        if soft_cap:
+            Attention._decode(self, query, kv, scale, window, soft_cap, out)
+            return
         n, num_heads, head_dim = query.shape
         kv_heads = kv.shape[2]
         if self._gather is None:
@@ -95,8 +110,20 @@ class CpuAttention(Attention):
             gather.buffer.view(-1, head_dim).index_fill_(0, gather.padding, 0.0)
         key, value = gather.buffer.view(2, n, kv_heads, -1, head_dim)
         packed = query.reshape(n, kv_heads, num_heads // kv_heads, head_dim)
-        mixed = F.scaled_dot_product_attention(packed, key, value, attn_mask=gather.mask, scale=scale)
+        mask = self._mask(gather, window, key.shape[2])
+        mixed = F.scaled_dot_product_attention(packed, key, value, attn_mask=mask, scale=scale)
         out.copy_(mixed.reshape(n, num_heads, head_dim))
+
+    def _mask(self, gather: Gather, window: int, length: int) -> torch.Tensor | None:
+        """[num_seqs, 1, 1, length] bool: what the decodes see; None: everything."""
+        if not window:
+            return gather.mask
+        if window not in self._windows:
+            lens = self.seq_lens[: self.num_decodes, None]
+            position = torch.arange(length)
+            seen = (position < lens) & (position >= lens - window)
+            self._windows[window] = seen[:, None, None, :]
+        return self._windows[window]
 
 
 def _rotation(cos_sin: torch.Tensor, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,8 +1,12 @@
-"""Llama, and the families that differ from it by a bias (Qwen2) or a norm on queries and keys (Qwen3).
+"""Llama, and the families that differ from it by what `Architecture` says.
+
+A bias (Qwen2), a norm on queries and keys (Qwen3), a window (Mistral), layers without rotation (SmolLM3), scales
+(Granite), matrices that the checkpoint has in one piece (Phi-3), a mixture of experts (Mixtral, Qwen3-MoE).
 
 The model is flat: a list of layers, each a bag of parameters, and one function that takes a ragged batch through them.
 Query, key and value projections are one matrix, gate and up another. Attention is paged and told by the batch's
-`Attention` what each row may see; the model knows nothing of requests.
+`Attention` what each row may see; the model knows nothing of requests. Families whose layers are put together in
+another way (norms elsewhere) are subclasses in files of their own.
 """
 
 from __future__ import annotations
@@ -16,10 +20,13 @@ import torch.nn.functional as F
 from mainsail_engine.model.architecture import Architecture
 from mainsail_engine.model.attention import Attention
 from mainsail_engine.model.linear import linear
-from mainsail_engine.model.loader import Weights
-from mainsail_engine.model.rotary import cos_sin_table
+from mainsail_engine.model.loader import Part, Weights
+from mainsail_engine.model.mlp import Mlp, dense_mlp, expert_mlp
+from mainsail_engine.model.parallel import Parallel
+from mainsail_engine.model.rotary import cos_sin_table, no_rotation
 from mainsail_kernels.rms_norm import rms_norm
-from mainsail_kernels.silu_mul import silu_mul
+
+SINGLE = Parallel()
 
 
 @dataclass(slots=True)
@@ -33,77 +40,150 @@ class Layer:
     k_norm: torch.Tensor | None
     output: torch.Tensor
     post_norm: torch.Tensor
-    gate_up: torch.Tensor
-    down: torch.Tensor
+    mlp: Mlp
+    window: int
+    """How many of the newest tokens are seen; 0: all."""
+    cos_sin: torch.Tensor
+    """The rotation of this kind of layer."""
+    more: dict[str, torch.Tensor]
+    """Norms that only some families have."""
 
 
 class LlamaForCausalLM:
     def __init__(
-        self, architecture: Architecture, weights: Weights, *, max_positions: int, device: torch.device
-    ) -> None:
+        self, architecture: Architecture, weights: Weights, *, max_positions: int, device: torch.device,
+        parallel: Parallel = SINGLE,
+    ) -> None:  # fmt: skip
         """Takes its parameters from `weights` and leaves none behind. Raises as Weights does."""
         a = architecture
-        self.architecture = a
-        self.embedding = weights.get("model.embed_tokens.weight", (a.vocab_size, a.hidden_size))
+        self.architecture, self.parallel = a, parallel
+        self.num_heads = a.num_heads // parallel.size
+        self.num_kv_heads = len(range(*parallel.kv_heads(a.num_kv_heads).indices(a.num_kv_heads)))
+        rotary_dim = a.rotary_dim or a.head_dim
+        self._global = cos_sin_table(a.rope, rotary_dim, max_positions, device)
+        self._local = cos_sin_table(a.local_rope, rotary_dim, max_positions, device) if a.local_rope else self._global
+        self._none = no_rotation(max_positions, device) if a.no_rope_layers else self._global
+        vocabulary, shape = parallel.part(a.vocab_size), (a.vocab_size, a.hidden_size)
+        self._first_token = vocabulary.start
+        self.embedding = weights.get("model.embed_tokens.weight", shape, vocabulary)
         self.layers = [self._layer(index, weights) for index in range(a.num_layers)]
-        self.norm = weights.get("model.norm.weight", (a.hidden_size,))
+        self.norm = self._norm_weight(weights, "model.norm.weight", a.hidden_size)
+        if a.logits_scale != 1.0:
+            self.norm *= a.logits_scale
         tied = a.tie_word_embeddings and not weights.has("lm_head.weight")
-        head_shape = (a.vocab_size, a.hidden_size)
-        self.head = self.embedding if tied else weights.get("lm_head.weight", head_shape)
-        weights.finish(_ignored(a))
-        self.cos_sin = cos_sin_table(a, max_positions, device)
-        self.scale = a.head_dim**-0.5
+        self.head = self.embedding if tied else weights.get("lm_head.weight", shape, vocabulary)
+        weights.finish(_ignored(a, tied))
+
+    # -- parameters ----------------------------------------------------------------------------------------------
 
     def _layer(self, index: int, weights: Weights) -> Layer:
         a, at = self.architecture, f"model.layers.{index}"
-        q, kv, hidden = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim, a.hidden_size
-        rows = [q, kv, kv]
-        parts = [f"{at}.self_attn.{x}_proj" for x in "qkv"]
-        mlp = [f"{at}.mlp.gate_proj.weight", f"{at}.mlp.up_proj.weight"]
-        norm = (a.head_dim,)
+        hidden, heads = a.hidden_size, self.parallel.part(a.num_heads * a.head_dim)
+        kv = self.parallel.kv_heads(a.num_kv_heads)
+        kv_rows = slice(kv.start * a.head_dim, kv.stop * a.head_dim)
+        q_out, kv_out = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
+        wide = [("q", q_out, heads), ("k", kv_out, kv_rows), ("v", kv_out, kv_rows)]
+        matrices = [Part(f"{at}.self_attn.{x}_proj.weight", (out, hidden), rows) for x, out, rows in wide]
+        biases = [Part(f"{at}.self_attn.{x}_proj.bias", (out,), rows) for x, out, rows in wide]
+        output = weights.get(f"{at}.self_attn.o_proj.weight", (hidden, q_out), columns=heads)
+        mlp = self._mlp(index, weights)
+        if a.residual_scale != 1.0:
+            output *= a.residual_scale
+            mlp.scale(a.residual_scale)
+        rotation = self._none if index in a.no_rope_layers else self._local if a.window(index) else self._global
         return Layer(
-            input_norm=weights.get(f"{at}.input_layernorm.weight", (hidden,)),
-            qkv=weights.fused([f"{part}.weight" for part in parts], (q + 2 * kv, hidden), rows),
-            qkv_bias=weights.fused([f"{x}.bias" for x in parts], (q + 2 * kv,), rows) if a.attention_bias else None,
-            q_norm=weights.get(f"{at}.self_attn.q_norm.weight", norm) if a.qk_norm else None,
-            k_norm=weights.get(f"{at}.self_attn.k_norm.weight", norm) if a.qk_norm else None,
-            output=weights.get(f"{at}.self_attn.o_proj.weight", (hidden, q)),
-            post_norm=weights.get(f"{at}.post_attention_layernorm.weight", (hidden,)),
-            gate_up=weights.fused(mlp, (2 * a.intermediate_size, hidden), [a.intermediate_size] * 2),
-            down=weights.get(f"{at}.mlp.down_proj.weight", (hidden, a.intermediate_size)),
+            input_norm=self._input_norm(weights, at),
+            qkv=weights.fused(matrices),
+            qkv_bias=weights.fused(biases) if a.attention_bias else None,
+            q_norm=self._head_norm(weights, f"{at}.self_attn.q_norm.weight", a.num_heads),
+            k_norm=self._head_norm(weights, f"{at}.self_attn.k_norm.weight", a.num_kv_heads),
+            output=output,
+            post_norm=self._norm_weight(weights, f"{at}.post_attention_layernorm.weight", hidden),
+            mlp=mlp,
+            window=a.window(index),
+            cos_sin=rotation,
+            more=self._more_norms(weights, at),
         )
+
+    def _norm_weight(self, weights: Weights, name: str, size: int) -> torch.Tensor:
+        return weights.get(name, (size,))
+
+    def _input_norm(self, weights: Weights, at: str) -> torch.Tensor:
+        return self._norm_weight(weights, f"{at}.input_layernorm.weight", self.architecture.hidden_size)
+
+    def _head_norm(self, weights: Weights, name: str, heads: int) -> torch.Tensor | None:
+        del heads
+        return self._norm_weight(weights, name, self.architecture.head_dim) if self.architecture.qk_norm else None
+
+    def _more_norms(self, weights: Weights, at: str) -> dict[str, torch.Tensor]:
+        del weights, at
+        return {}
+
+    def _mlp(self, index: int, weights: Weights) -> Mlp:
+        a = self.architecture
+        if a.experts is None or index in a.experts.dense_layers:
+            return dense_mlp(a, weights, f"model.layers.{index}.mlp", self.parallel)
+        return expert_mlp(a, a.experts, weights, f"model.layers.{index}", self.parallel)
+
+    # -- computation ---------------------------------------------------------------------------------------------
 
     def forward(self, token_ids: torch.Tensor, attention: Attention, kv_cache: torch.Tensor) -> torch.Tensor:
         """Hidden states after the last norm, [num_tokens, hidden_size]. Writes the tokens' KV into kv_cache.
 
         token_ids [num_tokens] int64; kv_cache [num_layers, num_blocks, 2, num_kv_heads, 16, head_dim].
         """
-        a = self.architecture
-        x = self.embedding[token_ids]
+        eps = self.architecture.rms_norm_eps
+        x = self.embed(token_ids)
         residual: torch.Tensor | None = None
         for layer, kv in zip(self.layers, kv_cache, strict=True):
-            x, residual = _norm(x, layer.input_norm, a.rms_norm_eps, residual)
-            query = attention.rotate_and_write(
-                linear(x, layer.qkv, layer.qkv_bias), kv, self.cos_sin,
-                num_heads=a.num_heads, num_kv_heads=a.num_kv_heads,
-                q_norm=layer.q_norm, k_norm=layer.k_norm, eps=a.rms_norm_eps,
-            )  # fmt: skip
-            x = linear(attention.attend(query, kv, self.scale).flatten(1), layer.output)
-            x, residual = _norm(x, layer.post_norm, a.rms_norm_eps, residual)
-            x = linear(silu_mul(linear(x, layer.gate_up)), layer.down)
-        x, _ = _norm(x, self.norm, a.rms_norm_eps, residual)
+            x, residual = norm(x, layer.input_norm, eps, residual)
+            x = self.attend(layer, x, attention, kv)
+            x, residual = norm(x, layer.post_norm, eps, residual)
+            x = self.parallel.sum(layer.mlp(x))
+        x, _ = norm(x, self.norm, eps, residual)
         return x
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """[num_tokens] to [num_tokens, hidden_size]."""
+        if self.parallel.size == 1:
+            x = self.embedding[token_ids]
+        else:
+            local = token_ids - self._first_token
+            ours = (local >= 0) & (local < self.embedding.shape[0])
+            x = self.parallel.sum(self.embedding[local.where(ours, 0)] * ours.unsqueeze(1))
+        return x if self.architecture.embedding_scale == 1.0 else x * self.architecture.embedding_scale
+
+    def attend(self, layer: Layer, x: torch.Tensor, attention: Attention, kv: torch.Tensor) -> torch.Tensor:
+        """Attention with its projections, [num_tokens, hidden_size] to the same."""
+        a = self.architecture
+        query = attention.rotate_and_write(
+            self._project(layer, x), kv, layer.cos_sin,
+            num_heads=self.num_heads, num_kv_heads=self.num_kv_heads,
+            q_norm=layer.q_norm, k_norm=layer.k_norm, eps=a.rms_norm_eps,
+        )  # fmt: skip
+        seen = attention.attend(query, kv, a.scale, window=layer.window, soft_cap=a.attention_soft_cap)
+        return self.parallel.sum(linear(seen.flatten(1), layer.output))
+
+    def _project(self, layer: Layer, x: torch.Tensor) -> torch.Tensor:
+        return linear(x, layer.qkv, layer.qkv_bias)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[n, hidden_size] to [n, vocab_size], in the model's dtype."""
-        return linear(hidden, self.head)
+        a = self.architecture
+        logits = linear(hidden, self.head)
+        if self.parallel.size > 1:
+            each = -(-a.vocab_size // self.parallel.size)
+            logits = self.parallel.gather_columns(F.pad(logits, (0, each - logits.shape[1])))[:, : a.vocab_size]
+        if a.logits_soft_cap:
+            logits = a.logits_soft_cap * torch.tanh(logits / a.logits_soft_cap)
+        return logits
 
 
-def _norm(
+def norm(
     x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(normalized, new residual); the first layer's residual is the embedding itself."""
-    if not x.is_cuda:
+    if not x.is_cuda and weight.dtype == x.dtype:
         total = x if residual is None else x + residual
         return F.rms_norm(total, weight.shape, weight, eps), total
     if residual is None:
@@ -111,8 +191,8 @@ def _norm(
     return cast(tuple[torch.Tensor, torch.Tensor], rms_norm(x, weight, eps, residual))
 
 
-def _ignored(architecture: Architecture) -> frozenset[str]:
-    """Tensors that checkpoints carry and that are derived: rotary tables of old files, a head that is tied."""
+def _ignored(architecture: Architecture, tied: bool) -> frozenset[str]:
+    """Tensors that checkpoints carry and that are derived: rotary tables of old files."""
     derived = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(architecture.num_layers)}
-    derived |= {"rope_freqs.weight"} if architecture.rope_scaling.factor != 1.0 else set()
-    return frozenset(derived)
+    derived |= {"rope_freqs.weight"} if architecture.rope.kind != "default" else set()
+    return frozenset(derived | ({"lm_head.weight"} if tied else set()))

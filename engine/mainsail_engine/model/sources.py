@@ -1,0 +1,209 @@
+"""Where tensors come from: each source gives them by Hugging Face's names, whatever the file format.
+
+    SafetensorsSource   one file or an index; reads no more of a tensor than it is asked for
+    GgufSource          dequantized with the package `gguf`, names mapped, what the converter permuted put back
+    SplitSource         another source, with tensors that hold several parts shown as those parts (Phi-3)
+
+A *part* is a range of rows and a range of columns: what one rank of several needs of a matrix.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from mainsail_engine.errors import ModelNotFoundError, UnsupportedModelError
+from mainsail_engine.model.architecture import Architecture
+
+ALL = slice(None)
+
+
+class Source(Protocol):
+    names: frozenset[str]
+    described: str
+    """For messages: the file or folder."""
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def tensor(self, name: str, rows: slice = ALL, columns: slice = ALL) -> torch.Tensor:
+        """That part of it, on the CPU, in the checkpoint's dtype; columns are the second dimension's."""
+        ...
+
+
+def _part(tensor: torch.Tensor, rows: slice, columns: slice) -> torch.Tensor:
+    return tensor[rows] if tensor.dim() < 2 else tensor[rows, columns]
+
+
+class SafetensorsSource:
+    """The *.safetensors files of a folder, memory-mapped; an index names the file of each tensor."""
+
+    def __init__(self, folder: Path) -> None:
+        from safetensors import safe_open
+
+        self.described = str(folder)
+        index = folder / "model.safetensors.index.json"
+        if index.is_file():
+            named: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            files = sorted({folder / name for name in named.values()})
+        else:
+            files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise ModelNotFoundError(f"{folder} has no *.safetensors files")
+        missing = [file.name for file in files if not file.is_file()]
+        if missing:
+            raise ModelNotFoundError(f"{folder} lacks {', '.join(missing)}, which its index names")
+        self._handles: dict[str, Any] = {}
+        try:
+            for file in files:
+                handle: Any = safe_open(file, framework="pt")
+                self._handles |= dict.fromkeys(handle.keys(), handle)
+        except Exception as error:
+            raise UnsupportedModelError(f"{folder}: a safetensors file is damaged or cut off ({error})") from error
+        self.names = frozenset(self._handles)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._handles[name].get_slice(name).get_shape())
+
+    def tensor(self, name: str, rows: slice = ALL, columns: slice = ALL) -> torch.Tensor:
+        if rows == ALL and columns == ALL:
+            return self._handles[name].get_tensor(name)
+        view = self._handles[name].get_slice(name)
+        return view[rows] if len(view.get_shape()) < 2 else view[rows, columns]
+
+
+_GGUF_LAYER = {
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_GGUF_GEMMA_LAYER = {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_GGUF_TOP = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+
+
+def gguf_name(name: str, architecture: str = "LlamaForCausalLM") -> str:
+    """Hugging Face's name of a GGUF tensor; an unknown one keeps its own, and is then reported as unexpected."""
+    if name in _GGUF_TOP:
+        return _GGUF_TOP[name]
+    layer = {**_GGUF_LAYER, **(_GGUF_GEMMA_LAYER if architecture.startswith("Gemma") else {})}
+    parts = name.split(".")
+    if len(parts) == 4 and parts[0] == "blk" and parts[2] in layer:
+        return f"model.layers.{parts[1]}.{layer[parts[2]]}.{parts[3]}"
+    return name
+
+
+class GgufSource:
+    """One .gguf file. Llama's converter interleaves the two halves of each query and key head: undone here."""
+
+    def __init__(self, path: Path, architecture: Architecture) -> None:
+        import gguf
+
+        self.described = str(path)
+        self._architecture = architecture
+        self._dequantize: Callable[..., object] = gguf.dequantize  # pyright: ignore[reportUnknownMemberType]
+        try:
+            reader = gguf.GGUFReader(path)
+        except Exception as error:
+            raise UnsupportedModelError(f"{path}: the GGUF file is damaged or cut off ({error})") from error
+        self._tensors = {gguf_name(t.name, architecture.name): t for t in reader.tensors}
+        self.names = frozenset(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(int(n) for n in reversed(self._tensors[name].shape))
+
+    def tensor(self, name: str, rows: slice = ALL, columns: slice = ALL) -> torch.Tensor:
+        return _part(self._whole(name), rows, columns)
+
+    def _whole(self, name: str) -> torch.Tensor:
+        raw = self._tensors[name]
+        try:
+            values = self._dequantize(raw.data, raw.tensor_type)
+        except NotImplementedError as error:
+            raise UnsupportedModelError(f"{name}: GGUF type {raw.tensor_type.name} is not supported") from error
+        tensor = torch.tensor(values, dtype=torch.float32).reshape(self.shape(name))
+        if self._architecture.name == "LlamaForCausalLM":
+            for suffix, heads in (
+                ("q_proj", self._architecture.num_heads),
+                ("k_proj", self._architecture.num_kv_heads),
+            ):
+                if f".{suffix}." in name:
+                    return _uninterleave(tensor, heads)
+        return tensor
+
+
+def _uninterleave(tensor: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rows [h, d/2, 2] of the converter back to [h, 2, d/2], the order of the rotation by halves."""
+    return tensor.reshape(heads, tensor.shape[0] // heads // 2, 2, -1).transpose(1, 2).reshape(tensor.shape)
+
+
+class SplitSource:
+    """Shows tensors that hold several parts one below the other under the parts' names."""
+
+    def __init__(self, source: Source, parts: Mapping[str, Sequence[tuple[str, int]]]) -> None:
+        """parts: a word of a name, and the words and numbers of rows of the parts that it stands for."""
+        self.described = source.described
+        self._source = source
+        self._whole: dict[str, tuple[str, int, int]] = {}
+        names: set[str] = set()
+        for name in source.names:
+            split = next((word for word in parts if re.search(rf"\b{word}\b", name)), None)
+            if split is None:
+                names.add(name)
+                continue
+            first = 0
+            for word, rows in parts[split]:
+                self._whole[name.replace(split, word)] = (name, first, rows)
+                first += rows
+        self.names = frozenset(names | self._whole.keys())
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        if name not in self._whole:
+            return self._source.shape(name)
+        whole, first, rows = self._whole[name]
+        found = self._source.shape(whole)
+        return (min(rows, found[0] - first), *found[1:])
+
+    def tensor(self, name: str, rows: slice = ALL, columns: slice = ALL) -> torch.Tensor:
+        if name not in self._whole:
+            return self._source.tensor(name, rows, columns)
+        whole, first, count = self._whole[name]
+        start, stop, _ = rows.indices(count)
+        return self._source.tensor(whole, slice(first + start, first + stop), columns)
+
+
+def open_source(path: Path, architecture: Architecture) -> Source:
+    """The checkpoint at a path that read_architecture took."""
+    if not path.is_dir():
+        return GgufSource(path, architecture)
+    source = SafetensorsSource(path)
+    if architecture.name != "Phi3ForCausalLM":
+        return source
+    a = architecture
+    q, kv = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
+    return SplitSource(
+        source,
+        {
+            "qkv_proj": (("q_proj", q), ("k_proj", kv), ("v_proj", kv)),
+            "gate_up_proj": (("gate_proj", a.intermediate_size), ("up_proj", a.intermediate_size)),
+        },
+    )

@@ -1,0 +1,127 @@
+"""A mixture of gated MLPs: every token through the experts chosen for it, all experts in two grouped products.
+
+Pairs (token, expert) are sorted by expert, each expert's pairs padded to whole tiles, so that a tile of rows meets one
+expert's weights only; the sorting is a handful of operations on the device that wait for nothing (CUDA graphs hold it):
+
+    chosen [n, k] ─sort─▶ rows [tiles * TILE]: pair of each row, n * k where the row is padding
+                          tile_expert [tiles]
+    x[pair // k] · gate_up[expert]ᵀ ─▶ [n * k, 2d] ─silu·mul─▶ [n * k, d] · down[expert]ᵀ · weight ─▶ sum over k
+
+Weights of experts that no token chose are never read. The idea of the sorted, padded grouping is MegaBlocks' (Gale et
+al., 2022) in the form that inference engines use.
+"""
+
+import torch
+
+from mainsail_kernels import reference
+from mainsail_kernels._triton import require, runs_kernels, tl, triton
+from mainsail_kernels.silu_mul import silu_mul
+
+TILE_SMALL, TILE_LARGE = 16, 64
+"""Rows of a tile: for few rows an expert (decodes), and for many (prompts)."""
+
+
+@triton.jit
+def _grouped_kernel(
+    x_ptr,
+    weight_ptr,
+    rows_ptr,
+    tile_expert_ptr,
+    scale_ptr,
+    out_ptr,
+    num_pairs,
+    num_out,
+    num_in,
+    x_stride,
+    expert_stride,
+    weight_stride,
+    PER_TOKEN: tl.constexpr,
+    SCALED: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    tile = tl.program_id(1)
+    expert = tl.load(tile_expert_ptr + tile).to(tl.int64)
+    if expert < 0:
+        return
+    pair = tl.load(rows_ptr + tile * TILE + tl.arange(0, TILE)).to(tl.int64)
+    real = pair < num_pairs
+    output = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    in_range = output < num_out
+    x_rows = x_ptr + (pair // PER_TOKEN)[:, None] * x_stride
+    weight_rows = weight_ptr + expert * expert_stride + output.to(tl.int64)[None, :] * weight_stride
+    acc = tl.zeros((TILE, BLOCK_OUT), tl.float32)
+    for start in tl.range(0, num_in, BLOCK_IN, num_stages=STAGES):
+        channel = start + tl.arange(0, BLOCK_IN)
+        inside = channel < num_in
+        x = tl.load(x_rows + channel[None, :], mask=real[:, None] & inside[None, :], other=0.0)
+        weight = tl.load(weight_rows + channel[:, None], mask=inside[:, None] & in_range[None, :], other=0.0)
+        acc = tl.dot(x, weight, acc, input_precision="ieee")
+    if SCALED:
+        acc *= tl.load(scale_ptr + pair, mask=real, other=0.0)[:, None]
+    where = out_ptr + pair[:, None] * num_out + output[None, :]
+    tl.store(where, acc.to(out_ptr.dtype.element_ty), mask=real[:, None] & in_range[None, :])
+
+
+def grouped_mlp(
+    x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
+) -> torch.Tensor:
+    """The weighted sum of the chosen experts' gated MLPs, [n, hidden] in x's type.
+
+    x [n, hidden]; weights [n, k] float32 and chosen [n, k] integer: each token's experts; gate_up
+    [experts, 2*d, hidden] with the gate first; down [experts, hidden, d]. Raises ValueError when the shapes do not fit.
+    """
+    n, hidden = x.shape
+    num_experts, wide, _ = gate_up.shape
+    fits = gate_up.shape[2] == hidden and down.shape == (num_experts, hidden, wide // 2) and wide % 2 == 0
+    require(fits, f"grouped_mlp: x {tuple(x.shape)}, gate_up {tuple(gate_up.shape)}, down {tuple(down.shape)}")
+    require(weights.shape == chosen.shape and chosen.shape[0] == n, "grouped_mlp: weights and chosen must be [n, k]")
+    if not runs_kernels(x):
+        return reference.grouped_mlp(x, weights, chosen, gate_up, down)
+    per_token = chosen.shape[1]
+    tile = TILE_SMALL if n * per_token <= 8 * num_experts else TILE_LARGE
+    rows, tile_expert = group(chosen, num_experts, tile)
+    inner = torch.empty((n * per_token, wide), dtype=x.dtype, device=x.device)
+    _launch(x, gate_up, rows, tile_expert, None, inner, per_token, tile)
+    outer = torch.empty((n * per_token, hidden), dtype=x.dtype, device=x.device)
+    _launch(silu_mul(inner), down, rows, tile_expert, weights.reshape(-1), outer, 1, tile)
+    return outer.view(n, per_token, hidden).sum(dim=1)
+
+
+def group(chosen: torch.Tensor, num_experts: int, tile: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rows [tiles * tile] int32: pairs sorted by expert and padded, tile_expert [tiles] int32: -1 for a tile unused).
+
+    The number of tiles is what could be needed, so that nothing waits for the counts.
+    """
+    flat = chosen.reshape(-1)
+    num_pairs, device = flat.numel(), chosen.device
+    tiles = num_pairs // tile + min(num_experts, num_pairs)
+    order = flat.argsort(stable=True)
+    by_expert = flat[order]
+    counts = torch.zeros(num_experts, dtype=torch.int64, device=device).scatter_add_(0, flat, torch.ones_like(flat))
+    padded = (counts + tile - 1) // tile * tile
+    ends = padded.cumsum(0)
+    first_pair = counts.cumsum(0) - counts
+    place = (ends - padded)[by_expert] + torch.arange(num_pairs, device=device) - first_pair[by_expert]
+    rows = torch.full((tiles * tile,), num_pairs, dtype=torch.int32, device=device)
+    rows[place] = order.int()
+    expert = torch.searchsorted(ends, torch.arange(tiles, device=device) * tile, right=True)
+    return rows, torch.where(expert < num_experts, expert, -1).int()
+
+
+def _launch(
+    x: torch.Tensor, weight: torch.Tensor, rows: torch.Tensor, tile_expert: torch.Tensor,
+    scale: torch.Tensor | None, out: torch.Tensor, per_token: int, tile: int,
+) -> None:  # fmt: skip
+    num_out, num_in = weight.shape[1:]
+    block_out, block_in = (64, 128) if tile == TILE_SMALL else (128, 64)
+    grid = (-(-num_out // block_out), tile_expert.shape[0])
+    _grouped_kernel[grid](
+        x, weight, rows, tile_expert, out if scale is None else scale, out,
+        out.shape[0], num_out, num_in, x.stride(0), weight.stride(0), weight.stride(1),
+        PER_TOKEN=per_token, SCALED=scale is not None, TILE=tile,
+        BLOCK_OUT=block_out, BLOCK_IN=block_in, STAGES=4 if tile == TILE_SMALL else 3,
+        num_warps=4,
+    )  # fmt: skip

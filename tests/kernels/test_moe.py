@@ -1,0 +1,47 @@
+"""Mixtures of experts against float64: every pair of token and expert once, whatever the routing looks like."""
+
+import pytest
+import torch
+
+from mainsail_kernels import reference
+from mainsail_kernels.moe import group, grouped_mlp
+
+
+@pytest.mark.parametrize(("tokens", "experts", "per_token"), [(1, 4, 2), (5, 3, 3), (40, 4, 2), (70, 2, 1)])
+def test_grouped_mlp(tokens, experts, per_token, close, device, dtype):
+    hidden, wide = 48, 40
+    x = torch.randn(tokens, hidden).to(device, dtype)
+    gate_up = (torch.randn(experts, 2 * wide, hidden) / 7).to(device, dtype)
+    down = (torch.randn(experts, hidden, wide) / 7).to(device, dtype)
+    weights, chosen = torch.rand(tokens, experts).topk(per_token, dim=1)
+    weights, chosen = weights.to(device), chosen.to(device)
+    truth = reference.grouped_mlp(x.double(), weights.double(), chosen, gate_up.double(), down.double())
+    close(grouped_mlp(x, weights, chosen, gate_up, down), truth)
+
+
+def test_all_tokens_may_choose_the_same_expert(close, device, dtype):
+    x = torch.randn(33, 32).to(device, dtype)
+    gate_up, down = (torch.randn(8, 32, 32) / 5).to(device, dtype), (torch.randn(8, 32, 16) / 5).to(device, dtype)
+    chosen = torch.full((33, 1), 7, device=device)
+    weights = torch.ones(33, 1, device=device)
+    truth = reference.grouped_mlp(x.double(), weights.double(), chosen, gate_up.double(), down.double())
+    close(grouped_mlp(x, weights, chosen, gate_up, down), truth)
+
+
+@pytest.mark.parametrize("tile", [4, 16])
+def test_every_pair_has_one_row_in_a_tile_of_its_expert(tile, device):
+    chosen = torch.stack([torch.randperm(9)[:3] for _ in range(25)]).to(device)
+    rows, tile_expert = group(chosen, 9, tile)
+    real = rows < chosen.numel()
+    assert sorted(rows[real].tolist()) == list(range(chosen.numel()))
+    experts = tile_expert.repeat_interleave(tile)
+    assert (experts[real] == chosen.reshape(-1)[rows[real].long()]).all()
+
+
+def test_shapes_that_do_not_fit_are_refused(device, dtype):
+    ones = torch.ones(2, 1, device=device)
+    with pytest.raises(ValueError, match="grouped_mlp"):
+        grouped_mlp(
+            torch.ones(2, 3, device=device, dtype=dtype), ones, ones.long(),
+            torch.ones(1, 4, 5, device=device, dtype=dtype), torch.ones(1, 3, 2, device=device, dtype=dtype),
+        )  # fmt: skip
