@@ -245,9 +245,16 @@ def rope_row(n: int, goal: float) -> Row:
 
 # The configurations that --tune tries, field by field as in tuned.py.
 PREFILLS = [(128, 128, 8, 3), (64, 64, 4, 2), (128, 64, 8, 2)]
-DECODES = [(64, 4, 3, 4), (64, 4, 3, 2), (128, 8, 3, 2), (64, 4, 4, 3), (64, 4, 3, 3)]
-ONE_ROW = [(4, 1024, 4, 1), (4, 1024, 4, 2), (2, 2048, 4, 1), (4, 512, 4, 4), (8, 512, 4, 4)]
-SKINNY = [(32, 256, 4, 4), (64, 256, 4, 3), (64, 128, 4, 5)]
+DECODES = [
+    *[(64, 4, 3, 4, 1), (64, 4, 3, 4, 2), (64, 4, 3, 4, 4), (32, 4, 3, 4, 2)],
+    *[(64, 4, 2, 5, 1), (128, 4, 2, 3, 1), (64, 2, 3, 4, 1)],
+]
+ONE_ROW = [(2, 2048, 4, 1, 512), (4, 1024, 4, 2, 512), (2, 1024, 4, 2, 512), (4, 512, 4, 4, 512), (2, 2048, 4, 1, 4096)]
+SKINNY = [
+    *[(64, 256, 4, 3, 512, split) for split in (1, 2, 4)],
+    *[(64, 128, 4, 4, 512, split) for split in (1, 2, 4)],
+    *[(128, 128, 8, 3, 512, split) for split in (1, 4)],
+]
 
 
 def all_rows(tune: bool, groups: list[str]) -> Iterator[Row]:
@@ -261,7 +268,7 @@ def all_rows(tune: bool, groups: list[str]) -> Iterator[Row]:
         yield from decode_rows([DecodeConfig(*c) for c in DECODES] if tune else [None])
     if "linear" in groups:
         yield from linear_rows([LinearConfig(*c) for c in ONE_ROW] if tune else [None], 1)
-        for rows in (8, 16) if not tune else (8,):
+        for rows in (8, 32, 64):
             yield from linear_rows([LinearConfig(*c) for c in SKINNY] if tune else [None], rows)
 
 

@@ -29,7 +29,19 @@ except ImportError:  # no wheel here: definitions only
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
-__all__ = ["INTERPRETED", "card_name", "multiprocessors", "next_power_of_2", "require", "runs_kernels", "tl", "triton"]
+__all__ = [
+    "INTERPRETED",
+    "card_name",
+    "dependent_launch",
+    "multiprocessors",
+    "next_power_of_2",
+    "prefetch_lines",
+    "require",
+    "runs_kernels",
+    "tl",
+    "triton",
+    "wait_for_inputs",
+]
 
 
 def runs_kernels(tensor: torch.Tensor) -> bool:
@@ -58,3 +70,38 @@ def multiprocessors(device: torch.device) -> int:
 def card_name(device: torch.device) -> str:
     """The name that tuned tables are filed under, "cpu" under the interpreter."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+# Programmatic dependent launch (Hopper on): a kernel's programs start while the one before still runs, and do what
+# needs none of its results: find their work, fetch weights into the cache. Every kernel of a forward pass waits for its
+# inputs *before* it lets the next one start. So when a kernel's programs start, all kernels but the one right before it
+# have ended, and what those wrote may be read at once.
+
+
+@triton.jit
+def wait_for_inputs(DEPENDENT: tl.constexpr):
+    """From here on the results of the kernel before may be read, and the next one's programs may start."""
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def prefetch_lines(pointers):
+    """Fetch the cache lines of these addresses into L2. Only for kernels that were launched as dependent."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [pointers.to(tl.int64)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@cache
+def dependent_launch(device: torch.device) -> dict[str, bool]:
+    """A launch's options: whether the kernel may start before the one before it has ended."""
+    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) < (9, 0):
+        return {"DEPENDENT": False}
+    return {"DEPENDENT": True, "launch_pdl": True}

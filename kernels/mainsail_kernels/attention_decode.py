@@ -19,7 +19,17 @@ import torch
 
 from mainsail_kernels import reference
 from mainsail_kernels._attention import check_attention, scaled_scores
-from mainsail_kernels._triton import multiprocessors, next_power_of_2, require, runs_kernels, tl, triton
+from mainsail_kernels._triton import (
+    dependent_launch,
+    multiprocessors,
+    next_power_of_2,
+    prefetch_lines,
+    require,
+    runs_kernels,
+    tl,
+    triton,
+    wait_for_inputs,
+)
 from mainsail_kernels.tuned import decode_config
 
 
@@ -89,10 +99,12 @@ def _decode_kernel(
     UNROLL: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    LEAST: tl.constexpr,
     SEQS: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     STAGES: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     kv_head, work = tl.program_id(0), tl.program_id(1)
     num_kv_heads = tl.num_programs(0)
@@ -103,12 +115,13 @@ def _decode_kernel(
         spans = tl.minimum(lens, window + BLOCK_N)
     # int64: the lengths of a full batch can add up to more than 2**31 only in theory, and theory is cheap here
     chunk = tl.cdiv(tl.cdiv(tl.sum(spans.to(tl.int64), axis=0), target), BLOCK_N).to(tl.int32) * BLOCK_N
-    chunk = tl.maximum(chunk, 4 * BLOCK_N)
+    chunk = tl.maximum(chunk, LEAST * BLOCK_N)
     # Padding rows get one chunk too, so that somebody writes their zeros.
     counts = tl.where(index < num_seqs, tl.maximum(tl.cdiv(spans, chunk), 1), 0)
     ends = tl.cumsum(counts, axis=0)
     seq = tl.sum((ends <= work).to(tl.int32), axis=0)
     if seq >= num_seqs:
+        wait_for_inputs(DEPENDENT)
         return
     mine = index == seq
     num_chunks = tl.sum(tl.where(mine, counts, 0), axis=0)
@@ -128,9 +141,19 @@ def _decode_kernel(
     fits = (row < GROUP)[:, None] & (channel < HEAD_DIM)[None, :]
     head = kv_head * GROUP + row
     q_row = seq.to(tl.int64) * query_stride + head * query_head_stride
-    q = tl.load(query_ptr + q_row[:, None] + channel[None, :], mask=fits, other=0.0)
     kv = kv_ptr + kv_head.to(tl.int64) * head_stride
     table = tables_ptr + seq.to(tl.int64) * table_stride
+    if DEPENDENT:  # the first tiles of keys and values, while the kernel before writes the newest
+        ahead = start + tl.arange(0, 2 * BLOCK_N)
+        near = kv + tl.load(table + ahead // BLOCK_SIZE, mask=ahead < end, other=0).to(tl.int64) * block_stride
+        near += (ahead % BLOCK_SIZE) * HEAD_DIM
+        prefetch_lines(near)
+        prefetch_lines(near + side_stride)
+        if HEAD_DIM > 64:
+            prefetch_lines(near + 64)
+            prefetch_lines(near + side_stride + 64)
+    wait_for_inputs(DEPENDENT)
+    q = tl.load(query_ptr + q_row[:, None] + channel[None, :], mask=fits, other=0.0)
 
     acc = tl.zeros((ROWS, DIM), tl.float32)
     top = tl.full((ROWS,), float("-inf"), tl.float32)
@@ -300,9 +323,11 @@ def _launch(
         UNROLL=4,
         BLOCK_SIZE=kv.shape[3],
         BLOCK_N=config.block_n,
+        LEAST=config.least_tiles,
         SEQS=max(next_power_of_2(num_seqs), 32),
         WINDOW=window > 0,
         SOFT_CAP=soft_cap > 0,
         STAGES=config.stages,
         num_warps=config.warps,
+        **dependent_launch(query.device),
     )

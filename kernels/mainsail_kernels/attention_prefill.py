@@ -16,7 +16,16 @@ import torch
 
 from mainsail_kernels import reference
 from mainsail_kernels._attention import check_attention, scaled_scores
-from mainsail_kernels._triton import INTERPRETED, next_power_of_2, require, runs_kernels, tl, triton
+from mainsail_kernels._triton import (
+    INTERPRETED,
+    dependent_launch,
+    next_power_of_2,
+    require,
+    runs_kernels,
+    tl,
+    triton,
+    wait_for_inputs,
+)
 from mainsail_kernels.tuned import prefill_config
 
 
@@ -120,12 +129,16 @@ def _prefill_kernel(
     WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     STAGES: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    wait_for_inputs(DEPENDENT)
     kv_head = tl.program_id(0)
     tile = tl.num_programs(1) - 1 - tl.program_id(1)
     index = tl.arange(0, SEQS)
     bounds = tl.load(starts_ptr + index, mask=index < num_seqs, other=0) // BLOCK_Q + index
     seq = tl.sum(((bounds <= tile) & (index < num_seqs)).to(tl.int32), axis=0) - 1
+    if seq < 0:  # rows before the first chunk
+        return
     start = tl.load(starts_ptr + seq)
     num_queries = tl.load(starts_ptr + seq + 1) - start
     first = (tile - (start // BLOCK_Q + seq)) * BLOCK_Q
@@ -193,6 +206,8 @@ def paged_attention_prefill(
 ) -> torch.Tensor:
     """Attention of ragged chunks: sequence i's queries are query[query_start[i]:query_start[i + 1]].
 
+    Rows before the first chunk and behind the last are neither read nor written.
+
     query [num_tokens, num_heads, head_dim]; kv [num_blocks, 2, num_kv_heads, block_size, head_dim] already holding
     this chunk's keys and values; query_start [num_seqs + 1] int32; seq_lens [num_seqs] int32, the context with this
     chunk. A query at position p sees positions <= p, with a window w only those > p - w. Returns out, like query.
@@ -210,7 +225,9 @@ def paged_attention_prefill(
             query, kv, block_tables, query_start, seq_lens, max_query_len, scale,
             sliding_window=sliding_window, soft_cap=soft_cap,
         )  # fmt: skip
-        return out.copy_(mixed)
+        rows = slice(int(query_start[0]), int(query_start[-1]))
+        out[rows] = mixed[rows]
+        return out
     if query.shape[0] and num_seqs and max_query_len > 0:
         _launch(query, kv, block_tables, query_start, seq_lens, max_query_len, scale, sliding_window, soft_cap, out)
     return out
@@ -265,4 +282,5 @@ def _launch(
         SOFT_CAP=soft_cap > 0,
         STAGES=config.stages,
         num_warps=config.warps,
+        **dependent_launch(query.device),
     )

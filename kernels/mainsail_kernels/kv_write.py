@@ -12,7 +12,15 @@ the width of the cos|sin table, pass through. A slot of -1 (reference.NO_SLOT) w
 import torch
 
 from mainsail_kernels import reference
-from mainsail_kernels._triton import next_power_of_2, require, runs_kernels, tl, triton
+from mainsail_kernels._triton import (
+    dependent_launch,
+    next_power_of_2,
+    require,
+    runs_kernels,
+    tl,
+    triton,
+    wait_for_inputs,
+)
 
 _HEADS_PER_PROGRAM = 16
 
@@ -42,8 +50,10 @@ def _rope_write_kernel(
     HAS_Q_NORM: tl.constexpr,
     HAS_K_NORM: tl.constexpr,
     HEADS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
+    position = tl.load(positions_ptr + token).to(tl.int64)
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
     channel = tl.arange(0, HALF_PADDED)[None, :]
     real = head < NUM_HEADS + 2 * NUM_KV_HEADS
@@ -51,6 +61,7 @@ def _rope_write_kernel(
     is_value = head >= NUM_HEADS + NUM_KV_HEADS
     fits = real & (channel < HALF)
     row = qkv_ptr + token * qkv_stride + head * HEAD_DIM
+    wait_for_inputs(DEPENDENT)
     first = tl.load(row + channel, mask=fits, other=0.0).to(tl.float32)
     second = tl.load(row + HALF + channel, mask=fits, other=0.0).to(tl.float32)
 
@@ -90,7 +101,6 @@ def _rope_write_kernel(
                 weight = tl.load(k_norm_ptr + 2 * HALF + tail, mask=in_tail, other=0.0).to(tl.float32)
                 rest = tl.where(is_key, rest * scale * weight, rest)
 
-    position = tl.load(positions_ptr + token).to(tl.int64)
     angles = cos_sin_ptr + position * (2 * HALF) + channel
     cos = tl.load(angles, mask=channel < HALF, other=0.0).to(tl.float32)
     sin = tl.load(angles + HALF, mask=channel < HALF, other=0.0).to(tl.float32)
@@ -177,6 +187,7 @@ def rope_and_write_kv(
         HAS_K_NORM=k_norm is not None,
         HEADS=_HEADS_PER_PROGRAM,
         num_warps=max(_HEADS_PER_PROGRAM // 4, 1),
+        **dependent_launch(qkv.device),
     )
     return query
 

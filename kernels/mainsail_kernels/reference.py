@@ -318,3 +318,13 @@ def gather_blocks(kv_cache: torch.Tensor, blocks: torch.Tensor, staging: torch.T
 def scatter_blocks(kv_cache: torch.Tensor, blocks: torch.Tensor, staging: torch.Tensor) -> None:
     """The way back of gather_blocks: staging's blocks go to their places in every layer of the cache."""
     kv_cache[:, blocks.long()] = staging.transpose(0, 1)
+
+
+def resolve(tokens: torch.Tensor, from_slots: torch.Tensor, newest: torch.Tensor) -> torch.Tensor:
+    """tokens where from_slots is negative, else newest[from_slots]; [n] int64."""
+    return torch.where(from_slots < 0, tokens.long(), newest[from_slots.clamp(min=0).long()])
+
+
+def note(newest: torch.Tensor, slots: torch.Tensor, tokens: torch.Tensor) -> None:
+    """newest[slots] = tokens, a failed row's code below 0 as 0."""
+    newest[slots.long()] = tokens.clamp(min=0)

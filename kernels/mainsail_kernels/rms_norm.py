@@ -7,7 +7,15 @@ Gemma's (1 + weight) is folded into the weight when a model is loaded, not here.
 import torch
 
 from mainsail_kernels import reference
-from mainsail_kernels._triton import next_power_of_2, require, runs_kernels, tl, triton
+from mainsail_kernels._triton import (
+    dependent_launch,
+    next_power_of_2,
+    require,
+    runs_kernels,
+    tl,
+    triton,
+    wait_for_inputs,
+)
 
 
 @triton.jit
@@ -23,12 +31,14 @@ def _rms_norm_kernel(
     eps,
     HAS_RESIDUAL: tl.constexpr,
     BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < size
-    x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    wait_for_inputs(DEPENDENT)
+    x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         x += tl.load(residual_ptr + row * residual_stride + column, mask=inside, other=0.0).to(tl.float32)
         tl.store(sum_ptr + row * size + column, x.to(sum_ptr.dtype.element_ty), mask=inside)
@@ -69,6 +79,7 @@ def rms_norm(
             HAS_RESIDUAL=residual is not None,
             BLOCK=block,
             num_warps=min(max(block // 512, 1), 16),
+            **dependent_launch(rows.device),
         )
     return out if residual is None else (out, total)
 

@@ -6,16 +6,17 @@ gate_up is [n, 2*d], the gate first, as one merged linear gives it. Read once, w
 import torch
 
 from mainsail_kernels import reference
-from mainsail_kernels._triton import require, runs_kernels, tl, triton
+from mainsail_kernels._triton import dependent_launch, require, runs_kernels, tl, triton, wait_for_inputs
 
 _BLOCK = 2048
 
 
 @triton.jit
-def _gated_kernel(gate_up_ptr, out_ptr, size, stride, GELU: tl.constexpr, BLOCK: tl.constexpr):
+def _gated_kernel(gate_up_ptr, out_ptr, size, stride, GELU: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
     row = tl.program_id(1).to(tl.int64)
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = column < size
+    wait_for_inputs(DEPENDENT)
     gate = tl.load(gate_up_ptr + row * stride + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up_ptr + row * stride + size + column, mask=inside, other=0.0).to(tl.float32)
     # gelu: 0.5 * x * (1 + tanh(y)) is x * sigmoid(2y)
@@ -46,5 +47,6 @@ def _gated(gate_up: torch.Tensor, *, gelu: bool) -> torch.Tensor:
     for first in range(0, rows, 65535):  # the second grid dimension ends there
         part = gate_up[first : first + 65535]
         grid = (-(-size // _BLOCK), part.shape[0])
-        _gated_kernel[grid](part, out[first:], size, part.stride(0), GELU=gelu, BLOCK=_BLOCK, num_warps=8)
+        options = {"GELU": gelu, "BLOCK": _BLOCK, "num_warps": 8, **dependent_launch(out.device)}
+        _gated_kernel[grid](part, out[first:], size, part.stride(0), **options)
     return out

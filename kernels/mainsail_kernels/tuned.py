@@ -1,6 +1,7 @@
 """Tuned launch configurations, as data: what `benchmarks/kernels.py --tune` found, by card, with the versions.
 
-The H200's entries (cards named "NVIDIA H…") were found with torch 2.11.0 and Triton 3.6.0, CUDA 13.0.
+The entries for Hopper (cards named "NVIDIA H…") were found with torch 2.11.0 and Triton 3.6.0, CUDA 13.0: prefill on an
+H200, decode and linears (dependent launches, the inputs' split) on an H100.
 A card without a table gets the defaults, which are safe everywhere (shared memory of 100 KiB is enough for them).
 `override` replaces a choice for a block of code: the tuning script's way to try a configuration.
 """
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mainsail_kernels._triton import INTERPRETED, card_name
+from mainsail_kernels._triton import INTERPRETED, card_name, multiprocessors
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,22 +27,26 @@ class PrefillConfig:
 
 @dataclass(frozen=True, slots=True)
 class DecodeConfig:
-    """Tile of the decode kernel, and how many programs a multiprocessor is given work for."""
+    """Tile of the decode kernel, how many programs a multiprocessor is given work for, the least tiles of one."""
 
     block_n: int
     warps: int
     stages: int
     programs_per_sm: int
+    least_tiles: int = 4
 
 
 @dataclass(frozen=True, slots=True)
 class LinearConfig:
-    """Tile of a skinny linear: outputs, inputs, warps, stages."""
+    """Tile of a skinny linear: outputs, inputs, warps, stages; inputs fetched ahead; programs that share the inputs."""
 
     block_out: int
     block_in: int
     warps: int
     stages: int
+    ahead: int = 1024
+    """Inputs of every output that are fetched into the cache while the kernel before runs; a power of two times 64."""
+    split: int = 1
 
 
 _override: dict[type, object] = {}
@@ -83,24 +88,41 @@ def decode_config(device: torch.device, head_dim: int, num_seqs: int) -> DecodeC
     hopper = card_name(device).startswith("NVIDIA H")
     if head_dim > 128:
         return DecodeConfig(32, 4, 3 if hopper else 2, 4)
-    return DecodeConfig(64, 4, 3, 3 if num_seqs <= 2 else 4) if hopper else DecodeConfig(32, 4, 2, 4)
+    if not hopper:
+        return DecodeConfig(32, 4, 2, 4)
+    if num_seqs <= 2:
+        return DecodeConfig(64, 4, 3, 4, 1)
+    if num_seqs <= 48:
+        return DecodeConfig(64, 4, 3, 4, 2)
+    return DecodeConfig(32, 4, 3, 4, 2) if num_seqs <= 96 else DecodeConfig(64, 4, 2, 5, 1)
 
 
-def linear_config(device: torch.device, rows: int, num_out: int, num_in: int) -> LinearConfig | None:
-    """For x [rows, num_in] and weight [num_out, num_in]; None where cuBLAS is to run."""
-    if not 1 <= rows <= 16:
-        return None
+def linear_config(
+    device: torch.device, rows: int, num_out: int, num_in: int, *, gated: bool = False
+) -> LinearConfig | None:
+    """For x [rows, num_in] and weight [num_out, num_in] (gated: two of them); None where cuBLAS is to run."""
     chosen = _override.get(LinearConfig)
     if isinstance(chosen, LinearConfig):
         return chosen
     if INTERPRETED:
-        return LinearConfig(16, 64, 4, 1)
+        return LinearConfig(16, 64, 4, 1, split=1 if gated else 3) if 1 <= rows <= 32 else None
     if not card_name(device).startswith("NVIDIA H"):
         return None  # not measured
     if rows == 1:
-        if num_out <= 4096 or num_out >= 65536:
-            return LinearConfig(4, 512, 4, 4)
-        return LinearConfig(2, 2048, 4, 1) if num_out < 16384 else LinearConfig(4, 1024, 4, 2)
-    if num_out >= 65536:
-        return LinearConfig(64, 256, 4, 3)
-    return LinearConfig(32, 256, 4, 4) if num_out <= 4096 and num_in <= 4096 else None
+        return LinearConfig(2, 1024, 4, 2, ahead=512) if gated else LinearConfig(2, 2048, 4, 1, ahead=512)
+    if rows > 64:
+        return None  # cuBLAS, whose programs share the rows' tile, is ahead from here on
+    if gated:
+        return LinearConfig(64, 128, 4, 3 if rows <= 32 else 2, ahead=512)
+    if num_out >= 65536 and rows > 16:
+        return LinearConfig(128, 128, 8, 3, ahead=512)
+    split = _split(-(-num_out // 64), multiprocessors(device))
+    return LinearConfig(64, 256, 4, 3, 512, split) if rows <= 16 else LinearConfig(64, 128, 4, 4, 512, split)
+
+
+def _split(tiles: int, multiprocessors: int) -> int:
+    """Programs that share a tile's inputs: the most, by doubling, with which all run at once; at most 8."""
+    split = 1
+    while split < 8 and 2 * split * tiles <= multiprocessors:
+        split *= 2
+    return split

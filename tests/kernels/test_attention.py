@@ -90,6 +90,22 @@ def test_prefill(heads, kv_heads, dim, window, soft_cap, paged, close, device, d
     close(out, reference.paged_attention_prefill(query.double(), batch.wide(), *args, **options))
 
 
+def test_prefill_leaves_rows_outside_its_chunks_alone(paged, close, device, dtype):
+    """A padded step: decodes before the chunks, padding behind, and chunks of no tokens at the end."""
+    batch = paged([40, 90, 1, 1], 2, 64, seed=6)
+    starts = torch.tensor([37, 60, 131, 131, 131], dtype=torch.int32, device=device)
+    query = torch.randn(150, 8, 64).to(device, dtype)
+    out = torch.full_like(query, 7.0)
+    paged_attention_prefill(query, batch.kv, batch.tables, starts, batch.lens, 150, 0.1, out=out)
+    inner = query[37:131].double()
+    truth = reference.paged_attention_prefill(
+        inner, batch.wide(), batch.tables[:2], starts[:3] - 37, batch.lens[:2], 71, 0.1
+    )
+    close(out[37:131], truth)
+    assert bool((out[:37] == 7.0).all())
+    assert bool((out[131:] == 7.0).all())
+
+
 def test_wrong_shapes_are_refused_by_name(paged, device, dtype):
     batch = paged([20], 2, 64, seed=4)
     query = torch.randn(1, 8, 64).to(device, dtype)

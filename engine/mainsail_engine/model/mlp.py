@@ -11,11 +11,11 @@ from typing import Protocol
 import torch
 
 from mainsail_engine.model.architecture import Activation, Architecture, Experts
-from mainsail_engine.model.linear import linear
+from mainsail_engine.model.linear import linear, silu_gated
 from mainsail_engine.model.loader import Part, Weights
 from mainsail_engine.model.parallel import Parallel
 from mainsail_kernels.moe import grouped_mlp
-from mainsail_kernels.silu_mul import gelu_tanh_mul, silu_mul
+from mainsail_kernels.silu_mul import gelu_tanh_mul
 
 
 class Mlp(Protocol):
@@ -37,8 +37,9 @@ class DenseMlp:
     activation: Activation = "silu"
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        gated = silu_mul if self.activation == "silu" else gelu_tanh_mul
-        return linear(gated(linear(x, self.gate_up)), self.down)
+        if self.activation == "silu":
+            return linear(silu_gated(x, self.gate_up), self.down)
+        return linear(gelu_tanh_mul(linear(x, self.gate_up)), self.down)
 
     def scale(self, factor: float) -> None:
         self.down *= factor
