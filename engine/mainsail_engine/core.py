@@ -127,16 +127,20 @@ class EngineCore:
         self._launch(now)
         if not self._in_flight:
             outside = self._scheduler.take_outputs()
-            return self._outputs(outside, 0, 0.0) if outside or self._refused or self._stats_due else None
+            return self._outputs(outside, 0, 0.0, 0.0) if outside or self._refused or self._stats_due else None
         plan, pending = self._in_flight.popleft()
+        waits_s = time.monotonic()
         result = pending.result()
         end_s = time.monotonic()
         outputs = self._scheduler.commit(plan, result, end_s)
         self._num_steps += 1
         self._last_step_end_s = end_s
-        return self._outputs(outputs, plan.num_tokens, max(0.0, end_s - started_s))
+        host_s = max(0.0, waits_s - started_s)
+        return self._outputs(outputs, plan.num_tokens, max(0.0, end_s - started_s), host_s)
 
-    def _outputs(self, outputs: list[RequestOutput], num_tokens: int, step_time_s: float) -> StepOutputs:
+    def _outputs(
+        self, outputs: list[RequestOutput], num_tokens: int, step_time_s: float, host_time_s: float
+    ) -> StepOutputs:
         """What this step brought, and the requests that were refused since the last one."""
         self._stats_due = False
         refused, self._refused = self._refused, []
@@ -147,6 +151,7 @@ class EngineCore:
             stats=self._scheduler.stats(),
             num_step_tokens=num_tokens,
             step_time_s=step_time_s,
+            host_time_s=host_time_s,
             first_scheduled=first_scheduled,
         )
 

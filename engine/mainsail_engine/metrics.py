@@ -34,8 +34,8 @@ REQUEST_BUCKETS = (
 ITERATION_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 # n is small, or a mistake.
 N_BUCKETS = (1, 2, 5, 10, 20)
-# A step takes from 1 ms (a small model's decode) to seconds (a long prefill on a CPU).
-STEP_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+# A step takes from 1 ms (a small model's decode) to seconds (a long prefill on a CPU), its host's part 0.2 ms to 20 ms.
+STEP_BUCKETS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 
 
 def one_two_five(limit: int) -> tuple[int, ...]:
@@ -93,6 +93,7 @@ TIME_HISTOGRAMS = {
     "vllm:iteration_tokens_total": ("Tokens computed in a step.", ITERATION_BUCKETS),
     "vllm:request_params_n": ("The parameter n.", N_BUCKETS),
     "mainsail:step_time_seconds": ("Duration of a step.", STEP_BUCKETS),
+    "mainsail:step_host_time_seconds": ("A step without its wait for the device.", STEP_BUCKETS),
 }
 TOKEN_HISTOGRAMS = {
     "vllm:request_prompt_tokens": "Prompt tokens of a finished request.",
@@ -182,6 +183,7 @@ class Metrics:
         self._counters["mainsail:steps"].inc()
         self._histograms["vllm:iteration_tokens_total"].observe(step.num_step_tokens)
         self._histograms["mainsail:step_time_seconds"].observe(step.step_time_s)
+        self._histograms["mainsail:step_host_time_seconds"].observe(step.host_time_s)
 
     def admitted(self, count: int, n: int) -> None:
         self._counters["mainsail:admitted"].inc(count)

@@ -113,6 +113,8 @@ class StepOutputs(msgspec.Struct, frozen=True, tag=True, array_like=True):
     num_step_tokens: int
     step_time_s: float
     first_scheduled: list[FirstScheduled] = []
+    host_time_s: float = 0.0
+    """The step's time without the wait for the device."""
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True, array_like=True):

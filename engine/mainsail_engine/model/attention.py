@@ -21,15 +21,15 @@ class Attention:
     slot_mapping: torch.Tensor
     """[num_tokens] int64: block * 16 + offset where the token's KV goes."""
     block_tables: torch.Tensor
-    """[num_seqs, max_blocks] int32."""
-    query_start: torch.Tensor
-    """[num_seqs + 1] int32: the first token of each sequence in the batch."""
+    """[num_decodes + num_chunks, max_blocks] int32."""
+    chunk_start: torch.Tensor
+    """[num_chunks + 1] int32: the first row of each chunk of a prompt in the batch."""
     seq_lens: torch.Tensor
-    """[num_seqs] int32: context including this step's tokens."""
+    """[num_decodes + num_chunks] int32: context including this step's tokens; 0 for a padding row."""
     num_decodes: int
-    """Sequences with one query each, which come first."""
+    """Sequences with one query each, which come first. Padding rows may be among them: chunks overwrite theirs."""
     max_query_len: int
-
+    """Of the chunks; an upper bound will do."""
     workspace: DecodeWorkspace | None = None
     """The decode kernel's scratch, one for all steps of a stream (CUDA)."""
 
@@ -44,8 +44,8 @@ class Attention:
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
         if n:
             self._decode(query[:n], kv, scale, window, soft_cap, out[:n])
-        if n < query.shape[0]:
-            self._prefill(query[n:], kv, scale, window, soft_cap, out[n:])
+        if len(self.seq_lens) > n:
+            self._prefill(query, kv, scale, window, soft_cap, out)
         return out
 
     def rotate_and_write(
@@ -79,8 +79,7 @@ class Attention:
         self, query: torch.Tensor, kv: torch.Tensor, scale: float, window: int, soft_cap: float, out: torch.Tensor
     ) -> None:
         n = self.num_decodes
-        starts = self.query_start[n:] - n if n else self.query_start
         paged_attention_prefill(
-            query, kv, self.block_tables[n:], starts, self.seq_lens[n:], self.max_query_len, scale,
+            query, kv, self.block_tables[n:], self.chunk_start, self.seq_lens[n:], self.max_query_len, scale,
             sliding_window=window, soft_cap=soft_cap, out=out,
         )  # fmt: skip

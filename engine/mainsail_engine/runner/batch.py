@@ -46,6 +46,12 @@ class StepArrays:
     num_decodes: int
     max_query_len: int
 
+    def from_slots_of_rows(self) -> np.ndarray:
+        """[num_tokens] int64: the slot whose newest token a row takes, -1 where token_ids has it."""
+        slots = np.full(len(self.token_ids), -1, np.int64)
+        slots[self.from_device] = self.from_slots
+        return slots
+
 
 class BlockTables:
     """Every slot's block table, [num_slots, max_blocks] int32, kept up with the requests' own lists."""

@@ -1,19 +1,27 @@
-"""CUDA graphs for decode steps: the whole forward pass, the greedy choice and the note of it as one launch.
+"""Steps in padded shapes, each captured as one CUDA graph: the forward pass, the greedy choice and the note of it.
 
-A step of decodes only is padded to the next captured batch size and replayed. Its inputs are one packed upload of
-INPUTS int64 rows and the step's block tables; a padding row writes no KV (slot -1), sees no context (length 0) and
-notes its token in the spare row behind the last slot.
+Launching a forward pass kernel by kernel takes the host longer than the device needs for a small step, so every step
+of decodes only, and every small mixed one, is padded to the next of a few shapes and replayed. A shape is a number of
+token rows; what the rows are (so many decodes, then chunks of so many prompts) is data:
 
-    packed (pinned, two in turn) ──copy──▶ inputs ─▶ token ids ─▶ forward ─▶ logits ─▶ greedy ─▶ newest[slots]
-                                             ▲ newest[slots], where the token is on the device only
+    rows      [ d0 d1 d2 | chunk of r3 ........ | chunk of r4 ... | padding ]       padding writes no KV (slot -1)
+    decodes   the first D rows, those past the real ones of length 0; chunks' attention writes those rows afterwards
+    sampled   one row for each sequence that samples, then padding: its tokens go to a spare row of `newest`
 
-Two pinned buffers take turns; each has an event that says when its last upload has been read, so that step N+1 can be
-packed while N runs. Sizes are captured from large to small out of one memory pool, so that the small reuse the large's.
+All inputs of a step are one packed upload of int32 numbers, block tables last:
+
+    token | from slot | position | KV slot | lengths | chunk starts | sampled rows | their slots | tables
+
+With graphs off the same shapes run kernel by kernel: the arithmetic is the same, so the tokens are. Shapes are captured
+from large to small out of one memory pool, so that the small reuse the large's.
 """
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -21,121 +29,223 @@ import torch
 from mainsail_engine.model.architecture import Architecture
 from mainsail_engine.model.attention import Attention
 from mainsail_engine.runner.batch import StepArrays
+from mainsail_engine.runner.uploads import Uploads
 from mainsail_kernels.attention_decode import DecodeWorkspace
+from mainsail_kernels.tokens import note, resolve
 
-INPUTS = 6
-TOKEN, FROM_DEVICE, POSITION, KV_SLOT, LENGTH, SLOT = range(INPUTS)
+log = logging.getLogger(__name__)
+LARGEST_DECODE = 1024
+LARGEST_MIXED = 1536
+"""Tokens. Larger steps keep the device busy for longer than it takes to launch them."""
+MOST_CHUNKS = 32
+"""Prompts in a mixed step that is replayed."""
 
 Forward = Callable[[torch.Tensor, Attention], torch.Tensor]
-"""(token ids, attention) to logits [n, vocab]."""
+"""(token ids, attention) to hidden states [n, hidden_size]."""
+Logits = Callable[[torch.Tensor], torch.Tensor]
 
 
-def batch_sizes(largest: int) -> list[int]:
-    """1, 2, 4, 8, 16, 32, 64, 96 … 256, then every 128; the last one is `largest` itself."""
-    sizes = [1, 2, 4, 8, 16, 32, *range(64, 257, 32), *range(384, 1025, 128)]
-    return [size for size in sizes if size < largest] + [min(largest, 1024)]
+@dataclass(frozen=True, slots=True)
+class StepShape:
+    """A padded step. Of decodes only: tokens == decodes == sampled, and no chunks."""
+
+    tokens: int
+    decodes: int
+    chunks: int
+    sampled: int
+
+    @property
+    def is_mixed(self) -> bool:
+        return self.chunks > 0
 
 
-def graph_bytes(architecture: Architecture, largest: int) -> int:
-    """What the graphs of all sizes take together, roughly: a step's logits twice and its widest activations."""
+def decode_sizes(largest: int) -> list[int]:
+    """1, 2, 4, 8, then every 8, every 16 from 64, every 64 from 256; the last is `largest`, at most 1,024."""
+    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, LARGEST_DECODE + 1, 64)]
+    return [size for size in sizes if size < largest] + [min(largest, LARGEST_DECODE)]
+
+
+def mixed_sizes() -> list[int]:
+    """Steps of an eighth between one and the next: padding costs a few percent."""
+    return [64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1280, LARGEST_MIXED]
+
+
+def shapes_of(max_num_seqs: int) -> list[StepShape]:
+    """Every shape, from small to large within its kind; decodes first."""
+    decodes = [StepShape(n, n, 0, n) for n in decode_sizes(max_num_seqs)]
+    mixed = [
+        StepShape(n, min(n, max_num_seqs), min(n, max_num_seqs, MOST_CHUNKS), min(n, max_num_seqs))
+        for n in mixed_sizes()
+    ]
+    return decodes + mixed
+
+
+def graph_bytes(architecture: Architecture, max_num_seqs: int) -> int:
+    """What the graphs of all shapes take together, roughly: a step's logits twice and its widest activations."""
     a = architecture
-    return largest * (8 * a.vocab_size + 16 * (a.intermediate_size + a.hidden_size)) + (256 << 20)
+    activations = 2 * LARGEST_MIXED * (4 * a.intermediate_size + 8 * a.hidden_size)
+    return 8 * max_num_seqs * a.vocab_size + activations + (384 << 20)
 
 
-class _Staging:
-    """One pinned set of a step's inputs."""
+@dataclass(slots=True)
+class Layout:
+    """Where a shape's inputs lie in the packed upload, in int32 numbers."""
 
-    def __init__(self, rows: int, blocks: int) -> None:
-        self.packed = torch.empty(INPUTS * rows, dtype=torch.int64, pin_memory=True)
-        self.tables = torch.empty(rows * blocks, dtype=torch.int32, pin_memory=True)
-        self.read = torch.cuda.Event()
+    token: slice
+    from_slot: slice
+    position: slice
+    kv_slot: slice
+    lengths: slice
+    starts: slice
+    sampled: slice
+    sampled_slots: slice
+    tables: int
+    """Where the block tables begin."""
+
+    @classmethod
+    def of(cls, shape: StepShape) -> Layout:
+        at = 0
+
+        def part(count: int) -> slice:
+            nonlocal at
+            first, at = at, at + -(-count // 4) * 4  # kernels load 16 bytes at a time
+            return slice(first, first + count)
+
+        return cls(
+            token=part(shape.tokens),
+            from_slot=part(shape.tokens),
+            position=part(shape.tokens),
+            kv_slot=part(shape.tokens),
+            lengths=part(shape.decodes + shape.chunks),
+            starts=part(shape.chunks + 1),
+            sampled=part(shape.sampled),
+            sampled_slots=part(shape.sampled),
+            tables=at,
+        )
 
 
-class DecodeGraphs:
+def pack(packed: np.ndarray, layout: Layout, shape: StepShape, arrays: StepArrays, spare_slot: int) -> None:
+    """A step's inputs, padded to the shape, into int32 numbers. Pure: the block tables follow unpadded."""
+    n, seqs, sampled = len(arrays.token_ids), len(arrays.slots), len(arrays.sampled)
+    _fill(packed[layout.token], arrays.token_ids, n, 0)
+    packed[layout.from_slot] = -1
+    packed[layout.from_slot][arrays.from_device] = arrays.from_slots
+    _fill(packed[layout.position], arrays.positions, n, 0)
+    _fill(packed[layout.kv_slot], arrays.slot_mapping, n, -1)
+    decodes = arrays.num_decodes
+    lengths = packed[layout.lengths]
+    _fill(lengths[: shape.decodes], arrays.seq_lens[:decodes], decodes, 0)
+    _fill(lengths[shape.decodes :], arrays.seq_lens[decodes:], seqs - decodes, 0)
+    _fill(packed[layout.starts], arrays.query_start[decodes:], seqs - decodes + 1, n)
+    _fill(packed[layout.sampled], arrays.sampled, sampled, 0)
+    _fill(packed[layout.sampled_slots], arrays.sampled_slots, sampled, spare_slot)
+    tables = packed[layout.tables : layout.tables + arrays.block_tables.size]
+    tables.reshape(arrays.block_tables.shape)[...] = arrays.block_tables
+
+
+def _fill(target: np.ndarray, values: np.ndarray, count: int, padding: int) -> None:
+    target[:count] = values
+    target[count:] = padding
+
+
+class PaddedSteps:
+    """The shapes of steps, captured or not."""
+
     def __init__(
-        self, forward: Forward, newest: torch.Tensor, greedy: Callable[[torch.Tensor], torch.Tensor],
-        *, workspace: DecodeWorkspace | None, largest: int, max_blocks: int,
-    ) -> None:  # fmt: skip
+        self,
+        forward: Forward,
+        logits: Logits,
+        greedy: Logits,
+        newest: torch.Tensor,
+        uploads: Uploads,
+        *,
+        workspace: DecodeWorkspace | None,
+        max_num_seqs: int,
+        max_blocks: int,
+        capture: bool,
+    ) -> None:
         """newest [num_slots + 1] int64 holds every slot's newest token; its last row belongs to padding."""
-        self._forward, self._newest, self._greedy = forward, newest, greedy
-        self._workspace = workspace
+        self._forward, self._logits, self._greedy = forward, logits, greedy
+        self._newest, self._uploads, self._workspace = newest, uploads, workspace
         self._spare_slot = newest.shape[0] - 1
-        self.sizes = batch_sizes(largest)
-        rows, device = self.sizes[-1], newest.device
-        self._inputs = {n: torch.zeros((INPUTS, n), dtype=torch.int64, device=device) for n in self.sizes}
-        self._tables = torch.zeros((rows, max_blocks), dtype=torch.int32, device=device)
-        self._query_start = torch.arange(rows + 1, dtype=torch.int32, device=device)
-        self._stagings = (_Staging(rows, max_blocks), _Staging(rows, max_blocks))
-        self._turn = 0
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]] = {}
-        self._capture_all()
+        self._shapes = shapes_of(max_num_seqs)
+        self._layouts = {shape: Layout.of(shape) for shape in self._shapes}
+        rows = max(shape.decodes + shape.chunks for shape in self._shapes)
+        numbers = max(layout.tables for layout in self._layouts.values()) + rows * max_blocks
+        self._packed = torch.zeros(numbers, dtype=torch.int32, device=newest.device)
+        self._tables = torch.zeros((rows, max_blocks), dtype=torch.int32, device=newest.device)
+        self._graphs: dict[StepShape, tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]] = {}
+        if capture:
+            self._capture_all()
 
     def _capture_all(self) -> None:
+        started = time.perf_counter()
+        before = torch.cuda.memory_reserved()
         pool: tuple[int, int] | None = None
-        for size in reversed(self.sizes):
-            inputs = self._inputs[size]
-            inputs.zero_()
-            inputs[KV_SLOT].fill_(-1)
-            inputs[SLOT].fill_(self._spare_slot)
-            self._run(size)  # compiles what is not compiled yet, outside the capture
+        for shape in sorted(self._shapes, key=lambda s: (s.sampled, s.tokens), reverse=True):
+            self._blank(shape)
+            self._run(shape)  # compiles what is not compiled yet, outside the capture
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
-                logits, tokens = self._run(size)
+                logits, tokens = self._run(shape)
             pool = graph.pool()
-            self._graphs[size] = (graph, logits, tokens)
+            self._graphs[shape] = (graph, logits, tokens)
+        seconds, taken = time.perf_counter() - started, torch.cuda.memory_reserved() - before
+        log.info("captured %d CUDA graphs in %.1f s, %d MiB", len(self._shapes), seconds, taken >> 20)
 
-    def _run(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        inputs = self._inputs[size]
-        on_device = self._newest[inputs[SLOT]]
-        token_ids = torch.where(inputs[FROM_DEVICE] > 0, on_device, inputs[TOKEN])
+    def _blank(self, shape: StepShape) -> None:
+        """Nothing but padding."""
+        layout = self._layouts[shape]
+        self._packed.zero_()
+        self._packed[layout.from_slot] = -1
+        self._packed[layout.kv_slot] = -1
+        self._packed[layout.sampled_slots] = self._spare_slot
+
+    def _run(self, shape: StepShape) -> tuple[torch.Tensor, torch.Tensor]:
+        layout, packed = self._layouts[shape], self._packed
+        token_ids = resolve(packed[layout.token], packed[layout.from_slot], self._newest)
         attention = Attention(
-            positions=inputs[POSITION],
-            slot_mapping=inputs[KV_SLOT],
-            block_tables=self._tables[:size],
-            query_start=self._query_start[: size + 1],
-            seq_lens=inputs[LENGTH].int(),
-            num_decodes=size,
-            max_query_len=1,
+            positions=packed[layout.position],
+            slot_mapping=packed[layout.kv_slot],
+            block_tables=self._tables[: shape.decodes + shape.chunks],
+            chunk_start=packed[layout.starts],
+            seq_lens=packed[layout.lengths],
+            num_decodes=shape.decodes,
+            max_query_len=shape.tokens,
             workspace=self._workspace,
         )
-        logits = self._forward(token_ids, attention)
+        hidden = self._forward(token_ids, attention)
+        logits = self._logits(hidden[packed[layout.sampled]] if shape.is_mixed else hidden)
         tokens = self._greedy(logits)
-        self._newest[inputs[SLOT]] = tokens.clamp(min=0)
+        note(self._newest, packed[layout.sampled_slots], tokens)
         return logits, tokens
 
-    def takes(self, arrays: StepArrays) -> bool:
-        """Whether the step is of decodes only, and not too many."""
-        return arrays.num_decodes == len(arrays.slots) <= self.sizes[-1]
+    def shape_for(self, arrays: StepArrays) -> StepShape | None:
+        """The smallest shape that holds the step. None: it is too large, or of too many prompts."""
+        n, chunks = len(arrays.token_ids), len(arrays.slots) - arrays.num_decodes
+        for shape in self._shapes:
+            if shape.tokens >= n and shape.is_mixed == (chunks > 0) and shape.chunks >= chunks:
+                return shape
+        return None
 
-    def replay(self, arrays: StepArrays) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queue the step: its (logits, greedy tokens), which the next replay overwrites."""
-        n = len(arrays.slots)
-        size = next(size for size in self.sizes if size >= n)
-        staging = self._stagings[self._turn]
-        self._turn ^= 1
-        staging.read.synchronize()
-        self._pack(arrays, staging, n, size)
-        self._inputs[size].copy_(staging.packed[: INPUTS * size].view(INPUTS, size), non_blocking=True)
-        used = arrays.block_tables.shape[1]
-        tables = staging.tables[: n * used].to(self._tables.device, non_blocking=True)
-        self._tables[:n, :used] = tables.view(n, used)
-        staging.read.record()
-        graph, logits, tokens = self._graphs[size]
-        graph.replay()
-        return logits[:n], tokens[:n]
-
-    def _pack(self, arrays: StepArrays, staging: _Staging, n: int, size: int) -> None:
-        packed = staging.packed[: INPUTS * size].view(INPUTS, size).numpy()
-        packed[TOKEN, :n] = arrays.token_ids
-        packed[FROM_DEVICE] = 0
-        packed[FROM_DEVICE, arrays.from_device] = 1
-        packed[POSITION, :n] = arrays.positions
-        packed[KV_SLOT, :n] = arrays.slot_mapping
-        packed[LENGTH, :n] = arrays.seq_lens
-        packed[SLOT, :n] = arrays.slots
-        packed[TOKEN, n:] = packed[POSITION, n:] = packed[LENGTH, n:] = 0
-        packed[KV_SLOT, n:] = -1
-        packed[SLOT, n:] = self._spare_slot
-        flat: np.ndarray = staging.tables.numpy()
-        flat[: arrays.block_tables.size] = arrays.block_tables.ravel()
+    def launch(self, shape: StepShape, arrays: StepArrays) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queue the step: the (logits, greedy tokens) of its sampled rows, which the next step overwrites."""
+        layout, decodes = self._layouts[shape], arrays.num_decodes
+        seqs, used = arrays.block_tables.shape
+        numbers = layout.tables + seqs * used
+        staging = self._uploads.staging(4 * numbers)
+        pack(staging.bytes[: 4 * numbers].view(np.int32), layout, shape, arrays, self._spare_slot)
+        staging.copy_to(self._packed.view(torch.uint8), 4 * numbers)
+        tables = self._packed[layout.tables : numbers].view(seqs, used)
+        if decodes:
+            self._tables[:decodes, :used] = tables[:decodes]
+        if seqs > decodes:
+            self._tables[shape.decodes : shape.decodes + seqs - decodes, :used] = tables[decodes:]
+        if shape in self._graphs:
+            graph, logits, tokens = self._graphs[shape]
+            graph.replay()
+        else:
+            logits, tokens = self._run(shape)
+        count = len(arrays.sampled)
+        return logits[:count], tokens[:count]

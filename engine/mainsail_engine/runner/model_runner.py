@@ -23,8 +23,9 @@ from mainsail_engine.model.registry import MODELS
 from mainsail_engine.request import Request, SamplingParams
 from mainsail_engine.runner import memory
 from mainsail_engine.runner.batch import BlockTables, StepArrays, build
-from mainsail_engine.runner.cuda_graphs import DecodeGraphs, graph_bytes
+from mainsail_engine.runner.cuda_graphs import PaddedSteps, graph_bytes
 from mainsail_engine.runner.threads import set_cpu_threads
+from mainsail_engine.runner.uploads import Downloads, Uploads
 from mainsail_engine.sampling.extras import PendingExtras
 from mainsail_engine.sampling.logprobs import prompt_logprob_rows
 from mainsail_engine.sampling.pooling import Pooler
@@ -32,6 +33,7 @@ from mainsail_engine.sampling.sampler import PROMPT, Sampler, greedy
 from mainsail_engine.step import BlockCopy, Chunk, StepPlan, StepResult
 from mainsail_kernels.attention_decode import decode_workspace
 from mainsail_kernels.blocks import copy_blocks
+from mainsail_kernels.tokens import note, resolve
 
 CUDA_BATCHED_TOKENS = 8192
 CPU_BATCHED_TOKENS = 512
@@ -92,7 +94,8 @@ class ModelRunner:
             torch.cuda.set_device(self.device)
         dummy = config.model.load_format == "dummy"
         weights = open_weights(path, self.architecture, dummy=dummy, device=self.device, dtype=self.dtype)
-        self._graphs: DecodeGraphs | None = None
+        self._uploads = Uploads(self.device)
+        self._padded: PaddedSteps | None = None
         try:
             self._model = MODELS[self.architecture.name](
                 self.architecture, weights, max_positions=self.max_model_len, device=self.device
@@ -102,20 +105,21 @@ class ModelRunner:
             raise OutOfMemoryError(
                 f"the device has too little memory for the model and its KV pool: {error}"
             ) from error
-        self._warm_up(config)
-        self._graphs = self._capture(config) if self.device.type == "cuda" and config.cuda_graphs else None
+        self._warm_up()
+        self._padded = self._pad(config) if self.device.type == "cuda" else None
 
-    def _capture(self, config: EngineConfig) -> DecodeGraphs:
+    def _pad(self, config: EngineConfig) -> PaddedSteps:
         with torch.inference_mode():
-            return DecodeGraphs(
-                lambda token_ids, attention: self._model.logits(
-                    self._model.forward(token_ids, attention, self.kv_cache)
-                ),
-                self._newest,
+            return PaddedSteps(
+                lambda token_ids, attention: self._model.forward(token_ids, attention, self.kv_cache),
+                self._model.logits,
                 greedy,
+                self._newest,
+                self._uploads,
                 workspace=self._workspace,
-                largest=config.scheduler.max_num_seqs,
+                max_num_seqs=config.scheduler.max_num_seqs,
                 max_blocks=self._tables.rows.shape[1],
+                capture=config.cuda_graphs,
             )
 
     def _take_pool(self, config: EngineConfig) -> None:
@@ -148,6 +152,7 @@ class ModelRunner:
             decode_workspace(slots, a.num_heads, a.num_kv_heads, a.head_dim, self.device) if cuda else None
         )
         self._newest = torch.zeros(slots + 1, dtype=torch.int64, device=self.device)
+        self._downloads = Downloads(slots) if cuda else None
 
     def _profile(self) -> None:
         """One step of the whole token budget, so that its peak is counted before the pool is sized."""
@@ -157,7 +162,7 @@ class ModelRunner:
         chunk = Chunk(request=request, start=0, num_tokens=length, samples=True, slot=0, block_ids=blocks)
         self.launch(StepPlan(chunks=[chunk])).result()
 
-    def _warm_up(self, config: EngineConfig) -> None:
+    def _warm_up(self) -> None:
         """Generate a token before anybody asks: kernels are compiled, caches warm. Block 0 is overwritten later."""
         request = _warm_up_request(1)
         chunk = Chunk(request=request, start=0, num_tokens=1, samples=True, slot=0, block_ids=[0])
@@ -171,27 +176,37 @@ class ModelRunner:
         arrays, moved_in = build(plan, self._tables)
         for chunk in moved_in:
             self._sampler.move_in(chunk.slot, chunk.request)
-        if self._graphs is not None and self._graphs.takes(arrays):
-            logits, tokens = self._graphs.replay(arrays)
+        whole = bool(self._sampler.slots.asks(arrays.slots) & PROMPT)
+        shape = self._padded.shape_for(arrays) if self._padded and not whole else None
+        if self._padded and shape:
+            logits, tokens = self._padded.launch(shape, arrays)
             if self._sampler.wants_best(arrays.sampled_slots):
                 return self._pending(tokens)
             return self._sample(logits, arrays, plan, None)
-        token_ids = self._up(arrays.token_ids)
-        if len(arrays.from_device):
-            token_ids[self._up(arrays.from_device)] = self._newest[self._up(arrays.from_slots)]
-        hidden = self._model.forward(token_ids, self._attention(arrays), self.kv_cache)
-        whole = self._sampler.slots.asks(arrays.slots) & PROMPT
+        hidden, sampled = self._forward(arrays)
         extras = self._prompt_extras(plan, arrays, hidden) if whole else None
         if not len(arrays.sampled):
             return self._pending(torch.empty(0, dtype=torch.int64), extras)
-        logits = self._model.logits(hidden[self._up(arrays.sampled)])
-        return self._sample(logits, arrays, plan, extras)
+        return self._sample(self._model.logits(hidden[sampled]), arrays, plan, extras)
+
+    def _forward(self, arrays: StepArrays) -> tuple[torch.Tensor, torch.Tensor]:
+        """A step as it is, kernel by kernel: (hidden states [num_tokens, hidden_size], sampled rows)."""
+        token_ids, from_slots, sampled, *rest = self._uploads.send(
+            [
+                arrays.token_ids, arrays.from_slots_of_rows(), arrays.sampled,
+                arrays.positions, arrays.slot_mapping, arrays.block_tables,
+                arrays.query_start[arrays.num_decodes :], arrays.seq_lens,
+            ]
+        )  # fmt: skip
+        if len(arrays.from_device):
+            token_ids = resolve(token_ids, from_slots, self._newest)
+        return self._model.forward(token_ids, self._attention(arrays, *rest), self.kv_cache), sampled
 
     def _sample(
         self, logits: torch.Tensor, arrays: StepArrays, plan: StepPlan, extras: PendingExtras | None
     ) -> PendingTokens:
         sampled = self._sampler.sample(logits, arrays.sampled_slots, arrays.positions[arrays.sampled] + 1)
-        self._newest[self._up(arrays.sampled_slots)] = sampled.tokens.clamp(min=0)
+        note(self._newest, self._up(arrays.sampled_slots), sampled.tokens)
         if sampled.logprobs is not None:
             extras = extras or PendingExtras()
             extras.add_sampled(sampled, plan)
@@ -222,37 +237,38 @@ class ModelRunner:
         rows = hidden[start - chunk.start : stop - chunk.start]
         extras.add_prompt(index, prompt_logprob_rows(rows, self._model.logits, following, num_best), num_best)
 
-    def _up(self, values: np.ndarray) -> torch.Tensor:
-        tensor = torch.from_numpy(values)  # pyright: ignore[reportUnknownMemberType]
-        if self.device.type == "cpu":
-            return tensor
-        return tensor.pin_memory().to(self.device, non_blocking=True)
-
-    def _pending(self, tokens: torch.Tensor, extras: PendingExtras | None = None) -> PendingTokens:
-        if self.device.type == "cpu":
-            return PendingTokens(tokens, None, extras)
-        on_host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
-        on_host.copy_(tokens, non_blocking=True)
-        done = torch.cuda.Event()
-        done.record()
-        return PendingTokens(on_host, done, extras)
-
-    def _attention(self, arrays: StepArrays) -> Attention:
+    def _attention(
+        self,
+        arrays: StepArrays,
+        positions: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        block_tables: torch.Tensor,
+        chunk_start: torch.Tensor,
+        seq_lens: torch.Tensor,
+    ) -> Attention:
         kind = CpuAttention if self.device.type == "cpu" else Attention
         return kind(
-            positions=self._up(arrays.positions),
-            slot_mapping=self._up(arrays.slot_mapping),
-            block_tables=self._up(arrays.block_tables),
-            query_start=self._up(arrays.query_start),
-            seq_lens=self._up(arrays.seq_lens),
+            positions=positions,
+            slot_mapping=slot_mapping,
+            block_tables=block_tables,
+            chunk_start=chunk_start,
+            seq_lens=seq_lens,
             num_decodes=arrays.num_decodes,
             max_query_len=arrays.max_query_len,
             workspace=self._workspace,
         )
 
+    def _up(self, values: np.ndarray) -> torch.Tensor:
+        return self._uploads.send([values])[0]
+
+    def _pending(self, tokens: torch.Tensor, extras: PendingExtras | None = None) -> PendingTokens:
+        if self._downloads is None:
+            return PendingTokens(tokens, None, extras)
+        return PendingTokens(*self._downloads.receive(tokens), extras)
+
     def _copy(self, copies: list[BlockCopy]) -> None:
         columns = np.array([(copy.src, copy.dst, copy.num_tokens) for copy in copies], np.int64).T
-        src, dst, num_tokens = (self._up(np.ascontiguousarray(column)) for column in columns)
+        src, dst, num_tokens = self._uploads.send([np.ascontiguousarray(column) for column in columns])
         copy_blocks(self.kv_cache, src, dst, num_tokens)
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from mainsail_engine.request import Request
+from mainsail_engine.request import Request, SamplingParams
 
 MAX_BAD_WORD_TOKENS = 32
 _HISTORY = MAX_BAD_WORD_TOKENS - 1
@@ -45,6 +45,12 @@ class _StepEdits:
     """[num_words, _HISTORY] int64, aligned at the end, _ANY before the word."""
     history_rows: np.ndarray
     """Rows whose tokens must be remembered."""
+
+
+def end_tokens(params: SamplingParams, eos_token_ids: frozenset[int]) -> frozenset[int]:
+    """The tokens that end this answer: what min_tokens forbids. With ignore_eos the model's own do not."""
+    own = frozenset[int]() if params.ignore_eos else eos_token_ids
+    return own.union(params.stop_token_ids)
 
 
 class LogitEdits:
@@ -119,7 +125,7 @@ class LogitEdits:
             params = request.params
             added.extend((row, token, value) for token, value in params.logit_bias)
             if early[row]:
-                added.extend((row, token, -math.inf) for token in sorted(self._eos.union(params.stop_token_ids)))
+                added.extend((row, token, -math.inf) for token in sorted(end_tokens(params, self._eos)))
             allowed.extend((row, token) for token in params.allowed_token_ids)
             for word in params.bad_words:
                 beginning, last = list(word[:-1]), word[-1]

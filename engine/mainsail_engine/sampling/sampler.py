@@ -91,7 +91,8 @@ class SlotParameters:
 
 def flags_of(params: SamplingParams) -> int:
     """What a request asks for beyond the best token."""
-    edits = params.logit_bias or params.allowed_token_ids or params.bad_words or params.min_tokens
+    no_early_end = params.min_tokens and (params.stop_token_ids or not params.ignore_eos)
+    edits = params.logit_bias or params.allowed_token_ids or params.bad_words or no_early_end
     penalties = params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0
     whole = params.prompt_logprobs is not None or params.pooling is not None
     return (

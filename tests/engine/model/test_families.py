@@ -126,7 +126,7 @@ def logits(runner: ModelRunner, prompt: list[int]) -> torch.Tensor:
     attention = Attention(
         positions=torch.arange(n), slot_mapping=torch.arange(n),
         block_tables=torch.arange(-(-n // 16), dtype=torch.int32)[None],
-        query_start=torch.tensor([0, n], dtype=torch.int32), seq_lens=torch.tensor([n], dtype=torch.int32),
+        chunk_start=torch.tensor([0, n], dtype=torch.int32), seq_lens=torch.tensor([n], dtype=torch.int32),
         num_decodes=0, max_query_len=n,
     )  # fmt: skip
     model = runner._model

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from mainsail_engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from mainsail_engine.request import Request, SamplingParams
-from mainsail_engine.runner.cuda_graphs import batch_sizes
+from mainsail_engine.runner.batch import BlockTables, StepArrays, build
+from mainsail_engine.runner.cuda_graphs import LARGEST_DECODE, Layout, StepShape, decode_sizes, pack, shapes_of
 from mainsail_engine.runner.model_runner import ModelRunner
 from mainsail_engine.step import Chunk, StepPlan
 
@@ -23,14 +25,64 @@ TINY = {
 
 @pytest.mark.parametrize("largest", [1, 3, 32, 33, 100, 256, 700, 1024])
 def test_every_batch_up_to_the_largest_has_a_size(largest: int) -> None:
-    sizes = batch_sizes(largest)
+    sizes = decode_sizes(largest)
     assert sizes == sorted(set(sizes))
     assert sizes[-1] == largest
-    assert all(min(s for s in sizes if s >= n) - n <= max(n, 127) for n in range(1, largest + 1))
+    assert all(min(s for s in sizes if s >= n) - n < max(n / 4, 8) for n in range(1, largest + 1))
 
 
 def test_beyond_1024_rows_steps_run_without_a_graph() -> None:
-    assert batch_sizes(4000)[-1] == 1024
+    assert decode_sizes(4000)[-1] == 1024
+
+
+@pytest.mark.parametrize("max_num_seqs", [1, 24, 256, 2000])
+def test_shapes_have_room_for_every_row(max_num_seqs: int) -> None:
+    for shape in shapes_of(max_num_seqs):
+        assert shape.decodes <= shape.tokens
+        assert shape.sampled >= min(shape.tokens, max_num_seqs, LARGEST_DECODE)
+        assert shape.is_mixed or shape.tokens == shape.decodes == shape.sampled
+
+
+def step_arrays(decodes: int, chunks: list[int]) -> StepArrays:
+    """Decodes at position 5, chunks at positions 0 on; every second chunk samples; one decode's token is away."""
+    lengths = [1] * decodes + chunks
+    requests = [Request(str(i), [9] * (6 if i < decodes else 64), SamplingParams(max_tokens=9), 0.0) for i in range(99)]
+    if decodes > 1:
+        requests[1].prompt_token_ids.pop()
+    plan = StepPlan(num_decodes=decodes)
+    for i, length in enumerate(lengths):
+        start, samples = (5, True) if i < decodes else (0, (i - decodes) % 2 == 0)
+        plan.chunks.append(Chunk(requests[i], start, length, samples, i, [10 * i, 10 * i + 1, 10 * i + 2]))
+    return build(plan, BlockTables(100, 4))[0]
+
+
+@pytest.mark.parametrize(("decodes", "chunks"), [(3, []), (0, [5]), (5, [20, 3, 17])])
+def test_a_packed_step_holds_its_rows_and_padding_that_does_nothing(decodes: int, chunks: list[int]) -> None:
+    arrays, spare = step_arrays(decodes, chunks), 99
+    shape = StepShape(64, 32, 8, 40) if chunks else StepShape(8, 8, 0, 8)
+    layout = Layout.of(shape)
+    packed = np.full(layout.tables + arrays.block_tables.size, 12345, np.int32)
+    pack(packed, layout, shape, arrays, spare)
+    n, seqs = len(arrays.token_ids), len(arrays.slots)
+    assert packed[layout.token][:n].tolist() == arrays.token_ids.tolist()
+    assert packed[layout.from_slot][:n].tolist() == arrays.from_slots_of_rows().tolist()
+    assert packed[layout.from_slot].max() == (1 if decodes > 1 else -1)
+    assert packed[layout.kv_slot][:n].tolist() == arrays.slot_mapping.tolist()
+    lengths = packed[layout.lengths]
+    assert lengths[:decodes].tolist() == [6] * decodes
+    assert lengths[shape.decodes : shape.decodes + len(chunks)].tolist() == chunks
+    assert np.count_nonzero(lengths) == seqs
+    starts = packed[layout.starts].tolist()
+    assert starts[: len(chunks) + 1] == [decodes + sum(chunks[:i]) for i in range(len(chunks) + 1)]
+    assert set(starts[len(chunks) :]) == {n}
+    sampled = len(arrays.sampled)
+    assert packed[layout.sampled][:sampled].tolist() == arrays.sampled.tolist()
+    assert packed[layout.sampled_slots][:sampled].tolist() == arrays.sampled_slots.tolist()
+    assert set(packed[layout.kv_slot][n:]) <= {-1}
+    assert set(packed[layout.from_slot][n:]) <= {-1}
+    assert set(packed[layout.sampled_slots][sampled:]) <= {spare}
+    assert packed[layout.tables :].tolist() == arrays.block_tables.ravel().tolist()
+    assert 12345 not in packed[layout.sampled].tolist()
 
 
 def make_runner(path: Path, graphs: bool) -> ModelRunner:
@@ -57,9 +109,12 @@ def tokens_of(runner: ModelRunner, *, overlap: bool) -> list[list[int]]:
         blocks = [(i * 29 + b) * 7 % 599 for b in range(29)]
         requests.append(Request(str(i), prompt, params, 0.0, slot=i, block_ids=blocks))
     plans = [StepPlan(chunks=[Chunk(r, 0, r.num_tokens, True, r.slot, r.block_ids) for r in requests])]
+    more = Request("more", [7] * 400, SamplingParams(max_tokens=9, temperature=0.0), 0.0, slot=20)
+    more.block_ids = [(20 * 29 + b) * 7 % 599 for b in range(29)]
     for n in range(20):
         chunks = [Chunk(r, len(r.prompt_token_ids) + n, 1, True, r.slot, r.block_ids) for r in requests]
-        plans.append(StepPlan(chunks=chunks, num_decodes=len(chunks)))
+        late = [Chunk(more, 50 * (n - 5), 50, False, 20, more.block_ids)] if 5 <= n < 12 else []
+        plans.append(StepPlan(chunks=chunks + late, num_decodes=len(chunks)))
     columns: list[list[int]] = []
     pending = []
     for plan in plans:
@@ -74,7 +129,6 @@ def tokens_of(runner: ModelRunner, *, overlap: bool) -> list[list[int]]:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_graphs_and_overlap_change_no_token(tmp_path: Path) -> None:
     eager = tokens_of(make_runner(tmp_path, False), overlap=False)
     graphed = make_runner(tmp_path, True)

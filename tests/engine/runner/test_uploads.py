@@ -1,0 +1,46 @@
+"""Uploads: where the parts of one copy lie; on a card, that what arrives is what was sent, however many follow."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mainsail_engine.runner.uploads import ALIGNMENT, Downloads, Uploads, offsets_of
+
+
+@given(st.lists(st.integers(0, 5000), max_size=12))
+def test_parts_are_aligned_and_do_not_overlap(sizes: list[int]) -> None:
+    offsets, total = offsets_of(sizes)
+    ends = [offset + size for offset, size in zip(offsets, sizes, strict=True)]
+    assert all(offset % ALIGNMENT == 0 for offset in offsets)
+    assert all(end <= following for end, following in zip(ends, [*offsets, total][1:], strict=True))
+    assert total < sum(sizes) + ALIGNMENT * (len(sizes) + 1)
+
+
+def test_on_the_cpu_the_arrays_are_the_tensors() -> None:
+    array = np.arange(6, dtype=np.int32).reshape(2, 3)
+    (tensor,) = Uploads(torch.device("cpu")).send([array])
+    array[1, 2] = 77
+    assert tensor.tolist() == [[0, 1, 2], [3, 4, 77]]
+
+
+@pytest.mark.gpu
+def test_every_upload_arrives_and_every_download_returns() -> None:
+    device = torch.device("cuda")
+    uploads, downloads = Uploads(device, num_bytes=256), Downloads(1000)
+    random = np.random.default_rng(0)
+    sent = [
+        [random.integers(0, 99, (n, 3)), random.integers(0, 99, n, dtype=np.int32), random.random(n, np.float32)]
+        for n in (1, 5, 200, 3, 1000)
+    ]
+    received = [uploads.send(arrays) for arrays in sent]
+    for arrays, tensors in zip(sent, received, strict=True):
+        for array, tensor in zip(arrays, tensors, strict=True):
+            assert tensor.cpu().tolist() == array.tolist()
+    back = [downloads.receive(torch.full((7,), i, device=device)) for i in range(3)]
+    for i, (tokens, done) in enumerate(back):
+        done.synchronize()
+        assert tokens.tolist() == [i] * 7
