@@ -49,7 +49,7 @@ class EngineDeadError(RequestError):
     """The core process ended under a running request."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(f"the engine failed: {message}", status=500, code="engine_failed")
+        super().__init__(f"the engine failed: {message}", status=503, code="engine_failed", retry_after_s=1.0)
 
 
 class Sink(Protocol):

@@ -107,6 +107,7 @@ class EngineCore:
             cache_salt=add.cache_salt,
             user=add.user,
             deadline_s=None if add.timeout_s is None else now + add.timeout_s,
+            output_token_ids=list(add.output_token_ids),
         )
         try:
             self._scheduler.add(request)

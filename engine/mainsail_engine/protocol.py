@@ -23,6 +23,8 @@ class Add(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Users who wait are served fairly."""
     timeout_s: float | None = None
     """Not finished after this long, the request ends with an error. None: no limit."""
+    output_token_ids: list[int] = []
+    """Generated already, by another engine: the answer goes on after them."""
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True, array_like=True):

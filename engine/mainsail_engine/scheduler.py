@@ -120,6 +120,8 @@ class Scheduler:
                 code="context_length_exceeded",
             )
         request.max_num_tokens = min(prompt_len + request.params.max_tokens, self.max_model_len)
+        if request.num_tokens >= request.max_num_tokens:
+            raise RequestError("the tokens generated already leave none to generate", code="invalid_resume")
         request.arrival_index = self._num_arrivals
         self._num_arrivals += 1
         self._requests[request.request_id] = request
@@ -339,10 +341,11 @@ class Scheduler:
         if request.num_preemptions:
             self._note_resumed(request, match)
         else:
-            request.num_cached_tokens = match.num_tokens
-            self._prefix_queries += len(request.prompt_token_ids)
-            self._prefix_hits += match.num_tokens
-            uncached = len(request.prompt_token_ids) - match.num_tokens
+            prompt_len = len(request.prompt_token_ids)
+            request.num_cached_tokens = min(match.num_tokens, prompt_len)
+            self._prefix_queries += prompt_len
+            self._prefix_hits += request.num_cached_tokens
+            uncached = prompt_len - request.num_cached_tokens
             self._accounts[request.request_id].served += PROMPT_WEIGHT * uncached
 
     def _note_resumed(self, request: Request, match: Match) -> None:

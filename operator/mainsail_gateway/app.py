@@ -23,6 +23,7 @@ from mainsail_gateway.errors import GatewayError, bad_request, no_capacity, send
 from mainsail_gateway.fleet import Fleet, Pool
 from mainsail_gateway.health import Health
 from mainsail_gateway.hold import Reply
+from mainsail_gateway.journal import NO_FAILOVER_HEADER
 from mainsail_gateway.keys import Keys
 from mainsail_gateway.metrics import Metrics
 from mainsail_gateway.relay import CLIENT_GONE, BrokenOff, Call, ClientGone, Relay
@@ -240,6 +241,8 @@ class Gateway:
             arrived=arrived,
             service=service,
             sticky=session or _header(headers, USER_HEADERS),
+            stream=parsed.stream,
+            once=any(name == NO_FAILOVER_HEADER for name, _ in headers),
         )
 
     def _service(self, model: str, key: ApiKey | None) -> Service:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 from mainsail_gateway import balance
 from mainsail_gateway.balance import Load, PrefixIndex
-from mainsail_gateway.retry import RetryBudget
+from mainsail_gateway.retry import RetryBudget, failover_budget
 from mainsail_gateway.routes import Endpoint, Table
 from mainsail_gateway.split import Split, Weights, eligible
 from mainsail_gateway.watch import Key
@@ -27,6 +27,7 @@ class Pool:
         self.weights: Weights = ()
         """Of the revisions, while more than one has endpoints."""
         self.split = Split()
+        self.failovers = failover_budget()
         self._picks = 0
 
     def update(self, endpoints: Sequence[Endpoint], now: float, weights: Weights = ()) -> None:
@@ -38,13 +39,21 @@ class Pool:
         self.loads = {key: self.loads.get(key) or Load(key, since) for key in self.endpoints}
 
     def pick(
-        self, weight: int, prefixes: Sequence[bytes], avoid: set[str], now: float, sticky: str | None = None
+        self,
+        weight: int,
+        prefixes: Sequence[bytes],
+        avoid: set[str],
+        now: float,
+        sticky: str | None = None,
+        revision: str | None = None,
     ) -> tuple[Endpoint, Load] | None:
         """An endpoint that is not in `avoid`, and its load; None when there is none left.
 
-        First the revision, by its weight or by `sticky` (a session's or user's name), then the balance inside it."""
+        First the revision, by its weight or by `sticky` (a session's or user's name), then the balance inside it. What
+        one `revision` has begun another one finishes only where nobody else is left: it may be another model."""
         loads = [load for load in self.loads.values() if load.key not in avoid]
-        load = balance.pick(self._of_one_revision(loads, now, sticky), weight, prefixes, self.index, now)
+        same = [load for load in loads if self.endpoints[load.key].revision == revision]
+        load = balance.pick(same or self._of_one_revision(loads, now, sticky), weight, prefixes, self.index, now)
         if load is None:
             return None
         self._picks += 1

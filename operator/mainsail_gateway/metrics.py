@@ -18,6 +18,7 @@ class ServiceMetrics:
         self._failures = metrics.failures
         self._retries = metrics.retries
         self._pods = metrics.pods
+        self._failovers = metrics.failovers
         self._key = key
         self.in_flight = metrics.in_flight.labels(*key)
         self.endpoints = metrics.endpoints.labels(*key)
@@ -37,6 +38,9 @@ class ServiceMetrics:
     def retry(self, reason: str) -> None:
         self._retries.labels(*self._key, reason).inc()
 
+    def failover(self, reason: str) -> None:
+        self._failovers.labels(*self._key, reason).inc()
+
 
 class Metrics:
     def __init__(self) -> None:
@@ -52,6 +56,12 @@ class Metrics:
         )
         self.retries = Counter(
             name + "retries", "Requests sent once more, by reason.", (*_SERVICE, "reason"), registry=self.registry
+        )
+        self.failovers = Counter(
+            name + "failovers",
+            "Answers that broke after they had begun and went on at another endpoint, by reason.",
+            (*_SERVICE, "reason"),
+            registry=self.registry,
         )
         self.in_flight = Gauge(name + "requests_in_flight", "Requests running.", _SERVICE, registry=self.registry)
         self.endpoints = Gauge(name + "endpoints", "Endpoints that are ready.", _SERVICE, registry=self.registry)

@@ -21,15 +21,16 @@ from mainsail_gateway.routes import Endpoint
 HIGH_WATER_BYTES = 256 * 1024
 MAX_HEAD_BYTES = 64 * 1024
 
-Reason = Literal["connect", "reset", "garbage", "truncated"]
+Reason = Literal["connect", "reset", "garbage", "truncated", "stalled", "handover", "refused"]
 
 
 class UpstreamError(Exception):
     """An exchange that an endpoint broke.
 
     `reason`: `connect` (nothing was sent), `reset` (closed before the answer's first byte), `garbage` (not HTTP),
-    `truncated` (closed within the answer). `stale`: the connection had been idle and was found closed; the request
-    was most likely never read.
+    `truncated` (closed within the answer), `stalled` (no bytes for too long within the answer), `handover` (the engine
+    itself asks for another to go on), `refused` (it would not take over what another began). `stale`: the connection
+    had been idle and was found closed; the request was most likely never read.
     """
 
     def __init__(self, reason: Reason, detail: str, *, stale: bool = False) -> None:
@@ -133,6 +134,11 @@ class Connection(asyncio.Protocol):
         if sock is not None:
             with contextlib.suppress(OSError):
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                # A node that vanished sends no reset: its streams are to go on elsewhere after some 20 s.
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 8)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 4)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
 
     def data_received(self, data: bytes) -> None:
         if self._done or self._error is not None:

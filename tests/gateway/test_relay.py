@@ -101,13 +101,34 @@ async def test_broken_between_events_ends_with_an_error_event(kit):
 
 @pytest.mark.parametrize(
     "data",
-    [b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\n{", None],
+    [b"data: {half", b"data: whole\n\ndata: {half"],
 )
 async def test_broken_elsewhere_cuts_the_client(kit, data):
-    up = await kit.upstream(kit.raw(data or kit.sse_head + kit.chunk(b"data: {half")))
+    up = await kit.upstream(kit.raw(kit.sse_head + kit.chunk(data)))
     async with kit.gateway(kit.service(up.endpoint())) as gw, httpx.AsyncClient() as client:
         with pytest.raises(httpx.RemoteProtocolError):
             await client.post(gw.url + CHAT, json=BODY)
+
+
+@pytest.mark.parametrize("others", [0, 1])
+async def test_half_an_answer_that_is_not_streamed_is_asked_for_again(kit, others):
+    half = await kit.upstream(kit.raw(b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\n{"))
+    good = [(await kit.upstream()).endpoint("good") for _ in range(others)]
+    async with kit.gateway(kit.service(half.endpoint("bad"), *good)) as gw, httpx.AsyncClient() as client:
+        for _ in range(4):
+            response = await client.post(gw.url + CHAT, json=BODY)
+            assert response.status_code == (200 if others else 502), response.text
+        refused = await client.post(gw.url + CHAT, json=BODY, headers={"x-mainsail-no-failover": "1"})
+    assert half.seen
+    assert refused.status_code in (200, 502)  # by where it went: it ran once
+
+
+async def test_who_refuses_fail_over_runs_once(kit):
+    half = await kit.upstream(kit.raw(b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\n{"))
+    async with kit.gateway(kit.service(half.endpoint())) as gw, httpx.AsyncClient() as client:
+        response = await client.post(gw.url + CHAT, json=BODY, headers={"x-mainsail-no-failover": "1"})
+    assert (response.status_code, len(half.seen)) == (502, 1)
+    assert half.seen[0].header("x-mainsail-stream") is None
 
 
 async def test_stalled_stream_ends_with_an_error_event(kit):

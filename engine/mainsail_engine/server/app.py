@@ -19,6 +19,7 @@ from mainsail_engine.server import schemas
 from mainsail_engine.server.chat import as_template_messages, chat_completion
 from mainsail_engine.server.completions import completion
 from mainsail_engine.server.errors import error_response, from_validation
+from mainsail_engine.server.handover import ResumedBody
 from mainsail_engine.server.health import Verdict, body
 from mainsail_engine.server.middleware import ApiKey, BodyLimit, InProgress
 from mainsail_engine.server.serving import Serving
@@ -44,7 +45,7 @@ def build_app(
     _add_generation(app, serving)
     _add_text(app, serving)
     _add_operations(app, serving, look, drain)
-    in_progress = InProgress(app)
+    in_progress = InProgress(ResumedBody(app))
     limited = BodyLimit(in_progress)
     return Application(ApiKey(limited, api_key) if api_key else limited, in_progress)
 

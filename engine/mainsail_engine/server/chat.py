@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from mainsail_engine.server.answers import Answer, collect, usage
+from mainsail_engine.server.handover import Identity, Ledger, take_over
 from mainsail_engine.server.logprobs import TokenTexts, chat_logprobs, prompt_logprobs
 from mainsail_engine.server.schemas import ChatCompletionRequest, Message
 from mainsail_engine.server.serving import Delta, Job, Serving
@@ -53,10 +54,14 @@ async def chat_completion(serving: Serving, body: ChatCompletionRequest, request
     arrival_s = time.monotonic()
     serving.check_model(body.model)
     jobs = await _jobs(serving, body)
+    jobs, resumed = take_over(request, jobs, serving.ready.vocab_size, stream=body.stream)
     serving.admit(jobs, len(jobs))
-    head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": body.model}
+    answer = resumed or Identity(f"chatcmpl-{uuid.uuid4().hex}", int(time.time()))
+    head = {"id": answer.id, "created": answer.created, "model": body.model}
     if body.stream:
-        return EventStream(_events(serving, body, jobs, head, arrival_s))
+        ledger = Ledger.of(request, jobs)
+        events = _events(serving, body, jobs, head, arrival_s, ledger)
+        return EventStream(ledger.frames(events), ledger.headers(answer))
     return await unless_disconnected(request, _whole(serving, body, jobs, head, arrival_s))
 
 
@@ -151,12 +156,15 @@ class _Chunks:
 
 
 async def _events(
-    serving: Serving, body: ChatCompletionRequest, jobs: list[Job], head: dict[str, Any], arrival_s: float
-) -> AsyncGenerator[bytes, None]:
+    serving: Serving, body: ChatCompletionRequest, jobs: list[Job], head: dict[str, Any], arrival_s: float,
+    ledger: Ledger,
+) -> AsyncGenerator[bytes, None]:  # fmt: skip
     """What a step brought all answers leaves as one piece."""
     chunks = _Chunks(serving, body, jobs, head)
     async with serving.answer(jobs, arrival_s) as answering:
-        while deltas := await answering.next():
+        for index, delta in answering.replayed:
+            chunks.of(index, delta)
+        while deltas := ledger.note(await answering.next()):
             data = b"".join([chunks.of(index, delta) for index, delta in deltas])
             if data:
                 yield data

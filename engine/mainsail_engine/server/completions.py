@@ -15,6 +15,7 @@ from starlette.responses import Response
 from mainsail_engine.errors import RequestError
 from mainsail_engine.protocol import TokenLogprobs
 from mainsail_engine.server.answers import Answer, collect, usage
+from mainsail_engine.server.handover import Identity, Ledger, take_over
 from mainsail_engine.server.logprobs import TokenTexts, completion_logprobs, prompt_logprobs
 from mainsail_engine.server.schemas import MAX_PROMPTS, CompletionRequest
 from mainsail_engine.server.serving import Delta, Job, Serving
@@ -39,11 +40,14 @@ async def completion(serving: Serving, body: CompletionRequest, request: Request
     arrival_s = time.monotonic()
     serving.check_model(body.model)
     jobs = await _jobs(serving, body)
+    jobs, resumed = take_over(request, jobs, serving.ready.vocab_size, stream=body.stream)
     serving.admit(jobs, body.n or 1)
-    head = {"id": f"cmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": body.model}
-    head["object"] = "text_completion"
+    answer = resumed or Identity(f"cmpl-{uuid.uuid4().hex}", int(time.time()))
+    head = {"id": answer.id, "object": "text_completion", "created": answer.created, "model": body.model}
     if body.stream:
-        return EventStream(_events(serving, body, jobs, head, arrival_s))
+        ledger = Ledger.of(request, jobs)
+        events = _events(serving, body, jobs, head, arrival_s, ledger)
+        return EventStream(ledger.frames(events), ledger.headers(answer))
     return await unless_disconnected(request, _whole(serving, body, jobs, head, arrival_s))
 
 
@@ -231,12 +235,15 @@ class _Chunks:
 
 
 async def _events(
-    serving: Serving, body: CompletionRequest, jobs: list[Job], head: dict[str, Any], arrival_s: float
-) -> AsyncGenerator[bytes, None]:
+    serving: Serving, body: CompletionRequest, jobs: list[Job], head: dict[str, Any], arrival_s: float,
+    ledger: Ledger,
+) -> AsyncGenerator[bytes, None]:  # fmt: skip
     """What a step brought all answers leaves as one piece."""
     chunks = _Chunks(_shape(serving, body, jobs), head)
     async with serving.answer(jobs, arrival_s) as answering:
-        while deltas := await answering.next():
+        for index, delta in answering.replayed:
+            chunks.of(index, delta)
+        while deltas := ledger.note(await answering.next()):
             data = b"".join([chunks.of(index, delta) for index, delta in deltas])
             if data:
                 yield data

@@ -143,6 +143,8 @@ class ApiProcess:
         )
         http = _HttpServer(config)
         serve = asyncio.create_task(http.serve(sockets=[listener]))
+        while not http.started and not serve.done():  # noqa: ASYNC110 (uvicorn tells in no other way)
+            await asyncio.sleep(0.005)
         host, port = listener.getsockname()[:2]
         announce(f"ready: http://{host}:{port}/v1 serves {', '.join(serving.model_names)}", serving.ready, began_s)
         died = asyncio.create_task(self._client.died.wait())

@@ -15,7 +15,7 @@ import asyncio
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mainsail_engine.client import EngineClient
@@ -35,6 +35,15 @@ INLINE_CHARS = 4096
 
 
 @dataclass(frozen=True, slots=True)
+class Delivered:
+    """What a client has of an answer that another engine began (see handover.py)."""
+
+    token_ids: list[int]
+    num_cached_tokens: int
+    finished: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Job:
     """One prompt to be continued once."""
 
@@ -47,6 +56,8 @@ class Job:
     cache_salt: str = ""
     user: str = ""
     timeout_s: float | None = None
+    delivered: Delivered | None = None
+    """The answer goes on after this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +95,14 @@ class TextStream:
             text, output.token_ids, reason, stop_reason, output.num_cached_tokens,
             output.logprobs, output.prompt_logprobs, output.embedding,
         )  # fmt: skip
+
+    def replay(self, delivered: Delivered) -> list[Delta]:
+        """Feed what was delivered. Raises RequestError where a stop string would have ended it before."""
+        cached = delivered.num_cached_tokens
+        deltas = [self.feed(RequestOutput("", [token], num_cached_tokens=cached)) for token in delivered.token_ids]
+        if self._stops.matched is not None and not delivered.finished:
+            raise RequestError("the delivered tokens hold a stop string", code="invalid_resume")
+        return deltas
 
     def _show(self, token_ids: list[int]) -> str:
         """Before min_tokens a stop string is plain text."""
@@ -207,6 +226,8 @@ class Serving:
         if self.draining:
             message = "the server is shutting down; try again"
             raise RequestError(message, status=503, code="shutting_down", retry_after_s=self.drain_retry_after_s)
+        if any(job.delivered is not None for job in jobs):
+            return  # it was admitted where it began, and is not turned away half-way
         rejection = self.admission.check(len(jobs), sum(len(job.prompt_token_ids) for job in jobs))
         if rejection is not None:
             self.metrics.rejected(rejection.reason)
@@ -250,6 +271,8 @@ class Answering:
     def __init__(self, serving: Serving, jobs: list[Job], arrival_s: float, *, whole: bool) -> None:
         self._serving = serving
         self._whole = whole
+        self.replayed: list[tuple[int, Delta]] = []
+        """What the client has already: it brings whatever reads the deltas to where it was."""
         self._generations = [Generation(serving, self, index, job, arrival_s) for index, job in enumerate(jobs)]
         self._num_running = len(jobs)
         self._arrived: list[tuple[int, Delta]] = []
@@ -288,6 +311,10 @@ class Answering:
             return True
         return bool(self._arrived) and not self._whole
 
+    def replay(self, index: int, deltas: list[Delta], *, finished: bool) -> None:
+        self.replayed.extend((index, delta) for delta in deltas)
+        self._num_running -= finished
+
     def put(self, index: int, delta: Delta) -> None:
         self._arrived.append((index, delta))
         if delta.finish_reason is not None:
@@ -318,11 +345,18 @@ class Generation:
         self._times: RequestTimes | None = None
 
     def start(self) -> None:
-        """Raises EngineDeadError."""
-        job = self._job
+        """Raises RequestError."""
+        job, delivered = self._job, self._job.delivered
+        if delivered is not None:
+            self._answering.replay(self._index, self._text.replay(delivered), finished=delivered.finished)
+            if delivered.finished:
+                return
         self._times = self._serving.enter(self._id, job, self._arrival_s)
         self._running = True
-        add = Add(self._id, job.prompt_token_ids, job.params, job.priority, job.cache_salt, job.user, job.timeout_s)
+        add = Add(
+            self._id, job.prompt_token_ids, job.params, job.priority, job.cache_salt, job.user, job.timeout_s,
+            output_token_ids=[] if delivered is None else delivered.token_ids,
+        )  # fmt: skip
         self._serving.client.submit(add, self)
 
     def end(self, reason: FinishReason) -> None:
@@ -345,6 +379,8 @@ class Generation:
                 self._serving.admission.leave(times.num_prompt_tokens, now, served=True)
             self._serving.metrics.tokens(times, len(output.token_ids), output.num_cached_tokens, now)
         delta = self._text.feed(output)
+        if self._job.delivered is not None:  # usage tells of the engine that read the prompt first
+            delta = replace(delta, num_cached_tokens=self._job.delivered.num_cached_tokens)
         if delta.finish_reason is not None:
             self.end(delta.finish_reason)
         self._answering.put(self._index, delta)

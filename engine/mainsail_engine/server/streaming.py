@@ -9,7 +9,7 @@ A chunk of a stream differs from the next in a few words only: `ChunkWriter` ser
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine, Mapping
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -63,11 +63,12 @@ class ChunkWriter:
 class EventStream(Response):
     """`events` yields ready-made events. An error on the way becomes a last event in OpenAI's error form."""
 
-    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None], headers: Mapping[str, str] | None = None) -> None:
         self.events = events
         self.status_code = 200
         self.background = None
-        self.init_headers({"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"})
+        own = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
+        self.init_headers({**own, **(headers or {})})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         producing = asyncio.create_task(self._produce(send))

@@ -1,0 +1,152 @@
+"""The side form of streams, and answers that go on at another engine: what is left must be equal, byte for byte."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+
+import httpx
+import pytest
+from tests.engine.server.conftest import Engine
+
+pytestmark = pytest.mark.model
+
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+QUESTION = [{"role": "user", "content": "Write three sentences about the sea. Use an emoji."}]
+USAGE = {"stream_options": {"include_usage": True}}
+CASES = {
+    "greedy chat": (CHAT, {"messages": QUESTION, "temperature": 0, "max_tokens": 40, **USAGE}),
+    "seeded chat": (CHAT, {"messages": QUESTION, "temperature": 1.3, "seed": 7, "max_tokens": 40}),
+    "until it stops": (CHAT, {"messages": [{"role": "user", "content": "Say hi."}], "temperature": 0, **USAGE}),
+    "ids shown": (CHAT, {"messages": QUESTION, "temperature": 0, "max_tokens": 24, "return_token_ids": True}),
+    "no tokens of its own to show": (TEXT, {"prompt": "日本語で：", "seed": 3, "temperature": 1.5, "max_tokens": 40}),
+    "stop string": (
+        TEXT,
+        {"prompt": "One, two, three,", "temperature": 0, "stop": [" ten"], "max_tokens": 40, **USAGE},
+    ),
+    "min_tokens": (TEXT, {"prompt": "The end.", "seed": 5, "min_tokens": 20, "max_tokens": 30}),
+    "two prompts, two answers": (
+        TEXT,
+        {"prompt": ["The sea is", "The sky is"], "n": 2, "seed": 11, "temperature": 1.1, "max_tokens": 12, **USAGE},
+    ),
+}
+
+
+def frames(stream: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """(notes, piece) of a stream in the side form, to its end."""
+    while stream:
+        line, _, rest = stream.partition(b"\n")
+        word, length, *notes = line.split(b" ")
+        assert word == b":ids", line
+        yield b" ".join(notes), rest[: int(length)]
+        stream = rest[int(length) :]
+
+
+def delivered(notes: list[bytes]) -> dict[int, dict]:
+    choices: dict[int, dict] = {}
+    for note in b" ".join(notes).split():
+        index, _, tokens = note.decode().partition("=")
+        choice = choices.setdefault(int(index), {"token_ids": [], "num_cached_tokens": 0, "finished": False})
+        choice["finished"] = tokens.endswith(".")
+        for token in filter(None, tokens.rstrip(".").split(",")):
+            token_id, _, cached = token.partition("@")
+            choice["num_cached_tokens"] = int(cached or choice["num_cached_tokens"])
+            choice["token_ids"].append(int(token_id))
+    return choices
+
+
+def stream(engine: Engine, path: str, body: dict, resume: dict | None = None) -> httpx.Response:
+    raw = json.dumps({"model": engine.name, "stream": True, **body}).encode()
+    headers = {"x-mainsail-stream": "ids", "content-type": "application/json"}
+    if resume is not None:
+        told = json.dumps(resume).encode()
+        headers["x-mainsail-resume"] = str(len(told))
+        raw = told + raw
+    return engine.http.post(engine.url + path, content=raw, headers=headers)
+
+
+def identity(response: httpx.Response) -> dict:
+    told = dict(part.split("=") for part in response.headers["x-mainsail-stream"].split()[1:])
+    return {"id": told["id"], "created": int(told["created"])}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_left_is_equal_wherever_it_broke(engine: Engine, case: str) -> None:
+    path, body = CASES[case]
+    whole = stream(engine, path, body)
+    assert whole.status_code == 200, whole.text
+    notes, pieces = zip(*frames(whole.content), strict=True)
+    assert pieces[-1].endswith(b"data: [DONE]\n\n")
+    steps = sorted({1, len(pieces) // 2, len(pieces) - 2, len(pieces) - 1} - {0})
+    for cut in steps:
+        resume = {**identity(whole), "choices": delivered(list(notes[:cut]))}
+        rest = stream(engine, path, body, resume)
+        assert rest.status_code == 200, rest.text
+        got_notes, got = zip(*frames(rest.content), strict=True)
+        if len(delivered(list(notes))) == 1:
+            assert b"".join(got) == b"".join(pieces[cut:]), f"cut after piece {cut} of {len(pieces)}"
+        else:  # choices may interleave in another order, and the cache knows more by now
+            assert events(got) == events(pieces[cut:]), f"cut after piece {cut} of {len(pieces)}"
+        assert tokens(got_notes) == tokens(notes[cut:])
+
+
+def events(pieces: tuple[bytes, ...]) -> list[bytes]:
+    joined = re.sub(rb'"cached_tokens":[0-9]+', b"", b"".join(pieces))
+    return sorted(event for event in joined.split(b"\n\n") if event)
+
+
+def tokens(notes: tuple[bytes, ...]) -> dict[int, list[int]]:
+    return {index: choice["token_ids"] for index, choice in delivered(list(notes)).items()}
+
+
+def test_nobody_who_did_not_ask_sees_it(engine: Engine) -> None:
+    answer = engine.chat(messages=QUESTION, max_tokens=4, stream=True)
+    assert ":ids" not in answer.text
+    assert "x-mainsail-stream" not in answer.headers
+
+
+GOOD = {"id": "chatcmpl-1", "created": 1, "choices": {"0": {"token_ids": [5]}}}
+
+
+@pytest.mark.parametrize(
+    "resume",
+    [
+        {**GOOD, "choices": {"1": {"token_ids": [5]}}},
+        {**GOOD, "choices": {"0": {"token_ids": [-1]}}},
+        {**GOOD, "choices": {"0": {"token_ids": [10**6]}}},
+        {**GOOD, "choices": {"0": {"token_ids": [5] * 8}}},
+        {**GOOD, "choices": {"0": {"token_ids": [5] * 9, "finished": True}}},
+        {**GOOD, "choices": {"0": {"token_ids": "5"}}},
+        {**GOOD, "more": 1},
+        {"id": "x"},
+        [],
+    ],
+)
+def test_a_resume_that_cannot_be_is_refused(engine: Engine, resume: object) -> None:
+    answer = stream(engine, CHAT, {"messages": QUESTION, "max_tokens": 8}, resume)  # type: ignore[arg-type]
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_resume")
+
+
+@pytest.mark.parametrize("size", ["0", "-1", "x", "99999"])
+def test_a_resume_of_a_wrong_size_is_refused(engine: Engine, size: str) -> None:
+    answer = engine.http.post(engine.url + CHAT, content=b"{}", headers={"x-mainsail-resume": size})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_resume")
+
+
+def test_only_streams_are_resumed(engine: Engine) -> None:
+    answer = stream(engine, CHAT, {"messages": QUESTION, "max_tokens": 8, "stream": False}, GOOD)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_resume")
+
+
+def test_an_engine_at_the_bound_of_its_drain_hands_over(own_engine) -> None:
+    engine: Engine = own_engine("--drain-timeout", "0.2")
+    body = {"model": engine.name, "messages": QUESTION, "max_tokens": 900, "ignore_eos": True, "stream": True}
+    with engine.http.stream("POST", engine.url + CHAT, json=body, headers={"x-mainsail-stream": "ids"}) as answer:
+        chunks = answer.iter_raw()
+        text = next(chunks)
+        engine.terminate()
+        text += b"".join(chunks)
+    assert text.endswith(b":handover shutting_down\n\n")
+    assert b"error" not in text
+    assert engine.wait() == 0
