@@ -23,7 +23,7 @@ pytestmark = pytest.mark.model
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 USAGE = {"stream_options": {"include_usage": True}}
-LONG = {"max_tokens": 48, "ignore_eos": True}
+LONG = {"max_tokens": 64, "ignore_eos": True}
 PLAIN = {"stream": False, "stream_options": None}
 
 
@@ -87,7 +87,7 @@ async def stream(client: httpx.AsyncClient, url: str, path: str, body: dict, sta
             if line:
                 answer.take(line)
                 lines += 1
-                if lines == 4:
+                if lines == 2:
                     started.put_nowait(None)
     assert len(answer.ids) == 1
     return answer
@@ -122,8 +122,9 @@ async def test_an_engine_killed_in_the_middle_of_its_streams(kit, engines) -> No
             begun: asyncio.Queue = asyncio.Queue()
             running = [asyncio.create_task(stream(client, gw.url, *r, begun)) for r in REQUESTS]
             whole = asyncio.create_task(client.post(gw.url + CHAT, json={"model": "smol", **REQUESTS[0][1], **PLAIN}))
-            for _ in REQUESTS:
-                await begun.get()
+            async with asyncio.timeout(120):
+                for _ in REQUESTS:
+                    await begun.get()
             loads = gw.gateway.fleet.pools["default", "smol"].loads
             assert loads["a"].requests > 0
             engines[0].process.send_signal(signal.SIGKILL)
