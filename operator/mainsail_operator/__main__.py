@@ -38,10 +38,9 @@ async def run(settings: Settings) -> None:
         store = Store()
         signals = Signals()
         scraper = Scraper(pods, signals, gateways=lambda: store.gateways() if lease.holds() else [])
-        reconciler = Reconciler(
-            Writer(client, lease.holds), lease, settings, store.read, scraper.want, Sizer(signals, store.room)
-        )
-        scraper.on_held = reconciler.wake
+        sizer = Sizer(signals, store.room)
+        reconciler = Reconciler(Writer(client, lease.holds), lease, settings, store.read, scraper.want, sizer)
+        scraper.on_queued = lambda key: reconciler.wake(key) if sizer.watches(key) else None
         registry = kopf.OperatorRegistry()
         relister = Relister(client, settings.watch_namespaces, store.sources(), woken(reconciler))
         register(registry, store, reconciler, relister)

@@ -14,8 +14,11 @@ carry when it was full (`Capacity`, learned). Without that a service flaps: two 
 
 **Doubt.** A serving replica that does not tell its load never lets the service shrink; the others go on growing it.
 
+Requests that wait at the gateway count as every replica's queue: the gateway lets no more through than replicas keep
+up with, so under load most of the queue is there.
+
 **Zero.** With `min: 0`, the last replica ends when nothing was asked for `toZero.after`. From zero, requests held at
-the gateway (`scrape`) or the annotation `mainsail.dev/wake` start as many replicas as the held requests fill.
+the gateway or the annotation `mainsail.dev/wake` start as many replicas as the held requests fill.
 
 The ideas that are others': pressure from queue and KV, and simulating one replica fewer, from llm-d's saturation
 scaler; tolerance and stabilization window from Kubernetes' HorizontalPodAutoscaler. The learned capacity is ours.
@@ -28,7 +31,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from mainsail_operator.signals import PodLoad
+from mainsail_operator.signals import NO_QUEUE, PodLoad, Queue
 from mainsail_operator.types import ScalingSpec, latency_s, seconds
 
 TOLERANCE = 0.1
@@ -78,8 +81,8 @@ class Fleet:
     """Replicas that have a place and do not serve yet."""
     unplaced: int = 0
     """Replicas that the scheduler has no place for."""
-    held: float = 0.0
-    """Requests that gateways hold for it."""
+    queue: Queue = NO_QUEUE
+    """Requests that wait for it at the gateways."""
     woken: bool = False
     """Somebody asked for it by annotation."""
     room: int | None = None
@@ -115,7 +118,7 @@ class Pressure:
 def pressure_of(load: PodLoad, spec: ScalingSpec) -> Pressure:
     """Each signal as a share of its target; the largest."""
     targets = spec.targets
-    waiting = max(0.0, load.waiting + min(0.0, load.waiting_trend) * DRAINS_S)
+    waiting = _undrained(load.waiting, load.waiting_trend)
     kv = load.kv_usage + load.kv_wanted
     found = [
         Pressure(waiting / targets.queue_depth, "QueueDepth",
@@ -133,11 +136,24 @@ def pressure_of(load: PodLoad, spec: ScalingSpec) -> Pressure:
     return max(found, key=lambda pressure: pressure.value)
 
 
+def _undrained(length: float, trend: float) -> float:
+    """What will be left of a queue by when another replica could help with it."""
+    return max(0.0, length + min(0.0, trend) * DRAINS_S)
+
+
+def _queue_pressure(fleet: Fleet, spec: ScalingSpec) -> Pressure:
+    """Each replica's share of the requests that wait at the gateways."""
+    share = fleet.queue.length / max(1, fleet.serving)
+    waits = _undrained(fleet.queue.length, fleet.queue.trend) / max(1, fleet.serving)
+    target = spec.targets.queue_depth
+    return Pressure(waits / target, "QueueDepth", f"{share:.1f} requests for each replica wait, target {target:g}")
+
+
 def autoscale(spec: ScalingSpec, fleet: Fleet, before: Memory, now: float) -> Decision:
     """now: Unix seconds."""
     current = min(max(before.desired, spec.min), spec.max)
     told = [load for load in fleet.loads if load is not None]
-    memory = replace(before, desired=current, capacity=_learned(before.capacity, told, spec))
+    memory = replace(before, desired=current, capacity=_learned(before.capacity, told, spec, fleet.slots))
     if current == 0:
         return _from_zero(spec, fleet, _unwatched(memory))
     if current != before.desired:
@@ -150,8 +166,9 @@ def autoscale(spec: ScalingSpec, fleet: Fleet, before: Memory, now: float) -> De
             current, "MetricsMissing", f"none of {fleet.serving} replicas tells its load", _unwatched(memory)
         )
     pressures = [pressure_of(load, spec) for load in told]
-    worst = max(pressures, key=lambda pressure: pressure.value)
-    mean = (sum(pressure.value for pressure in pressures) + fleet.held / spec.targets.queue_depth) / len(told)
+    at_gateway = _queue_pressure(fleet, spec)
+    worst = max([*pressures, at_gateway], key=lambda pressure: pressure.value)
+    mean = sum(pressure.value for pressure in pressures) / len(told) + at_gateway.value
     silent = fleet.serving - len(told)
     memory = _unwatched(memory) if silent else _watched(spec, fleet, told, memory, mean, now)
     if mean > 1 + TOLERANCE:
@@ -185,7 +202,8 @@ def _watched(
 
 def needed(fleet: Fleet, told: Sequence[PodLoad], capacity: Capacity | None, mean: float) -> int:
     """The smallest number of replicas that would have a pressure below `CALM`, were everything spread over them."""
-    demand = [mean * fleet.serving, sum(load.running + load.waiting for load in told) / fleet.slots]
+    sequences = sum(load.running + load.waiting for load in told) + fleet.queue.length
+    demand = [mean * fleet.serving, sequences / fleet.slots]
     if capacity is not None:
         requests, tokens = _throughput(told)
         demand += [requests / capacity.requests_per_s] if capacity.requests_per_s > 0 else []
@@ -194,13 +212,13 @@ def needed(fleet: Fleet, told: Sequence[PodLoad], capacity: Capacity | None, mea
 
 
 def _from_zero(spec: ScalingSpec, fleet: Fleet, memory: Memory) -> Decision:
-    if fleet.held <= 0 and not fleet.woken:
+    if fleet.queue.length <= 0 and not fleet.woken:
         return Decision(0, "AtZero", "nothing is asked", memory)
-    wanted = min(max(1, math.ceil(fleet.held / fleet.slots)), spec.max)
+    wanted = min(max(1, math.ceil(fleet.queue.length / fleet.slots)), spec.max)
     if spec.without_gpu == "Wait" and fleet.room is not None:
         wanted = min(wanted, max(1, fleet.room))  # the first one is worth waiting for, Pending or not
-    if fleet.held > 0:
-        return _changed(memory, wanted, "HeldRequests", f"the gateway holds {fleet.held:g} requests")
+    if fleet.queue.length > 0:
+        return _changed(memory, wanted, "HeldRequests", f"the gateway holds {fleet.queue.length:.0f} requests")
     return _changed(memory, wanted, "Woken", "woken by annotation")
 
 
@@ -259,7 +277,7 @@ def _throughput(told: Sequence[PodLoad]) -> tuple[float, float]:
     return sum(load.requests_per_s for load in told), sum(load.tokens_per_s for load in told)
 
 
-def _learned(known: Capacity | None, told: Sequence[PodLoad], spec: ScalingSpec) -> Capacity | None:
+def _learned(known: Capacity | None, told: Sequence[PodLoad], spec: ScalingSpec, slots: int) -> Capacity | None:
     """What full replicas carry, as a moving average; one that carries more without being full corrects it at once."""
     full = [load for load in told if load.tokens_per_s > 0 and pressure_of(load, spec).value >= 1]
     if full:
@@ -272,15 +290,18 @@ def _learned(known: Capacity | None, told: Sequence[PodLoad], spec: ScalingSpec)
         )
     if known is None:
         return None
-    return Capacity(
-        max([known.requests_per_s, *(load.requests_per_s for load in told)]),
-        max([known.tokens_per_s, *(load.tokens_per_s for load in told)]),
-    )
+    better = [load for load in told if load.tokens_per_s > known.tokens_per_s and load not in full]
+    if not better:
+        return known
+    best = max(better, key=lambda load: load.tokens_per_s)
+    # With few of its sequences running it could carry up to twice that.
+    spare = 2 - min(1.0, best.running / slots)
+    return Capacity(max(known.requests_per_s, best.requests_per_s * spare), best.tokens_per_s * spare)
 
 
 def _idle_since(spec: ScalingSpec, fleet: Fleet, told: Sequence[PodLoad], memory: Memory, now: float) -> float | None:
     """Since when nothing is asked: nothing runs, waits, finished or is held, and no agent's session is open."""
-    busy = fleet.held > 0 or fleet.woken or fleet.serving < memory.desired
+    busy = fleet.queue.length > 0 or fleet.woken or fleet.serving < memory.desired
     busy = busy or any(load.running or load.waiting or load.requests_per_s or load.sessions for load in told)
     if spec.min > 0 or busy:
         return None

@@ -1,12 +1,12 @@
 """Scrapes engine and gateway pods into `Signals`: bounded in number, time and size, and never in a reconcile's way.
 
     engine pods    :8000/metrics  every 5 s, only of services whose load somebody wants to know
-    gateway pods   :8081/metrics  every second for the requests that they hold, and every 5 s for what clients met,
+    gateway pods   :8081/metrics  every second for the requests that wait there, and every 5 s for what clients met,
                                   while somebody wants to know that
 
 **From zero.** A gateway that gets a request for a service without replicas holds it and says so in the gauge
-`mainsail:gateway_held_requests{namespace,service}`. The operator asks each gateway every second (with
-`?name[]=mainsail:gateway_held_requests`, Prometheus' own way to ask for some series only) and wakes the service: a
+`mainsail:gateway_queued_requests{namespace,service}`. The operator asks each gateway every second (with
+`?name[]=mainsail:gateway_queued_requests`, Prometheus' own way to ask for some series only) and wakes the service: a
 lost message cannot leave a request waiting, and a new leader sees the need within a second. At once, and for people,
 the annotation `mainsail.dev/wake` on the InferenceService (an RFC 3339 time) asks for a first replica.
 
@@ -26,7 +26,7 @@ from functools import partial
 import httpx2
 
 from mainsail_operator.exposition import Series, parse
-from mainsail_operator.signals import HELD, History, Signals, is_engine_signal, is_gateway_signal
+from mainsail_operator.signals import QUEUED, History, Signals, is_engine_signal, is_gateway_signal
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ Key = tuple[str, str]
 """Namespace and name of a service."""
 
 INTERVAL_S = 5.0
-HELD_INTERVAL_S = 1.0
+QUEUE_INTERVAL_S = 1.0
 TIMEOUT_S = 3.0
 MAX_CONCURRENT = 32
 MAX_PER_SECOND = 200
@@ -63,12 +63,12 @@ class _Due:
 
 @dataclass(slots=True)
 class Scraper:
-    """`want` says whose engines to ask, `gateways` who the gateways are; `on_held` is told who is held."""
+    """`want` says whose engines to ask, `gateways` who the gateways are; `on_queued` is told for whom requests wait."""
 
     client: httpx2.AsyncClient
     signals: Signals
     gateways: Callable[[], Iterable[Target]]
-    on_held: Callable[[Key], None] = lambda _: None
+    on_queued: Callable[[Key], None] = lambda _: None
     _wanted: dict[Key, Sequence[Target]] = field(default_factory=dict[Key, "Sequence[Target]"])
     _due: dict[str, _Due] = field(default_factory=dict[str, _Due])
     _tasks: set[asyncio.Task[None]] = field(default_factory=set["asyncio.Task[None]"])
@@ -86,7 +86,7 @@ class Scraper:
         try:
             while True:
                 self.round(time.monotonic())
-                await asyncio.sleep(HELD_INTERVAL_S / 4)
+                await asyncio.sleep(QUEUE_INTERVAL_S / 4)
         finally:
             for task in self._tasks:
                 task.cancel()
@@ -98,11 +98,11 @@ class Scraper:
         engines = [target for targets in self._wanted.values() for target in targets]
         names = {target.uid for target in engines}
         self.signals.retain(names, {target.uid for target in gateways})
-        for uid in self._due.keys() - names - {f"{g.uid}/{what}" for g in gateways for what in ("held", "seen")}:
+        for uid in self._due.keys() - names - {f"{g.uid}/{what}" for g in gateways for what in ("queues", "seen")}:
             if not self._due[uid].busy:
                 del self._due[uid]
         for target in gateways:
-            self._start(f"{target.uid}/held", partial(self._ask_held, target), HELD_INTERVAL_S, now)
+            self._start(f"{target.uid}/queues", partial(self._ask_queues, target), QUEUE_INTERVAL_S, now)
             if self._wanted:
                 self._start(f"{target.uid}/seen", partial(self._ask_gateway, target), INTERVAL_S, now)
         interval = max(INTERVAL_S, len(engines) / MAX_PER_SECOND)
@@ -152,12 +152,12 @@ class Scraper:
         history = self.signals.engines.setdefault(target.uid, History())
         history.add(time.time(), samples, target.restarts)
 
-    async def _ask_held(self, target: Target) -> None:
-        samples = parse(await self._page(f"{target.url}?name[]={HELD}"), HELD.__eq__)
-        held = {service: value for series, value in samples if value > 0 and (service := _service(series))}
-        self.signals.held[target.uid] = (time.time(), held)
-        for service in held:
-            self.on_held(service)
+    async def _ask_queues(self, target: Target) -> None:
+        samples = parse(await self._page(f"{target.url}?name[]={QUEUED}"), QUEUED.__eq__)
+        queues = {service: value for series, value in samples if value > 0 and (service := _service(series))}
+        self.signals.queued(target.uid, time.time(), queues)
+        for service in queues:
+            self.on_queued(service)
 
     async def _ask_gateway(self, target: Target) -> None:
         """Only what is wanted is kept: a gateway tells about every pod of every service."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left, bisect_right
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -36,8 +37,8 @@ GATEWAY = "mainsail:gateway_"
 GATEWAY_REQUESTS = "mainsail:gateway_requests_total"
 GATEWAY_FIRST_TOKEN = "mainsail:gateway_time_to_first_token_seconds"
 GATEWAY_INTER_TOKEN = "mainsail:gateway_inter_token_seconds"
-HELD = "mainsail:gateway_held_requests"
-"""Gauge of a gateway, labels namespace and service: requests that it holds because nothing serves them yet."""
+QUEUED = "mainsail:gateway_queued_requests"
+"""Gauge of a gateway, labels namespace and service: requests that wait there, for a first replica or for a free one."""
 
 _ENGINE_NAMES = frozenset(
     {
@@ -319,6 +320,21 @@ def pod_load(uid: str, history: History | None, now: float, since: float = 0.0) 
     )
 
 
+Queues = dict[tuple[str, str], float]
+"""Requests that wait, by namespace and service; who has none is not in it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Queue:
+    """Requests that wait at the gateways: the mean of the last seconds, and by how much it grows each second."""
+
+    length: float = 0.0
+    trend: float = 0.0
+
+
+NO_QUEUE = Queue()
+
+
 @dataclass(slots=True)
 class Signals:
     """The histories of all pods that are scraped. Written by `scrape`, read by everybody else."""
@@ -326,19 +342,34 @@ class Signals:
     engines: dict[str, History] = field(default_factory=dict[str, History])
     """By pod UID."""
     gateways: dict[str, History] = field(default_factory=dict[str, History])
-    held: dict[str, tuple[float, dict[tuple[str, str], float]]] = field(
-        default_factory=dict[str, "tuple[float, dict[tuple[str, str], float]]"]
-    )
-    """By gateway pod UID: when it was asked, and the requests that it holds by namespace and service."""
+    queues: dict[str, deque[tuple[float, Queues]]] = field(default_factory=dict[str, "deque[tuple[float, Queues]]"])
+    """By gateway pod UID: what it was asked in the last seconds, the oldest first."""
 
     def load(self, uid: str, now: float, since: float = 0.0) -> PodLoad | None:
         """What the engine pod has to do now, measured not before `since`; None when it does not say."""
         return pod_load(uid, self.engines.get(uid), now, since)
 
-    def held_requests(self, namespace: str, service: str, now: float) -> float:
-        """Requests that gateways hold for a service. What a silent gateway said last counts as long as it is fresh."""
-        fresh = (held for at, held in self.held.values() if now - at <= FRESH_S)
-        return sum(held.get((namespace, service), 0.0) for held in fresh)
+    def queued(self, uid: str, now: float, queues: Queues) -> None:
+        """A gateway's answer: who waits there."""
+        kept = self.queues.setdefault(uid, deque())
+        kept.append((now, queues))
+        while kept[0][0] < now - GAUGE_WINDOW_S:
+            kept.popleft()
+
+    def queue(self, namespace: str, service: str, now: float, since: float = 0.0) -> Queue:
+        """The requests that wait for a service at all gateways. What a silent gateway said last counts while fresh."""
+        length, trend, key = 0.0, 0.0, (namespace, service)
+        for kept in self.queues.values():
+            last = kept[-1][0]
+            if now - last > FRESH_S:
+                continue
+            seen = [(at, queues.get(key, 0.0)) for at, queues in kept if at >= min(since, last)]
+            length += sum(count for _, count in seen) / len(seen)
+            third = len(seen) // 3
+            if third:
+                first, final = (sum(count for _, count in part) / third for part in (seen[:third], seen[-third:]))
+                trend += (final - first) / ((seen[-1][0] - seen[0][0]) * (1 - third / len(seen)))
+        return Queue(length, trend)
 
     def gateway_windows(self, since: float) -> list[Window]:
         """One window for each gateway pod: what clients met, by namespace, service, revision and pod."""
@@ -347,6 +378,6 @@ class Signals:
 
     def retain(self, engines: set[str], gateways: set[str]) -> None:
         """Forget pods that are gone."""
-        for known, alive in ((self.engines, engines), (self.gateways, gateways), (self.held, gateways)):
+        for known, alive in ((self.engines, engines), (self.gateways, gateways), (self.queues, gateways)):
             for uid in known.keys() - alive:
                 del known[uid]

@@ -22,7 +22,7 @@ from mainsail_operator import autoscale
 from mainsail_operator.autoscale import Decision, Fleet, Memory
 from mainsail_operator.objects import Owner
 from mainsail_operator.observe import Observed, Pod
-from mainsail_operator.signals import PodLoad, Signals
+from mainsail_operator.signals import NO_QUEUE, PodLoad, Queue, Signals
 from mainsail_operator.status import Finding, timed
 from mainsail_operator.store import Key
 from mainsail_operator.types import Capacity as CapacityStatus
@@ -104,11 +104,11 @@ class Sizer:
         key = (owner.namespace, owner.name)
         if spec.scaling is None:
             self.forget(key)
-            return size(spec, observed, lambda pod, since: None, 0.0, None, annotations, told, None, now)
+            return size(spec, observed, _unheard, lambda since: NO_QUEUE, None, annotations, told, None, now)
         uid, memory = self._memories.get(key, ("", None))
         found = size(
             spec, observed, lambda pod, since: self._signals.load(pod.uid, now, since),
-            self._signals.held_requests(*key, now), self._room(spec), annotations, told,
+            lambda since: self._signals.queue(*key, now, since), self._room(spec), annotations, told,
             memory if uid == owner.uid else None, now,
         )  # fmt: skip
         self._memories[key] = (owner.uid, found.memory)
@@ -120,18 +120,24 @@ class Sizer:
         return found
 
 
+def _unheard(pod: Pod, since: float) -> None:
+    """Nobody asks the pods."""
+
+
 def size(
-    spec: InferenceServiceSpec, observed: Observed, load: Callable[[Pod, float], PodLoad | None], held: float,
+    spec: InferenceServiceSpec, observed: Observed, load: Callable[[Pod, float], PodLoad | None],
+    queue: Callable[[float], Queue],
     room: int | None, annotations: Mapping[str, str], told: ScalingStatus | None, known: Memory | None, now: float,
 ) -> Sized:  # fmt: skip
-    """Pure. load: a pod's load, measured since a time. held: requests at the gateways. told: the status that is there.
+    """Pure. load, queue: a pod's load, and who waits at the gateways, measured since a time. told: the status that is
+    there.
 
     known: what the last pass of this process left; without it, the status and the pods are asked. now: Unix seconds."""
     if spec.scaling is None:
         status = ScalingStatus(desired=spec.replicas, reason="Replicas", message="spec.replicas is the number")
         return Sized(spec.replicas, status, Memory(spec.replicas))
     before = known or _remembered(spec.scaling, observed, told)
-    fleet = _fleet(spec, observed, load, held, room, _woken(annotations, told, now), now)
+    fleet = _fleet(spec, observed, load, queue, room, _woken(annotations, told, now), now)
     decision = autoscale.autoscale(spec.scaling, fleet, before, now)
     return Sized(decision.desired, _status(decision, told, now), decision.memory, decision)
 
@@ -163,7 +169,8 @@ def _remembered(scaling: ScalingSpec, observed: Observed, told: ScalingStatus | 
 
 
 def _fleet(
-    spec: InferenceServiceSpec, observed: Observed, load: Callable[[Pod, float], PodLoad | None], held: float,
+    spec: InferenceServiceSpec, observed: Observed, load: Callable[[Pod, float], PodLoad | None],
+    queue: Callable[[float], Queue],
     room: int | None, woken: bool, now: float,
 ) -> Fleet:  # fmt: skip
     alive = [pod for revision in observed.revisions for pod in revision.alive]
@@ -177,7 +184,7 @@ def _fleet(
         unplaced=sum(
             pod.unschedulable_since is not None and now - pod.unschedulable_since > REFUSED_S for pod in alive
         ),
-        held=held,
+        queue=queue(newest if serving else now - 3.0),
         woken=woken,
         room=room,
         slots=spec.engine.max_num_seqs,

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mainsail_operator.autoscale import CALM, TOLERANCE, Capacity, Fleet, Memory, autoscale, pressure_of, victims
-from mainsail_operator.signals import PodLoad
+from mainsail_operator.signals import PodLoad, Queue
 from mainsail_operator.types import ScalingSpec
 
 NOW = 1_800_000_000.0
@@ -81,6 +81,13 @@ def test_a_queue_that_drains_by_itself_asks_for_nothing() -> None:
         assert autoscale(scaling, draining, Memory(1), NOW).desired == expected, trend
 
 
+def test_what_waits_at_the_gateway_is_every_replicas_queue() -> None:
+    found = autoscale(spec(), Fleet([load(), load("b")], queue=Queue(20.0)), Memory(2), NOW)
+    assert (found.desired, found.reason) == (4, "QueueDepth")
+    assert "10.0 requests for each replica wait" in found.message
+    assert autoscale(spec(), Fleet([load(), load("b")], queue=Queue(20.0, -1.0)), Memory(2), NOW).desired == 2
+
+
 def test_no_more_than_the_free_gpus() -> None:
     found = autoscale(spec(), Fleet([FULL, FULL], room=1), Memory(2), NOW)
     assert (found.desired, found.limited_by) == (3, "GPUs")
@@ -134,8 +141,8 @@ def test_capacity_is_learned_from_full_replicas_and_corrected_upwards() -> None:
     full = Fleet([load(waiting=9.0, requests_per_s=4.0, tokens_per_s=800.0)], starting=1)
     memory = over(100, full, Memory(2))
     assert memory.capacity == Capacity(4.0, 800.0)
-    better = Fleet([load(requests_per_s=5.0, tokens_per_s=900.0), load("b")])
-    assert over(0, better, memory).capacity == Capacity(5.0, 900.0)
+    better = Fleet([load(running=128.0, requests_per_s=5.0, tokens_per_s=900.0), load("b")])
+    assert over(0, better, memory).capacity == Capacity(7.5, 1350.0), "half of its sequences were still free"
 
 
 @pytest.mark.parametrize("missing", [[None, CALM_POD], [None, None], [CALM_POD, CALM_POD, None]])
@@ -180,7 +187,7 @@ def test_to_zero_after_nothing_was_asked() -> None:
         Fleet([load(running=0.1)]),
         Fleet([replace(IDLE, requests_per_s=0.02)]),
         Fleet([replace(IDLE, sessions=1.0)]),
-        Fleet([IDLE], held=1.0),
+        Fleet([IDLE], queue=Queue(1.0)),
         Fleet([None]),
         Fleet([], starting=1),
     ],
@@ -191,12 +198,12 @@ def test_whatever_is_asked_or_unknown_keeps_the_last_replica(fleet: Fleet) -> No
 
 def test_from_zero() -> None:
     assert autoscale(ZERO, Fleet([]), Memory(0), NOW).desired == 0
-    found = autoscale(ZERO, Fleet([], held=1.0), Memory(0), NOW)
+    found = autoscale(ZERO, Fleet([], queue=Queue(1.0)), Memory(0), NOW)
     assert (found.desired, found.reason) == (1, "HeldRequests")
     assert autoscale(ZERO, Fleet([], woken=True), Memory(0), NOW).reason == "Woken"
-    assert autoscale(ZERO, Fleet([], held=100.0, slots=32), Memory(0), NOW).desired == 4
-    assert autoscale(ZERO, Fleet([], held=100.0, slots=32, room=2), Memory(0), NOW).desired == 2
-    assert autoscale(ZERO, Fleet([], held=1.0, room=0), Memory(0), NOW).desired == 1
+    assert autoscale(ZERO, Fleet([], queue=Queue(100.0), slots=32), Memory(0), NOW).desired == 4
+    assert autoscale(ZERO, Fleet([], queue=Queue(100.0), slots=32, room=2), Memory(0), NOW).desired == 2
+    assert autoscale(ZERO, Fleet([], queue=Queue(1.0), room=0), Memory(0), NOW).desired == 1
 
 
 def test_the_victim_is_the_least_loaded_then_the_coldest() -> None:
@@ -221,7 +228,7 @@ fleets = st.builds(
     loads=st.lists(st.none() | loads, max_size=6),
     starting=st.integers(0, 4),
     unplaced=st.integers(0, 3),
-    held=st.floats(0, 50),
+    queue=st.builds(Queue, st.floats(0, 50), st.floats(-3, 3)),
     woken=st.booleans(),
     room=st.none() | st.integers(0, 5),
 )

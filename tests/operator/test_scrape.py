@@ -11,7 +11,7 @@ import pytest
 
 from mainsail_operator import scrape
 from mainsail_operator.scrape import Scraper, Target
-from mainsail_operator.signals import FINISHED, HELD, KV_USAGE, RUNNING, WAITING, Signals
+from mainsail_operator.signals import FINISHED, KV_USAGE, QUEUED, RUNNING, WAITING, Signals
 
 ENGINE_PAGE = """# HELP vllm:num_requests_waiting w
 vllm:num_requests_waiting{model_name="m"} 3.0
@@ -108,19 +108,19 @@ async def test_a_dead_and_a_hanging_pod_hold_up_nobody(client, monkeypatch) -> N
         assert (len(good.paths), len(broken.paths)) == (2, 1)
 
 
-async def test_held_requests_wake_their_service(client) -> None:
+async def test_requests_that_wait_wake_their_service(client) -> None:
     gateway = Pod(
-        f'{HELD}{{namespace="d",service="s"}} 2\n{HELD}{{namespace="d",service="t"}} 0\n'
+        f'{QUEUED}{{namespace="d",service="s"}} 2\n{QUEUED}{{namespace="d",service="t"}} 0\n'
         'mainsail:gateway_requests_total{namespace="d",service="s",revision="r",pod="p",code="200"} 9\n'
         'mainsail:gateway_requests_total{namespace="d",service="t",revision="r",pod="q",code="200"} 9\n'
     )
-    held, signals = [], Signals()
+    woken, signals = [], Signals()
     async with running(gateway):
-        scraper = Scraper(client, signals, gateways=lambda: [Target("g", gateway.url)], on_held=held.append)
+        scraper = Scraper(client, signals, gateways=lambda: [Target("g", gateway.url)], on_queued=woken.append)
         await rounds(scraper)
-        assert gateway.paths == [f"/metrics?name[]={HELD}"], "nobody wants to know more"
-        assert held == [("d", "s")]
-        assert signals.held_requests("d", "s", time.time()) == 2
+        assert gateway.paths == [f"/metrics?name[]={QUEUED}"], "nobody wants to know more"
+        assert woken == [("d", "s")]
+        assert signals.queue("d", "s", time.time()).length == 2
         scraper.want(("d", "s"), [Target("u", gateway.url)])
         await rounds(scraper)
         (window,) = signals.gateway_windows(0)

@@ -20,6 +20,7 @@ from mainsail_operator.signals import (
     WAITING,
     Distribution,
     History,
+    Queue,
     Signals,
     merged,
     pod_load,
@@ -198,8 +199,23 @@ def test_stale_silent_or_foreign_pods_say_nothing() -> None:
     assert signals.load("other", 100.0) is None
 
 
-def test_held_requests_add_up_over_gateways_and_grow_stale() -> None:
-    signals = Signals(held={"g1": (100.0, {("d", "s"): 2.0}), "g2": (90.0, {("d", "s"): 1.0})})
-    assert signals.held_requests("d", "s", 101.0) == 3.0
-    assert signals.held_requests("d", "s", 125.0) == 2.0
-    assert signals.held_requests("d", "other", 101.0) == 0.0
+def test_queues_add_up_over_gateways_and_grow_stale() -> None:
+    signals, key = Signals(), ("d", "s")
+    signals.queued("g1", 100.0, {key: 2.0})
+    signals.queued("g2", 90.0, {key: 1.0})
+    assert signals.queue("d", "s", 101.0) == Queue(3.0, 0.0)
+    assert signals.queue("d", "s", 125.0) == Queue(2.0, 0.0)
+    assert signals.queue("d", "other", 101.0) == Queue()
+    signals.retain(set(), {"g2"})
+    assert signals.queue("d", "s", 101.0).length == 1.0
+
+
+def test_a_queue_is_a_mean_with_a_trend_since_a_time() -> None:
+    signals = Signals()
+    for number in range(31):
+        signals.queued("g", 100.0 + number, {("d", "s"): 60.0 - number} if number < 30 else {})
+    found = signals.queue("d", "s", 130.0, since=120.0)
+    assert found.length == pytest.approx(sum(60 - n for n in range(20, 30)) / 11)
+    assert found.trend < -1
+    assert signals.queue("d", "s", 130.0, since=131.0).length == 0.0
+    assert len(signals.queues["g"]) == 21

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 import pytest
 
 from mainsail_operator.observe import Observed, Pod, Revision
-from mainsail_operator.signals import PodLoad, Signals
+from mainsail_operator.signals import PodLoad, Queue, Signals
 from mainsail_operator.sizing import SETTLING_S, WAKE, Sizer, size
 from mainsail_operator.types import InferenceServiceStatus, ScalingStatus
 
@@ -34,7 +34,10 @@ def load(waiting: float = 0.0, running: float = 1.0, **more) -> PodLoad:
 
 
 def sized(spec, observed, one=None, *, held=0.0, room=None, annotations=None, told=None, known=None, now=NOW):
-    return size(spec, observed, lambda pod, since: one, held, room, annotations or {}, told, known, now)
+    def load_of(pod: Pod, since: float) -> PodLoad | None:
+        return one
+
+    return size(spec, observed, load_of, lambda since: Queue(held), room, annotations or {}, told, known, now)
 
 
 def test_without_scaling_the_spec_is_the_number(make_spec) -> None:
@@ -66,7 +69,7 @@ def test_nothing_is_decided_before_the_newest_replica_has_settled(make_spec) -> 
         return load()
 
     old = replace(young, progress=NOW - SETTLING_S - 1)
-    size(spec, seen(serving("a"), old), ask, 0, None, {}, ScalingStatus(desired=2), None, NOW)
+    size(spec, seen(serving("a"), old), ask, lambda since: Queue(), None, {}, ScalingStatus(desired=2), None, NOW)
     assert asked == [old.progress] * 2, "only what was measured since it serves"
 
 
