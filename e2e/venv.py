@@ -18,7 +18,7 @@ from e2e.cluster.place import Place, this_place
 from e2e.steps import Progress, StepError, report_and_exit, run
 
 UV = "0.13.9"
-EXTRAS = "operator,gateway,engine,dev"
+EXTRAS = "operator,gateway,fetch,engine,dev"
 OLDEST_PYTHON = (3, 11)
 NETWORK = "see the log; a failed download is tried again by running it again"
 
@@ -77,7 +77,7 @@ def _install(place: Place) -> None:
 # Importing every module compiles just what is imported, a twentieth of the environment.
 IMPORT_ALL = """
 import importlib, pkgutil
-for package in ("mainsail_operator", "mainsail_gateway", "mainsail_engine"):
+for package in ("mainsail_operator", "mainsail_gateway", "mainsail_fetch", "mainsail_engine"):
     for module in pkgutil.walk_packages(importlib.import_module(package).__path__, package + "."):
         if not module.name.endswith("__main__"):
             try:
