@@ -29,6 +29,8 @@ from mainsail_engine.errors import RequestError, StartupError
 from mainsail_engine.protocol import (
     Abort,
     Add,
+    Compile,
+    Compiled,
     CoreStart,
     Failed,
     FirstScheduled,
@@ -40,6 +42,7 @@ from mainsail_engine.protocol import (
     encode,
 )
 from mainsail_engine.request import FinishReason
+from mainsail_engine.structured.grammar import Grammar
 
 LAST_WORDS_S = 2.0
 """How long after the core's end its last message may still arrive."""
@@ -78,6 +81,9 @@ class EngineClient:
         self._on_step = on_step
         self._on_first_scheduled = on_first_scheduled
         self._sinks: dict[str, Sink] = {}
+        self._verdicts: dict[int, asyncio.Future[str | None]] = {}
+        """On grammars that the core compiles."""
+        self._num_compiles = 0
         self._folder: Path | None = None
         self._context: zmq.asyncio.Context | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -158,11 +164,27 @@ class EngineClient:
         if known and self.is_alive:
             self._commands.send(encode(Abort(known, reason)))
 
+    async def compile(self, grammar: Grammar) -> str | None:
+        """Have the core compile a grammar. Returns what is wrong with it. Raises EngineDeadError."""
+        if not self.is_alive:
+            raise EngineDeadError(self.failure.message)
+        self._num_compiles += 1
+        number = self._num_compiles
+        verdict = self._verdicts[number] = asyncio.get_running_loop().create_future()
+        try:
+            self._commands.send(encode(Compile(number, grammar)))
+            return await verdict
+        finally:
+            del self._verdicts[number]
+
     def fail_all(self, error: RequestError) -> None:
         """End every request with this error."""
         sinks, self._sinks = self._sinks, {}
         for sink in sinks.values():
             sink.on_error(error)
+        for verdict in self._verdicts.values():
+            if not verdict.done():
+                verdict.set_exception(error)
 
     async def _receive(self, socket: zmq.asyncio.Socket) -> None:
         while True:
@@ -171,6 +193,10 @@ class EngineClient:
     def _handle(self, message: FromCore) -> None:
         if isinstance(message, StepOutputs):
             self._deliver(message)
+        elif isinstance(message, Compiled):
+            verdict = self._verdicts.get(message.compile_id)
+            if verdict is not None and not verdict.done():
+                verdict.set_result(message.error)
         elif isinstance(message, Ready):
             if self._ready is not None and not self._ready.done():
                 self._ready.set_result(message)

@@ -90,6 +90,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """cuda or cpu. auto: CUDA where there is one."""
     overlap: bool = True
     """Launch step N+1 before step N's tokens are on the CPU (CUDA only; the tokens are the same without)."""
+    jump_forward: bool = True
+    """Write forced tokens of structured output without sampling them (the text is the same without)."""
     cuda_graphs: bool = True
     """Replay decode steps as CUDA graphs (CUDA only; the tokens are the same without)."""
 

@@ -5,6 +5,15 @@
 The loop keeps up to `depth` steps in flight: with two, step N+1 is launched before N's tokens are on the CPU. It never
 waits for a socket: two threads own those. With nothing to do it sleeps on the queue of commands.
 
+A constrained row's mask for N+1 depends on its token of N. So that such rows keep the overlap, a step with any of them
+is launched without its sampling, which is queued as soon as N is committed:
+
+    device    │ forward N │ sample N │ forward N+1 ······················ │ sample N+1 │ forward N+2 …
+    this loop                        │ read N, commit, fill masks, queue sample N+1, launch N+2 │ read N+1 …
+
+The device idles only if all of that takes longer than a forward pass; masks take microseconds each. Grammars themselves
+are compiled elsewhere (structured/compiler.py), and the reader thread answers for them: no step waits for one.
+
 Promises: one `Ready` (after a token was generated) or one `Failed`; then a `StepOutputs` for every step, or a `Failed`
 and a non-zero exit. It ends when its standard input does, which is when its parent dies, however that happens; signals
 to the process group are the parent's to interpret. The idea of an API process and a core process of its own is vLLM's.
@@ -22,7 +31,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable
-from typing import Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, cast
 
 import msgspec
 import zmq
@@ -32,6 +42,8 @@ from mainsail_engine.errors import RequestError, StartupError
 from mainsail_engine.protocol import (
     Abort,
     Add,
+    Compile,
+    Compiled,
     CoreStart,
     Failed,
     FirstScheduled,
@@ -40,12 +52,17 @@ from mainsail_engine.protocol import (
     RequestOutput,
     SchedulerStats,
     StepOutputs,
-    ToCore,
     decode_to_core,
     encode,
 )
 from mainsail_engine.request import FinishReason, Request, SamplingParams
-from mainsail_engine.step import PendingStep, Runner, StepPlan, StepResult
+from mainsail_engine.step import PendingLogits, PendingStep, Runner, StepPlan, StepResult
+from mainsail_engine.structured.masks import MaskFiller, Row, constrained_rows
+
+if TYPE_CHECKING:
+    from mainsail_engine.structured.compiler import Compiler
+    from mainsail_engine.structured.constraint import Constraint
+    from mainsail_engine.structured.grammar import Grammar
 
 log = logging.getLogger(__name__)
 WARM_UP_ID = "warm-up"
@@ -65,6 +82,7 @@ class SchedulerLike(Protocol):
     def commit(self, plan: StepPlan, result: StepResult, now: float) -> list[RequestOutput]: ...
     def take_outputs(self) -> list[RequestOutput]: ...
     def set_host_blocks(self, num_blocks: int) -> None: ...
+    def fail(self, request: Request, message: str) -> None: ...
     def stats(self) -> SchedulerStats: ...
     @property
     def has_work(self) -> bool: ...
@@ -73,11 +91,22 @@ class SchedulerLike(Protocol):
 class EngineCore:
     """Scheduler and runner, one step at a time. The clock comes from outside."""
 
-    def __init__(self, scheduler: SchedulerLike, runner: Runner, *, depth: int) -> None:
+    def __init__(
+        self, scheduler: SchedulerLike, runner: Runner, *, depth: int, compiler: Compiler | None = None
+    ) -> None:
+        """compiler None: requests with a grammar are refused."""
         self._scheduler = scheduler
         self._runner = runner
         self._depth = depth
-        self._in_flight: deque[tuple[StepPlan, PendingStep]] = deque()
+        self.compiler = compiler
+        self._in_flight: deque[tuple[StepPlan, PendingStep | PendingLogits]] = deque()
+        self._unsampled: tuple[StepPlan, PendingLogits] | None = None
+        """The newest step in flight, if its masks have to wait for the one before."""
+        self._filler: MaskFiller | None = None
+        self._parked: dict[str, tuple[Add, float]] = {}
+        """Requests whose grammar is being compiled, and when they came."""
+        self._compiled: queue.SimpleQueue[tuple[str, str | None]] = queue.SimpleQueue()
+        """From the compiler's thread: a parked request, and what is wrong with its grammar."""
         self._queued_since: dict[str, float] = {}
         self._first_scheduled: list[FirstScheduled] = []
         self._refused: list[RequestOutput] = []
@@ -88,9 +117,9 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._in_flight or self._refused) or self._stats_due or self._scheduler.has_work
+        return bool(self._in_flight or self._refused or self._parked) or self._stats_due or self._scheduler.has_work
 
-    def handle(self, command: ToCore, now: float) -> None:
+    def handle(self, command: Add | Abort, now: float) -> None:
         if isinstance(command, Add):
             self._add(command, now)
         else:
@@ -109,22 +138,76 @@ class EngineCore:
             deadline_s=None if add.timeout_s is None else now + add.timeout_s,
             output_token_ids=list(add.output_token_ids),
         )
+        if add.grammar is not None:
+            request.constraint = self._constraint(add, add.grammar, now)
+            if request.constraint is None:
+                return
+            if not all(map(request.constraint.accept, add.output_token_ids)):
+                self._refuse(add.request_id, "what was delivered already does not conform to the grammar", "grammar")
+                return
         try:
             self._scheduler.add(request)
         except RequestError as error:
-            self._queued_since.pop(add.request_id, None)
-            self._refused.append(RequestOutput(add.request_id, [], FinishReason.ERROR, error=error.message))
+            self._refuse(add.request_id, error.message)
+
+    def _refuse(self, request_id: str, message: str, stop_reason: str | None = None) -> None:
+        self._queued_since.pop(request_id, None)
+        self._refused.append(RequestOutput(request_id, [], FinishReason.ERROR, stop_reason=stop_reason, error=message))
 
     def _abort(self, abort: Abort) -> None:
         for request_id in abort.request_ids:
             self._queued_since.pop(request_id, None)
+            self._parked.pop(request_id, None)
         self._scheduler.abort(abort.request_ids, abort.reason)
         self._stats_due = True
+
+    # -- grammars --------------------------------------------------------------------------------------------------
+
+    def _constraint(self, add: Add, grammar: Grammar, now: float) -> Constraint | None:
+        """The request's place in its grammar. None: it is not compiled (any more), and the request is parked."""
+        if self.compiler is None:
+            self._refuse(add.request_id, "this engine cannot constrain its output", "grammar")
+            return None
+        constraint = self.compiler.constraint(grammar, jump_forward=may_jump(add.params))
+        if constraint is None:
+            self._parked[add.request_id] = add, now
+            self.compiler.submit(grammar, lambda error: self._compiled.put((add.request_id, error)))
+        return constraint
+
+    def _unpark(self, now: float) -> None:
+        """Let in the requests whose grammar is ready, and end those that waited too long for it."""
+        while not self._compiled.empty():
+            request_id, error = self._compiled.get()
+            add, arrived_s = self._parked.pop(request_id, (None, 0.0))
+            if add is not None and error is None:
+                self._add(add, arrived_s)
+            elif add is not None:
+                self._refuse(request_id, error or "", "grammar")
+        for request_id, (add, arrived_s) in list(self._parked.items()):
+            if add.timeout_s is not None and now >= arrived_s + add.timeout_s:
+                del self._parked[request_id]
+                message = f"deadline exceeded: its grammar was not compiled within {add.timeout_s:.1f} s"
+                self._refuse(request_id, message, "deadline")
+
+    def _sample_constrained(self) -> None:
+        """Fill the newest step's masks and queue its sampling, as soon as every earlier step is committed."""
+        if self._unsampled is None or len(self._in_flight) > 1:
+            return
+        (plan, pending), self._unsampled = self._unsampled, None
+        rows, slow = constrained_rows(plan), list[Row]()
+        filler = self._filler = self._filler or MaskFiller()
+        pending.sample([row.index for row in rows], lambda masks: slow.extend(filler.fill(rows, masks)))
+        for row in slow:
+            self._scheduler.fail(row.request, "the grammar is too ambiguous: its masks take too long")
+
+    # -- steps -----------------------------------------------------------------------------------------------------
 
     def step(self, now: float) -> StepOutputs | None:
         """Fill the pipeline, then finish its oldest step. None: there was nothing to run."""
         started_s = max(now, self._last_step_end_s)
         self._scheduler.set_host_blocks(self._runner.num_host_blocks)
+        if self._parked:
+            self._unpark(now)
         self._launch(now)
         if not self._in_flight:
             outside = self._scheduler.take_outputs()
@@ -134,6 +217,7 @@ class EngineCore:
         result = pending.result()
         end_s = time.monotonic()
         outputs = self._scheduler.commit(plan, result, end_s)
+        self._sample_constrained()
         self._num_steps += 1
         self._last_step_end_s = end_s
         host_s = max(0.0, waits_s - started_s)
@@ -162,7 +246,11 @@ class EngineCore:
             if plan is None:
                 return
             self._note_first_scheduled(plan, now)
-            self._in_flight.append((plan, self._runner.launch(plan)))
+            pending = self._runner.launch(plan)
+            self._in_flight.append((plan, pending))
+            if plan.is_constrained:
+                self._unsampled = plan, cast("PendingLogits", pending)
+                self._sample_constrained()
 
     def _note_first_scheduled(self, plan: StepPlan, now: float) -> None:
         if not self._queued_since:
@@ -171,6 +259,16 @@ class EngineCore:
             since = self._queued_since.pop(chunk.request.request_id, None)
             if since is not None:
                 self._first_scheduled.append(FirstScheduled(chunk.request.request_id, now - since))
+
+
+def may_jump(params: SamplingParams) -> bool:
+    """Whether forced tokens may go past the sampler: not where it would count, forbid or describe them."""
+    watched = (
+        params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0
+        or params.logit_bias or params.allowed_token_ids or params.bad_words
+        or params.logprobs is not None or params.prompt_logprobs is not None
+    )  # fmt: skip
+    return not watched
 
 
 def pipeline_depth(config: EngineConfig, device: str) -> int:
@@ -201,7 +299,8 @@ class Mailbox:
 
     def __init__(self, start: CoreStart) -> None:
         self._context = zmq.Context()
-        self.commands: queue.SimpleQueue[ToCore] = queue.SimpleQueue()
+        self.commands: queue.SimpleQueue[Add | Abort] = queue.SimpleQueue()
+        self.compiler: Compiler | None = None
         self._outgoing: queue.SimpleQueue[FromCore | None] = queue.SimpleQueue()
         reader = threading.Thread(target=self._read, args=(start.commands_address,), name="commands", daemon=True)
         self._writer = threading.Thread(target=self._write, args=(start.outputs_address,), name="outputs", daemon=True)
@@ -221,7 +320,19 @@ class Mailbox:
         socket.set_hwm(0)
         socket.connect(address)
         while True:
-            self.commands.put(decode_to_core(socket.recv()))
+            command = decode_to_core(socket.recv())
+            if isinstance(command, Compile):
+                self._compile(command)
+            else:
+                self.commands.put(command)
+
+    def _compile(self, command: Compile) -> None:
+        """Right here: the loop has better things to do."""
+        number, compiler = command.compile_id, self.compiler
+        if compiler is None:
+            self.send(Compiled(number, "this engine cannot constrain its output"))
+        else:
+            compiler.submit(command.grammar, lambda error: self.send(Compiled(number, error)))
 
     def _write(self, address: str) -> None:
         socket = self._context.socket(zmq.PUSH)
@@ -260,6 +371,9 @@ def build(config: EngineConfig) -> tuple[EngineCore, Ready]:
     from mainsail_engine.runner.model_runner import ModelRunner, batched_tokens
     from mainsail_engine.runner.swap import with_host_memory
     from mainsail_engine.scheduler import Scheduler
+    from mainsail_engine.structured.compiler import Compiler
+    from mainsail_engine.structured.vocabulary import vocabulary_of
+    from mainsail_engine.text.tokenizer import load_tokenizer
 
     runner = ModelRunner(config)
     scheduler = Scheduler(
@@ -275,7 +389,11 @@ def build(config: EngineConfig) -> tuple[EngineCore, Ready]:
         config.cache.offloading_size_gib, pool_bytes=runner.kv_cache.nbytes, cuda=runner.device.type == "cuda"
     )
     swapping = with_host_memory(runner, runner.kv_cache, host_bytes)
-    core = EngineCore(scheduler, swapping, depth=pipeline_depth(config, device))
+    compiler = Compiler(
+        lambda: vocabulary_of(load_tokenizer(Path(config.model.path)), runner.vocab_size, sorted(runner.eos_token_ids)),
+        jump_forward=config.jump_forward,
+    )
+    core = EngineCore(scheduler, swapping, depth=pipeline_depth(config, device), compiler=compiler)
     warm_up(core)
     ready = Ready(
         max_model_len=scheduler.max_model_len,
@@ -314,6 +432,7 @@ def main() -> None:
     mailbox = Mailbox(start)
     try:
         core, ready = build(start.config)
+        mailbox.compiler = core.compiler
         mailbox.send(ready)
         run_loop(core, mailbox)
     except BaseException as error:

@@ -1,7 +1,8 @@
 """The messages between an API process and the core process: msgspec structs as msgpack over ZMQ.
 
-API → core: `Add`, `Abort`. Core → API: `Ready` once, then one `StepOutputs` for every step (its counter is the
-heartbeat), or `Failed` with the last breath. Draining is the API process's business: the core just runs out of work.
+API → core: `Add`, `Abort`, and `Compile`, which is answered by `Compiled`. Core → API: `Ready` once, then one
+`StepOutputs` for every step (its counter is the heartbeat), or `Failed` with the last breath. Draining is the API
+process's business: the core just runs out of work.
 Text never crosses: the core deals in token ids only.
 """
 
@@ -11,6 +12,7 @@ import msgspec
 
 from mainsail_engine.config import EngineConfig
 from mainsail_engine.request import FinishReason, SamplingParams
+from mainsail_engine.structured.grammar import Grammar
 
 
 class Add(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -25,6 +27,21 @@ class Add(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Not finished after this long, the request ends with an error. None: no limit."""
     output_token_ids: list[int] = []
     """Generated already, by another engine: the answer goes on after them."""
+    grammar: Grammar | None = None
+    """What the answer must conform to."""
+
+
+class Compile(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Compile a grammar, before a request that needs it: what is wrong with it is known before an answer begins."""
+
+    compile_id: int
+    grammar: Grammar
+
+
+class Compiled(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    compile_id: int
+    error: str | None
+    """For the client. None: compiled, and cached."""
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -126,8 +143,8 @@ class Failed(msgspec.Struct, frozen=True, tag=True, array_like=True):
     message: str
 
 
-ToCore = Add | Abort
-FromCore = Ready | StepOutputs | Failed
+ToCore = Add | Abort | Compile
+FromCore = Ready | StepOutputs | Compiled | Failed
 
 
 class CoreStart(msgspec.Struct, frozen=True, kw_only=True):

@@ -19,6 +19,7 @@ import msgspec
 
 if TYPE_CHECKING:
     from mainsail_engine.kv.prefix_tree import Node
+    from mainsail_engine.structured.constraint import Constraint
 
 
 class Pooling(enum.StrEnum):
@@ -109,7 +110,13 @@ class Request:
     """Whose account this request is charged to: users who wait are served fairly."""
     deadline_s: float | None = None
     """Monotonic clock: not finished by then, the request ends with an error. None: no deadline."""
+    constraint: Constraint | None = None
+    """What the output must conform to. It has accepted exactly output_token_ids."""
     output_token_ids: list[int] = field(default_factory=list[int])
+    num_unsent_tokens: int = 0
+    """The last output tokens that no output has told yet: forced ones, before the first step."""
+    num_superseded: int = 0
+    """Tokens that launched steps will sample for nothing: a jump forward has put others there."""
     status: RequestStatus = RequestStatus.WAITING
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None

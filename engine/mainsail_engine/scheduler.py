@@ -27,6 +27,7 @@ import logging
 from collections.abc import Iterable
 from heapq import heappop, heappush
 from itertools import islice
+from typing import TYPE_CHECKING
 
 from mainsail_engine.chunking import ChunkController, StepWork, attention_pairs
 from mainsail_engine.config import BLOCK_SIZE, EngineConfig
@@ -37,6 +38,9 @@ from mainsail_engine.protocol import RequestOutput, SchedulerStats
 from mainsail_engine.request import FinishReason, Request, RequestStatus
 from mainsail_engine.step import FORBIDDEN_TOKEN, Chunk, ChunkExtras, StepPlan, StepResult
 from mainsail_engine.waiting import OUTPUT_WEIGHT, PROMPT_WEIGHT, Account, WaitingQueue
+
+if TYPE_CHECKING:
+    from mainsail_engine.structured.constraint import Constraint
 
 log = logging.getLogger(__name__)
 
@@ -127,6 +131,8 @@ class Scheduler:
         self._requests[request.request_id] = request
         self._accounts[request.request_id] = self._waiting.join(request)
         self._look_again(request)
+        if request.constraint is not None:
+            self._force_beginning(request)
         if request.deadline_s is not None:
             heappush(self._deadlines, (request.deadline_s, request.arrival_index, request))
 
@@ -342,7 +348,7 @@ class Scheduler:
             self._note_resumed(request, match)
         else:
             prompt_len = len(request.prompt_token_ids)
-            request.num_cached_tokens = min(match.num_tokens, prompt_len)
+            request.num_cached_tokens = min(match.num_tokens, prompt_len)  # the rest: forced output
             self._prefix_queries += prompt_len
             self._prefix_hits += request.num_cached_tokens
             uncached = prompt_len - request.num_cached_tokens
@@ -403,8 +409,11 @@ class Scheduler:
             request = chunk.request
             request.num_launched_chunks -= 1
             token = next(tokens) if chunk.samples else None
-            if token is not None:
+            if token is not None and not request.num_superseded:
                 request.num_in_flight -= 1
+            elif token is not None:
+                request.num_superseded -= 1
+                token = None if token >= 0 else token
             if request.status is RequestStatus.FINISHED:
                 continue
             if token is not None and token < 0:
@@ -441,16 +450,21 @@ class Scheduler:
             request.num_written_tokens = num_tokens
 
     def _accept(self, request: Request, tokens: list[int], extras: ChunkExtras | None = None) -> RequestOutput:
-        """The request's next tokens, up to the one that ends it."""
-        account, reason = self._accounts[request.request_id], None
-        for count, token in enumerate(tokens, 1):
-            request.output_token_ids.append(token)
-            account.served += OUTPUT_WEIGHT
-            reason = self._stops(request, token)
+        """The request's next tokens, up to the one that ends it, and those that its grammar forces after them."""
+        start = len(request.output_token_ids) - request.num_unsent_tokens
+        request.num_unsent_tokens = 0
+        constraint, reason = request.constraint, None
+        for token in tokens:
+            if constraint is not None and not constraint.accept(token):
+                return self._fail_constraint(request, "the token that was sampled does not conform to the grammar")
+            reason = self._append(request, token)
             if reason is not None:
-                tokens = tokens[:count]
-                self._finish(request, reason)
                 break
+        if constraint is not None and tokens and reason is None:
+            reason = self._jump_forward(request, constraint)
+        if reason is not None:
+            self._finish(request, reason)
+        tokens = request.output_token_ids[start:]
         stop, cached = request.stop_reason, request.num_cached_tokens
         if extras is None:
             return RequestOutput(request.request_id, tokens, reason, stop, cached)
@@ -464,9 +478,17 @@ class Scheduler:
         request.num_prompt_logprobs += len(extras.prompt_logprobs or ())
         return self._accept(request, [] if token is None else [token, *extras.token_ids], extras)
 
+    def _append(self, request: Request, token: int) -> FinishReason | None:
+        """One more output token. Returns why it is the last, if it is."""
+        request.output_token_ids.append(token)
+        self._accounts[request.request_id].served += OUTPUT_WEIGHT
+        return self._stops(request, token)
+
     def _stops(self, request: Request, token: int) -> FinishReason | None:
-        """Whether this token ends the request; before min_tokens only length can."""
-        params = request.params
+        """Whether this token ends the request; before min_tokens only length can, and the end of a grammar."""
+        params, constraint = request.params, request.constraint
+        if constraint is not None and constraint.ended and token in constraint.stop_token_ids:
+            return FinishReason.STOP
         if len(request.output_token_ids) >= params.min_tokens:
             if token in self._eos and not params.ignore_eos:
                 return FinishReason.STOP
@@ -474,6 +496,49 @@ class Scheduler:
                 request.stop_reason = token
                 return FinishReason.STOP
         return FinishReason.LENGTH if request.num_tokens >= request.max_num_tokens else None
+
+    # -- structured output -------------------------------------------------------------------------------------------
+
+    def _force_beginning(self, request: Request) -> None:
+        """What the grammar forces before anything is sampled is computed along with the prompt."""
+        constraint = request.constraint
+        if constraint is not None:
+            forced = constraint.forced(request.max_num_tokens - request.num_tokens - 1, may_end=False)
+            request.output_token_ids.extend(forced)
+            request.num_unsent_tokens = len(forced)
+
+    def _jump_forward(self, request: Request, constraint: Constraint) -> FinishReason | None:
+        """Append the tokens that must come next; a chunk like a prompt's computes their KV in one step.
+
+        A step in flight samples the first of them anyway: its token is dropped when it comes.
+        """
+        running = request.status is RequestStatus.RUNNING
+        room = request.max_num_tokens - request.num_tokens
+        if running:
+            blocks = len(request.block_ids) + self.kv.pool.num_available
+            room = min(room, blocks * BLOCK_SIZE - request.num_tokens)
+        forced = constraint.forced(room, least=request.num_in_flight + 1)
+        for token in forced:
+            reason = self._append(request, token)
+            if reason is not None:
+                return reason
+        if forced:
+            request.num_superseded += request.num_in_flight
+            request.num_in_flight = 0
+        if forced and running:
+            self.kv.grow(request, request.num_tokens)
+            self._decoding.remove(request)
+            self._prefilling.insert(0, request)
+        return None
+
+    def fail(self, request: Request, message: str) -> None:
+        """End a request that cannot go on; the next outputs say so."""
+        if not request.is_finished:
+            self._outputs.append(self._fail_constraint(request, message))
+
+    def _fail_constraint(self, request: Request, message: str) -> RequestOutput:
+        self._finish(request, FinishReason.ERROR)
+        return RequestOutput(request.request_id, [], FinishReason.ERROR, stop_reason="grammar", error=message)
 
     def _fail(self, request: Request, token: int) -> RequestOutput:
         """The step brought no token for this request, but one of the codes for why."""

@@ -5,6 +5,8 @@
     result = handle.result()                  the sampled tokens, on the CPU
     outputs = scheduler.commit(plan, result, now)
 
+With constrained rows (structured output) the step is sampled in a second move, `handle.sample(masks)`.
+
 Up to two plans may be in flight: plan N+1 may name a token that step N is still sampling. Its id is then not in
 `request.output_token_ids` yet (`chunk.start >= request.num_tokens`), and the runner takes it from the device, where it
 keeps the newest sampled token of every slot. Nothing here imports torch.
@@ -12,8 +14,11 @@ keeps the newest sampled token of every slot. Nothing here imports torch.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
+
+import numpy as np
 
 from mainsail_engine.protocol import TokenLogprobs
 from mainsail_engine.request import Request
@@ -77,6 +82,11 @@ class StepPlan:
     def num_tokens(self) -> int:
         return sum(chunk.num_tokens for chunk in self.chunks)
 
+    @property
+    def is_constrained(self) -> bool:
+        """Some row's next token must conform to a grammar: the sampling waits for masks (see PendingLogits)."""
+        return any(chunk.samples and chunk.request.constraint is not None for chunk in self.chunks)
+
 
 FAILED_TOKEN = -1
 """In place of a token: the row's logits held NaN or only infinities. That request alone fails."""
@@ -115,6 +125,21 @@ class PendingStep(Protocol):
         ...
 
 
+class PendingLogits(PendingStep, Protocol):
+    """A launched step of a constrained plan: the forward pass is on its way, nothing is sampled yet.
+
+    A row's mask depends on its last token, which the step before may still be computing. So the masks are filled and
+    the sampling is queued once that step is committed, while the device computes this one's forward pass.
+    """
+
+    def sample(self, rows: Sequence[int], fill: Callable[[np.ndarray], None]) -> None:
+        """Queue the sampling, before `result`. rows: those with a mask, among the rows that the step samples.
+
+        fill writes the masks, one for each of rows, into an array [len(rows), ceil(vocab / 32)] int32.
+        """
+        ...
+
+
 class Runner(Protocol):
     """What the core needs of a model runner."""
 
@@ -129,6 +154,6 @@ class Runner(Protocol):
         """Blocks of host memory there are by now: 0 .. num_host_blocks - 1. It may grow after the start."""
         ...
 
-    def launch(self, plan: StepPlan) -> PendingStep:
-        """Start one step. Reads the plan's requests before it returns and keeps no reference to them."""
+    def launch(self, plan: StepPlan) -> PendingStep | PendingLogits:
+        """Start one step; PendingLogits if and only if the plan is constrained. Reads the plan's requests at once."""
         ...

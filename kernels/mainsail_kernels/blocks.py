@@ -51,11 +51,12 @@ def _stage_blocks_kernel(
 
 
 @triton.jit
-def _bitmask_kernel(logits_ptr, bitmask_ptr, vocab, logits_stride, bitmask_stride, BLOCK: tl.constexpr):
-    row = tl.program_id(1).to(tl.int64)
+def _bitmask_kernel(logits_ptr, bitmask_ptr, rows_ptr, vocab, logits_stride, bitmask_stride, BLOCK: tl.constexpr):
+    mask = tl.program_id(1).to(tl.int64)
+    row = tl.load(rows_ptr + mask).to(tl.int64)
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = token < vocab
-    words = tl.load(bitmask_ptr + row * bitmask_stride + token // 32, mask=inside, other=0)
+    words = tl.load(bitmask_ptr + mask * bitmask_stride + token // 32, mask=inside, other=0)
     banned = ((words >> (token % 32)) & 1) == 0
     tl.store(logits_ptr + row * logits_stride + token, -float("inf"), mask=inside & banned)
 
@@ -101,21 +102,25 @@ def scatter_blocks(kv_cache: torch.Tensor, blocks: torch.Tensor, staging: torch.
     _stage(kv_cache, blocks, staging, to_cache=True)
 
 
-def apply_token_bitmask(logits: torch.Tensor, bitmask: torch.Tensor) -> None:
-    """Set to -inf, in place, the logits [n, vocab] whose bit in bitmask [n, ceil(vocab/32)] int32 is 0.
+def apply_token_bitmask(logits: torch.Tensor, bitmask: torch.Tensor, rows: torch.Tensor) -> None:
+    """Set to -inf, in place, the logits [n, vocab] that a bitmask [m, ceil(vocab/32)] int32 has a 0 for.
 
-    Bit 0 of word 0 is token 0, xgrammar's layout. A row of all ones (-1) leaves a request without a grammar as it is.
+    rows [m] int64, all different: the row of the logits that each mask is for; other rows stay as they are. Bit 0 of
+    word 0 is token 0, xgrammar's layout. ValueError on other shapes or types.
     """
-    rows, vocab = logits.shape
+    vocab = logits.shape[1]
     words = -(-vocab // 32)
-    fits = bitmask.shape == (rows, words) and bitmask.dtype == torch.int32
-    require(fits, f"bitmask must be [{rows}, {words}] int32, got {tuple(bitmask.shape)} {bitmask.dtype}")
+    fits = bitmask.dim() == 2 and bitmask.shape[1] == words and bitmask.dtype == torch.int32
+    require(fits, f"bitmask must be [m, {words}] int32, got {tuple(bitmask.shape)} {bitmask.dtype}")
+    fits = rows.shape == bitmask.shape[:1] and rows.dtype == torch.int64
+    require(fits, f"rows must be [{bitmask.shape[0]}] int64, got {tuple(rows.shape)} {rows.dtype}")
     if not runs_kernels(logits):
-        reference.apply_token_bitmask(logits, bitmask)
-    elif rows:
+        reference.apply_token_bitmask(logits, bitmask, rows)
+    elif rows.numel():
         require(logits.stride(1) == 1 and bitmask.stride(1) == 1, "apply_token_bitmask: rows must be contiguous")
-        grid = (-(-vocab // 4096), rows)
-        _bitmask_kernel[grid](logits, bitmask, vocab, logits.stride(0), bitmask.stride(0), BLOCK=4096, num_warps=8)
+        grid = (-(-vocab // 4096), rows.numel())
+        strides = logits.stride(0), bitmask.stride(0)
+        _bitmask_kernel[grid](logits, bitmask, rows, vocab, *strides, BLOCK=4096, num_warps=8)
 
 
 def _stage(kv_cache: torch.Tensor, blocks: torch.Tensor, staging: torch.Tensor, *, to_cache: bool) -> None:

@@ -295,11 +295,11 @@ def sample(
     return torch.where((temperature <= 0) | (greedy == BAD_ROW), greedy, drawn)
 
 
-def apply_token_bitmask(logits: torch.Tensor, bitmask: torch.Tensor) -> None:
-    """Set to -inf, in place, each logit whose bit in bitmask [n, ceil(vocab/32)] int32 is 0 (bit 0 is token 0)."""
+def apply_token_bitmask(logits: torch.Tensor, bitmask: torch.Tensor, rows: torch.Tensor) -> None:
+    """Set to -inf, in place, each logit of row rows[i] whose bit in bitmask[i] is 0 (bit 0 of word 0 is token 0)."""
     bits = (bitmask[:, :, None] >> torch.arange(32, dtype=torch.int32, device=logits.device)) & 1
     allowed = bits.flatten(1)[:, : logits.shape[1]].bool()
-    logits.masked_fill_(~allowed, -math.inf)
+    logits[rows] = logits[rows].masked_fill(~allowed, -math.inf)
 
 
 def copy_blocks(kv_cache: torch.Tensor, src: torch.Tensor, dst: torch.Tensor, num_tokens: torch.Tensor) -> None:

@@ -85,15 +85,29 @@ def test_blocks_go_to_staging_and_back(device, dtype):
     assert torch.equal(cache[:, 2], cache[:, 1])
 
 
+def _packed(allowed: torch.Tensor) -> torch.Tensor:
+    """[m, words * 32] bool as [m, words] int32, the lowest bit for the lowest token."""
+    bits = allowed.view(allowed.shape[0], -1, 32).long() * 2 ** torch.arange(32, dtype=torch.int64)
+    words = bits.sum(-1)
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+
 @pytest.mark.parametrize("vocab", [32, 50, 5000])
-def test_bitmask(vocab, device, dtype):
-    words = -(-vocab // 32)
-    allowed = torch.rand(3, words * 32) < 0.5
+def test_bitmask_reaches_its_rows_only(vocab, device, dtype):
+    allowed = torch.rand(3, -(-vocab // 32) * 32) < 0.5
     allowed[2] = True
-    weights = 2 ** torch.arange(32, dtype=torch.int64)
-    packed = (allowed.view(3, words, 32).long() * weights).sum(-1)
-    bitmask = torch.where(packed >= 2**31, packed - 2**32, packed).to(torch.int32).to(device)
-    logits = torch.randn(3, vocab).to(device, dtype)
-    expected = logits.masked_fill(~allowed[:, :vocab].to(device), -math.inf)
-    apply_token_bitmask(logits, bitmask)
-    assert torch.equal(logits, expected)
+    rows = torch.tensor([4, 0, 2])
+    logits = torch.randn(5, vocab).to(device, dtype)
+    logits[1] = math.nan
+    expected = logits.clone()
+    expected[rows.to(device)] = expected[rows.to(device)].masked_fill(~allowed[:, :vocab].to(device), -math.inf)
+    apply_token_bitmask(logits, _packed(allowed).to(device), rows.to(device))
+    assert torch.equal(logits.nan_to_num(nan=7.0), expected.nan_to_num(nan=7.0))
+
+
+def test_bitmask_refuses_other_shapes(device, dtype):
+    logits, rows = torch.randn(2, 64).to(device, dtype), torch.tensor([0], device=device)
+    with pytest.raises(ValueError, match="bitmask must be"):
+        apply_token_bitmask(logits, torch.zeros((1, 3), dtype=torch.int32, device=device), rows)
+    with pytest.raises(ValueError, match="rows must be"):
+        apply_token_bitmask(logits, torch.zeros((2, 2), dtype=torch.int32, device=device), rows)

@@ -7,6 +7,7 @@ are read. On the CPU a launch computes at once, and the same code runs.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from mainsail_engine.runner import memory
 from mainsail_engine.runner.batch import BlockTables, StepArrays, build
 from mainsail_engine.runner.cuda_graphs import PaddedSteps, graph_bytes
 from mainsail_engine.runner.threads import set_cpu_threads
+from mainsail_engine.runner.token_masks import MaskStaging, TokenMasks
 from mainsail_engine.runner.uploads import Downloads, Uploads
 from mainsail_engine.sampling.extras import PendingExtras
 from mainsail_engine.sampling.logprobs import prompt_logprob_rows
@@ -52,6 +54,27 @@ class PendingTokens:
             self.done.synchronize()
         tokens: list[int] = self.tokens.numpy().tolist()
         return StepResult(tokens) if self.extras is None else StepResult(tokens, self.extras.read())
+
+
+class PendingConstrained:
+    """step.PendingLogits: a launched step whose sampling waits for the masks of its constrained rows."""
+
+    def __init__(self, staging: MaskStaging, queue: Callable[[TokenMasks | None], PendingTokens]) -> None:
+        self._staging, self._queue = staging, queue
+        self._tokens: PendingTokens | None = None
+
+    @torch.inference_mode()
+    def sample(self, rows: Sequence[int], fill: Callable[[np.ndarray], None]) -> None:
+        masks = None
+        if rows:
+            fill(self._staging.take(len(rows)))
+            masks = self._staging.upload(rows)
+        self._tokens = self._queue(masks)
+
+    def result(self) -> StepResult:
+        if self._tokens is None:
+            raise RuntimeError("a constrained step must be sampled before its result is read")
+        return self._tokens.result()
 
 
 def choose_device(name: str) -> torch.device:
@@ -147,6 +170,7 @@ class ModelRunner:
         self._tables = BlockTables(slots, -(-self.max_model_len // BLOCK_SIZE))
         self._sampler = Sampler(slots, a.vocab_size, self.eos_token_ids, self.device)
         self._pooler = Pooler()
+        self._masks = MaskStaging(slots, a.vocab_size, self.device)
         cuda = self.device.type == "cuda"
         self._workspace = (
             decode_workspace(slots, a.num_heads, a.num_kv_heads, a.head_dim, self.device) if cuda else None
@@ -169,7 +193,7 @@ class ModelRunner:
         self.launch(StepPlan(chunks=[chunk], num_decodes=1)).result()
 
     @torch.inference_mode()
-    def launch(self, plan: StepPlan) -> PendingTokens:
+    def launch(self, plan: StepPlan) -> PendingTokens | PendingConstrained:
         """Start a step; see step.Runner."""
         if plan.copies:
             self._copy(plan.copies)
@@ -180,14 +204,14 @@ class ModelRunner:
         shape = self._padded.shape_for(arrays) if self._padded and not whole else None
         if self._padded and shape:
             logits, tokens = self._padded.launch(shape, arrays)
-            if self._sampler.wants_best(arrays.sampled_slots):
+            if self._sampler.wants_best(arrays.sampled_slots) and not plan.is_constrained:
                 return self._pending(tokens)
-            return self._sample(logits, arrays, plan, None)
+            return self._sample_or_wait(logits, arrays, plan, None)
         hidden, sampled = self._forward(arrays)
         extras = self._prompt_extras(plan, arrays, hidden) if whole else None
         if not len(arrays.sampled):
             return self._pending(torch.empty(0, dtype=torch.int64), extras)
-        return self._sample(self._model.logits(hidden[sampled]), arrays, plan, extras)
+        return self._sample_or_wait(self._model.logits(hidden[sampled]), arrays, plan, extras)
 
     def _forward(self, arrays: StepArrays) -> tuple[torch.Tensor, torch.Tensor]:
         """A step as it is, kernel by kernel: (hidden states [num_tokens, hidden_size], sampled rows)."""
@@ -202,10 +226,22 @@ class ModelRunner:
             token_ids = resolve(token_ids, from_slots, self._newest)
         return self._model.forward(token_ids, self._attention(arrays, *rest), self.kv_cache), sampled
 
-    def _sample(
+    def _sample_or_wait(
         self, logits: torch.Tensor, arrays: StepArrays, plan: StepPlan, extras: PendingExtras | None
+    ) -> PendingTokens | PendingConstrained:
+        if plan.is_constrained:
+            return PendingConstrained(self._masks, lambda masks: self._sample(logits, arrays, plan, extras, masks))
+        return self._sample(logits, arrays, plan, extras, None)
+
+    def _sample(
+        self,
+        logits: torch.Tensor,
+        arrays: StepArrays,
+        plan: StepPlan,
+        extras: PendingExtras | None,
+        masks: TokenMasks | None,
     ) -> PendingTokens:
-        sampled = self._sampler.sample(logits, arrays.sampled_slots, arrays.positions[arrays.sampled] + 1)
+        sampled = self._sampler.sample(logits, arrays.sampled_slots, arrays.positions[arrays.sampled] + 1, masks)
         note(self._newest, self._up(arrays.sampled_slots), sampled.tokens)
         if sampled.logprobs is not None:
             extras = extras or PendingExtras()

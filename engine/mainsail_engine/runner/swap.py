@@ -19,12 +19,14 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
+import numpy as np
 import torch
 
-from mainsail_engine.step import BlockMove, PendingStep, Runner, StepPlan, StepResult
+from mainsail_engine.step import BlockMove, PendingLogits, PendingStep, Runner, StepPlan, StepResult
 from mainsail_kernels.blocks import gather_blocks, scatter_blocks
 
 log = logging.getLogger(__name__)
@@ -187,8 +189,12 @@ class SwappingStep:
     """A launched plan and its copies."""
 
     swap: HostSwap
-    step: PendingStep | None
+    step: PendingStep | PendingLogits | None
     """None: the plan had no chunk."""
+
+    def sample(self, rows: Sequence[int], fill: Callable[[np.ndarray], None]) -> None:
+        """See step.PendingLogits: of a constrained plan only."""
+        cast("PendingLogits", self.step).sample(rows, fill)
 
     def result(self) -> StepResult:
         result = StepResult([]) if self.step is None else self.step.result()

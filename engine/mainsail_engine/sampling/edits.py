@@ -70,7 +70,9 @@ class LogitEdits:
             return
         self._tenants[slot] = request
         self._tenancy += 1
-        self._min_until[slot] = 0 if request is None else len(request.prompt_token_ids) + request.params.min_tokens
+        min_tokens = 0 if request is None or request.constraint is not None else request.params.min_tokens
+        # Under a grammar the masks see to it (structured/masks.py): a text that is complete must end.
+        self._min_until[slot] = 0 if request is None else len(request.prompt_token_ids) + min_tokens
         if request is not None and any(len(word) > 1 for word in request.params.bad_words):
             self._remember(slot, request.output_token_ids[-_HISTORY:])
 

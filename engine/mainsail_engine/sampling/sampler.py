@@ -1,7 +1,8 @@
 """From logits to tokens, for a whole batch, with each request's own parameters.
 
-    logits ─▶ edits (bias, allowed and forbidden tokens) ─▶ penalties ─▶ temperature, top-k/p, min-p: draw ─▶ tokens
-       └──▶ log-probabilities, of the model's own distribution                                         └─▶ counted
+    logits ─▶ grammars' masks ─▶ edits (bias, allowed and forbidden tokens) ─▶ penalties
+       │                                                                          └─▶ draw ─▶ tokens ─▶ counted
+       └────▶ log-probabilities, of the model's own distribution
 
 Everything that a token needs lives on the device, one row for each slot: nothing here waits for the device, and a step
 may be launched before the last one's tokens are on the CPU. What a step's requests do not ask for is not computed: one
@@ -18,11 +19,13 @@ import numpy as np
 import torch
 
 from mainsail_engine.request import Request, SamplingParams
+from mainsail_engine.runner.token_masks import TokenMasks
 from mainsail_engine.sampling.edits import LogitEdits
 from mainsail_engine.sampling.logprobs import LogprobRows, logprob_rows
 from mainsail_engine.sampling.penalties import TokenCounts
 from mainsail_engine.step import FAILED_TOKEN, FORBIDDEN_TOKEN
 from mainsail_kernels import sample as kernels
+from mainsail_kernels.blocks import apply_token_bitmask
 
 DRAWS, EDITS, PENALTIES, LOGPROBS, PROMPT = 1, 2, 4, 8, 16
 """What a slot's request asks for beyond the best token. PROMPT: something of every prompt position."""
@@ -151,16 +154,22 @@ class Sampler:
         """Whether the best token of the untouched logits is all that these slots ask for."""
         return not self.slots.asks(slots) & ~PROMPT
 
-    def sample(self, logits: torch.Tensor, slots: np.ndarray, positions: np.ndarray) -> Sampled:
+    def sample(
+        self, logits: torch.Tensor, slots: np.ndarray, positions: np.ndarray, masks: TokenMasks | None = None
+    ) -> Sampled:
         """The next token of each row. logits [n, vocab], maybe changed in place; slots and positions [n] int64.
 
-        positions are those of the tokens to be sampled. A code below 0 instead of a token: see step.py.
+        positions are those of the tokens to be sampled. masks: what grammars allow, for the rows that have one. A code
+        below 0 instead of a token: see step.py.
         """
-        asks = self.slots.asks(slots)
+        asks, raw = self.slots.asks(slots), logits
+        if asks & (EDITS | PENALTIES) or (masks is not None and asks & LOGPROBS):
+            logits = logits.float() if logits.dtype != torch.float32 else logits.clone()
+        if masks is not None:
+            apply_token_bitmask(logits, masks.bits, masks.rows)
         if not asks & (EDITS | PENALTIES):
             sampled = Sampled(sample(logits, self.slots.rows(slots, positions, self._device)))
-            return self._with_logprobs(sampled, logits, slots) if asks & LOGPROBS else sampled
-        raw, logits = logits, logits.float() if logits.dtype != torch.float32 else logits.clone()
+            return self._with_logprobs(sampled, raw, slots) if asks & LOGPROBS else sampled
         if asks & EDITS:
             self._edits.apply(logits, slots, positions)
         if asks & PENALTIES:

@@ -26,6 +26,7 @@ from mainsail_engine.request import FinishReason, SamplingParams
 from mainsail_engine.server.admission import Admission
 from mainsail_engine.server.parameters import sampling_params
 from mainsail_engine.server.schemas import GenerationRequest
+from mainsail_engine.structured.grammar import Grammar
 from mainsail_engine.text.detokenizer import Detokenizer, NoText
 from mainsail_engine.text.stop_strings import StopStrings
 from mainsail_engine.text.tokenizer import Tokenizer
@@ -58,6 +59,10 @@ class Job:
     timeout_s: float | None = None
     delivered: Delivered | None = None
     """The answer goes on after this."""
+    grammar: Grammar | None = None
+    """What the answer must conform to; compiled already."""
+    keep_markers: bool = False
+    """Show the special tokens that tool calls and reasoning are told by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,7 +252,7 @@ class Serving:
     def detokenizer(self, job: Job) -> Detokenizer:
         if self.tokenizer is None:
             return NoText()
-        return self.tokenizer.detokenizer(skip_special_tokens=job.skip_special_tokens)
+        return self.tokenizer.detokenizer(skip_special_tokens=job.skip_special_tokens, keep_markers=job.keep_markers)
 
     def enter(self, request_id: str, job: Job, arrival_s: float) -> RequestTimes:
         num_prompt = len(job.prompt_token_ids)
@@ -355,6 +360,7 @@ class Generation:
         self._running = True
         add = Add(
             self._id, job.prompt_token_ids, job.params, job.priority, job.cache_salt, job.user, job.timeout_s,
+            grammar=job.grammar,
             output_token_ids=[] if delivered is None else delivered.token_ids,
         )  # fmt: skip
         self._serving.client.submit(add, self)
@@ -394,6 +400,8 @@ def generation_error(output: RequestOutput) -> RequestError:
     message = output.error or "the request was aborted"
     if output.stop_reason == "deadline":
         return RequestError(message, status=504, param="timeout", code="deadline_exceeded")
+    if output.stop_reason == "grammar":
+        return RequestError(message, code="grammar_failed")
     if output.stop_reason == "forbidden":
         return RequestError(message, code="no_token_allowed")
     return RequestError(message, status=500, code="generation_failed")

@@ -15,6 +15,12 @@ from typing import Protocol
 from tokenizers import Tokenizer as Backend
 from tokenizers.decoders import DecodeStream
 
+MARKERS = frozenset({
+    "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", "<|python_tag|>", "<tool_call>", "</tool_call>", "<think>", "</think>",
+    "[THINK]", "[/THINK]",
+})  # fmt: skip
+"""Special tokens that are part of an answer's text: what tool calls and reasoning are told by."""
+
 
 def _byte_level_alphabet() -> dict[str, int]:
     """GPT-2's printable stand-in for each byte, reversed."""
@@ -44,6 +50,10 @@ class TokenBytes:
     def is_special(self, token_id: int) -> bool:
         added = self._added.get(token_id)
         return added is not None and added.special
+
+    def is_marker(self, token_id: int) -> bool:
+        added = self._added.get(token_id)
+        return added is not None and added.content in MARKERS
 
     def __getitem__(self, token_id: int) -> bytes:
         known = self._known.get(token_id)
@@ -98,17 +108,20 @@ class Detokenizer(Protocol):
 class ByteDetokenizer:
     """Through the tokens' bytes: constant time per token."""
 
-    def __init__(self, token_bytes: TokenBytes, *, skip_special_tokens: bool = True) -> None:
+    def __init__(
+        self, token_bytes: TokenBytes, *, skip_special_tokens: bool = True, keep_markers: bool = False
+    ) -> None:
         self._bytes = token_bytes
-        self._skip = skip_special_tokens
+        self._skip, self._keep = skip_special_tokens, keep_markers
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._at_start = token_bytes.strips_leading_space
 
     def feed(self, token_ids: list[int]) -> str:
-        spelled = b"".join(
-            self._bytes[token] for token in token_ids if not (self._skip and self._bytes.is_special(token))
-        )
+        spelled = b"".join(self._bytes[token] for token in token_ids if not self._is_hidden(token))
         return self._strip(self._decoder.decode(spelled))
+
+    def _is_hidden(self, token: int) -> bool:
+        return self._skip and self._bytes.is_special(token) and not (self._keep and self._bytes.is_marker(token))
 
     def flush(self) -> str:
         return self._strip(self._decoder.decode(b"", final=True))
@@ -144,7 +157,9 @@ class NoText:
         return ""
 
 
-def make_detokenizer(token_bytes: TokenBytes, *, skip_special_tokens: bool = True) -> Detokenizer:
+def make_detokenizer(
+    token_bytes: TokenBytes, *, skip_special_tokens: bool = True, keep_markers: bool = False
+) -> Detokenizer:
     if token_bytes.kind == "other":
-        return StreamDetokenizer(token_bytes.backend, skip_special_tokens=skip_special_tokens)
-    return ByteDetokenizer(token_bytes, skip_special_tokens=skip_special_tokens)
+        return StreamDetokenizer(token_bytes.backend, skip_special_tokens=skip_special_tokens and not keep_markers)
+    return ByteDetokenizer(token_bytes, skip_special_tokens=skip_special_tokens, keep_markers=keep_markers)

@@ -45,15 +45,35 @@ class Tokenizer:
         detokenizer = self.detokenizer(skip_special_tokens=skip_special_tokens)
         return detokenizer.feed(token_ids) + detokenizer.flush()
 
-    def detokenizer(self, *, skip_special_tokens: bool = True) -> Detokenizer:
-        """A fresh one for one stream."""
-        return make_detokenizer(self._bytes, skip_special_tokens=skip_special_tokens)
+    def detokenizer(self, *, skip_special_tokens: bool = True, keep_markers: bool = False) -> Detokenizer:
+        """A fresh one for one stream. keep_markers: those special tokens that parsers look for are shown."""
+        return make_detokenizer(self._bytes, skip_special_tokens=skip_special_tokens, keep_markers=keep_markers)
 
     def token_bytes(self, token_id: int) -> bytes:
         """What the token contributes to a text; maybe half a character. Empty for ids that are no token."""
         if self._bytes.kind != "other":
             return self._bytes[token_id]
         return self._backend.decode([token_id], skip_special_tokens=False).encode()
+
+    def spelled(self, vocab_size: int) -> list[bytes] | None:
+        """The bytes of ids 0 .. vocab_size - 1; empty for control tokens and padding. None: tokens have no bytes."""
+        known = self._bytes
+        if known.kind == "other":
+            return None
+        return [b"" if known.is_special(i) and not known.is_marker(i) else known[i] for i in range(vocab_size)]
+
+    def encode_inside(self, text: str) -> list[int]:
+        """Token ids of a piece of text that follows other text: nothing is put before it."""
+        if not self._bytes.strips_leading_space:
+            return self._backend.encode(text, add_special_tokens=False).ids
+        # This kind of tokenizer begins every text with a space: let it be another text's
+        anchor = self._backend.encode("\n", add_special_tokens=False).ids
+        ids = self._backend.encode("\n" + text, add_special_tokens=False).ids
+        return ids[len(anchor) :] if ids[: len(anchor)] == anchor else []
+
+    def token_id(self, text: str) -> int | None:
+        """The id of the token with exactly this text (an added token, such as a marker)."""
+        return self._backend.token_to_id(text)
 
     def token_string(self, token_id: int) -> str:
         return self._backend.id_to_token(token_id) or ""

@@ -1,0 +1,78 @@
+"""One request's place in its grammar. Exactly the request's output tokens have been accepted, at any time.
+
+A preempted request keeps its place; n answers to one prompt have one each. It ends by accepting a stop token, which
+the grammar allows once the text is complete (and only that, once nothing can follow).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mainsail_engine.structured import bindings
+from mainsail_engine.structured.jump_forward import JumpForward
+from mainsail_engine.structured.vocabulary import Vocabulary
+
+
+class Constraint:
+    def __init__(
+        self, compiled: bindings.CompiledGrammar, vocabulary: Vocabulary, jump_forward: JumpForward | None
+    ) -> None:
+        """jump_forward None: every token is sampled, also where there is only one."""
+        self.matcher = bindings.matcher(compiled)
+        self.stop_token_ids = vocabulary.stop_token_ids
+        self._vocab_size = len(vocabulary.tokens)
+        self._jump_forward = jump_forward
+        self.ended = False
+        """A stop token was accepted."""
+        self.slow_fills = 0
+        """How often this grammar's mask took too long (masks.py)."""
+
+    def accept(self, token: int) -> bool:
+        """Move on by this token. False: the grammar does not allow it, and the request cannot go on."""
+        if self.ended or not self.matcher.accept_token(token, False):
+            return False
+        self.ended = token in self.stop_token_ids and bool(self.matcher.is_terminated())
+        return True
+
+    def forced(self, most: int, *, least: int = 1, may_end: bool = True) -> list[int]:
+        """The tokens that must come next; they are accepted. Empty where the model has a choice.
+
+        Not more than `most`; fewer than `least` are none, unless the last one ends the text. may_end: the stop token
+        may be among them, where nothing else can follow.
+        """
+        if self._jump_forward is None or self.ended or most < 1:
+            return []
+        whole, stable = self._jump_forward.tokens(self._forced_text())
+        taken = self._take(whole[:most])
+        if may_end and len(taken) == len(whole) and len(taken) < most and (stop := self._only_stop()) is not None:
+            self.accept(stop)
+            return [*taken, stop]
+        kept = min(stable, len(taken))
+        if kept < least:
+            kept = 0
+        if len(taken) > kept:
+            self.matcher.rollback(len(taken) - kept)
+        return taken[:kept]
+
+    def _forced_text(self) -> str:
+        try:
+            return str(self.matcher.find_jump_forward_string())
+        except UnicodeDecodeError:
+            return ""  # in the middle of a character
+
+    def _take(self, tokens: list[int]) -> list[int]:
+        for count, token in enumerate(tokens):
+            if not self.matcher.accept_token(token, False):
+                return tokens[:count]
+        return tokens
+
+    def _only_stop(self) -> int | None:
+        """The stop token, where the text is complete and nothing else may follow."""
+        if not self.matcher.is_completed():
+            return None
+        mask = np.zeros((1, bindings.mask_words(self._vocab_size)), np.int32)
+        self.matcher.fill_next_token_bitmask(mask, 0, False)
+        if np.count_nonzero(mask[0, :-1]) > len(self.stop_token_ids):
+            return None
+        allowed = bindings.allowed_tokens(mask[0], self._vocab_size).tolist()
+        return allowed[0] if allowed and set(allowed) <= set(self.stop_token_ids) else None

@@ -1,0 +1,100 @@
+"""Which tokens may come next, for the constrained rows of one step: one bit for each token, 1 for allowed.
+
+All masks of a step are filled in one call, by several threads where there are many, while the device computes the
+step's forward pass (core.py says when). A mask takes microseconds; a grammar may still turn out slow late in a text,
+beyond what the compiler tried. Then the rows of the next steps are filled one at a time until the slow one is known,
+and its request fails alone.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from mainsail_engine.request import Request
+from mainsail_engine.step import StepPlan
+from mainsail_engine.structured import bindings
+from mainsail_engine.structured.constraint import Constraint
+
+ROWS_PER_THREAD = 64
+MAX_THREADS = 8
+SLOW_STEP_S = 0.1
+"""All masks of a step. Beyond it, the rows are looked at one by one."""
+SLOW_ROW_S = 0.05
+MAX_SLOW_FILLS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    index: int
+    """Among the rows that the step samples."""
+    request: Request
+    constraint: Constraint
+    no_stop: tuple[int, ...] = ()
+    """Stop tokens that are not allowed yet (min_tokens)."""
+
+
+def constrained_rows(plan: StepPlan) -> list[Row]:
+    """The rows whose next token the grammar has a say in.
+
+    Not those of requests that have ended since the step was launched, nor those whose next token is known already: a
+    jump forward has left the step's sample without a use.
+    """
+    rows: list[Row] = []
+    index = -1
+    for chunk in plan.chunks:
+        index += chunk.samples
+        request = chunk.request
+        constraint = request.constraint
+        if constraint is None or not chunk.samples or request.is_finished or not request.num_in_flight:
+            continue
+        early = len(request.output_token_ids) < request.params.min_tokens
+        rows.append(Row(index, request, constraint, constraint.stop_token_ids if early else ()))
+    return rows
+
+
+class MaskFiller:
+    def __init__(self, num_threads: int | None = None) -> None:
+        threads = num_threads or min(MAX_THREADS, max(1, len(os.sched_getaffinity(0)) // 2))
+        self._alone = bindings.batch_matcher(1)
+        self._together = bindings.batch_matcher(threads) if threads > 1 else self._alone
+        self._suspicious = False
+
+    def fill(self, rows: list[Row], masks: np.ndarray) -> list[Row]:
+        """Write each row's mask: masks is [len(rows), words] int32. Returns the rows that are too slow to go on."""
+        started = time.perf_counter()
+        if self._suspicious:
+            slow = self._one_by_one(rows, masks)
+        else:
+            batch = self._together if len(rows) >= ROWS_PER_THREAD else self._alone
+            batch.batch_fill_next_token_bitmask([row.constraint.matcher for row in rows], masks, None, False)
+            slow = []
+        self._suspicious = time.perf_counter() - started > SLOW_STEP_S
+        for place, row in enumerate(rows):
+            if row.no_stop:
+                _forbid(masks[place], row.no_stop)
+        return slow
+
+    def _one_by_one(self, rows: list[Row], masks: np.ndarray) -> list[Row]:
+        slow: list[Row] = []
+        for place, row in enumerate(rows):
+            started = time.thread_time()
+            row.constraint.matcher.fill_next_token_bitmask(masks, place, False)
+            if time.thread_time() - started > SLOW_ROW_S:
+                row.constraint.slow_fills += 1
+                if row.constraint.slow_fills >= MAX_SLOW_FILLS:
+                    slow.append(row)
+        return slow
+
+
+def _forbid(mask: np.ndarray, tokens: tuple[int, ...]) -> None:
+    """Clear these tokens' bits, unless nothing would be left: a complete text must end."""
+    kept = mask.copy()
+    words = kept.view(np.uint32)
+    for token in tokens:
+        words[token >> 5] &= np.uint32(0xFFFFFFFF ^ (1 << (token & 31)))
+    if kept.any():
+        mask[:] = kept
