@@ -108,6 +108,9 @@ class SimulatedEngine:
         """Nothing may run: until the next timer, or for a moment while requests wait."""
         waits = [self.now + IDLE_S] if self.scheduler.has_work else []
         waits += [self._timers[0][0]] if self._timers else []
+        wake_s = self.scheduler.wake_s
+        if wake_s is not None and waits:
+            waits.append(max(wake_s, self.now + IDLE_S))
         self.now = min(waits, default=self.now)
 
     def step(self) -> bool:

@@ -65,6 +65,8 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_inter_token_latency_ms: float | None = None
     """What a step may take while requests decode; chunks of prompts are cut to it, from measured times. 0: no bound.
     None: 50 on CUDA, no bound on the CPU."""
+    agent_sessions: bool = True
+    """Keep the KV of sessions that are expected back, and hold new turns rather than displace it. Off: to compare."""
     watermark: float = 0.01
     """Share of the blocks that admission leaves free, so that running requests grow without preempting at once."""
 

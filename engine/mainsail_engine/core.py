@@ -81,6 +81,8 @@ class SchedulerLike(Protocol):
     def schedule(self, now: float) -> StepPlan | None: ...
     def commit(self, plan: StepPlan, result: StepResult, now: float) -> list[RequestOutput]: ...
     def take_outputs(self) -> list[RequestOutput]: ...
+    @property
+    def wake_s(self) -> float | None: ...
     def set_host_blocks(self, num_blocks: int) -> None: ...
     def fail(self, request: Request, message: str) -> None: ...
     def stats(self) -> SchedulerStats: ...
@@ -118,6 +120,11 @@ class EngineCore:
     @property
     def has_work(self) -> bool:
         return bool(self._in_flight or self._refused or self._parked) or self._stats_due or self._scheduler.has_work
+
+    def idle_s(self, now: float) -> float | None:
+        """How long there is nothing to do, if no command comes. None: for ever."""
+        wake_s = self._scheduler.wake_s
+        return None if wake_s is None else max(IDLE_S, wake_s - now)
 
     def handle(self, command: Add | Abort, now: float) -> None:
         if isinstance(command, Add):
@@ -349,9 +356,9 @@ def run_loop(core: EngineCore, mailbox: Mailbox) -> None:
     outputs: StepOutputs | None = None
     while True:
         if not core.has_work:
-            core.handle(mailbox.commands.get(), time.monotonic())
+            _wait_for_command(core, mailbox, core.idle_s(time.monotonic()))
         elif outputs is None:
-            _wait_for_command(core, mailbox)
+            _wait_for_command(core, mailbox, IDLE_S)
         while not mailbox.commands.empty():
             core.handle(mailbox.commands.get(), time.monotonic())
         outputs = core.step(time.monotonic())
@@ -359,10 +366,10 @@ def run_loop(core: EngineCore, mailbox: Mailbox) -> None:
             mailbox.send(outputs)
 
 
-def _wait_for_command(core: EngineCore, mailbox: Mailbox) -> None:
-    """There is work, but none of it may run now: do not spin."""
+def _wait_for_command(core: EngineCore, mailbox: Mailbox, timeout_s: float | None) -> None:
+    """Nothing may run now: do not spin."""
     with contextlib.suppress(queue.Empty):
-        core.handle(mailbox.commands.get(timeout=IDLE_S), time.monotonic())
+        core.handle(mailbox.commands.get(timeout=timeout_s), time.monotonic())
 
 
 def build(config: EngineConfig) -> tuple[EngineCore, Ready]:

@@ -55,6 +55,11 @@ GAUGES = {
     "vllm:gpu_cache_usage_perc": "The older name of vllm:kv_cache_usage_perc.",
     "mainsail:kv_waste_perc": "Room in allocated KV blocks that holds nothing, as a share of what is in use.",
     "mainsail:host_cache_usage_perc": "Share of the host memory for KV that holds something: 0 to 1.",
+    "mainsail:sessions_active": "Agent sessions with a turn that runs or waits for room.",
+    "mainsail:sessions_acting": "Agent sessions between turns, their KV kept on the device.",
+    "mainsail:sessions_parked": "Agent sessions between turns that are expected back; their KV may be in host memory.",
+    "mainsail:sessions_held": "Agent sessions with a turn that is held, because others are expected back.",
+    "mainsail:sessions_kv_wanted_blocks": "KV blocks of all live sessions, wherever they are.",
     "mainsail:last_step_timestamp_seconds": "Unix time of the last finished step: the heartbeat.",
 }
 COUNTERS = {
@@ -71,6 +76,20 @@ COUNTERS = {
     "mainsail:steps": "Forward passes.",
     "mainsail:admitted": "Requests let in by admission.",
 }
+STATS_GAUGES = {
+    "vllm:num_requests_running": "num_running",
+    "vllm:num_requests_waiting": "num_waiting",
+    "vllm:kv_cache_usage_perc": "kv_usage",
+    "vllm:gpu_cache_usage_perc": "kv_usage",
+    "mainsail:kv_waste_perc": "kv_waste",
+    "mainsail:host_cache_usage_perc": "host_usage",
+    "mainsail:sessions_active": "sessions_active",
+    "mainsail:sessions_acting": "sessions_acting",
+    "mainsail:sessions_parked": "sessions_parked",
+    "mainsail:sessions_held": "sessions_held",
+    "mainsail:sessions_kv_wanted_blocks": "sessions_kv_wanted",
+}
+"""Gauges that every step's stats bring, and the fields they come in."""
 STATS_COUNTERS = {
     "vllm:num_preemptions": "num_preemptions",
     "vllm:prefix_cache_queries": "prefix_cache_queries",
@@ -168,12 +187,8 @@ class Metrics:
 
     def step(self, step: StepOutputs) -> None:
         stats, last = step.stats, self._last_stats
-        self._gauges["vllm:num_requests_running"].set(stats.num_running)
-        self._gauges["vllm:num_requests_waiting"].set(stats.num_waiting)
-        self._gauges["vllm:kv_cache_usage_perc"].set(stats.kv_usage)
-        self._gauges["vllm:gpu_cache_usage_perc"].set(stats.kv_usage)
-        self._gauges["mainsail:kv_waste_perc"].set(stats.kv_waste)
-        self._gauges["mainsail:host_cache_usage_perc"].set(stats.host_usage)
+        for name, field_name in STATS_GAUGES.items():
+            self._gauges[name].set(getattr(stats, field_name))
         self._gauges["mainsail:last_step_timestamp_seconds"].set(time.time())
         for name, field_name in STATS_COUNTERS.items():
             self._counters[name].inc(getattr(stats, field_name) - getattr(last, field_name))

@@ -115,6 +115,16 @@ class SchedulerStats(msgspec.Struct, frozen=True, array_like=True):
     """Tokens that preempted requests had computed before and had to compute again."""
     kv_waste: float = 0.0
     """Room in allocated blocks that holds nothing, as a share of what is in use."""
+    sessions_active: int = 0
+    """With a turn that runs, or waits for room."""
+    sessions_acting: int = 0
+    """Between turns, their KV kept on the device."""
+    sessions_parked: int = 0
+    """Between turns, expected back; their KV may go to the host."""
+    sessions_held: int = 0
+    """With a turn that is held, because others are expected back."""
+    sessions_kv_wanted: int = 0
+    """KV blocks of all live sessions together, wherever they are: more than the pool has is over-subscription."""
 
 
 class FirstScheduled(msgspec.Struct, frozen=True, array_like=True):

@@ -19,6 +19,7 @@ import msgspec
 
 if TYPE_CHECKING:
     from mainsail_engine.kv.prefix_tree import Node
+    from mainsail_engine.sessions import Session
     from mainsail_engine.structured.constraint import Constraint
 
 
@@ -108,6 +109,10 @@ class Request:
     """Requests share cached prefixes only with the same salt."""
     user: str = ""
     """Whose account this request is charged to: users who wait are served fairly."""
+    session_id: str = ""
+    """The client's name for the conversation, if it has one: sessions are recognised without (sessions.py)."""
+    session: Session | None = None
+    """Whose turn this is. Set by the scheduler."""
     deadline_s: float | None = None
     """Monotonic clock: not finished by then, the request ends with an error. None: no deadline."""
     constraint: Constraint | None = None
@@ -140,7 +145,7 @@ class Request:
     max_num_tokens: int = 0
     """Prompt and answer together end here: by max_tokens, or the model's length. Set by the scheduler."""
     arrival_index: int = -1
-    """Order of arrival, kept through preemptions. Set by the scheduler."""
+    """Place in the queue: by its session's arrival, then its own; kept through preemptions. Set by the scheduler."""
     tree_node: Node | None = None
     """Where this request's written path ends in the prefix tree; None: at the root."""
     num_tree_blocks: int = 0
@@ -149,6 +154,10 @@ class Request:
     """The tree's blocks for content that this request computed a second time; owned to keep the path."""
     load: int = 0
     """Number of the last load from the host that this request waits for (kv/host_tier.py). 0: of none."""
+    held_room: int = 0
+    """While it is held for other sessions: the available blocks that it would need."""
+    held_step: int = 0
+    """… and the step that last looked at it."""
     num_lost_tokens: int = 0
     """Positions that were computed when it was preempted last, and not resumed from yet."""
 

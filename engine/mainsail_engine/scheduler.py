@@ -36,6 +36,7 @@ from mainsail_engine.kv.cache import KVCache, blocks_for
 from mainsail_engine.kv.prefix_tree import Match, Node, pack_tokens
 from mainsail_engine.protocol import RequestOutput, SchedulerStats
 from mainsail_engine.request import FinishReason, Request, RequestStatus
+from mainsail_engine.residency import Residency
 from mainsail_engine.step import FORBIDDEN_TOKEN, Chunk, ChunkExtras, StepPlan, StepResult
 from mainsail_engine.waiting import OUTPUT_WEIGHT, PROMPT_WEIGHT, Account, WaitingQueue
 
@@ -52,6 +53,8 @@ RETRY_STEPS = 16
 """A request that did not fit is matched anew when room has grown enough, or after this many steps."""
 WASTE_STEPS = 32
 """The gauge of unused room is taken anew every so many steps: it looks at every request."""
+MEASURED_PREFILL = 256
+"""A step with so many prompt tokens tells how long computing KV takes."""
 LOADS_PER_STEP = 128
 """Blocks that one plan begins to load: enough to keep the bus busy, few enough that others' loads come in between."""
 
@@ -102,6 +105,9 @@ class Scheduler:
         self._num_preemptions = self._prefix_queries = self._prefix_hits = 0
         self._host_hits = self._num_recomputed = 0
         self._kv_waste = 0.0
+        self._residency = Residency(self.kv) if self._sharing and config.scheduler.agent_sessions else None
+        self._num_held = 0
+        self._now = self._loading_since_s = 0.0
         self._chunking = ChunkController(max_inter_token_latency_s) if max_inter_token_latency_s > 0 else None
         self._last_commit_s = 0.0
 
@@ -128,6 +134,8 @@ class Scheduler:
             raise RequestError("the tokens generated already leave none to generate", code="invalid_resume")
         request.arrival_index = self._num_arrivals
         self._num_arrivals += 1
+        if self._residency is not None:
+            self._residency.arrive(request, request.arrival_time_s)
         self._requests[request.request_id] = request
         self._accounts[request.request_id] = self._waiting.join(request)
         self._look_again(request)
@@ -175,6 +183,11 @@ class Scheduler:
         return bool(self._requests or self._outputs) or self._plans_in_flight > 0
 
     @property
+    def wake_s(self) -> float | None:
+        """When there is something to do without any command, on the clock of `schedule`. None: not foreseen."""
+        return self._residency.next_fetch_s() if self._residency is not None else None
+
+    @property
     def num_running(self) -> int:
         return len(self._decoding) + len(self._prefilling)
 
@@ -183,6 +196,9 @@ class Scheduler:
     def schedule(self, now: float) -> StepPlan | None:
         """The next step's plan. None: nothing to do before another request or the step in flight comes in."""
         self._num_steps += 1
+        self._now = now
+        if self._residency is not None:
+            self._residency.advance(now)
         plan, preempted_before = StepPlan(planned_s=now), self._num_preemptions
         self._expire(now)
         self._make_room_for_decodes()
@@ -193,7 +209,11 @@ class Scheduler:
         if not plan.chunks and not self._plans_in_flight and not self.kv.host.is_loading:
             self._unblock(plan)
         self.kv.unpin()
+        if self._residency is not None and not self._waiting:
+            self._fetch_ahead(self._residency)
         plan.stores = self.kv.host.take_stores()
+        if not self.kv.host.is_on_bus:
+            self._loading_since_s = now
         plan.loads = self.kv.host.take_loads(LOADS_PER_STEP)
         waits_for_loads = self.kv.host.is_loading and not self._plans_in_flight
         if not (plan.chunks or plan.stores or plan.loads or waits_for_loads):
@@ -276,9 +296,13 @@ class Scheduler:
         if not self._waiting or budget <= 0 or self.num_running >= self._max_running or self._still_blocked():
             return
         computing, held = self._blocks_being_computed(), False
+        self._num_held = 0
         for request in islice(self._waiting.in_order(), 4 * self._max_running):
             if budget <= 0 or self.num_running >= self._max_running or request.num_launched_chunks:
                 return  # the last: it was preempted, and its step has not come back
+            if self._is_held(request):
+                self._num_held += 1
+                continue
             match = self.kv.match(request)
             next_key = self._next_key(request, match.node, match.num_blocks)
             computed_by_another = next_key in computing and not request.params.reads_whole_prompt
@@ -286,9 +310,14 @@ class Scheduler:
                 held = True
                 continue  # this block is being written or loaded right now: share it in a moment
             lacking = self._lacking(request, match)
+            if lacking > 0 and self.kv.pool.num_kept:
+                lacking = self._displace(request, match, lacking)
+                if 0 < lacking <= self.kv.pool.num_kept + self._watermark:
+                    self._hold(request, lacking)
+                    continue
             if lacking > 0:
                 if not held:
-                    room = self.kv.pool.num_available + lacking
+                    room = self.kv.pool.num_unkept + lacking
                     self._blocked = (self._waiting.order(request), room, self._num_steps)
                 return
             self._start(plan, request, match)
@@ -302,7 +331,7 @@ class Scheduler:
         if self._blocked is None or not self.num_running:
             return False
         _, available, step = self._blocked
-        return self.kv.pool.num_available < available and self._num_steps - step < RETRY_STEPS
+        return self.kv.pool.num_unkept < available and self._num_steps - step < RETRY_STEPS
 
     def _lacking(self, request: Request, match: Match) -> int:
         """Blocks missing for the whole request above the watermark and the prompts begun.
@@ -312,12 +341,42 @@ class Scheduler:
         """
         reserved = self._watermark if self.num_running else 0
         reserved += sum(blocks_for(r.num_tokens) - len(r.block_ids) for r in self._prefilling)
-        room = self.kv.pool.num_available - reserved
+        room = self.kv.pool.num_available if self._residency is None else self._residency.room_for(request)
+        room -= reserved
         lacking = self.kv.blocks_wanted(request, match) - room
         if lacking > 0 and match.tail_tokens:
             match.tail_tokens = 0
             lacking = self.kv.blocks_wanted(request, match) - room
         return lacking
+
+    # -- sessions ------------------------------------------------------------------------------------------------
+
+    def _displace(self, request: Request, match: Match, lacking: int) -> int:
+        """Take room from what is kept for younger sessions. Returns the blocks that are lacking then."""
+        if self._residency is None or not self._residency.displace(request, lacking, self._now):
+            return lacking
+        return self._lacking(request, match)
+
+    def _hold(self, request: Request, lacking: int) -> None:
+        """It would fit, but for sessions that are expected back: its turn has not begun, and waits as a whole."""
+        request.held_room = self.kv.pool.num_unkept + lacking
+        request.held_step = self._num_steps
+        self._num_held += 1
+
+    def _is_held(self, request: Request) -> bool:
+        """Whether it was held a moment ago, and nothing has changed since that could help it."""
+        pool = self.kv.pool
+        return (
+            request.held_room > pool.num_unkept
+            and self._num_steps - request.held_step < RETRY_STEPS
+            and pool.num_kept > 0
+        )
+
+    def _fetch_ahead(self, residency: Residency) -> None:
+        due_s = residency.next_fetch_s()
+        if due_s is not None and due_s <= self._now:
+            begun = sum(blocks_for(r.num_tokens) - len(r.block_ids) for r in self._prefilling)
+            residency.fetch_ahead(self._now, self.kv.pool.num_unkept - begun - self._watermark)
 
     def _blocks_being_computed(self) -> set[BlockKey]:
         """The next block of every prompt of which a step in flight, or to come, writes more."""
@@ -340,6 +399,9 @@ class Scheduler:
         copy = self.kv.admit(request, match)
         if copy is not None:
             plan.copies.append(copy)
+        if self._residency is not None:
+            self._residency.started(request)
+        request.held_room = 0
         request.slot = self._slots.pop()
         request.move(RequestStatus.RUNNING)
         self._prefilling.append(request)
@@ -401,8 +463,9 @@ class Scheduler:
     def commit(self, plan: StepPlan, result: StepResult, now: float) -> list[RequestOutput]:
         """Take a finished step's tokens, in launch order. Returns what each request got."""
         self._plans_in_flight -= 1
+        self._now = now
         self._measure(plan, now)
-        self.kv.loaded(result.num_loaded)
+        self._take_loads(result.num_loaded, now)
         outputs = self.take_outputs()
         tokens = iter(result.token_ids)
         for index, chunk in enumerate(plan.chunks):
@@ -428,12 +491,24 @@ class Scheduler:
                 outputs.append(self._accept(request, [token]))
         return outputs
 
+    def _take_loads(self, num_loaded: int, now: float) -> None:
+        """So many blocks have come from the host since the start."""
+        arrived = num_loaded - self.kv.host.num_loaded
+        if arrived > 0 and self._residency is not None:
+            self._residency.loaded(arrived, now - self._loading_since_s)
+            self._loading_since_s = now
+        self.kv.loaded(num_loaded)
+
     def _measure(self, plan: StepPlan, now: float) -> None:
         """How long the step took: from the end of the one before it, if that was later than its own beginning."""
         began_s, self._last_commit_s = max(plan.planned_s, self._last_commit_s), now
+        prefills = plan.chunks[plan.num_decodes :]
+        if self._residency is not None and prefills:
+            num_tokens = sum(chunk.num_tokens for chunk in prefills)
+            if num_tokens >= MEASURED_PREFILL:
+                self._residency.computed(num_tokens, now - began_s)
         if self._chunking is None or not plan.chunks:
             return
-        prefills = plan.chunks[plan.num_decodes :]
         context = plan.decode_context or sum(chunk.start for chunk in plan.chunks[: plan.num_decodes])
         work = StepWork(
             plan.num_decodes,
@@ -554,11 +629,15 @@ class Scheduler:
     def _finish(self, request: Request, reason: FinishReason) -> None:
         if request.status is RequestStatus.RUNNING:
             self._stop_running(request)
-            self.kv.release(request)
+            leaf = self.kv.release(request)
+            if self._residency is not None:
+                self._residency.finished(request, leaf, self._now)
         else:
             self._waiting.remove(request)
             self.kv.forget_tenant(request)
             self._look_again(request)
+            if self._residency is not None:
+                self._residency.abandoned(request)
         request.move(RequestStatus.FINISHED)
         request.finish_reason = reason
         del self._requests[request.request_id], self._accounts[request.request_id]
@@ -592,10 +671,25 @@ class Scheduler:
             num_swapped_in=host.num_loaded,
             num_recomputed_tokens=self._num_recomputed,
             kv_waste=self._kv_waste,
+            **self._session_stats(),
         )
+
+    def _session_stats(self) -> dict[str, int]:
+        residency, pool = self._residency, self.kv.pool
+        if residency is None:
+            return {}
+        return {
+            "sessions_active": self.num_running + len(self._waiting) - self._num_held,
+            "sessions_acting": residency.num_acting,
+            "sessions_parked": residency.num_parked,
+            "sessions_held": self._num_held,
+            "sessions_kv_wanted": pool.num_owned + pool.num_kept + residency.parked_blocks,
+        }
 
     def check_integrity(self) -> None:
         """Recount blocks, references and slots. Raises BlockPoolError. For tests after every step, and when idle."""
+        if self._residency is not None:
+            self._residency.check_integrity()
         self.kv.check_integrity(self._decoding + self._prefilling)
 
 

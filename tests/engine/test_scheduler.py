@@ -128,15 +128,19 @@ class Engine:
     """Scheduler and device together, up to `depth` steps in flight."""
 
     def __init__(self, num_blocks=32, max_model_len=200, max_num_seqs=8, budget=48, depth=1, **options) -> None:
+        sessions = options.pop("sessions", True)
         watermark, host, lag = options.pop("watermark", 0.05), options.pop("host", 0), options.pop("lag", 0)
         config = EngineConfig(
             model=ModelConfig(path="none"),
             cache=CacheConfig(num_blocks=num_blocks, **options),
             scheduler=SchedulerConfig(
-                max_num_seqs=max_num_seqs, max_num_batched_tokens=budget, watermark=watermark
+                max_num_seqs=max_num_seqs, max_num_batched_tokens=budget, watermark=watermark,
+                agent_sessions=sessions,
             ),
         )  # fmt: skip
         self.scheduler = Scheduler(config, num_blocks, max_model_len, [EOS], num_host_blocks=host)
+        if sessions and self.scheduler._residency is not None:  # so small a pool would not be worth keeping anything
+            self.scheduler._residency._threshold = lambda: 0.01
         self.device = Device(num_blocks, max_num_seqs, host, lag)
         self.budget, self.depth, self.now = budget, depth, 0.0
         self.in_flight = deque()
@@ -171,7 +175,7 @@ class Engine:
         if self.in_flight and (plan is None or len(self.in_flight) >= self.depth):
             self.commit()
             return True
-        return plan is not None
+        return plan is not None or self.scheduler.stats().sessions_held > 0
 
     def check_plan(self, plan, decoding) -> None:
         assert 0 <= plan.num_tokens <= self.budget
@@ -617,11 +621,13 @@ class RandomTraffic(RuleBasedStateMachine):
         num_blocks=st.integers(6, 28), depth=st.integers(1, 2), budget=st.integers(4, 64),
         seqs=st.integers(1, 8), caching=st.sampled_from([True, True, True, False]),
         watermark=st.sampled_from([0.0, 0.1]), host=st.sampled_from([0, 3, 10, 60]), lag=st.sampled_from([0, 1, 5]),
+        sessions=st.sampled_from([True, True, False]),
     )  # fmt: skip
-    def start(self, num_blocks, depth, budget, seqs, caching, watermark, host, lag):
+    def start(self, num_blocks, depth, budget, seqs, caching, watermark, host, lag, sessions):
         self.engine = Engine(
             num_blocks=num_blocks, max_model_len=min(150, num_blocks * 16), max_num_seqs=seqs, budget=budget,
             depth=depth, enable_prefix_caching=caching, watermark=watermark, host=host, lag=lag,
+            sessions=sessions,
         )  # fmt: skip
 
     @rule(
@@ -643,6 +649,10 @@ class RandomTraffic(RuleBasedStateMachine):
             tokens = before.prompt_token_ids + before.output_token_ids + prompt(pick, own)
             if len(tokens) < self.engine.scheduler.max_model_len:
                 self.engine.add(tokens, max_tokens=max_tokens, salt=before.cache_salt)
+
+    @rule(seconds=st.sampled_from([0.2, 1.0, 5.0, 40.0, 700.0]))
+    def time_passes(self, seconds):
+        self.engine.now += seconds
 
     @rule(pick=st.integers(0, 1 << 16))
     def client_goes(self, pick):
@@ -678,28 +688,39 @@ RandomTraffic.TestCase.settings = settings(
 test_random_traffic = RandomTraffic.TestCase
 
 
-@pytest.mark.parametrize(("depth", "host"), [(1, 0), (2, 0), (1, 30), (2, 30)])
-def test_a_long_mixed_run(depth, host):
+@pytest.mark.parametrize(
+    ("depth", "host", "sessions"), [(1, 0, False), (2, 0, True), (1, 30, True), (2, 30, False), (2, 30, True)]
+)
+def test_a_long_mixed_run(depth, host, sessions):
     """5,000 steps of random traffic in a pool far too small."""
     rng = random.Random(depth)
     engine = Engine(
-        num_blocks=24, max_model_len=200, max_num_seqs=6, budget=40, depth=depth, watermark=0.02, host=host, lag=3
-    )
+        num_blocks=24, max_model_len=200, max_num_seqs=6, budget=40, depth=depth, watermark=0.02, host=host, lag=3,
+        sessions=sessions,
+    )  # fmt: skip
+    most_kept = 0
     for _ in range(5000):
         if rng.random() < 0.12 and len(engine.scheduler._waiting) < 10:
             tokens = rng.choice(STEMS)[: rng.randrange(90)] + prompt(rng.randrange(99), rng.randrange(1, 40))
             engine.add(
                 tokens, max_tokens=rng.randrange(1, 60), priority=rng.randrange(2), ignore_eos=rng.random() < 0.5
             )
+        if rng.random() < 0.05 and engine.finished:
+            before = engine.requests[rng.choice(list(engine.finished)[-8:])]
+            tokens = before.prompt_token_ids + before.output_token_ids + prompt(rng.randrange(99), 9)
+            if len(tokens) < 200:
+                engine.add(tokens, max_tokens=rng.randrange(1, 20))
+        most_kept = max(most_kept, engine.scheduler.kv.pool.num_kept)
         if rng.random() < 0.01 and (live := [r for r in engine.requests.values() if not r.is_finished]):
             engine.scheduler.abort([rng.choice(live).request_id])
         engine.step()
     engine.run()
     engine.check_outputs()
     stats = engine.scheduler.stats()
-    assert stats.num_preemptions > 20
+    assert stats.num_preemptions > (0 if sessions else 20)
     assert stats.prefix_cache_hits > 0.2 * stats.prefix_cache_queries
-    assert (stats.num_swapped_in > 100) == bool(host)
+    assert (stats.num_swapped_in > 50) == bool(host)
+    assert (most_kept > 0) == sessions
 
 
 def test_little_of_the_allocated_room_is_unused_at_any_time():

@@ -9,7 +9,8 @@ Every block is in exactly one of three states, and the pool alone moves it:
           holds it
 
 `owned`: at least one request references it (`ref_counts[block] > 0`); the prefix tree may hold it as well.
-`idle`: only the prefix tree holds it; its content is useful, its room can be had by eviction.
+`idle`: only the prefix tree holds it; its content is useful, its room can be had by eviction. Some idle blocks are
+*kept*: they belong to a session that is expected back, and go only when whoever keeps them lets go (residency.py).
 So free + owned + idle = total, always; `check_integrity` recounts it.
 
 The pool promises nothing about content: what a block holds is the prefix tree's knowledge, and when idle blocks go is
@@ -26,7 +27,7 @@ class BlockPoolError(RuntimeError):
 
 
 class BlockPool:
-    __slots__ = ("_free", "cached", "num_blocks", "num_idle", "ref_counts")
+    __slots__ = ("_free", "cached", "kept", "num_blocks", "num_idle", "num_kept", "ref_counts")
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
@@ -35,6 +36,10 @@ class BlockPool:
         self.cached = bytearray(num_blocks)
         """1 where the prefix tree holds the block."""
         self.num_idle = 0
+        self.kept = bytearray(num_blocks)
+        """1 where a cached block is kept."""
+        self.num_kept = 0
+        """Idle blocks that are kept."""
         self._free = list(range(num_blocks - 1, -1, -1))
 
     @property
@@ -47,6 +52,11 @@ class BlockPool:
         return len(self._free) + self.num_idle
 
     @property
+    def num_unkept(self) -> int:
+        """Available blocks that are not kept for a session."""
+        return len(self._free) + self.num_idle - self.num_kept
+
+    @property
     def num_owned(self) -> int:
         return self.num_blocks - len(self._free) - self.num_idle
 
@@ -55,6 +65,7 @@ class BlockPool:
         added = range(self.num_blocks, num_blocks)
         self.ref_counts.extend(0 for _ in added)
         self.cached.extend(bytes(len(added)))
+        self.kept.extend(bytes(len(added)))
         self._free[:0] = reversed(added)
         self.num_blocks += len(added)
 
@@ -74,6 +85,7 @@ class BlockPool:
                 if not self.cached[block]:
                     raise BlockPoolError(f"block {block} is free and cannot be shared")
                 self.num_idle -= 1
+                self.num_kept -= self.kept[block]
             refs[block] += 1
 
     def release(self, blocks: Iterable[int]) -> list[int]:
@@ -88,6 +100,7 @@ class BlockPool:
                 raise BlockPoolError(f"block {block} was released more often than it was acquired")
             if self.cached[block]:
                 idle.append(block)
+                self.num_kept += self.kept[block]
             else:
                 self._free.append(block)
         self.num_idle += len(idle)
@@ -103,10 +116,20 @@ class BlockPool:
         """The prefix tree lets go of a block: free, unless a request still owns it."""
         if not self.cached[block]:
             raise BlockPoolError(f"block {block} is not cached")
+        self.keep(block, False)
         self.cached[block] = 0
         if self.ref_counts[block] == 0:
             self.num_idle -= 1
             self._free.append(block)
+
+    def keep(self, block: int, kept: bool) -> None:
+        """Keep a cached block from being evicted, or no more."""
+        if not self.cached[block]:
+            raise BlockPoolError(f"block {block} is not cached: there is nothing to keep")
+        if self.kept[block] != kept:
+            self.kept[block] = kept
+            if self.ref_counts[block] == 0:
+                self.num_kept += 1 if kept else -1
 
     def check_integrity(self) -> None:
         """Recount everything. Raises BlockPoolError with the first thing that does not add up."""
@@ -115,6 +138,11 @@ class BlockPool:
             raise BlockPoolError("a block is on the free list twice")
         if any(self.ref_counts[block] or self.cached[block] for block in free):
             raise BlockPoolError("a free block is owned or cached")
+        if any(kept and not cached for kept, cached in zip(self.kept, self.cached, strict=True)):
+            raise BlockPoolError("a block is kept, but not cached")
+        kept = sum(1 for count, kept in zip(self.ref_counts, self.kept, strict=True) if kept and not count)
+        if kept != self.num_kept:
+            raise BlockPoolError(f"{kept} idle blocks are kept, counted {self.num_kept}")
         if any(count < 0 for count in self.ref_counts):
             raise BlockPoolError("a reference count is negative")
         idle = sum(1 for count, cached in zip(self.ref_counts, self.cached, strict=True) if cached and not count)

@@ -15,10 +15,12 @@ when the request resumes. Without prefix caching that works too, under a root of
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from mainsail_engine.config import BLOCK_SIZE
 from mainsail_engine.kv.block_pool import BlockPool, BlockPoolError
 from mainsail_engine.kv.host_tier import HostTier
-from mainsail_engine.kv.prefix_tree import Match, PrefixTree, pack_tokens
+from mainsail_engine.kv.prefix_tree import Match, Node, PrefixTree, pack_tokens
 from mainsail_engine.request import Request
 from mainsail_engine.step import BlockCopy, BlockMove
 
@@ -34,6 +36,8 @@ class KVCache:
         self.host = HostTier(num_host_blocks)
         self.tree = PrefixTree(self.pool, self.host)
         self._sharing = enable_prefix_caching
+        self.let_one_go: Callable[[], bool] = lambda: False
+        """Gives up what is kept for one session. False: nothing is kept for any (set by residency.py)."""
         self._pinned: list[int] = []
         """Sources of this step's copies: nobody may get them before the plan is made."""
 
@@ -49,11 +53,14 @@ class KVCache:
         return self.tree.match(request.token_ids(0, request.num_tokens), self._salt(request), limit)
 
     def blocks_wanted(self, request: Request, match: Match) -> int:
-        """Available blocks that admission takes: those to compute or to load, and the matched ones that lie idle."""
-        refs = self.pool.ref_counts
-        idle = sum(1 for block in match.blocks if refs[block] == 0)
+        """Available blocks that admission takes: those to compute or to load, and the matched ones that lie idle.
+
+        Kept ones do not count: they are not available to others either (`num_unkept`).
+        """
+        refs, kept = self.pool.ref_counts, self.pool.kept
+        idle = sum(1 for block in match.blocks if refs[block] == 0 and not kept[block])
         tail = match.tail if match.tail_tokens else None
-        tail_idle = tail is not None and tail.block >= 0 and refs[tail.block] == 0
+        tail_idle = tail is not None and tail.block >= 0 and refs[tail.block] == 0 and not kept[tail.block]
         return blocks_for(request.num_tokens) - len(match.blocks) + idle + tail_idle
 
     def tail_is_loading(self, match: Match) -> bool:
@@ -107,6 +114,43 @@ class KVCache:
         moves = [BlockMove(block, host) for block, host in zip(targets, sources, strict=True)]
         self.host.load(moves, request.block_ids)
 
+    def fetch(self, node: Node) -> bool:
+        """Queue the way back to the device for the path that ends here, ahead of its use.
+
+        False: there is nothing to bring (it left the host as well), or no room.
+        """
+        wanted, each = list[Node](), node
+        while each.parent is not None and each.block < 0:
+            wanted.append(each)
+            each = each.parent
+        if not wanted or any(each.host < 0 for each in wanted):
+            return False
+        above = list[int]()
+        while each.parent is not None:
+            above.append(each.block)
+            each = each.parent
+        wanted.reverse()
+        self.host.pool.acquire([each.host for each in wanted])
+        self.pool.acquire(above)
+        if not self.make_free(len(wanted)):
+            self.tree.host_released([each.host for each in wanted])
+            self._release(above)
+            return False
+        blocks = [self.pool.allocate() for _ in wanted]
+        number = self.host.num_queued + len(wanted)
+        for each, block in zip(wanted, blocks, strict=True):
+            self.tree.arrive(each, block, number)
+        moves = [BlockMove(block, each.host) for each, block in zip(wanted, blocks, strict=True)]
+        self.host.load(moves, above + blocks)
+        return True
+
+    def blocks_on_host(self, node: Node) -> int:
+        """Blocks of the path that ends here which are not on the device."""
+        count, each = 0, node
+        while each.parent is not None and each.block < 0:
+            count, each = count + 1, each.parent
+        return count
+
     def is_loaded(self, request: Request) -> bool:
         return request.load <= self.host.num_loaded
 
@@ -124,9 +168,14 @@ class KVCache:
             self._pinned = []
 
     def make_free(self, num_blocks: int) -> bool:
-        """Evict until num_blocks are free. False if even then they are not."""
+        """Evict until num_blocks are free, at last what is kept for sessions. False if even then they are not."""
         missing = num_blocks - self.pool.num_free
-        return missing <= 0 or self.tree.evict(missing) == missing
+        if missing <= 0:
+            return True
+        missing -= self.tree.evict(missing)
+        while missing > 0 and self.pool.num_kept > 0 and self.let_one_go():
+            missing -= self.tree.evict(missing)
+        return missing <= 0
 
     def grow(self, request: Request, num_tokens: int) -> None:
         """Blocks for positions [0, num_tokens). Raises BlockPoolError when there are none: ask `make_free` before."""
@@ -154,23 +203,30 @@ class KVCache:
             request.tree_node = node
             request.num_tree_blocks = index + 1
 
-    def suspend(self, request: Request) -> None:
-        """Give up all blocks for a while: what is written stays cached on either tier, to resume from."""
+    def suspend(self, request: Request) -> Node | None:
+        """Give up all blocks for a while: what is written stays cached on either tier, to resume from.
+
+        Returns where that ends in the tree; None: nothing was written.
+        """
         self._cache_full_blocks(request)
-        start = request.num_tree_blocks * BLOCK_SIZE
+        end, start = request.tree_node, request.num_tree_blocks * BLOCK_SIZE
         if request.num_written_tokens > start:
             key = pack_tokens(request.token_ids(start, request.num_written_tokens))
             block = request.block_ids[request.num_tree_blocks]
-            self.tree.insert_tail(request.tree_node, self._salt(request), key, block)
+            end = self.tree.insert_tail(request.tree_node, self._salt(request), key, block)
         self._forfeit(request)
+        return end
 
-    def release(self, request: Request) -> None:
-        """Give up all blocks for good; what is written stays cached until its room is needed."""
+    def release(self, request: Request) -> Node | None:
+        """Give up all blocks for good; what is written stays cached until its room is needed.
+
+        Returns where that ends in the tree; None: nothing of it is cached.
+        """
         if self._sharing:
-            self.suspend(request)
-        else:
-            self._forfeit(request)
-            self.forget_tenant(request)
+            return self.suspend(request)
+        self._forfeit(request)
+        self.forget_tenant(request)
+        return None
 
     def forget_tenant(self, request: Request) -> None:
         """Without sharing, what a preempted request left behind is of no use to others."""

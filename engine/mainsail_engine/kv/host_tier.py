@@ -51,6 +51,11 @@ class HostTier:
     def is_loading(self) -> bool:
         return self.num_loaded < self.num_queued
 
+    @property
+    def is_on_bus(self) -> bool:
+        """Whether any load has begun and not arrived."""
+        return self.num_loaded < self.num_queued - len(self._queue)
+
     def grow(self, num_blocks: int) -> None:
         """There is room for num_blocks now (host memory is pinned piece by piece)."""
         self.pool.grow(num_blocks)

@@ -18,7 +18,7 @@ heap with lazy deletion: O(log n). A request that owns a node owns the whole pat
 evicted in the end, leaves first. What is evicted goes to the host tier while there is room; so along a path come nodes
 on the device first, then nodes on the host. A node that came back keeps its host copy, to be evicted for nothing the
 next time, until the host's room is needed: such copies go first, then the least recently used leaf, if it is older
-than what wants its place.
+than what wants its place. A path that is kept for a session stays on the device until it is let go.
 
 The idea: RadixAttention (SGLang, Zheng et al. 2023) on paged blocks, with a copied tail as in TensorRT-LLM.
 """
@@ -57,7 +57,19 @@ def common_tokens(left: bytes, right: bytes) -> int:
 class Node:
     """One cached block, on the device, the host or both; or a root (no parent)."""
 
-    __slots__ = ("block", "children", "device_children", "host", "key", "keys", "last_used", "load", "parent", "salt")
+    __slots__ = (
+        "block",
+        "children",
+        "device_children",
+        "host",
+        "kept",
+        "key",
+        "keys",
+        "last_used",
+        "load",
+        "parent",
+        "salt",
+    )
 
     def __init__(self, key: bytes, block: int, parent: Node | None, salt: str) -> None:
         self.key = key
@@ -73,6 +85,8 @@ class Node:
         self.keys: list[bytes] = []
         """The children's keys in order."""
         self.device_children = 0
+        self.kept = 0
+        """For how many sessions this node, or one below it, is kept."""
         self.last_used = 0
 
     @property
@@ -181,8 +195,11 @@ class PrefixTree:
         self._drop_covered_leaf(parent, key)
         return self._attach(parent, key, block)
 
-    def insert_tail(self, parent: Node | None, salt: str, key: bytes, block: int) -> None:
-        """A last, partly filled block; not kept when a child of parent begins with the same tokens already."""
+    def insert_tail(self, parent: Node | None, salt: str, key: bytes, block: int) -> Node:
+        """A last, partly filled block; not kept when a child of parent begins with the same tokens already.
+
+        Returns the node that holds these tokens.
+        """
         parent = parent or self._root(salt)
         at = bisect_left(parent.keys, key)
         if at < len(parent.keys) and parent.keys[at].startswith(key):
@@ -191,9 +208,9 @@ class PrefixTree:
                 self.arrive(existing, block)
             else:
                 self._touch(existing)
-            return
+            return existing
         self._drop_covered_leaf(parent, key)
-        self._attach(parent, key, block)
+        return self._attach(parent, key, block)
 
     def _root(self, salt: str) -> Node:
         root = self._roots.get(salt)
@@ -215,6 +232,8 @@ class PrefixTree:
         self._pool.cache(block)
         self._nodes[block] = node
         node.block, node.load = block, load
+        if node.kept:
+            self._pool.keep(block, True)
         if node.parent is not None:
             node.parent.device_children += 1
         self._queue_host(node)
@@ -258,8 +277,32 @@ class PrefixTree:
             self._nodes[block] is node
             and node.last_used == last_used
             and not node.device_children
+            and not node.kept
             and self._pool.ref_counts[block] == 0
         )
+
+    def keep(self, node: Node) -> int:
+        """Keep the path that ends here from being evicted. Returns how many of its blocks nobody kept before."""
+        added, each = 0, node
+        while each.parent is not None:
+            each.kept += 1
+            if each.kept == 1 and each.block >= 0:
+                self._pool.keep(each.block, True)
+                added += 1
+            each = each.parent
+        return added
+
+    def let_go(self, node: Node) -> None:
+        """The end of one `keep`. What nobody keeps any more is the newest in line for eviction."""
+        each, idle = node, list[int]()
+        while each.parent is not None:
+            each.kept -= 1
+            if each.kept == 0 and each.block >= 0:
+                self._pool.keep(each.block, False)
+                if self._pool.ref_counts[each.block] == 0:
+                    idle.append(each.block)
+            each = each.parent
+        self.mark_idle(idle)
 
     # -- from the device to the host, and away -------------------------------------------------------------------
 
@@ -295,7 +338,7 @@ class PrefixTree:
 
     def _queue_leaf(self, node: Node) -> None:
         """In line for eviction, if that is all that keeps it."""
-        if node.block >= 0 and not node.device_children and self._pool.ref_counts[node.block] == 0:
+        if node.block >= 0 and not (node.device_children or node.kept) and self._pool.ref_counts[node.block] == 0:
             heappush(self._leaves, (node.last_used, node.block, node))
 
     def _queue_host(self, node: Node) -> None:
@@ -456,7 +499,11 @@ class PrefixTree:
             raise BlockPoolError(f"block {node.block} is in the tree, but not registered as such")
         if any(child.block >= 0 and refs[child.block] > refs[node.block] for child in node.children.values()):
             raise BlockPoolError("a block has more owners than the block before it")
-        if not node.device_children and refs[node.block] == 0 and node.block not in queued:
+        if self._pool.kept[node.block] != (node.kept > 0):
+            raise BlockPoolError(f"block {node.block} is kept by the tree or by the pool, not by both")
+        if any(child.kept > node.kept for child in node.children.values()):
+            raise BlockPoolError("a node is kept oftener than the node before it")
+        if not (node.device_children or node.kept or refs[node.block]) and node.block not in queued:
             raise BlockPoolError(f"idle leaf {node.block} would never be evicted")
 
     def _check_host(self, node: Node, queued: set[int]) -> None:
