@@ -38,8 +38,9 @@ async def run(settings: Settings) -> None:
         store = Store()
         signals = Signals()
         scraper = Scraper(pods, signals, gateways=lambda: store.gateways() if lease.holds() else [])
+        writer = Writer(client, lease.holds, settings.identity, store.heard)
         sizer = Sizer(signals, store.room)
-        reconciler = Reconciler(Writer(client, lease.holds), lease, settings, store.read, scraper.want, sizer)
+        reconciler = Reconciler(writer, lease, settings, store.read, scraper.want, signals, sizer)
         scraper.on_queued = lambda key: reconciler.wake(key) if sizer.watches(key) else None
         registry = kopf.OperatorRegistry()
         relister = Relister(client, settings.watch_namespaces, store.sources(), woken(reconciler))

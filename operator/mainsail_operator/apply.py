@@ -1,27 +1,51 @@
-"""The only writer: carries out a plan by server-side apply and patches the status. The Lease fences every write."""
+"""The only writer: carries out a plan by server-side apply, patches the status, tells events.
+
+Two things keep an operator that has lost its leadership, or looks at an old picture, from doing harm: the Lease is
+asked before every write, and every write to an object that exists names the version that it was decided on, so that
+the API server itself refuses what was decided on an older one (a leader that was stopped between question and write).
+What exists and belongs to somebody else is never taken over.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import cast
 
 import httpx2
 from lightkube import KubeConfig
 from lightkube.config.client_adapter import AsyncClient, ConnectionParams
 
-from mainsail_operator.objects import Owner
-from mainsail_operator.plan import Action, Apply, Scale
-from mainsail_operator.types import GROUP, JSON, PLURAL, VERSION, InferenceServiceStatus
+from mainsail_operator.events import Event
+from mainsail_operator.objects import DELETION_COST, Owner
+from mainsail_operator.plan import Action, Apply, Delete, Mark, Scale
+from mainsail_operator.types import API_VERSION, GROUP, JSON, KIND, PLURAL, VERSION, InferenceServiceStatus
 
 log = logging.getLogger(__name__)
 
 FIELD_MANAGER = "mainsail-operator"
-_PATHS = {"ServiceAccount": "/api/v1", "Service": "/api/v1", "Deployment": "/apis/apps/v1"}
-_PLURALS = {"ServiceAccount": "serviceaccounts", "Service": "services", "Deployment": "deployments"}
+_PATHS: dict[str, tuple[str, str]] = {
+    "ServiceAccount": ("/api/v1", "serviceaccounts"),
+    "Service": ("/api/v1", "services"),
+    "Deployment": ("/apis/apps/v1", "deployments"),
+    "PodDisruptionBudget": ("/apis/policy/v1", "poddisruptionbudgets"),
+    "NetworkPolicy": ("/apis/networking.k8s.io/v1", "networkpolicies"),
+}
+Heard = Callable[[str, JSON], None]
+"""Plural and object: what the API server answered is what is there now, before the watch says so."""
 
 
 class WriteError(Exception):
-    """The API server refused a write; the message is its own."""
+    """A write failed; the message is the API server's own."""
+
+
+class RefusedError(WriteError):
+    """The API server refuses it, and will until somebody changes something."""
+
+
+class StaleError(Exception):
+    """The object has changed since the decision: look again."""
 
 
 class NotLeaderError(Exception):
@@ -37,52 +61,139 @@ def kube_client() -> httpx2.AsyncClient:
 
 
 class Writer:
-    def __init__(self, client: httpx2.AsyncClient, may_write: Callable[[], bool]) -> None:
+    def __init__(
+        self, client: httpx2.AsyncClient, may_write: Callable[[], bool], identity: str = "", heard: Heard | None = None
+    ) -> None:
         self._client = client
         self._may_write = may_write
+        self._identity = identity
+        self._heard: Heard = heard or (lambda _plural, _obj: None)
 
     async def execute(self, owner: Owner, action: Action) -> None:
-        """Raises WriteError with the server's message, NotLeaderError when the Lease is not ours."""
-        if isinstance(action, Apply):
-            kind, name = action.manifest["kind"], action.manifest["metadata"]["name"]
-            path = f"{_PATHS[kind]}/namespaces/{owner.namespace}/{_PLURALS[kind]}/{name}"
-            await self._patch(path, action.manifest, apply=True)
-        else:
-            name = action.name
-            path = f"/apis/apps/v1/namespaces/{owner.namespace}/deployments/{name}"
-            if isinstance(action, Scale):
-                await self._patch(path, {"spec": {"replicas": action.replicas}}, apply=False)
-            else:
-                await self._delete(path)
+        """Raises RefusedError and WriteError with the server's message, StaleError, NotLeaderError."""
+        match action:
+            case Apply(manifest):
+                name = str(manifest["metadata"]["name"])
+                await self._apply(owner, manifest)
+            case Scale(name, replicas, _, version):
+                patch: JSON = {"spec": {"replicas": replicas}, "metadata": _at(version)}
+                await self._patch("Deployment", owner.namespace, name, patch)
+            case Mark(name, cost):
+                await self._mark(owner.namespace, name, cost)
+            case Delete(name, _, version):
+                await self._delete(owner.namespace, name, version)
         log.info("%s/%s: %s %s: %s", owner.namespace, owner.name, type(action).__name__.lower(), name, action.reason)
 
-    async def status(self, owner: Owner, status: InferenceServiceStatus) -> None:
+    async def status(self, owner: Owner, status: InferenceServiceStatus, version: str) -> None:
+        """version: the resourceVersion of the object that the status was decided on."""
         path = f"/apis/{GROUP}/{VERSION}/namespaces/{owner.namespace}/{PLURAL}/{owner.name}/status"
-        await self._patch(path, {"status": status.model_dump(mode="json", by_alias=True)}, apply=False)
+        body = {"metadata": _at(version), "status": status.model_dump(mode="json", by_alias=True)}
+        self._heard(PLURAL, await self._merge(path, body, f"status of {owner.name}"))
+
+    async def tell(self, owner: Owner, event: Event, now: float) -> None:
+        """Post an event. One that is lost is not worth a failed pass."""
+        stamp = datetime.fromtimestamp(now, UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+        regarding = {"apiVersion": API_VERSION, "kind": KIND, "namespace": owner.namespace, "name": owner.name,
+                     "uid": owner.uid}  # fmt: skip
+        body: JSON = {
+            "metadata": {"generateName": f"{owner.name}-", "namespace": owner.namespace},
+            "eventTime": stamp, "type": event.kind, "reason": event.reason, "note": event.message[:1000],
+            "action": "Reconcile", "regarding": regarding,
+            "reportingController": "mainsail.dev/operator", "reportingInstance": self._identity[:128] or "operator",
+        }  # fmt: skip
+        self._fence()
+        try:
+            path = f"/apis/events.k8s.io/v1/namespaces/{owner.namespace}/events"
+            _check(await self._client.post(path, json=body), "event")
+        except (WriteError, httpx2.HTTPError) as error:
+            log.info("%s/%s: the event %s was not told: %s", owner.namespace, owner.name, event.reason, error)
 
     def _fence(self) -> None:
         if not self._may_write():
             raise NotLeaderError
 
-    async def _patch(self, path: str, body: JSON, *, apply: bool) -> None:
+    async def _apply(self, owner: Owner, manifest: JSON) -> None:
+        kind, name = str(manifest["kind"]), str(manifest["metadata"]["name"])
+        path = _path(kind, owner.namespace, name)
+        there = await self._client.get(path)
+        if there.status_code != 404:
+            _check(there, f"{kind} {name}")
+            _check_owner(owner, kind, name, there.json())
         self._fence()
-        kind = "apply-patch+yaml" if apply else "merge-patch+json"
-        params = {"fieldManager": FIELD_MANAGER} | ({"force": "true"} if apply else {})
-        _check(
-            await self._client.patch(path, params=params, json=body, headers={"content-type": f"application/{kind}"})
-        )
+        answer = await self._client.patch(
+            path, params={"fieldManager": FIELD_MANAGER, "force": "true"}, json=manifest,
+            headers={"content-type": "application/apply-patch+yaml"},
+        )  # fmt: skip
+        _check(answer, f"{kind} {name}")
+        self._heard(_PATHS[kind][1], answer.json())
 
-    async def _delete(self, path: str) -> None:
-        self._fence()
-        response = await self._client.delete(path, params={"propagationPolicy": "Background"})
-        if response.status_code != 404:
-            _check(response)
+    async def _patch(self, kind: str, namespace: str, name: str, patch: JSON) -> None:
+        self._heard(_PATHS[kind][1], await self._merge(_path(kind, namespace, name), patch, f"{kind} {name}"))
 
-
-def _check(response: httpx2.Response) -> None:
-    if response.status_code >= 400:
+    async def _mark(self, namespace: str, name: str, cost: int) -> None:
+        """A pod that is gone meanwhile needs no mark."""
+        patch = {"metadata": {"annotations": {DELETION_COST: str(cost)}}}
         try:
-            message = str(response.json().get("message"))
-        except ValueError:
-            message = response.text[:500]
-        raise WriteError(f"HTTP {response.status_code}: {message}")
+            await self._merge(f"/api/v1/namespaces/{namespace}/pods/{name}", patch, f"Pod {name}")
+        except StaleError:
+            log.info("%s/%s: the pod is gone", namespace, name)
+
+    async def _merge(self, path: str, patch: JSON, what: str) -> JSON:
+        self._fence()
+        answer = await self._client.patch(
+            path, params={"fieldManager": FIELD_MANAGER}, json=patch,
+            headers={"content-type": "application/merge-patch+json"},
+        )  # fmt: skip
+        _check(answer, what)
+        return answer.json()
+
+    async def _delete(self, namespace: str, name: str, version: str) -> None:
+        self._fence()
+        options: JSON = {"propagationPolicy": "Background"}
+        if version:
+            options["preconditions"] = {"resourceVersion": version}
+        answer = await self._client.request("DELETE", _path("Deployment", namespace, name), json=options)
+        if answer.status_code != 404:
+            _check(answer, f"Deployment {name}")
+
+
+def _path(kind: str, namespace: str, name: str) -> str:
+    base, plural = _PATHS[kind]
+    return f"{base}/namespaces/{namespace}/{plural}/{name}"
+
+
+def _at(version: str) -> JSON:
+    """The part of a patch that makes the API server refuse it when the object has changed."""
+    return {"resourceVersion": version} if version else {}
+
+
+def _check_owner(owner: Owner, kind: str, name: str, there: JSON) -> None:
+    """Raises RefusedError for an object that is not this service's. One that an ended namesake left goes by itself."""
+    if there["metadata"].get("deletionTimestamp"):
+        raise StaleError(f"{kind} {name} is being deleted")
+    references = cast("list[JSON]", there["metadata"].get("ownerReferences") or [])
+    if any(reference.get("uid") == owner.uid for reference in references):
+        return
+    if any(reference.get("kind") == KIND and reference.get("name") == owner.name for reference in references):
+        raise StaleError(f"{kind} {name} still belongs to an InferenceService of this name that was deleted")
+    raise RefusedError(
+        f"{kind} {owner.namespace}/{name} exists and does not belong to this InferenceService: it is left alone. "
+        f"Delete it, or give the InferenceService another name."
+    )
+
+
+def _check(answer: httpx2.Response, what: str) -> None:
+    """Raises StaleError, RefusedError or WriteError for an answer that is none of success."""
+    code = answer.status_code
+    if code < 400:
+        return
+    try:
+        message = str(answer.json().get("message"))
+    except ValueError:
+        message = answer.text[:500]
+    if code in (404, 409):
+        raise StaleError(f"{what}: {message}")
+    # The API server answers 500 to a field that no schema knows in an apply.
+    if (code < 500 and code not in (408, 429)) or "typed patch object" in message:
+        raise RefusedError(f"{what}: {message}")
+    raise WriteError(f"{what}: HTTP {code}: {message}")

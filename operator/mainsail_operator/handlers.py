@@ -33,6 +33,7 @@ NAME, COMPONENT = "app.kubernetes.io/name", "app.kubernetes.io/component"
 CHILDREN: dict[str, tuple[str, str, str]] = {
     "services": ("Service", "", "v1"),
     "serviceaccounts": ("ServiceAccount", "", "v1"),
+    "poddisruptionbudgets": ("PodDisruptionBudget", "policy", "v1"),
 }
 """Kinds of which only whether they are there as applied matters: kind, group, version by plural."""
 _OURS = f"{SERVICE_LABEL}"
@@ -94,6 +95,11 @@ class Store:
         """Further replicas that the nodes have GPUs for, as far as Mainsail's own pods hold them."""
         held = ((pod.node, pod.gpus) for owner in self.pods.owners() for pod in self.pods.of(owner) if pod.gpus)
         return gpus.room(spec, self.nodes.of(NODES), held)
+
+    def heard(self, plural: str, obj: JSON) -> None:
+        """What the API server answered to a write."""
+        held = {PLURAL: self.services, "deployments": self.deployments, **self.children}[plural]
+        held.put(obj)
 
     def read(self, key: Key) -> Snapshot | None:
         body = self.services.of(key)

@@ -2,7 +2,8 @@
 
 One Deployment for each revision; a revision is a hash of what the user asked for that changes the pod. Neither the
 number of replicas nor anything of the operator (its version, its default image) is part of it, so scaling and upgrading
-the operator restart nothing. Every object is owned by its InferenceService: deleting that deletes them.
+the operator restart nothing. Every object is owned by its InferenceService: deleting that deletes them, with no
+finalizer that could hang.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ SERVICE_LABEL = "mainsail.dev/service"
 REVISION_LABEL = "mainsail.dev/revision"
 APPLIED = "mainsail.dev/applied"
 """Annotation: hash of the manifest that was applied last. Equal: nothing to write."""
+PAUSED = "mainsail.dev/paused"
+"""Annotation of an InferenceService: while it is "true", nothing of the service is written but its status."""
 DELETION_COST = "controller.kubernetes.io/pod-deletion-cost"
 """Kubernetes' own annotation: of the pods of a ReplicaSet that shrinks, those with the lowest cost go first."""
 CONTAINER = "engine"
@@ -115,6 +118,27 @@ def service(owner: Owner) -> JSON:
             "spec": {"selector": {SERVICE_LABEL: owner.name}, "ports": ports},
         }
     )
+
+
+def disruption_budget(owner: Owner) -> JSON:
+    """A drain of nodes takes one replica at a time; one that does not serve never holds a node back."""
+    return _stamped(
+        {
+            "apiVersion": "policy/v1",
+            "kind": "PodDisruptionBudget",
+            "metadata": _metadata(owner, owner.name),
+            "spec": {
+                "maxUnavailable": 1,
+                "selector": {"matchLabels": {SERVICE_LABEL: owner.name}},
+                "unhealthyPodEvictionPolicy": "AlwaysAllow",
+            },
+        }
+    )
+
+
+def children(owner: Owner) -> list[JSON]:
+    """Everything but the Deployments."""
+    return [service_account(owner), service(owner), disruption_budget(owner)]
 
 
 def grace_period_s(spec: InferenceServiceSpec) -> int:
@@ -247,10 +271,8 @@ def deployment_name(owner: Owner, revision: str) -> str:
     return f"{owner.name}-{revision}"
 
 
-def deployment(
-    owner: Owner, spec: InferenceServiceSpec, replicas: int, settings: Settings, *, image: str | None = None
-) -> JSON:
-    """The Deployment of the spec's revision. image: what the existing Deployment of this revision runs, to be kept."""
+def deployment(owner: Owner, spec: InferenceServiceSpec, replicas: int, settings: Settings) -> JSON:
+    """The Deployment of the spec's revision, as it is made; later only its replicas change."""
     revision = revision_of(spec)
     own = {REVISION_LABEL: revision}
     template = spec.pod_template.metadata
@@ -269,7 +291,7 @@ def deployment(
                     "labels": dict(template.labels) | labels(owner) | own,
                     "annotations": dict(template.annotations),
                 },
-                "spec": _pod(owner, spec, image or settings.engine_image, settings.engine_image_pull_policy),
+                "spec": _pod(owner, spec, settings.engine_image, settings.engine_image_pull_policy),
             },
         },
     }

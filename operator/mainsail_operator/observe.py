@@ -72,9 +72,6 @@ class Deployment:
     ending: bool = False
     refusal: str = ""
     """Why the API server refuses its pods (a quota, an admission policy, a field that does not exist)."""
-    image: str = ""
-    applied: str = ""
-    deadline_exceeded: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +96,6 @@ class Revision:
     pods: tuple[Pod, ...] = ()
     version: str = ""
     refusal: str = ""
-    image: str = ""
-    applied: str = ""
-    """Hash of the manifest that was applied last."""
-    deadline_exceeded: bool = False
 
     @property
     def alive(self) -> tuple[Pod, ...]:
@@ -243,8 +236,6 @@ def _ended(ended: JSON) -> Trouble:
 
 def read_deployment(deployment: JSON) -> Deployment:
     failure = _conditions(deployment).get("ReplicaFailure", {})
-    progressing = _conditions(deployment).get("Progressing", {})
-    containers = cast("list[JSON]", _get(deployment, "spec", "template", "spec", "containers", default=[]))
     return Deployment(
         revision=str(_get(deployment, "metadata", "labels", REVISION_LABEL, default="")),
         name=str(_get(deployment, "metadata", "name", default="")),
@@ -255,9 +246,6 @@ def read_deployment(deployment: JSON) -> Deployment:
         owner=_owner(deployment),
         ending=_get(deployment, "metadata", "deletionTimestamp") is not None,
         refusal=str(failure.get("message", "")) if failure.get("status") == "True" else "",
-        image=next((str(c.get("image", "")) for c in containers if c.get("name") == CONTAINER), ""),
-        applied=applied_hash(deployment),
-        deadline_exceeded=progressing.get("reason") == "ProgressDeadlineExceeded",
     )
 
 
@@ -277,8 +265,7 @@ def observe(
     revisions = [
         Revision(
             revision=d.revision, name=d.name, replicas=d.replicas, created=d.created, version=d.version,
-            refusal=d.refusal, image=d.image, applied=d.applied, deadline_exceeded=d.deadline_exceeded,
-            pods=tuple(sorted(by_revision.get(d.revision, []), key=lambda pod: pod.name)),
+            refusal=d.refusal, pods=tuple(sorted(by_revision.get(d.revision, []), key=lambda pod: pod.name)),
         )
         for d in deployments
         if d.owner == owner_uid and not d.ending

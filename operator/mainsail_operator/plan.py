@@ -1,31 +1,21 @@
-"""What to do next: a pure function of the spec, what is observed and the clock. Each action says why.
+"""From a decision to what is to be done: a pure function. Each action says why.
 
-A roll from one revision to the next:
-
-    new   0 ── created with all replicas ──▶ serving 1 … serving N
-    old   N ── one fewer for each new one that serves ──▶ 0 ── deleted
-
-The old revision never shrinks below what the new one does not serve yet, and never grows again. A new revision that
-fails to load therefore harms nobody. Where the nodes have no room for a surge, one old pod makes way at a time, and
-only once everything of the new revision that has a place serves: no deadlock, never more than one pod missing.
+A revision's Deployment is rendered once, when it is made. From then on only its number of replicas is written, so a new
+version of the operator, which may render other pods, restarts none. Which pods go when a revision shrinks is told to
+the ReplicaSet controller beforehand, by Kubernetes' own annotation: the least loaded first.
 """
 
 from __future__ import annotations
 
-import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mainsail_operator import objects
-from mainsail_operator.objects import Owner, revision_of
+from mainsail_operator.objects import Owner, deployment_name, revision_of
 from mainsail_operator.observe import Observed, Revision
+from mainsail_operator.rollout import Decision
 from mainsail_operator.settings import Settings
 from mainsail_operator.types import JSON, InferenceServiceSpec
-
-NO_ROOM_AFTER_S = 15.0
-"""A pod that the scheduler has refused for this long will not be placed by waiting a little more."""
-
-_WANTS_ROOM = re.compile(r"Insufficient |Too many pods|free ports|ReadWriteOncePod")
-"""What the scheduler says when the end of an old pod could help: not of a missing claim, nor of a wrong selector."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +31,17 @@ class Scale:
     name: str
     replicas: int
     reason: str
+    version: str = ""
+    """The resourceVersion that this was decided on: a write decided on an older one is refused."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """Say how dear a pod is, for the ReplicaSet controller to choose whom to end."""
+
+    name: str
+    cost: int
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,64 +50,52 @@ class Delete:
 
     name: str
     reason: str
+    version: str = ""
 
 
-Action = Apply | Scale | Delete
+Action = Apply | Scale | Mark | Delete
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     actions: tuple[Action, ...]
-    drain_first: bool = False
-    """No room for a surge: old pods make way one at a time."""
 
 
-def plan(owner: Owner, spec: InferenceServiceSpec, observed: Observed, settings: Settings, now: float) -> Plan:
-    """now: Unix seconds."""
+def plan(
+    owner: Owner, spec: InferenceServiceSpec, observed: Observed, settings: Settings, decision: Decision,
+    loads: Mapping[str, float],
+) -> Plan:  # fmt: skip
+    """loads: running and waiting requests by pod UID, of the pods that tell them."""
     actions: list[Action] = [
         Apply(manifest, "missing or changed")
-        for manifest in (objects.service_account(owner), objects.service(owner))
-        if observed.applied.get(f"{manifest['kind']}/{owner.name}") != objects.digest_of(manifest)
+        for manifest in objects.children(owner)
+        if observed.applied.get(f"{manifest['kind']}/{manifest['metadata']['name']}") != objects.digest_of(manifest)
     ]
-    target = observed.revision(revision_of(spec))
-    manifest = objects.deployment(owner, spec, spec.replicas, settings, image=target.image if target else None)
-    if target is None:
+    target = deployment_name(owner, revision_of(spec))
+    if target in decision.replicas and all(revision.name != target for revision in observed.revisions):
+        manifest = objects.deployment(owner, spec, decision.replicas[target], settings)
         actions.append(Apply(manifest, "new revision"))
-    elif target.applied != objects.digest_of(manifest) or target.replicas != spec.replicas:
-        actions.append(Apply(manifest, "changed"))
-    old = [revision for revision in observed.revisions if target is None or revision.name != target.name]
-    drain_first = bool(old) and target is not None and _no_room(target, spec.replicas, old, now)
-    actions += _shrink(old, target, spec.replicas, drain_first)
-    return Plan(tuple(actions), drain_first)
+    why = decision.status.message or decision.status.reason
+    # Growth first: what takes over is under way before what it replaces ends.
+    growth = {r.name: decision.replicas.get(r.name, -1) - r.replicas for r in observed.revisions}
+    for revision in sorted(observed.revisions, key=lambda r: growth[r.name], reverse=True):
+        wanted = decision.replicas.get(revision.name)
+        if wanted is None:
+            actions.append(Delete(revision.name, why, revision.version))
+        elif wanted != revision.replicas:
+            actions += marks(revision, wanted, loads) if wanted < revision.replicas else ()
+            actions.append(Scale(revision.name, wanted, why, revision.version))
+    return Plan(tuple(actions))
 
 
-def _no_room(target: Revision, replicas: int, old: list[Revision], now: float) -> bool:
-    """The scheduler finds no place for the next new pod, and nothing is on the way that could change that."""
-    if target.serving >= replicas or target.starting or any(pod.ending for r in (target, *old) for pod in r.pods):
-        return False
-    if _shrink(old, target, replicas, drain_first=False):
-        return False  # the old ones that the new ones replace make room first
-    refused = [
-        pod.unschedulable_since
-        for pod in target.alive
-        if pod.unschedulable_since is not None and pod.trouble and _WANTS_ROOM.search(pod.trouble.message)
+def marks(revision: Revision, wanted: int, loads: Mapping[str, float]) -> list[Mark]:
+    """The serving pods by load, where the loads are known and there is a choice."""
+    serving = [pod for pod in revision.alive if pod.serving]
+    if wanted == 0 or len(serving) <= 1 or not all(pod.uid in loads for pod in serving):
+        return []
+    costs = {pod.name: int(loads[pod.uid] * 100) for pod in serving}
+    return [
+        Mark(pod.name, costs[pod.name], f"{loads[pod.uid]:.0f} requests run or wait there")
+        for pod in serving
+        if pod.deletion_cost != costs[pod.name]
     ]
-    return bool(refused) and now - min(refused) >= NO_ROOM_AFTER_S
-
-
-def _shrink(old: list[Revision], target: Revision | None, replicas: int, drain_first: bool) -> list[Action]:
-    new = target.serving if target else 0
-    if replicas == 0 or new >= replicas:
-        return [Delete(revision.name, "the newest revision serves in its place") for revision in old]
-    needed = replicas - new - (1 if drain_first else 0)
-    actions: list[Action] = []
-    for revision in sorted(old, key=lambda r: (r.serving, r.created), reverse=True):
-        if revision.serving == 0 and revision.trouble is not None and revision.trouble.load_failure:
-            actions.append(Delete(revision.name, f"superseded, and it never served: {revision.trouble.reason}"))
-            continue
-        keep = min(revision.replicas, max(needed, 0))
-        if keep < revision.replicas:
-            why = "no room beside it for the newest revision" if drain_first else "the newest revision took over"
-            actions.append(Scale(revision.name, keep, why))
-        needed -= revision.serving
-    return actions

@@ -1,4 +1,4 @@
-"""One pass over one InferenceService: observe → plan → apply → status. And the tasks that make passes.
+"""One pass over one InferenceService: observe → decide → status → plan → apply. And the tasks that make passes.
 
 Each object has one task, woken by any event of it or of a child and by a tick; passes of one object never overlap, and
 one that keeps failing (with growing pauses) holds up no other.
@@ -16,14 +16,18 @@ from typing import cast
 import httpx2
 from pydantic import ValidationError
 
-from mainsail_operator.apply import NotLeaderError, WriteError, Writer
+from mainsail_operator.apply import NotLeaderError, RefusedError, StaleError, WriteError, Writer
+from mainsail_operator.events import events
+from mainsail_operator.gate import Verdict, collect, judge, together
 from mainsail_operator.lease import Lease
-from mainsail_operator.objects import Owner
+from mainsail_operator.objects import PAUSED, Owner, deployment_name, revision_of
 from mainsail_operator.observe import Child, Deployment, Observed, Pod, observe
 from mainsail_operator.plan import plan
+from mainsail_operator.rollout import COMMAND, Situation, decide, since
 from mainsail_operator.scrape import Target
 from mainsail_operator.settings import Settings
-from mainsail_operator.sizing import Sizer
+from mainsail_operator.signals import Signals
+from mainsail_operator.sizing import Sized, Sizer
 from mainsail_operator.status import invalid, status
 from mainsail_operator.store import Key
 from mainsail_operator.types import JSON, InferenceServiceSpec, InferenceServiceStatus
@@ -33,7 +37,11 @@ log = logging.getLogger(__name__)
 TICK_S = 15.0
 SCALED_TICK_S = 5.0
 """Of a service whose load decides its replicas: as often as its pods are scraped."""
+GATING_TICK_S = 2.0
 _BACKOFF_S = (0.5, 60.0)
+_DEAF_S = 2.0
+_STALE_S = 0.5
+"""After a write that was decided on an old picture: the watch is about to bring the new one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,15 +62,20 @@ Want = Callable[[Key, Sequence[Target]], None]
 
 
 class Reconciler:
-    def __init__(self, writer: Writer, lease: Lease, settings: Settings, read: Read, want: Want, sizer: Sizer) -> None:
+    def __init__(
+        self, writer: Writer, lease: Lease, settings: Settings, read: Read, want: Want, signals: Signals, sizer: Sizer
+    ) -> None:
         self._writer = writer
         self._sizer = sizer
         self._want = want
+        self._signals = signals
         self._lease = lease
         self._settings = settings
         self._read = read
         self._wakes: dict[Key, asyncio.Event] = {}
         self._tasks: dict[Key, asyncio.Task[None]] = {}
+        self._refusals: dict[Key, str] = {}
+        """What the API server said to the last write, where it refused it."""
 
     def wake(self, key: Key) -> None:
         """Something about this object changed. Starts its task when there is none."""
@@ -77,73 +90,157 @@ class Reconciler:
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
     async def _run(self, key: Key) -> None:
-        failures = 0
+        failures, pause = 0, TICK_S
         try:
             while True:
-                tick = SCALED_TICK_S if self._sizer.watches(key) else TICK_S
-                pause = tick if not failures else min(_BACKOFF_S[1], _BACKOFF_S[0] * 2**failures)
-                try:
-                    async with asyncio.timeout(pause):
-                        await self._wakes[key].wait()
-                except TimeoutError:
-                    pass
-                self._wakes[key].clear()
+                if failures > 1:  # events of a failing object do not make it fail faster
+                    await asyncio.sleep(min(pause, _DEAF_S))
+                await self._woken(key, pause)
                 await self._lease.acquired.wait()
                 snapshot = self._read(key)
                 if snapshot is None:
                     self._want(key, ())
                     self._sizer.forget(key)
                     return
-                failures = 0 if await self._guarded(key, snapshot) else failures + 1
+                pause = await self._guarded(key, snapshot)
+                failures = failures + 1 if pause is None else 0
+                if pause is None:
+                    pause = min(_BACKOFF_S[1], _BACKOFF_S[0] * 2**failures)
         finally:
             self._tasks.pop(key, None)
             self._wakes.pop(key, None)
+            self._refusals.pop(key, None)
 
-    async def _guarded(self, key: Key, snapshot: Snapshot) -> bool:
-        """A pass whose failure is said and stays its own."""
+    async def _woken(self, key: Key, pause: float) -> None:
         try:
-            await self._pass(snapshot)
+            async with asyncio.timeout(pause):
+                await self._wakes[key].wait()
+        except TimeoutError:
+            pass
+        self._wakes[key].clear()
+
+    async def _guarded(self, key: Key, snapshot: Snapshot) -> float | None:
+        """A pass whose failure is said and stays its own. Seconds until the next one is due; None: it failed."""
+        try:
+            pause = await self._pass(snapshot)
         except NotLeaderError:
-            return True
+            return TICK_S
+        except StaleError as error:
+            log.debug("%s/%s: %s", *key, error)
+            return _STALE_S
+        except RefusedError as error:
+            self._refused(key, str(error))
+            return None
         except (WriteError, httpx2.HTTPError, OSError) as error:
             log.warning("%s/%s: %s", *key, error or type(error).__name__)
-            return False
+            return None
         except Exception:
             log.exception("%s/%s: the pass failed", *key)
-            return False
-        return True
+            return None
+        self._refused(key, "")
+        return pause
 
-    async def _pass(self, snapshot: Snapshot) -> None:
+    def _refused(self, key: Key, message: str) -> None:
+        """Remember what was refused, and let the next pass tell it."""
+        if message == self._refusals.get(key, ""):
+            return
+        if message:
+            log.warning("%s/%s: refused: %s", *key, message)
+            self._refusals[key] = message
+        else:
+            self._refusals.pop(key, None)
+        self._wakes[key].set()
+
+    async def _pass(self, snapshot: Snapshot) -> float:
+        """Seconds until the next pass is due without any event."""
         body, now = snapshot.body, time.time()
         metadata: JSON = body["metadata"]
         if metadata.get("deletionTimestamp"):
-            return
+            return TICK_S
         owner = Owner(metadata["name"], metadata["namespace"], metadata["uid"])
-        generation = int(metadata.get("generation", 0))
         before = _status_of(body)
         try:
             spec = InferenceServiceSpec.model_validate(body.get("spec", {}))
         except ValidationError as error:
-            told = invalid(owner, generation, str(error), before.conditions, now)
-        else:
-            seen = observe(snapshot.deployments, snapshot.pods, snapshot.children, owner.uid)
-            # Two revisions: the newest is judged beside the one before it.
-            wanted = spec.scaling is not None or len(seen.revisions) > 1
-            self._want((owner.namespace, owner.name), seen.targets if wanted else ())
-            sized = self._sizer.size(owner, spec, seen, metadata.get("annotations") or {}, before.scaling, now)
-            told = await self._carry_out(owner, sized.effective(spec), generation, seen, before, now)
-            told = sized.told(told, generation, before.conditions, now)
-        if told != before:
-            await self._writer.status(owner, told)
+            told = invalid(owner, int(metadata.get("generation", 0)), str(error), before, now)
+            if told != before:
+                await self._writer.status(owner, told, str(metadata.get("resourceVersion", "")))
+            return TICK_S
+        seen = observe(snapshot.deployments, snapshot.pods, snapshot.children, owner.uid)
+        # Two revisions: the newest is judged beside the one before it.
+        wanted = spec.scaling is not None or len(seen.revisions) > 1
+        self._want((owner.namespace, owner.name), seen.targets if wanted else ())
+        sized = self._sizer.size(owner, spec, seen, metadata.get("annotations") or {}, before.scaling, now)
+        return await self._carry_out(_Pass(owner, sized.effective(spec), metadata, seen, before, now), sized)
 
-    async def _carry_out(
-        self, owner: Owner, spec: InferenceServiceSpec, generation: int, seen: Observed,
-        before: InferenceServiceStatus, now: float,
-    ) -> InferenceServiceStatus:  # fmt: skip
-        todo = plan(owner, spec, seen, self._settings, now)
-        for action in todo.actions:
-            await self._writer.execute(owner, action)
-        return status(owner, spec, generation, seen, todo, before.conditions, now)
+    async def _carry_out(self, it: _Pass, sized: Sized) -> float:
+        """Decide, write the state down, then act on it: whoever is killed in between leaves a state to go on from."""
+        decision = decide(it.before.rollout, self._situation(it))
+        paused = it.annotation(PAUSED) == "true"
+        told = status(
+            it.owner, it.spec, it.generation, it.seen, decision, it.before.conditions, it.now,
+            refusal=self._refusals.get(it.key, ""), paused=paused,
+        )  # fmt: skip
+        told = sized.told(told, it.generation, it.before.conditions, it.now)
+        if told != it.before:
+            await self._writer.status(it.owner, told, str(it.metadata.get("resourceVersion", "")))
+            for event in events(it.before, told):
+                await self._writer.tell(it.owner, event, it.now)
+        if not paused:
+            for action in plan(it.owner, it.spec, it.seen, self._settings, decision, self._loads(it)).actions:
+                await self._writer.execute(it.owner, action)
+        tick = SCALED_TICK_S if self._sizer.watches(it.key) else TICK_S
+        if decision.status.phase == "Gating":
+            tick = GATING_TICK_S
+        return min(tick, max(decision.check_at - it.now, 0.1)) if decision.check_at else tick
+
+    def _situation(self, it: _Pass) -> Situation:
+        target = deployment_name(it.owner, revision_of(it.spec))
+        return Situation(
+            spec=it.spec.rollout, target=target, desired=it.spec.replicas, observed=it.seen,
+            command=it.annotation(COMMAND), verdict=self._verdict(it, target), now=it.now,
+        )  # fmt: skip
+
+    def _verdict(self, it: _Pass, target: str) -> Verdict | None:
+        """The gate's word on the step that is under way."""
+        rollout = it.before.rollout
+        if rollout is None or rollout.phase != "Gating" or rollout.target != target or not self._signals.gateways:
+            return None
+        began = since(rollout)
+        # Beside a revision that has all the requests, the old one is known only from before.
+        long_ago = 0.0 if it.spec.rollout.strategy == "BlueGreen" else began
+        canary = collect(self._signals, *it.key, target, began)
+        stable = together(collect(self._signals, *it.key, rollout.stable, long_ago), rollout.stable)
+        return judge(it.spec.rollout.gate, canary, stable)
+
+    def _loads(self, it: _Pass) -> dict[str, float]:
+        pods = [pod for revision in it.seen.revisions for pod in revision.alive]
+        loads = {pod.uid: self._signals.load(pod.uid, it.now) for pod in pods}
+        return {uid: load.running + load.waiting for uid, load in loads.items() if load is not None}
+
+
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """What one pass is about."""
+
+    owner: Owner
+    spec: InferenceServiceSpec
+    """With the number of replicas that counts, whoever decided it."""
+    metadata: JSON
+    seen: Observed
+    before: InferenceServiceStatus
+    now: float
+
+    @property
+    def key(self) -> Key:
+        return self.owner.namespace, self.owner.name
+
+    @property
+    def generation(self) -> int:
+        return int(self.metadata.get("generation", 0))
+
+    def annotation(self, name: str) -> str:
+        return str(cast(JSON, self.metadata.get("annotations") or {}).get(name, ""))
 
 
 def _status_of(body: JSON) -> InferenceServiceStatus:

@@ -1,4 +1,4 @@
-"""What to tell: conditions with stable reasons from spec, observation and plan (pure). Conforms to kstatus.
+"""What to tell: conditions with stable reasons from spec, observation and decision (pure). Conforms to kstatus.
 
 Ready says whether requests are answered, by whichever revision. ModelLoaded is about the newest revision, and carries
 the engine's own words when it could not start. Reconciling and Stalled are there only while they are True.
@@ -13,9 +13,15 @@ from typing import Literal
 
 from mainsail_operator import objects
 from mainsail_operator.objects import Owner, revision_of
-from mainsail_operator.observe import Observed, Revision
-from mainsail_operator.plan import Plan
-from mainsail_operator.types import Condition, InferenceServiceSpec, InferenceServiceStatus, RevisionStatus
+from mainsail_operator.observe import Observed, Revision, Trouble
+from mainsail_operator.rollout import Decision
+from mainsail_operator.types import (
+    Condition,
+    InferenceServiceSpec,
+    InferenceServiceStatus,
+    RevisionStatus,
+    RolloutStatus,
+)
 
 Truth = Literal["True", "False", "Unknown"]
 
@@ -31,43 +37,76 @@ class Finding:
 
 
 def status(
-    owner: Owner, spec: InferenceServiceSpec, generation: int, observed: Observed, plan: Plan,
-    old: Sequence[Condition], now: float,
+    owner: Owner, spec: InferenceServiceSpec, generation: int, observed: Observed, decision: Decision,
+    old: Sequence[Condition], now: float, *, refusal: str = "", paused: bool = False,
 ) -> InferenceServiceStatus:  # fmt: skip
-    """The status after this pass. old: the conditions that are there, whose times stay where nothing changed."""
-    target = observed.revision(revision_of(spec))
-    serving = sum(revision.serving for revision in observed.revisions)
+    """The status after this pass. old: the conditions that are there, whose times stay where nothing changed.
+
+    refusal: what the API server said when it last refused a write for this service. paused: nothing is written."""
+    view = _View(spec, observed, decision.status, observed.revision(revision_of(spec)))
     findings = [
-        _ready(spec, serving, target),
-        _model_loaded(spec, target),
-        _rollout_complete(spec, target, observed),
-        *_movement(spec, target, observed, plan),
+        _ready(view),
+        _model_loaded(view),
+        _rollout_complete(view),
+        *_movement(view, refusal, paused),
     ]
     return InferenceServiceStatus(
         observed_generation=generation,
         url=objects.url(owner),
         replicas=sum(len(revision.alive) for revision in observed.revisions),
-        serving_replicas=serving,
+        serving_replicas=view.serving,
         selector=objects.selector(owner),
-        revisions=_revisions(observed, serving),
+        revisions=[
+            RevisionStatus(
+                name=revision.name, replicas=len(revision.alive), serving=revision.serving,
+                weight=decision.weights.get(revision.name, 0),
+            )
+            for revision in observed.revisions
+        ],
+        rollout=decision.status,
         conditions=[timed(finding, generation, old, now) for finding in findings],
-    )
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _View:
+    """What the conditions are about."""
+
+    spec: InferenceServiceSpec
+    observed: Observed
+    rollout: RolloutStatus
+    target: Revision | None
+    """The newest revision, if its Deployment is there."""
+
+    @property
+    def serving(self) -> int:
+        return sum(revision.serving for revision in self.observed.revisions)
+
+    @property
+    def trouble(self) -> Trouble | None:
+        return _trouble(self.target)
+
+
+def _trouble(revision: Revision | None) -> Trouble | None:
+    """What keeps a revision from serving; pods that cannot even be made included."""
+    if revision is None:
+        return None
+    if revision.trouble is None and revision.refusal and not revision.alive:
+        return Trouble("PodsRefused", f"the API server refuses its pods: {revision.refusal}")
+    return revision.trouble
 
 
 def invalid(
-    owner: Owner, generation: int, message: str, old: Sequence[Condition], now: float
+    owner: Owner, generation: int, message: str, before: InferenceServiceStatus, now: float
 ) -> InferenceServiceStatus:
     """The status of an object that this operator cannot read: nothing is touched, and the condition says why."""
     findings = (
         Finding("Ready", "Unknown", "InvalidSpec", "The spec cannot be read; what runs is left as it is."),
         Finding("Stalled", "True", "InvalidSpec", message[:2000]),
     )
-    return InferenceServiceStatus(
-        observed_generation=generation,
-        url=objects.url(owner),
-        selector=objects.selector(owner),
-        conditions=[timed(finding, generation, old, now) for finding in findings],
-    )
+    conditions = [timed(finding, generation, before.conditions, now) for finding in findings]
+    return before.model_copy(update={"observed_generation": generation, "url": objects.url(owner),
+                                     "selector": objects.selector(owner), "conditions": conditions})  # fmt: skip
 
 
 def timed(finding: Finding, generation: int, old: Sequence[Condition], now: float) -> Condition:
@@ -79,79 +118,73 @@ def timed(finding: Finding, generation: int, old: Sequence[Condition], now: floa
     )  # fmt: skip
 
 
-def _revisions(observed: Observed, serving: int) -> list[RevisionStatus]:
-    """Weights are the shares of the requests that the endpoints get: each serving pod the same."""
-    found: list[RevisionStatus] = []
-    left = 100
-    rest = serving
-    for revision in observed.revisions:
-        weight = round(left * revision.serving / rest) if rest else 0
-        left, rest = left - weight, rest - revision.serving
-        found.append(
-            RevisionStatus(name=revision.name, replicas=len(revision.alive), serving=revision.serving, weight=weight)
-        )
-    return found
-
-
-def _ready(spec: InferenceServiceSpec, serving: int, target: Revision | None) -> Finding:
-    if serving:
-        return Finding("Ready", "True", "Serving", f"{serving} replicas answer requests.")
-    if spec.replicas == 0:
-        return Finding("Ready", "False", "ScaledToZero", "spec.replicas is 0.")
-    trouble = target.trouble if target else None
-    if trouble:
-        return Finding("Ready", "False", trouble.reason, trouble.message)
+def _ready(view: _View) -> Finding:
+    if view.serving:
+        return Finding("Ready", "True", "Serving", f"{view.serving} replicas answer requests.")
+    if view.spec.replicas == 0:
+        return Finding("Ready", "True", "ScaledToZero", "No replica is wanted, and none serves.")
+    if view.trouble:
+        return Finding("Ready", "False", view.trouble.reason, view.trouble.message)
     return Finding("Ready", "False", "Starting", "No replica answers requests yet.")
 
 
-def _model_loaded(spec: InferenceServiceSpec, target: Revision | None) -> Finding:
-    if target is not None and target.serving:
-        return Finding("ModelLoaded", "True", "Loaded", f"Revision {target.name} has loaded its model.")
-    trouble = target.trouble if target else None
-    if trouble and trouble.load_failure:
-        return Finding("ModelLoaded", "False", trouble.reason, trouble.message)
+_AFTER_LOADING = frozenset({"GateFailed", "Inconclusive", "RolledBackByHand", "CrashLoop"})
+
+
+def _model_loaded(view: _View) -> Finding:
+    rollout, trouble, name = view.rollout, view.trouble, view.rollout.target
+    if view.target is not None and view.target.serving:
+        return Finding("ModelLoaded", "True", "Loaded", f"Revision {name} has loaded its model.")
+    if rollout.phase in ("RollingBack", "RolledBack"):
+        if rollout.reason in _AFTER_LOADING:
+            return Finding("ModelLoaded", "True", "Loaded", f"Revision {name} had loaded its model.")
+        unsure = rollout.reason == "ProgressDeadlineExceeded"
+        return Finding("ModelLoaded", "Unknown" if unsure else "False", rollout.reason, rollout.message)
     if trouble:
-        return Finding("ModelLoaded", "Unknown", trouble.reason, trouble.message)
-    if spec.replicas == 0:
+        return Finding("ModelLoaded", "False" if trouble.load_failure else "Unknown", trouble.reason, trouble.message)
+    if view.spec.replicas == 0:
         return Finding("ModelLoaded", "Unknown", "ScaledToZero", "spec.replicas is 0.")
     return Finding("ModelLoaded", "Unknown", "Loading", "The newest revision has not loaded its model yet.")
 
 
-def _complete(spec: InferenceServiceSpec, target: Revision | None, observed: Observed) -> bool:
-    alone = all(revision is target for revision in observed.revisions)
-    return target is not None and alone and target.serving == len(target.alive) == spec.replicas
+def _complete(view: _View) -> bool:
+    target = view.target
+    alone = all(revision is target for revision in view.observed.revisions)
+    settled = target is not None and target.serving == len(target.alive) == target.replicas == view.spec.replicas
+    return view.rollout.phase == "Complete" and alone and settled
 
 
-def _rollout_complete(spec: InferenceServiceSpec, target: Revision | None, observed: Observed) -> Finding:
-    if _complete(spec, target, observed):
+def _rollout_complete(view: _View) -> Finding:
+    if _complete(view):
         return Finding("RolloutComplete", "True", "Complete", "All replicas are of the newest revision and serve.")
-    serving = target.serving if target else 0
-    return Finding(
-        "RolloutComplete",
-        "False",
-        "Progressing",
-        f"{serving} of {spec.replicas} replicas of the newest revision serve.",
-    )
+    return Finding("RolloutComplete", "False", *_progress(view))
 
 
-def _movement(spec: InferenceServiceSpec, target: Revision | None, observed: Observed, plan: Plan) -> list[Finding]:
+def _progress(view: _View) -> tuple[str, str]:
+    """Reason and message of a service that is not settled."""
+    if view.rollout.phase == "Complete":
+        serving = view.target.serving if view.target else 0
+        return "Progressing", f"{serving} of {view.spec.replicas} replicas serve."
+    serving = view.target.serving if view.target else 0
+    message = view.rollout.message or f"{serving} of {view.spec.replicas} replicas of the newest revision serve."
+    if view.rollout.phase == "RollingBack":
+        return "RollingBack", message
+    return view.rollout.reason or view.rollout.phase, message
+
+
+def _movement(view: _View, refusal: str, paused: bool) -> list[Finding]:
     """Reconciling, or Stalled, or neither."""
-    if _complete(spec, target, observed) and not plan.actions:
+    if paused:
+        return [Finding("Reconciling", "True", "Paused", f"The annotation {objects.PAUSED} stops all writes.")]
+    if refusal:
+        return [Finding("Stalled", "True", "WriteRefused", refusal)]
+    if _complete(view):
         return []
-    trouble = target.trouble if target else None
-    if target and trouble and trouble.load_failure and not target.serving:
+    rollout, target, trouble = view.rollout, view.target, view.trouble
+    if rollout.phase in ("RolledBack", "Stalled"):
+        return [Finding("Stalled", "True", rollout.reason, rollout.message)]
+    hopeless = trouble is not None and (trouble.load_failure or trouble.reason == "PodsRefused")
+    alone = rollout.phase == "Complete" or not rollout.stable
+    if target and trouble and hopeless and alone and not target.serving:
         return [Finding("Stalled", "True", trouble.reason, f"Revision {target.name} cannot start: {trouble.message}")]
-    if target and target.deadline_exceeded and not _complete(spec, target, observed):
-        more = f": {trouble.message}" if trouble else "."
-        return [
-            Finding("Stalled", "True", "ProgressDeadlineExceeded", f"Revision {target.name} makes no progress{more}")
-        ]
-    if plan.drain_first:
-        message = "No node has room for a new replica beside the old ones: they are replaced one at a time."
-        return [Finding("Reconciling", "True", "DrainFirst", message)]
-    done = target.serving if target else 0
-    return [
-        Finding(
-            "Reconciling", "True", "Progressing", f"{done} of {spec.replicas} replicas of the newest revision serve."
-        )
-    ]
+    return [Finding("Reconciling", "True", *_progress(view))]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from mainsail_operator import objects
-from mainsail_operator.settings import Settings
 
 
 def container(manifest):
@@ -78,13 +77,6 @@ def test_the_revision_is_what_changes_the_pod(make_spec, change, same: bool) -> 
     assert (objects.revision_of(make_spec(**change)) == objects.revision_of(make_spec())) is same
 
 
-def test_another_default_image_changes_no_revision_and_no_existing_pod(owner, make_spec) -> None:
-    spec = make_spec()
-    old = objects.deployment(owner, spec, 1, Settings(engine_image="engine:1"))
-    new = objects.deployment(owner, spec, 1, Settings(engine_image="engine:2"), image="engine:1")
-    assert new == old
-
-
 def test_pod_template_merges_as_kubernetes_does(owner, make_spec, settings) -> None:
     spec = make_spec(
         podTemplate={
@@ -118,8 +110,7 @@ def test_pod_template_merges_as_kubernetes_does(owner, make_spec, settings) -> N
 
 def test_everything_is_owned(owner, make_spec, settings) -> None:
     for manifest in (
-        objects.service(owner),
-        objects.service_account(owner),
+        *objects.children(owner),
         objects.deployment(owner, make_spec(), 1, settings),
     ):
         (reference,) = manifest["metadata"]["ownerReferences"]

@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-from mainsail_operator import objects
-from mainsail_operator.objects import revision_of
+from mainsail_operator.events import events
+from mainsail_operator.objects import deployment_name, revision_of
 from mainsail_operator.observe import Observed, Pod, Revision, Trouble
-from mainsail_operator.plan import plan
+from mainsail_operator.rollout import Situation, decide
 from mainsail_operator.status import invalid, status
+from mainsail_operator.types import InferenceServiceStatus
 
 NOW = 1_800_000_000.0
 
 
-def revision(owner, spec, settings, *pods: Pod, **fields) -> Revision:
-    manifest = objects.deployment(owner, spec, spec.replicas, settings)
-    return Revision(
-        revision_of(spec), manifest["metadata"]["name"], spec.replicas, "2026-01-02T00:00:00Z", pods=pods,
-        image="engine:1", applied=objects.digest_of(manifest), **fields,
-    )  # fmt: skip
+def revision(owner, spec, *pods: Pod, **fields) -> Revision:
+    name = deployment_name(owner, revision_of(spec))
+    return Revision(revision_of(spec), name, spec.replicas, "2026-01-02T00:00:00Z", pods=pods, **fields)
 
 
-def seen(owner, *revisions: Revision) -> Observed:
-    applied = {f"{m['kind']}/{owner.name}": objects.digest_of(m)
-               for m in (objects.service(owner), objects.service_account(owner))}  # fmt: skip
-    return Observed(revisions, applied)
-
-
-def told(owner, spec, settings, observed, old=()):
-    return status(owner, spec, 3, observed, plan(owner, spec, observed, settings, NOW), old, NOW)
+def told(owner, spec, *revisions: Revision, before: InferenceServiceStatus | None = None, now: float = NOW, **more):
+    """The status after passes until the rollout rests."""
+    found = before or InferenceServiceStatus()
+    for _ in range(3):
+        it = Situation(spec=spec.rollout, target=deployment_name(owner, revision_of(spec)), desired=spec.replicas,
+                       observed=Observed(revisions), now=now)  # fmt: skip
+        found = status(owner, spec, 3, Observed(revisions), decide(found.rollout, it), found.conditions, now, **more)
+    return found
 
 
 def conditions(found) -> dict[str, tuple[str, str]]:
@@ -35,12 +33,12 @@ def conditions(found) -> dict[str, tuple[str, str]]:
 
 SERVING = Pod("a", serving=True, ending=False, scheduled=True)
 LOADING = Pod("b", serving=False, ending=False, scheduled=True)
-FAILED = Pod("c", False, False, True, trouble=Trouble("MissingTensor", "no tensor x", load_failure=True))
+FAILED = Pod("c", False, False, True, trouble=Trouble("MissingTensor", "no tensor x", load_failure=True, told=True))
 
 
-def test_all_well(owner, make_spec, settings) -> None:
+def test_all_well(owner, make_spec) -> None:
     spec = make_spec()
-    found = told(owner, spec, settings, seen(owner, revision(owner, spec, settings, SERVING)))
+    found = told(owner, spec, revision(owner, spec, SERVING))
     assert conditions(found) == {
         "Ready": ("True", "Serving"), "ModelLoaded": ("True", "Loaded"), "RolloutComplete": ("True", "Complete"),
     }  # fmt: skip
@@ -49,17 +47,17 @@ def test_all_well(owner, make_spec, settings) -> None:
     assert found.revisions[0].weight == 100
 
 
-def test_first_start(owner, make_spec, settings) -> None:
+def test_first_start(owner, make_spec) -> None:
     spec = make_spec()
-    found = told(owner, spec, settings, seen(owner, revision(owner, spec, settings, LOADING)))
+    found = told(owner, spec, revision(owner, spec, LOADING))
     assert conditions(found)["Ready"] == ("False", "Starting")
     assert conditions(found)["ModelLoaded"] == ("Unknown", "Loading")
-    assert conditions(found)["Reconciling"] == ("True", "Progressing")
+    assert conditions(found)["Reconciling"] == ("True", "WaitingForPods")
 
 
-def test_a_failed_load_is_told_in_the_engines_words(owner, make_spec, settings) -> None:
+def test_a_failed_load_is_told_in_the_engines_words(owner, make_spec) -> None:
     spec = make_spec()
-    found = told(owner, spec, settings, seen(owner, revision(owner, spec, settings, FAILED)))
+    found = told(owner, spec, revision(owner, spec, FAILED))
     assert conditions(found)["ModelLoaded"] == ("False", "MissingTensor")
     assert conditions(found)["Ready"] == ("False", "MissingTensor")
     assert conditions(found)["Stalled"] == ("True", "MissingTensor")
@@ -67,38 +65,77 @@ def test_a_failed_load_is_told_in_the_engines_words(owner, make_spec, settings) 
     assert "no tensor x" in next(c.message for c in found.conditions if c.type == "ModelLoaded")
 
 
-def test_the_old_revision_serves_while_the_new_one_cannot(owner, make_spec, settings) -> None:
+def test_the_old_revision_serves_while_the_new_one_cannot(owner, make_spec) -> None:
     old, new = make_spec(), make_spec(engine={"maxNumSeqs": 3})
-    observed = seen(owner, revision(owner, new, settings, FAILED), revision(owner, old, settings, SERVING))
-    found = told(owner, new, settings, observed)
+    before = told(owner, old, revision(owner, old, SERVING))
+    found = told(owner, new, revision(owner, new, FAILED), revision(owner, old, SERVING), before=before)
+    assert found.rollout is not None
+    assert (found.rollout.phase, found.rollout.reason) == ("RollingBack", "MissingTensor")
     assert conditions(found)["Ready"] == ("True", "Serving")
     assert conditions(found)["ModelLoaded"] == ("False", "MissingTensor")
+    assert conditions(found)["Reconciling"] == ("True", "RollingBack")
     assert [r.weight for r in found.revisions] == [0, 100]
+    after = told(owner, new, revision(owner, old, SERVING), before=found)
+    assert conditions(after)["Stalled"] == ("True", "MissingTensor")
+    assert conditions(after)["ModelLoaded"] == ("False", "MissingTensor")
+    assert "no tensor x" in next(c.message for c in after.conditions if c.type == "ModelLoaded")
 
 
-def test_deadline(owner, make_spec, settings) -> None:
+def test_deadline(owner, make_spec) -> None:
     spec = make_spec()
-    late = revision(owner, spec, settings, LOADING, deadline_exceeded=True)
-    assert conditions(told(owner, spec, settings, seen(owner, late)))["Stalled"] == ("True", "ProgressDeadlineExceeded")
+    before = told(owner, spec, revision(owner, spec, LOADING))
+    late = told(owner, spec, revision(owner, spec, LOADING), before=before, now=NOW + 16 * 60)
+    assert conditions(late)["Stalled"] == ("True", "ProgressDeadlineExceeded")
 
 
-def test_scaled_to_zero(owner, make_spec, settings) -> None:
+def test_scaled_to_zero(owner, make_spec) -> None:
     spec = make_spec(replicas=0)
-    found = told(owner, spec, settings, seen(owner, revision(owner, spec, settings)))
-    assert conditions(found)["Ready"] == ("False", "ScaledToZero")
-    assert "Reconciling" not in conditions(found)
+    found = told(owner, spec, revision(owner, spec))
+    assert conditions(found)["Ready"] == ("True", "ScaledToZero"), "as a Deployment of no replicas is Available"
+    assert {"Reconciling", "Stalled"}.isdisjoint(conditions(found))
 
 
-def test_times_stay_while_nothing_changes(owner, make_spec, settings) -> None:
+def test_pods_that_the_api_server_refuses_are_told(owner, make_spec) -> None:
+    spec, quota = make_spec(), 'pods "demo-1" is forbidden: exceeded quota: gpus'
+    found = told(owner, spec, revision(owner, spec, refusal=quota))
+    for kind in ("Ready", "Stalled"):
+        assert conditions(found)[kind][1] == "PodsRefused"
+    assert all(quota in c.message for c in found.conditions if c.type in ("Ready", "Stalled"))
+
+
+def test_a_refused_write_is_told(owner, make_spec) -> None:
     spec = make_spec()
-    observed = seen(owner, revision(owner, spec, settings, SERVING))
-    first = told(owner, spec, settings, observed)
-    todo = plan(owner, spec, observed, settings, NOW)
-    again = status(owner, spec, 3, observed, todo, first.conditions, NOW + 500)
+    found = told(owner, spec, revision(owner, spec, SERVING), refusal="Service default/demo exists")
+    assert conditions(found)["Stalled"] == ("True", "WriteRefused")
+    assert [e.reason for e in events(told(owner, spec, revision(owner, spec, SERVING)), found)] == ["WriteRefused"]
+
+
+def test_a_paused_service_says_so(owner, make_spec) -> None:
+    spec = make_spec()
+    found = told(owner, spec, revision(owner, spec, SERVING), paused=True)
+    assert conditions(found)["Reconciling"] == ("True", "Paused")
+
+
+def test_times_stay_while_nothing_changes(owner, make_spec) -> None:
+    spec = make_spec()
+    first = told(owner, spec, revision(owner, spec, SERVING))
+    again = told(owner, spec, revision(owner, spec, SERVING), before=first, now=NOW + 500)
     assert again == first
+    assert events(first, again) == []
 
 
-def test_an_unreadable_spec_touches_nothing(owner) -> None:
-    found = invalid(owner, 4, "spec.model: missing", [], NOW)
+def test_events_tell_the_turns_of_a_rollout(owner, make_spec) -> None:
+    spec = make_spec()
+    loading = told(owner, spec, revision(owner, spec, LOADING))
+    serving = told(owner, spec, revision(owner, spec, SERVING), before=loading)
+    assert [e.reason for e in events(InferenceServiceStatus(), loading)] == ["RolloutStarted"]
+    assert [e.reason for e in events(loading, serving)] == ["RolloutComplete"]
+
+
+def test_an_unreadable_spec_touches_nothing(owner, make_spec) -> None:
+    spec = make_spec()
+    before = told(owner, spec, revision(owner, spec, SERVING))
+    found = invalid(owner, 4, "spec.model: missing", before, NOW)
     assert conditions(found)["Stalled"] == ("True", "InvalidSpec")
     assert found.observed_generation == 4
+    assert (found.revisions, found.rollout) == (before.revisions, before.rollout), "the gateway routes on"

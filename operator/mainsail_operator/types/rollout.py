@@ -164,6 +164,11 @@ class RolloutStatus(Model):
     )
     reason: str = Field(default="", description="Why it stands there, in one stable word.")
     message: str = Field(default="", description="Why, for people: what it waits for, or what failed.")
+    drain_first: bool = Field(
+        default=False,
+        description="There is no room for replicas of the target beside the old ones (or gpuPolicy forbids it): they "
+        "are replaced one at a time.",
+    )
     command: str = Field(
         default="",
         description="The value of the annotation mainsail.dev/rollout that was carried out last, so that it is carried "
