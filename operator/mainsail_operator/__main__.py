@@ -1,4 +1,4 @@
-"""`mainsail-operator`: watch, lead, reconcile, until a signal."""
+"""`mainsail-operator`: watch, lead, reconcile, until a signal. With arguments: `cli`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import httpx2
 import kopf
 import uvloop
 
+from mainsail_operator import cli
 from mainsail_operator.apply import Writer, kube_client
 from mainsail_operator.handlers import Store, register, settings_for_watching, woken
 from mainsail_operator.health import serve_health
@@ -74,6 +75,9 @@ async def _beat(beat: list[float]) -> None:
 
 
 def main() -> None:
+    if sys.argv[1:]:
+        cli.main(sys.argv[1:], prog="mainsail-operator")
+        return
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     for name in ("httpx2", "kopf.objects"):  # a line for every event would drown what matters
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -18,10 +18,14 @@ from mainsail_operator.types import JSON
 
 log = logging.getLogger(__name__)
 
-DURATION_S = 15
-RENEW_S = 4.0
-_MARGIN_S = 3.0
-"""The holder stops writing this long before others may take over."""
+DURATION_S = 10
+"""A holder that renews no more is followed after this long, and a second for the other to look."""
+RENEWALS = 4
+"""In one duration: two may be lost before the right to write ends."""
+MARGIN = 0.2
+"""Share of the duration by which the holder stops writing before others may take over."""
+LOOK_S = 1.0
+"""How often one that stands by looks, at most."""
 
 
 def _stamp() -> str:
@@ -30,9 +34,15 @@ def _stamp() -> str:
 
 class Lease:
     def __init__(
-        self, client: httpx2.AsyncClient, namespace: str, identity: str, name: str = "mainsail-operator"
+        self,
+        client: httpx2.AsyncClient,
+        namespace: str,
+        identity: str,
+        name: str = "mainsail-operator",
+        duration_s: int = DURATION_S,
     ) -> None:
         self._client = client
+        self._duration_s = duration_s
         self._base = f"/apis/coordination.k8s.io/v1/namespaces/{namespace}/leases"
         self._name = name
         self._namespace = namespace
@@ -58,7 +68,8 @@ class Lease:
                     self.acquired.set()
                 else:
                     self.acquired.clear()
-                await asyncio.sleep(RENEW_S if self.holds() else 1.0)
+                pause = self._duration_s / RENEWALS
+                await asyncio.sleep(pause if self.holds() else min(LOOK_S, pause))
         finally:
             await self._release()
 
@@ -85,7 +96,7 @@ class Lease:
     def _spec(self, transitions: int) -> JSON:
         now = _stamp()
         return {
-            "holderIdentity": self._identity, "leaseDurationSeconds": DURATION_S,
+            "holderIdentity": self._identity, "leaseDurationSeconds": self._duration_s,
             "acquireTime": now, "renewTime": now, "leaseTransitions": transitions,
         }  # fmt: skip
 
@@ -93,7 +104,7 @@ class Lease:
         """Judged by how long we have seen the same renewal, so that clocks of machines need not agree."""
         if renewed != self._seen[0]:
             self._seen = (renewed, now)
-        return now - self._seen[1] >= int(spec.get("leaseDurationSeconds") or DURATION_S)
+        return now - self._seen[1] >= int(spec.get("leaseDurationSeconds") or self._duration_s)
 
     def _took(self, response: httpx2.Response, sent: float) -> None:
         if response.status_code == 409:  # somebody was faster
@@ -101,7 +112,7 @@ class Lease:
         response.raise_for_status()
         if not self.holds():
             log.info("leading as %s", self._identity)
-        self._until = sent + DURATION_S - _MARGIN_S
+        self._until = sent + self._duration_s * (1 - MARGIN)
 
     async def _release(self) -> None:
         if not self.holds():
