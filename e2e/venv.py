@@ -18,7 +18,7 @@ from e2e.cluster.place import Place, this_place
 from e2e.steps import Progress, StepError, report_and_exit, run
 
 UV = "0.13.9"
-EXTRAS = "operator,gateway,fetch,engine,dev"
+EXTRAS = "operator,gateway,tracing,epp,fetch,engine,dev"
 OLDEST_PYTHON = (3, 11)
 NETWORK = "see the log; a failed download is tried again by running it again"
 

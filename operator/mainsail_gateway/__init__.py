@@ -8,6 +8,8 @@ A request's way through the modules, which is also the order to read them in::
     routes.py    model -> service -> endpoints, from watches (watch.py)
     auth.py      whose request it is, and what its key allows (pure); keys.py watches the Secrets, usage.py reads what
                  an answer has used
+    virtual.py   a name that stands for several services (pure); chain.py asks them, attempt.py keeps failed tries from
+                 the client, schema.py says what failed, external.py goes out
     shed.py      now, later, or not (pure), with what gradient.py learned; admission.py waits and refuses, hold.py tells
                  waiting clients and wakes a service at zero
     split.py     which revision (pure)

@@ -6,7 +6,7 @@ are forgotten at once. A request that may start at once (the usual one) neither 
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
@@ -86,10 +86,22 @@ class Door:
         self.refusals: dict[Reason, int] = {}
         self._waiting: dict[Ticket, asyncio.Future[Refused | None]] = {}
         self._timer: asyncio.TimerHandle | None = None
+        self._wanted = float("-inf")
 
     def update(self, policy: Policy, replicas: int, now: float) -> None:
         self.shedder.update(policy, replicas, now)
         self._let_in(now)
+
+    def want(self) -> None:
+        """A replica is wanted, though nobody waits for it here."""
+        if self.shedder.policy.hold_requests:
+            self._wanted = asyncio.get_running_loop().time()
+
+    @property
+    def asked_for(self) -> bool:
+        """Whether a service without replicas should be woken."""
+        recent = asyncio.get_running_loop().time() - self._wanted < hold.WAKE_EVERY_S
+        return not self.shedder.replicas and (bool(self.shedder.waiting) or recent)
 
     @property
     def held(self) -> int:
@@ -213,8 +225,9 @@ class Admission(Collector):
             door.update(Policy(), 0, now)
             door.sweep(float("inf"))
 
-    def held(self) -> Mapping[Key, int]:
-        return {key: door.held for key, door in self.doors.items() if door.held}
+    def asked_for(self) -> set[Key]:
+        """The services to wake."""
+        return {key for key, door in self.doors.items() if door.asked_for}
 
     def describe(self) -> Iterator[Metric]:
         return iter(self._families())

@@ -18,19 +18,23 @@ import msgspec
 from mainsail_gateway import admission, auth, balance, request
 from mainsail_gateway.admission import Admission
 from mainsail_gateway.asgi import Headers, Message, Receive, Scope, Send
+from mainsail_gateway.attempt import Attempt
 from mainsail_gateway.auth import CREDENTIALS, ApiKey
+from mainsail_gateway.chain import Asked, Chain
 from mainsail_gateway.errors import GatewayError, bad_request, no_capacity, send_error, too_large, unknown_model
+from mainsail_gateway.external import Outside
 from mainsail_gateway.fleet import Fleet, Pool
 from mainsail_gateway.health import Health
 from mainsail_gateway.hold import Reply
 from mainsail_gateway.journal import NO_FAILOVER_HEADER
-from mainsail_gateway.keys import Keys
+from mainsail_gateway.keys import Charge, Keys
 from mainsail_gateway.metrics import Metrics
 from mainsail_gateway.relay import CLIENT_GONE, BrokenOff, Call, ClientGone, Relay
 from mainsail_gateway.routes import Service, Table
 from mainsail_gateway.settings import Settings
 from mainsail_gateway.upstream import ConnectionPool
 from mainsail_gateway.usage import Usage
+from mainsail_gateway.virtual import Virtual
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +65,8 @@ class Gateway:
         self.keys = Keys() if settings.auth == "keys" else None
         if self.keys is not None:
             self.metrics.registry.register(self.keys)
+        self.outside = Outside(response_timeout_s=settings.response_timeout_s, namespaces=settings.external_namespaces)
+        self.chain = Chain(self.admission, self.outside, self._serve_virtual, self.metrics.registry)
         self.relay = Relay(self.connections, settings, self._extra_headers)
 
     def use(self, table: Table) -> None:
@@ -70,6 +76,7 @@ class Gateway:
         self.fleet.update(table, now)
         self.metrics.update(table, now)
         self.admission.update(table, now)
+        self.chain.splits.retain({route.key for route in table.virtual.values()})
         self.connections.retain({e.key for service in table.services.values() for e in service.endpoints})
         self.health.synced = True
 
@@ -125,21 +132,34 @@ class Gateway:
             arrived = time.monotonic()
             body = await self._body(scope, receive)
             parsed = request.parse(body)
-            service = self._service(parsed.model, key)
+            route = self.table.virtual.get(parsed.model)
+            if route is not None and key is not None and not key.may_use(parsed.model):
+                raise auth.forbidden(key, parsed.model)
+            service = self._service(parsed.model, key) if route is None else None
         except GatewayError as error:
             self.metrics.refused(error.status)
             if self.keys is not None and key is not None:
                 self.keys.count(key, error.status)
             raise
-        await self._relay(self._call(scope, body, parsed, service, arrived), parsed, key, receive, reply)
+        asked = Asked(scope, body, parsed, key, arrived, _sticky(scope["headers"], parsed), receive, reply)
+        with self._charged(asked) as charge:
+            if service is not None:
+                charge.code = await self._relay(self._call(asked, service, body), asked, reply, charge)
+            elif route is not None:
+                asked.charge = charge
+                charge.code = await self.chain.answer(route, asked, self.table)
+
+    async def _serve_virtual(self, asked: Asked, service: Service, body: bytes, attempt: Attempt) -> int:
+        return await self._relay(self._call(asked, service, body), asked, attempt, asked.charge)
 
     def _own(self, path: str, key: ApiKey | None) -> object | None:
         """What the gateway itself answers to a GET; None when the path is not its own."""
         if path == "/v1/models":
-            models = sorted(item for item in self.table.models.items() if key is None or key.may_use(item[0]))
-            return {"object": "list", "data": [_model_object(name, service) for name, service in models]}
+            known: dict[str, Service | Virtual] = {**self.table.models, **self.table.virtual}
+            names = [name for name in sorted(known) if key is None or key.may_use(name)]
+            return {"object": "list", "data": [_model_object(name, known[name]) for name in names]}
         if match := _MODEL_PATH.fullmatch(path):
-            service = self.table.models.get(match[1])
+            service = self.table.models.get(match[1]) or self.table.virtual.get(match[1])
             if service is None or (key is not None and not key.may_use(match[1])):
                 raise unknown_model(match[1])
             return _model_object(match[1], service)
@@ -151,15 +171,12 @@ class Gateway:
             return {"status": text}
         return None
 
-    async def _relay(
-        self, call: Call, parsed: request.Parsed, key: ApiKey | None, receive: Receive, reply: Reply
-    ) -> None:
+    async def _relay(self, call: Call, asked: Asked, reply: Reply | Attempt, charge: Charge) -> int:
+        """Have the call's service answer; the status."""
         metrics = self.metrics.of(call.service)
         try:
-            with self._charged(call, parsed, key) as usage:
-                async with self._admitted(call, parsed, key, receive, reply) as pool:
-                    send = reply.send if usage is None else usage.meter(reply.send)
-                    await self.relay.forward(call, pool, metrics, receive, send)
+            async with self._admitted(call, asked, reply) as pool:
+                await self.relay.forward(call, pool, metrics, asked.receive, charge.meter(reply.send))
         except GatewayError as error:
             call.code = error.status
             raise
@@ -172,30 +189,32 @@ class Gateway:
         finally:
             (call.pod or metrics).count(call.code)
             metrics.duration.observe(time.monotonic() - call.arrived)
+        return call.code
 
     @contextmanager
-    def _charged(self, call: Call, parsed: request.Parsed, key: ApiKey | None) -> Generator[Usage | None]:
+    def _charged(self, asked: Asked) -> Generator[Charge]:
         """Inside, the request counts against its key's limits. Raises a 429."""
+        key = asked.key
         if self.keys is None or key is None:
-            yield None
+            yield Charge(None)
             return
-        usage = Usage(parsed.prompt_tokens)
+        weight = asked.parsed.weight
+        charge = Charge(Usage(asked.parsed.prompt_tokens))
         try:
-            account = self.keys.take(key, call.weight)
+            account = self.keys.take(key, weight)
         except GatewayError as error:
             self.keys.count(key, error.status)
+            self.metrics.refused(error.status)
             raise
-        code = CLIENT_GONE
         try:
-            yield usage
-            code = call.code
+            yield charge
         except GatewayError as error:
-            code = error.status
+            charge.code = error.status
             raise
         finally:
-            self.keys.settle(key, account, call.weight, usage, code)
+            self.keys.settle(key, account, weight, charge)
 
-    def _beat(self, reply: Reply) -> Callable[[], Awaitable[None]]:
+    def _beat(self, reply: Reply | Attempt) -> Callable[[], Awaitable[None]]:
         return lambda: reply.beat(self._extra_headers())
 
     def _pool(self, call: Call) -> Pool:
@@ -205,17 +224,16 @@ class Gateway:
         return pool
 
     @asynccontextmanager
-    async def _admitted(
-        self, call: Call, parsed: request.Parsed, key: ApiKey | None, receive: Receive, reply: Reply
-    ) -> AsyncGenerator[Pool]:
+    async def _admitted(self, call: Call, asked: Asked, reply: Reply | Attempt) -> AsyncGenerator[Pool]:
         """Inside, the request runs; before it, it may wait. Raises what `Door.enter` does.
 
         Gives the service's endpoints as they are then."""
         door = self.admission.doors[call.service.key]
-        ticket = admission.ticket(call, parsed.stream, parsed.timeout_s, key)
+        stream = asked.parsed.stream
+        ticket = admission.ticket(call, stream, asked.parsed.timeout_s, asked.key)
         if not call.service.endpoints and self.wake is not None:
             self.wake()
-        await door.enter(ticket, call.model, receive, self._beat(reply) if parsed.stream else None)
+        await door.enter(ticket, call.model, asked.receive, self._beat(reply) if stream else None)
         if ticket.timeout_s is not None:
             call.deadline = ticket.since + ticket.timeout_s
         call.on_first = lambda latency_s: door.answering(ticket, latency_s)
@@ -224,12 +242,12 @@ class Gateway:
         finally:
             door.leave(ticket, call)
 
-    def _call(self, scope: Scope, body: bytes, parsed: request.Parsed, service: Service, arrived: float) -> Call:
+    def _call(self, asked: Asked, service: Service, body: bytes) -> Call:
+        scope, parsed = asked.scope, asked.parsed
         query: bytes = scope["query_string"]
         headers: Headers = scope["headers"]
         if self.keys is not None:
             headers = [header for header in headers if header[0] not in CREDENTIALS]
-        session = _header(headers, SESSION_HEADERS) or parsed.session
         return Call(
             method=b"POST",
             target=scope["raw_path"] + (b"?" + query if query else b""),
@@ -237,10 +255,10 @@ class Gateway:
             body=body,
             model=parsed.model,
             weight=parsed.weight,
-            prefixes=balance.prefix_keys(parsed.prompt, session),
-            arrived=arrived,
+            prefixes=balance.prefix_keys(parsed.prompt, _header(headers, SESSION_HEADERS) or parsed.session),
+            arrived=asked.arrived,
             service=service,
-            sticky=session or _header(headers, USER_HEADERS),
+            sticky=asked.sticky,
             stream=parsed.stream,
             once=any(name == NO_FAILOVER_HEADER for name, _ in headers),
         )
@@ -288,9 +306,14 @@ def _header(headers: Headers, names: Sequence[bytes]) -> str | None:
     return next((value.decode("latin-1") for name, value in headers if name in names and value), None)
 
 
-def _model_object(name: str, service: Service) -> dict[str, Any]:
+def _sticky(headers: Headers, parsed: request.Parsed) -> str | None:
+    """The session or user, while several revisions or services have a weight."""
+    return _header(headers, SESSION_HEADERS) or parsed.session or _header(headers, USER_HEADERS)
+
+
+def _model_object(name: str, service: Service | Virtual) -> dict[str, Any]:
     model: dict[str, Any] = {"id": name, "object": "model", "created": service.created, "owned_by": "mainsail"}
-    if service.max_model_len is not None:
+    if isinstance(service, Service) and service.max_model_len is not None:
         model["max_model_len"] = service.max_model_len
     return model
 

@@ -12,7 +12,7 @@ recent it is, and a lost one is repeated.
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from datetime import UTC, datetime
 
 import httpx2
@@ -74,9 +74,9 @@ def _one_line(body: bytes) -> bytes:
         return msgspec.json.encode({"error": {"message": body.decode(errors="replace"), "type": "server_error"}})
 
 
-def due(held: Mapping[Key, int], last: Mapping[Key, float], now: float) -> list[Key]:
-    """The services to wake now: requests are held, and the last wake-up is a while ago. Pure."""
-    return [key for key, count in held.items() if count and now - last.get(key, -WAKE_EVERY_S) >= WAKE_EVERY_S]
+def due(wanted: Collection[Key], last: Mapping[Key, float], now: float) -> list[Key]:
+    """The services to wake now, of those whose replicas are wanted: the last wake-up is a while ago. Pure."""
+    return [key for key in sorted(wanted) if now - last.get(key, -WAKE_EVERY_S) >= WAKE_EVERY_S]
 
 
 def annotation(at: datetime) -> bytes:
@@ -88,9 +88,9 @@ def annotation(at: datetime) -> bytes:
 class Waker:
     """Asks the operator for replicas while requests are held."""
 
-    def __init__(self, client: httpx2.AsyncClient, held: Callable[[], Mapping[Key, int]]) -> None:
+    def __init__(self, client: httpx2.AsyncClient, wanted: Callable[[], Collection[Key]]) -> None:
         self._client = client
-        self._held = held
+        self._wanted = wanted
         self._last: dict[Key, float] = {}
         self.woken = asyncio.Event()
         """Set when a request begins to wait for a replica."""
@@ -100,13 +100,13 @@ class Waker:
         loop = asyncio.get_running_loop()
         while True:
             now = loop.time()
-            held = self._held()
+            wanted = self._wanted()
             self._last = {key: at for key, at in self._last.items() if now - at < WAKE_EVERY_S}
-            for key in due(held, self._last, now):
+            for key in due(wanted, self._last, now):
                 self._last[key] = now
                 await self._wake(key)
             self.woken.clear()
-            timeout = WAKE_EVERY_S / 5 if any(held.values()) else None
+            timeout = WAKE_EVERY_S / 5 if wanted else None
             try:
                 async with asyncio.timeout(timeout):
                     await self.woken.wait()

@@ -7,6 +7,7 @@ Secret is in force as soon as the watch brings it, and with the API server away,
 import asyncio
 import logging
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import httpx2
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -14,13 +15,27 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from mainsail_gateway import auth
-from mainsail_gateway.asgi import Headers
+from mainsail_gateway.asgi import Headers, Send
 from mainsail_gateway.auth import LABEL, Account, ApiKey, KeyRing, Secret
 from mainsail_gateway.errors import GatewayError
 from mainsail_gateway.usage import Usage
 from mainsail_gateway.watch import Reflector, Timing
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Charge:
+    """One request of a key, while it runs."""
+
+    usage: Usage | None
+    """None: nobody counts."""
+    code: int = 499
+    """What came of it; 499: the client left."""
+
+    def meter(self, send: Send) -> Send:
+        """`send`, with what passes counted."""
+        return send if self.usage is None else self.usage.meter(send)
 
 
 class Keys(Collector):
@@ -62,8 +77,9 @@ class Keys(Collector):
         account.take(key, tokens, asyncio.get_running_loop().time())
         return account
 
-    def settle(self, key: ApiKey, account: Account, taken: int, usage: Usage, code: int) -> None:
+    def settle(self, key: ApiKey, account: Account, taken: int, charge: Charge) -> None:
         """A charged request has ended."""
+        usage, code = charge.usage or Usage(0), charge.code
         account.settle(taken, usage.total if code == 200 else 0, asyncio.get_running_loop().time())
         self.count(key, code)
         if code == 200:

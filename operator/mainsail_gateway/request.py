@@ -32,6 +32,7 @@ class _Body(msgspec.Struct):
     input: msgspec.Raw = _RAW_EMPTY
     prompt_cache_key: Any = None
     timeout: Any = None
+    response_format: msgspec.Raw = _RAW_EMPTY
     user: Any = None
 
 
@@ -48,11 +49,16 @@ class Parsed:
     """The prompt's part of that."""
     session: str | None
     """What the client calls the conversation (`prompt_cache_key`, `user`), if it says."""
+    tools: bool = False
+    """Whether it offers tools."""
+    structured: bool = False
+    """Whether it asks for JSON."""
     timeout_s: float | None = None
     """How long the client wants to wait for the whole answer (`timeout`). The engine judges odd values."""
 
 
 _decoder = msgspec.json.Decoder(_Body)
+_fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
 def parse(body: bytes) -> Parsed:
@@ -75,8 +81,17 @@ def parse(body: bytes) -> Parsed:
         prompt_tokens=len(prompt) // BYTES_PER_TOKEN,
         prompt=prompt,
         session=next((name for name in (fields.prompt_cache_key, fields.user) if isinstance(name, str) and name), None),
+        tools=b"{" in bytes(fields.tools),
+        structured=b"json" in bytes(fields.response_format),
         timeout_s=_positive(fields.timeout),
     )
+
+
+def renamed(body: bytes, model: str) -> bytes:
+    """The same body for another model. The other fields stay as they are, byte for byte."""
+    fields = _fields.decode(body)
+    fields["model"] = msgspec.Raw(msgspec.json.encode(model))
+    return msgspec.json.encode(fields)
 
 
 def _positive(value: object) -> float | None:

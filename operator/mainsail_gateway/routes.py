@@ -4,6 +4,8 @@ A request reads the table once and keeps that reading, so a change never shows i
 services claim goes to the older one (creationTimestamp, then namespace and name), the same in every gateway; the other
 is not served under that name, which is logged and counted, and heals by itself when either changes.
 
+ModelRoutes take part in that with their names (virtual.py).
+
 A service's status says which revision gets which share of the requests. A pod of a revision that it does not name yet
 gets none until it does (split.py).
 
@@ -23,6 +25,7 @@ import httpx2
 import msgspec
 
 from mainsail_gateway.shed import Policy
+from mainsail_gateway.virtual import ModelRoute, Virtual
 from mainsail_gateway.watch import Key, KubeObject, Reflector, Timing
 
 log = logging.getLogger(__name__)
@@ -139,11 +142,15 @@ class Service:
 class Table:
     models: Mapping[str, Service] = field(default_factory=lambda: MappingProxyType({}))
     services: Mapping[Key, Service] = field(default_factory=lambda: MappingProxyType({}))
+    virtual: Mapping[str, Virtual] = field(default_factory=lambda: MappingProxyType({}))
+    """The names that ModelRoutes have."""
     conflicts: tuple[tuple[str, Key, Key], ...] = ()
     """Model, the service that has it, the service that wanted it too."""
 
 
-def build(services: Iterable[InferenceService], slices: Iterable[EndpointSlice]) -> Table:
+def build(
+    services: Iterable[InferenceService], slices: Iterable[EndpointSlice], routes: Iterable[ModelRoute] = ()
+) -> Table:
     """The routing table of a state of the cluster."""
     endpoints: dict[Key, dict[str, Endpoint]] = {}
     for piece in slices:
@@ -151,19 +158,31 @@ def build(services: Iterable[InferenceService], slices: Iterable[EndpointSlice])
         if owner:
             endpoints.setdefault((piece.metadata.namespace, owner), {}).update(_endpoints(piece))
     by_key: dict[Key, Service] = {}
-    models: dict[str, Service] = {}
+    holders: dict[str, Service | Virtual] = {}
     conflicts: list[tuple[str, Key, Key]] = []
-    for item in sorted(services, key=_age):
-        service = _service(item, endpoints.get((item.metadata.namespace, item.metadata.name), {}))
-        by_key[service.key] = service
-        for name in service.served_names:
-            holder = models.setdefault(name, service)
-            if holder is not service:
-                conflicts.append((name, holder.key, service.key))
-    return Table(MappingProxyType(models), MappingProxyType(by_key), tuple(conflicts))
+    for item in sorted((*services, *routes), key=_age):
+        if isinstance(item, ModelRoute):
+            owner, names = _virtual(item)
+        else:
+            owner = _service(item, endpoints.get((item.metadata.namespace, item.metadata.name), {}))
+            by_key[owner.key] = owner
+            names = owner.served_names
+        for name in names:
+            holder = holders.setdefault(name, owner)
+            if holder is not owner:
+                conflicts.append((name, holder.key, owner.key))
+    models = {name: holder for name, holder in holders.items() if isinstance(holder, Service)}
+    virtual = {name: holder for name, holder in holders.items() if isinstance(holder, Virtual)}
+    return Table(MappingProxyType(models), MappingProxyType(by_key), MappingProxyType(virtual), tuple(conflicts))
 
 
-def _age(item: InferenceService) -> tuple[str, str, str]:
+def _virtual(item: ModelRoute) -> tuple[Virtual, tuple[str, ...]]:
+    names = tuple(dict.fromkeys(item.spec.names or [item.metadata.name]))
+    key = (item.metadata.namespace, item.metadata.name)
+    return Virtual(key, _epoch(item.metadata.creationTimestamp), tuple(item.spec.rules)), names
+
+
+def _age(item: InferenceService | ModelRoute) -> tuple[str, str, str]:
     return item.metadata.creationTimestamp, item.metadata.namespace, item.metadata.name
 
 
@@ -256,6 +275,10 @@ class Routes:
             )
             for scope in scopes
         ]
+        self.virtual = [
+            Reflector(client, f"/apis/mainsail.dev/v1alpha1{scope}/modelroutes", ModelRoute, changed, timing=timing)
+            for scope in scopes
+        ]
         self.slices = [
             Reflector(
                 client,
@@ -269,14 +292,20 @@ class Routes:
         ]
 
     @property
+    def _mirrors(self) -> list[Reflector[InferenceService] | Reflector[EndpointSlice]]:
+        return [*self.services, *self.slices]
+
+    @property
     def synced(self) -> bool:
-        """Everything has been listed once. From then on the table is the best knowledge there is, and is used."""
-        return all(reflector.synced for reflector in (*self.services, *self.slices))
+        """Everything has been listed once. From then on the table is the best knowledge there is, and is used.
+
+        Not so ModelRoutes: where their CRD is not installed yet, services are served all the same."""
+        return all(reflector.synced for reflector in self._mirrors)
 
     async def run(self) -> None:
         """Watch and rebuild until cancelled. Any end of a part is an error, and ends the whole."""
         async with asyncio.TaskGroup() as tasks:
-            for reflector in (*self.services, *self.slices):
+            for reflector in (*self._mirrors, *self.virtual):
                 tasks.create_task(reflector.run())
             tasks.create_task(self._rebuild())
 
@@ -289,7 +318,8 @@ class Routes:
                 continue
             services = [item for reflector in self.services for item in reflector.store.values()]
             slices = [item for reflector in self.slices for item in reflector.store.values()]
-            table = build(services, slices)
+            routes = [item for reflector in self.virtual for item in reflector.store.values()]
+            table = build(services, slices, routes)
             for name, holder, other in set(table.conflicts) - set(self.table.conflicts):
                 log.warning("model %s is served by %s/%s; the younger %s/%s is left out", name, *holder, *other)
             self.table = table

@@ -23,12 +23,13 @@ from lightkube.core.exceptions import ConfigError
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from mainsail_gateway.app import Gateway
+from mainsail_gateway.auth import Secret
 from mainsail_gateway.health import HealthServer
 from mainsail_gateway.hold import Waker
 from mainsail_gateway.keys import KeyWatch
 from mainsail_gateway.routes import Routes
 from mainsail_gateway.settings import Settings
-from mainsail_gateway.watch import Timing
+from mainsail_gateway.watch import Reflector, Timing
 
 _NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
@@ -165,9 +166,10 @@ def own_namespace() -> str:
 async def background(gateway: Gateway, client: httpx2.AsyncClient, timing: Timing) -> AsyncGenerator[None]:
     """The watches and the sweeps, while inside."""
     routes = Routes(client, gateway.settings.namespaces, gateway.use, timing=timing)
-    waker = Waker(client, gateway.admission.held)
+    waker = Waker(client, gateway.admission.asked_for)
     gateway.wake = waker.woken.set
-    parts: list[Routes | Gateway | Waker | KeyWatch] = [routes, gateway, waker]
+    parts: list[Routes | Gateway | Waker | KeyWatch | Reflector[Secret]] = [routes, gateway, waker]
+    parts += gateway.outside.watch(client, timing)
     if gateway.keys is not None:
         namespace = gateway.settings.keys_namespace or own_namespace()
         parts.append(KeyWatch(client, namespace, gateway.keys, timing=timing))
@@ -183,6 +185,7 @@ async def background(gateway: Gateway, client: httpx2.AsyncClient, timing: Timin
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         gateway.connections.close()
+        await gateway.outside.close()
         await client.aclose()
 
 

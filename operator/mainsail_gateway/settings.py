@@ -21,6 +21,8 @@ class Settings:
     """anonymous: whoever reaches the gateway may use every model. keys: only who has an API key (auth.py)."""
     keys_namespace: str | None = None
     """Where the Secrets of the API keys are; without it the Pod's own namespace."""
+    external_namespaces: tuple[str, ...] = ()
+    """Namespaces whose ModelRoutes may name endpoints outside of the cluster (external.py)."""
     tls_cert: str | None = None
     tls_key: str | None = None
     """PEM files, as a Secret's volume has them; read again when they change. Without them: plain HTTP."""
@@ -72,6 +74,10 @@ _HELP = {
 }
 
 
+_LISTS = {
+    "namespaces": ("--namespace", "namespace to serve"),
+    "external_namespaces": ("--external-namespace", "namespace whose ModelRoutes may name endpoints outside"),
+}
 _TYPES: dict[type, Callable[[str], str | int | float]] = {type(None): str, str: str, int: int, float: float}
 
 
@@ -82,10 +88,9 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
     )
     defaults = Settings()
     for field in fields(Settings):
-        if field.name == "namespaces":
-            parser.add_argument(
-                "--namespace", dest="namespaces", action="append", default=[], help="namespace to serve; repeat"
-            )
+        if field.name in _LISTS:
+            flag, text = _LISTS[field.name]
+            parser.add_argument(flag, dest=field.name, action="append", default=[], help=f"{text}; repeat")
             continue
         default: object = getattr(defaults, field.name)
         parser.add_argument(
@@ -95,7 +100,8 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
             help=_HELP.get(field.name, "seconds") + ("" if default is None else f" (default {default})"),
         )
     values = vars(parser.parse_args(argv))
-    values["namespaces"] = tuple(dict.fromkeys(values["namespaces"]))
+    for name in _LISTS:
+        values[name] = tuple(dict.fromkeys(values[name]))
     for name, value in values.items():
         if isinstance(value, int | float) and value < 0:
             parser.error(f"--{name.replace('_', '-')} must not be negative, got {value}")

@@ -33,6 +33,8 @@ KEEPING_UP = 0.1
 FIRST_RETRY_S = 5.0
 """Retry-After before any request was finished."""
 
+DEFAULT_PRIORITIES: Mapping[str, int] = MappingProxyType({"high": 100, "normal": 0, "batch": -100})
+
 Reason = Literal["queue_full", "queue_time", "deadline", "displaced", "no_replica", "hold_full", "hold_time"]
 
 
@@ -42,9 +44,7 @@ class Policy:
 
     max_queued_requests: int = 512
     max_queue_time_s: float = 30.0
-    priorities: Mapping[str, int] = field(
-        default_factory=lambda: MappingProxyType({"high": 100, "normal": 0, "batch": -100})
-    )
+    priorities: Mapping[str, int] = field(default_factory=lambda: DEFAULT_PRIORITIES)
     max_running: int = 256
     """What one replica runs at once."""
     hold_requests: int = 0
@@ -157,6 +157,11 @@ class Shedder:
     def limit(self) -> float:
         """How many may run at once."""
         return self.replicas * min(self.gradient.limit, float(self.policy.max_running))
+
+    @property
+    def busy(self) -> bool:
+        """One more request would have to wait."""
+        return bool(self.waiting) or self.running >= self.limit
 
     def update(self, policy: Policy, replicas: int, now: float) -> None:
         """The service's spec or its replicas changed. `ready` then says who may start."""

@@ -18,6 +18,7 @@ from mainsail_operator.apply import Writer, kube_client
 from mainsail_operator.handlers import Store, register, settings_for_watching, woken
 from mainsail_operator.health import serve_health
 from mainsail_operator.lease import Lease
+from mainsail_operator.model_routes import ModelRoutes
 from mainsail_operator.reconcile import Reconciler
 from mainsail_operator.relist import Relister
 from mainsail_operator.scrape import TIMEOUT_S, Scraper
@@ -46,10 +47,13 @@ async def run(settings: Settings) -> None:
         registry = kopf.OperatorRegistry()
         relister = Relister(client, settings.watch_namespaces, store.sources(), woken(reconciler))
         register(registry, store, reconciler, relister)
+        routes = ModelRoutes(client, writer, lease, settings.watch_namespaces, store.services.owners)
+        routes.register(registry)
         leading = asyncio.create_task(lease.run())
         beating = asyncio.create_task(_beat(beat))
         scraping = asyncio.create_task(scraper.run())
         listing = asyncio.create_task(relister.run())
+        routing = asyncio.create_task(routes.run())
         try:
             await kopf.operator(
                 registry=registry,
@@ -61,7 +65,7 @@ async def run(settings: Settings) -> None:
             )
         finally:
             await reconciler.close()
-            for task in (leading, beating, scraping, listing):
+            for task in (leading, beating, scraping, listing, routing):
                 task.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
                     await task

@@ -21,6 +21,7 @@ from mainsail_operator.events import Event
 from mainsail_operator.objects import DELETION_COST, Owner
 from mainsail_operator.plan import Action, Apply, Delete, Mark, Scale
 from mainsail_operator.types import API_VERSION, GROUP, JSON, KIND, PLURAL, VERSION, InferenceServiceStatus
+from mainsail_operator.types.route import ROUTE_PLURAL, ModelRouteStatus
 
 log = logging.getLogger(__name__)
 
@@ -107,6 +108,10 @@ class Writer:
             _check(await self._client.post(path, json=body), "event")
         except (WriteError, httpx2.HTTPError) as error:
             log.info("%s/%s: the event %s was not told: %s", owner.namespace, owner.name, event.reason, error)
+
+    async def route_status(self, key: tuple[str, str], status: ModelRouteStatus) -> None:
+        path = f"/apis/{GROUP}/{VERSION}/namespaces/{key[0]}/{ROUTE_PLURAL}/{key[1]}/status"
+        await self._merge(path, {"status": status.model_dump(mode="json", by_alias=True)}, f"status of {key[1]}")
 
     def _fence(self) -> None:
         if not self._may_write():

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
-from mainsail_operator.crd import FILES, custom_resource_definition, openapi, render
+import pytest
+
+from mainsail_operator.crd import (
+    FILES,
+    INFERENCE_SERVICE,
+    MODEL_ROUTE,
+    Resource,
+    custom_resource_definition,
+    openapi,
+    render,
+)
+
+RESOURCES = (INFERENCE_SERVICE, MODEL_ROUTE)
 
 
 def test_committed_files_are_up_to_date() -> None:
-    for path in FILES:
-        assert path.read_text() == render(), f"{path} differs: run `python -m mainsail_operator.crd`"
+    for path, resource in FILES.items():
+        assert path.read_text() == render(resource), f"{path} differs: run `python -m mainsail_operator.crd`"
 
 
 def nodes(schema: dict[str, Any], path: str = ""):
@@ -22,8 +34,9 @@ def nodes(schema: dict[str, Any], path: str = ""):
         yield from nodes(schema["additionalProperties"], f"{path}{{}}")
 
 
-def test_every_node_is_structural() -> None:
-    for path, node in nodes(openapi()):
+@pytest.mark.parametrize("resource", RESOURCES, ids=lambda resource: resource.kind)
+def test_every_node_is_structural(resource: Resource) -> None:
+    for path, node in nodes(openapi(resource)):
         typed = (
             "type" in node or node.get("x-kubernetes-int-or-string") or "x-kubernetes-preserve-unknown-fields" in node
         )
@@ -34,14 +47,18 @@ def test_every_node_is_structural() -> None:
             assert "items" in node, path
 
 
-def test_every_field_of_the_spec_is_documented() -> None:
-    for path, node in nodes(openapi()["properties"]["spec"], "spec"):
+@pytest.mark.parametrize("resource", RESOURCES, ids=lambda resource: resource.kind)
+def test_every_field_of_the_spec_is_documented(resource: Resource) -> None:
+    for path, node in nodes(openapi(resource)["properties"]["spec"], "spec"):
         if not path.endswith(("[]", "{}")) and "containers" not in path.lower():
             assert len(node.get("description", "")) > 10, path
 
 
 def test_rules_say_what_to_do() -> None:
-    rules = [rule for _, node in nodes(openapi()) for rule in node.get("x-kubernetes-validations", [])]
+    schemas = [openapi(resource) for resource in RESOURCES]
+    rules = [
+        rule for schema in schemas for _, node in nodes(schema) for rule in node.get("x-kubernetes-validations", [])
+    ]
     assert len(rules) >= 12
     assert all(len(rule.get("message") or rule["messageExpression"]) > 8 for rule in rules)
 

@@ -49,5 +49,8 @@ tolerations: {{ toJson . }}
 {{- if .Values.gateway.tls.secretName -}}
 {{- $args = concat $args (list "--tls-cert" "/etc/mainsail/tls/tls.crt" "--tls-key" "/etc/mainsail/tls/tls.key") -}}
 {{- end -}}
+{{- range .Values.gateway.externalNamespaces -}}
+{{- $args = concat $args (list "--external-namespace" .) -}}
+{{- end -}}
 {{- toJson $args -}}
 {{- end }}
