@@ -228,8 +228,8 @@ def row_p8(load: Load) -> Figures:
 
 
 def row_p9(load: Load) -> Figures:
-    streams = [Job([load.tokens(512)], 700, tag="stream") for _ in range(16)]
-    prompts = [Job([load.tokens(32_000)], 16, at_s=1.0, tag="long") for _ in range(4)]
+    streams = [Job([load.tokens(512)], 900, tag="stream") for _ in range(16)]
+    prompts = [Job([load.tokens(32_000)], 16, at_s=1.0 + 2.0 * i, tag="long") for i in range(4)]
     answers = load.run(streams + prompts)
     long = [a for a in answers if a.tag == "long"]
     begin, end = min(a.start_s for a in long), max(a.event_s[0] for a in long)

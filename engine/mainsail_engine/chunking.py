@@ -22,12 +22,16 @@ MIN_CHUNK = 32
 """Prefill tokens that a step carries at least."""
 FIRST_CHUNK = 256
 """… and at most, beside decodes, before anything was measured."""
-AIM = 0.85
+AIM = 0.8
 """Share of the target that a step is planned for: the rest is for what the fit misses."""
 MEMORY = 300
 """Steps of either kind that the fit remembers, fading."""
 RECENT = 16
 """Steps with prefill whose largest chunk bounds the next one."""
+SPREAD_ROWS = 256
+"""Rows of a step up to which its linears cost little more than reading the weights (180 to 250 on Hopper)."""
+SPREAD_STEPS = 4
+"""A backlog of prompts is spread over at least so many steps while requests decode."""
 SWEEPS = 8
 """Rounds of coordinate descent before a prediction: it starts where it ended the last time."""
 SCALES = (1.0, 1e2, 1e5, 1e3, 1e7)
@@ -55,6 +59,15 @@ class StepWork:
 def attention_pairs(start: int, num_tokens: int) -> int:
     """Pairs for the positions [start, start + num_tokens): each attends to all before it and itself."""
     return num_tokens * start + num_tokens * (num_tokens + 1) // 2
+
+
+def spread(backlog: int, num_decodes: int) -> int:
+    """Prefill tokens for the next step, when `backlog` of them wait and so many requests decode.
+
+    Beside a few decodes, prefill tokens are nearly free: the weights are read anyway. So a lone prompt goes along with
+    some steps of the decodes rather than holding them all up in one; a long backlog is worked off at full chunks.
+    """
+    return max(SPREAD_ROWS - num_decodes, SPREAD_ROWS // 2, -(-backlog // SPREAD_STEPS))
 
 
 class _Moments:

@@ -83,7 +83,7 @@ def _add_engine_flags(serve: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max-inter-token-latency-ms",
         type=float,
-        help="cut prompts into chunks so that running streams wait no longer; 0: no bound; default: 50, CPU 0",
+        help="cut prompts into chunks so that running streams wait no longer; 0: no bound; default: 40, CPU 0",
     )
     group.add_argument(
         "--enable-chunked-prefill", action="store_true", default=True, help="always on; accepted for compatibility"
@@ -124,6 +124,12 @@ def _add_server_flags(serve: argparse.ArgumentParser) -> None:
     group.add_argument("--drain-timeout", type=float, default=default.drain_timeout_s, help="seconds after SIGTERM")
     group.add_argument("--max-num-queued-reqs", type=int, default=default.max_num_queued_reqs, help="more: 429")
     group.add_argument("--max-num-queued-tokens", type=int, default=default.max_num_queued_tokens, help="more: 429")
+    group.add_argument(
+        "--max-queue-wait",
+        type=float,
+        default=default.max_queue_wait_s,
+        help="seconds to a first token beyond which an overload is answered with 429; 0: never",
+    )
     group.add_argument("--api-key", help="bearer token that clients must send; default: $MAINSAIL_API_KEY, or none")
     group.add_argument(
         "--live-limit", type=float, help="seconds without a step until liveness fails; default: 10, CPU 60"
@@ -165,6 +171,7 @@ def server_config(flags: argparse.Namespace) -> ServerConfig:
         drain_timeout_s=flags.drain_timeout,
         max_num_queued_reqs=flags.max_num_queued_reqs,
         max_num_queued_tokens=flags.max_num_queued_tokens,
+        max_queue_wait_s=flags.max_queue_wait,
         api_key=getattr(flags, "api_key", None) or os.environ.get("MAINSAIL_API_KEY") or None,
         live_limit_s=getattr(flags, "live_limit", None),
     )

@@ -64,7 +64,7 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Token budget of one step. None: 8192 on CUDA, 512 on the CPU, where a longer step would stall every stream."""
     max_inter_token_latency_ms: float | None = None
     """What a step may take while requests decode; chunks of prompts are cut to it, from measured times. 0: no bound.
-    None: 50 on CUDA, no bound on the CPU."""
+    None: 40 on CUDA, no bound on the CPU."""
     agent_sessions: bool = True
     """Keep the KV of sessions that are expected back, and hold new turns rather than displace it. Off: to compare."""
     watermark: float = 0.01
@@ -113,6 +113,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Requests that may wait for their first token. More are refused with 429 and a Retry-After."""
     max_num_queued_tokens: int = 2_000_000
     """Prompt tokens that may wait for their first token, over all requests (a lone request is always let in)."""
+    max_queue_wait_s: float = 4.0
+    """Under overload, requests whose first token would take longer (as measured) are refused at once. 0: never."""
     api_key: str | None = None
     """What clients must send as a bearer token. None: no key."""
     live_limit_s: float | None = None
@@ -125,5 +127,6 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
         )
         _require(self.drain_timeout_s >= 0, "--drain-timeout must not be negative")
         _require(self.max_num_queued_reqs >= 1, "--max-num-queued-reqs must be at least 1")
+        _require(self.max_queue_wait_s >= 0, "--max-queue-wait must not be negative")
         _require(self.max_num_queued_tokens >= 1, "--max-num-queued-tokens must be at least 1")
         _require(all(self.served_model_names), "--served-model-name must not be empty")

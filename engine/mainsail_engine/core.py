@@ -68,7 +68,7 @@ log = logging.getLogger(__name__)
 WARM_UP_ID = "warm-up"
 IDLE_S = 0.005
 """How long to wait for a command while the scheduler holds everything back."""
-CUDA_LATENCY_MS = 50.0
+CUDA_LATENCY_MS = 40.0
 LINGER_MS = 2000
 """How long the last message may take to leave."""
 

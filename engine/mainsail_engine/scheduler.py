@@ -29,7 +29,7 @@ from heapq import heappop, heappush
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from mainsail_engine.chunking import ChunkController, StepWork, attention_pairs
+from mainsail_engine.chunking import ChunkController, StepWork, attention_pairs, spread
 from mainsail_engine.config import BLOCK_SIZE, EngineConfig
 from mainsail_engine.errors import RequestError
 from mainsail_engine.kv.cache import KVCache, blocks_for
@@ -260,7 +260,13 @@ class Scheduler:
             return left
         plan.decode_context = sum(chunk.start for chunk in plan.chunks)
         start = self._prefilling[0].num_computed_tokens if self._prefilling else 0
-        return min(left, self._chunking.budget(StepWork(plan.num_decodes, plan.decode_context), start))
+        latency = self._chunking.budget(StepWork(plan.num_decodes, plan.decode_context), start)
+        return min(left, latency, spread(self._backlog(), plan.num_decodes))
+
+    def _backlog(self) -> int:
+        """Prompt tokens that could be computed now, or nearly: what is begun, and what waits if there is a place."""
+        waiting = self._waiting.num_prompt_tokens if self.num_running < self._max_running else 0
+        return waiting + sum(r.num_tokens - r.num_computed_tokens for r in self._prefilling)
 
     def _plan_prefills(self, plan: StepPlan, budget: int) -> int:
         """The next chunk of every prompt begun, oldest first. Returns the budget left."""

@@ -47,6 +47,8 @@ class WaitingQueue:
         """(-priority, user) → requests by arrival; never empty."""
         self._accounts: dict[str, Account] = {}
         self._size = 0
+        self.num_prompt_tokens = 0
+        """Of all that wait, cached or not."""
 
     def __len__(self) -> int:
         return self._size
@@ -72,12 +74,14 @@ class WaitingQueue:
     def push(self, request: Request) -> None:
         insort(self._lanes.setdefault((-request.priority, request.user), []), request, key=_arrival)
         self._size += 1
+        self.num_prompt_tokens += len(request.prompt_token_ids)
 
     def remove(self, request: Request) -> None:
         key = (-request.priority, request.user)
         lane = self._lanes[key]
         del lane[bisect_left(lane, request.arrival_index, key=_arrival)]
         self._size -= 1
+        self.num_prompt_tokens -= len(request.prompt_token_ids)
         if not lane:
             del self._lanes[key]
 

@@ -20,6 +20,7 @@ import torch
 from mainsail_kernels import reference
 from mainsail_kernels._attention import check_attention, scaled_scores
 from mainsail_kernels._triton import (
+    INTERPRETED,
     dependent_launch,
     multiprocessors,
     next_power_of_2,
@@ -324,7 +325,7 @@ def _launch(
         BLOCK_SIZE=kv.shape[3],
         BLOCK_N=config.block_n,
         LEAST=config.least_tiles,
-        SEQS=max(next_power_of_2(num_seqs), 32),
+        SEQS=max(next_power_of_2(num_seqs), 256 if not INTERPRETED else 32),
         WINDOW=window > 0,
         SOFT_CAP=soft_cap > 0,
         STAGES=config.stages,

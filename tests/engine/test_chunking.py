@@ -9,7 +9,7 @@ from benchmarks.simulated import SimulatedEngine
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mainsail_engine.chunking import MIN_CHUNK, ChunkController, StepWork, attention_pairs
+from mainsail_engine.chunking import MIN_CHUNK, ChunkController, StepWork, attention_pairs, spread
 from mainsail_engine.request import Request, SamplingParams
 
 # (per step, per decode, per token of context, per prefill token, per attention pair), in seconds
@@ -154,3 +154,9 @@ def test_without_a_target_a_step_takes_the_whole_budget():
     engine.on_step = plans.append
     engine.run()
     assert max(plan.num_tokens for plan in plans) == 8192
+
+
+@pytest.mark.parametrize(("backlog", "decodes", "expected"), [(0, 8, 248), (1000, 8, 250), (1000, 250, 250),
+                                                              (100, 250, 128), (30_000, 64, 7500)])  # fmt: skip
+def test_a_small_backlog_is_spread_and_a_long_one_is_not(backlog, decodes, expected):
+    assert spread(backlog, decodes) == expected

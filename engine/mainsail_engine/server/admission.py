@@ -1,7 +1,11 @@
-"""Who may join the queue: bounded by requests and by prompt tokens, with an honest Retry-After beyond.
+"""Who may join the queue: bounded by requests, prompt tokens and the wait to come, with an honest Retry-After beyond.
 
-Queued means: accepted, and no first token yet. The rate at which prompt tokens leave the queue is measured; a refused
-client is told to come back when, at that rate, there is room for it. A pure value machine: the clock is an argument.
+Queued means: accepted, and no first token yet. The rate at which prompt tokens leave the queue, while there is one, is
+measured; a refused client is told to come back when, at that rate, there is room for it. Where more comes than can be
+served, a queue only makes everybody late, so that work is done of which nobody waits for the end any more: beyond a
+wait of max_wait_s newcomers are refused at once. A burst is no overload: the queue must have stood for BURST_S (the
+idea is CoDel's: Nichols and Jacobson, 2012), and the first FREE_REQUESTS at a time are always let in, so that a few
+clients with long prompts are served however long that takes. A pure value machine: the clock is an argument.
 """
 
 from __future__ import annotations
@@ -11,12 +15,16 @@ from dataclasses import dataclass
 
 RATE_HALF_LIFE_S = 5.0
 MIN_RETRY_S, MAX_RETRY_S = 1.0, 60.0
+BURST_S = 1.0
+"""How long a queue may stand before its length counts as an overload."""
+FREE_REQUESTS = 64
+"""As many queued requests as a wait alone never refuses."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rejection:
     reason: str
-    """max_num_queued_reqs or max_num_queued_tokens: the flag that says no."""
+    """max_num_queued_reqs, max_num_queued_tokens or max_queue_wait: the flag that says no."""
     retry_after_s: float
     message: str
 
@@ -28,6 +36,10 @@ class DrainRate:
         self._tokens = 0.0
         self._seconds = 0.0
         self._at_s: float | None = None
+
+    def resume(self, now: float) -> None:
+        """There is a queue again: the time without one says nothing."""
+        self._at_s = now
 
     def add(self, tokens: int, now: float) -> None:
         if self._at_s is not None:
@@ -45,14 +57,17 @@ class DrainRate:
 class Admission:
     """`check` before answering, `enter` when the request goes to the core, `leave` at its first token or its end."""
 
-    def __init__(self, *, max_requests: int, max_tokens: int) -> None:
+    def __init__(self, *, max_requests: int, max_tokens: int, max_wait_s: float = 0.0) -> None:
+        """max_wait_s 0: no bound."""
         self._max_requests = max_requests
         self._max_tokens = max_tokens
+        self._max_wait_s = max_wait_s
+        self._stands_since_s = 0.0
         self._rate = DrainRate()
         self.num_requests = 0
         self.num_tokens = 0
 
-    def check(self, requests: int, tokens: int) -> Rejection | None:
+    def check(self, requests: int, tokens: int, now: float) -> Rejection | None:
         """May this many requests with this many prompt tokens together join? None: yes. An empty queue takes any."""
         if self.num_requests == 0:
             return None
@@ -63,9 +78,20 @@ class Admission:
         if self.num_tokens + tokens > self._max_tokens:
             excess = self.num_tokens + tokens - self._max_tokens
             return self._reject("max_num_queued_tokens", f"{self.num_tokens} prompt tokens wait already", excess)
-        return None
+        rate = self._rate.tokens_per_s
+        if not rate or not self._max_wait_s or self.num_requests + requests <= FREE_REQUESTS:
+            return None
+        wait_s = (self.num_tokens + tokens) / rate
+        if wait_s <= self._max_wait_s or now - self._stands_since_s <= BURST_S:
+            return None
+        return self._reject(
+            "max_queue_wait", f"the first token would take {wait_s:.1f} s", rate * (wait_s - self._max_wait_s)
+        )
 
-    def enter(self, tokens: int) -> None:
+    def enter(self, tokens: int, now: float) -> None:
+        if self.num_requests == 0:
+            self._stands_since_s = now
+            self._rate.resume(now)
         self.num_requests += 1
         self.num_tokens += tokens
 
@@ -80,7 +106,7 @@ class Admission:
         """Seconds until this many queued tokens will have left, in whole seconds within bounds."""
         rate = self._rate.tokens_per_s
         wanted = tokens / rate if rate else MIN_RETRY_S
-        return float(min(max(math.ceil(wanted), MIN_RETRY_S), MAX_RETRY_S))
+        return float(min(max(math.ceil(wanted - 1e-6), MIN_RETRY_S), MAX_RETRY_S))
 
     def _reject(self, reason: str, why: str, excess: float) -> Rejection:
         return Rejection(reason, self.retry_after_s(excess), f"the engine is overloaded: {why}; try again later")

@@ -115,12 +115,16 @@ class ApiProcess:
         metrics.set_cache_info(ready, enable_prefix_caching=self._engine.cache.enable_prefix_caching)
         if self._config.live_limit_s is None:
             self._live_limit_s = LIVE_LIMIT_CUDA_S if ready.device.startswith("cuda") else LIVE_LIMIT_CPU_S
-        limits = {"max_requests": self._config.max_num_queued_reqs, "max_tokens": self._config.max_num_queued_tokens}
+        admission = Admission(
+            max_requests=self._config.max_num_queued_reqs,
+            max_tokens=self._config.max_num_queued_tokens,
+            max_wait_s=self._config.max_queue_wait_s,
+        )
         return Serving(
             client=self._client,
             tokenizer=tokenizer,
             metrics=metrics,
-            admission=Admission(**limits),
+            admission=admission,
             ready=ready,
             model_names=names,
             model_path=self._engine.model.path,

@@ -233,7 +233,7 @@ class Serving:
             raise RequestError(message, status=503, code="shutting_down", retry_after_s=self.drain_retry_after_s)
         if any(job.delivered is not None for job in jobs):
             return  # it was admitted where it began, and is not turned away half-way
-        rejection = self.admission.check(len(jobs), sum(len(job.prompt_token_ids) for job in jobs))
+        rejection = self.admission.check(len(jobs), sum(len(job.prompt_token_ids) for job in jobs), time.monotonic())
         if rejection is not None:
             self.metrics.rejected(rejection.reason)
             message = rejection.message
@@ -257,7 +257,7 @@ class Serving:
     def enter(self, request_id: str, job: Job, arrival_s: float) -> RequestTimes:
         num_prompt = len(job.prompt_token_ids)
         times = self._times[request_id] = RequestTimes(arrival_s, num_prompt, job.params.max_tokens)
-        self.admission.enter(num_prompt)
+        self.admission.enter(num_prompt, time.monotonic())
         return times
 
     def leave(self, request_id: str, times: RequestTimes, reason: FinishReason) -> None:

@@ -4,26 +4,26 @@ from mainsail_engine.server.admission import MAX_RETRY_S, Admission, DrainRate
 
 
 def test_an_empty_queue_takes_any_prompt() -> None:
-    assert Admission(max_requests=1, max_tokens=10).check(5, 1000) is None
+    assert Admission(max_requests=1, max_tokens=10).check(5, 1000, 0.0) is None
 
 
 def test_bounded_by_requests() -> None:
     admission = Admission(max_requests=2, max_tokens=1000)
-    admission.enter(10)
-    assert admission.check(1, 10) is None
-    admission.enter(10)
-    rejection = admission.check(1, 10)
+    admission.enter(10, 0.0)
+    assert admission.check(1, 10, 0.0) is None
+    admission.enter(10, 0.0)
+    rejection = admission.check(1, 10, 0.0)
     assert rejection is not None
     assert rejection.reason == "max_num_queued_reqs"
     admission.leave(10, 1.0, served=False)
-    assert admission.check(1, 10) is None
+    assert admission.check(1, 10, 0.0) is None
 
 
 def test_bounded_by_tokens() -> None:
     admission = Admission(max_requests=100, max_tokens=100)
-    admission.enter(90)
-    assert admission.check(1, 10) is None
-    rejection = admission.check(1, 11)
+    admission.enter(90, 0.0)
+    assert admission.check(1, 10, 0.0) is None
+    rejection = admission.check(1, 11, 0.0)
     assert rejection is not None
     assert rejection.reason == "max_num_queued_tokens"
 
@@ -31,10 +31,12 @@ def test_bounded_by_tokens() -> None:
 def test_retry_after_follows_the_measured_rate() -> None:
     admission = Admission(max_requests=100, max_tokens=1000)
     for second in range(6):
-        admission.enter(100)
-        admission.leave(100, float(second), served=True)
-    admission.enter(1000)
-    rejection = admission.check(1, 500)
+        admission.enter(100, float(second))
+        admission.leave(100, second + 1.0, served=True)
+        admission.enter(0, second + 1.0)
+        admission.leave(0, second + 60.0, served=False)
+    admission.enter(1000, 0.0)
+    rejection = admission.check(1, 500, 0.0)
     assert rejection is not None
     assert rejection.retry_after_s == 5.0
     assert admission.retry_after_s(1e9) == MAX_RETRY_S
@@ -44,7 +46,7 @@ def test_retry_after_follows_the_measured_rate() -> None:
 def test_giving_up_says_nothing_about_the_rate() -> None:
     admission = Admission(max_requests=100, max_tokens=1000)
     for second in range(5):
-        admission.enter(100)
+        admission.enter(100, 0.0)
         admission.leave(100, float(second), served=False)
     assert admission.retry_after_s(1000) == 1.0
     assert (admission.num_requests, admission.num_tokens) == (0, 0)
@@ -59,3 +61,43 @@ def test_the_rate_forgets() -> None:
         rate.add(10, float(second))
     assert rate.tokens_per_s is not None
     assert abs(rate.tokens_per_s - 10) < 0.1
+
+
+def overloaded(*, max_wait_s: float, requests: int = 200) -> Admission:
+    """Ten requests of 100 tokens leave in a second, and so many stand in the queue since t = 0."""
+    admission = Admission(max_requests=10_000, max_tokens=10**9, max_wait_s=max_wait_s)
+    for _ in range(requests + 100):
+        admission.enter(100, 0.0)
+    for served in range(100):
+        admission.leave(100, 0.1 * (served + 1), served=True)
+    return admission
+
+
+def test_a_standing_queue_that_would_take_too_long_refuses() -> None:
+    admission = overloaded(max_wait_s=4.0)
+    rejection = admission.check(1, 100, 10.0)
+    assert rejection is not None
+    assert rejection.reason == "max_queue_wait"
+    assert abs(rejection.retry_after_s - 16) <= 2
+    for _ in range(170):
+        admission.leave(100, 10.0, served=False)
+    assert admission.check(1, 100, 10.0) is None
+
+
+def test_a_burst_is_let_in_and_so_are_a_few_with_long_prompts() -> None:
+    admission = overloaded(max_wait_s=4.0)
+    assert admission.check(1, 100, 0.9) is None
+    assert overloaded(max_wait_s=0.0).check(1, 100, 10.0) is None
+    assert overloaded(max_wait_s=4.0, requests=50).check(1, 10**6, 10.0) is None
+
+
+def test_time_without_a_queue_is_not_counted() -> None:
+    admission = Admission(max_requests=10_000, max_tokens=10**9, max_wait_s=4.0)
+    for hour in range(3):
+        for _ in range(100):
+            admission.enter(100, 3600.0 * hour)
+        for served in range(100):
+            admission.leave(100, 3600.0 * hour + 0.01 * served, served=True)
+    for _ in range(300):
+        admission.enter(100, 20_000.0)
+    assert admission.check(1, 100, 20_002.0) is None
