@@ -94,6 +94,8 @@ def structural(schema: JSON, definitions: JSON) -> JSON:
     _old_bounds(found)
     if "items" in schema:
         found["items"] = structural(cast(JSON, schema["items"]), definitions)
+        # An item is there or it is not: an empty one that nobody wrote may break the item's own rules.
+        found["items"].pop("default", None)
     if isinstance(schema.get("additionalProperties"), dict):
         found["additionalProperties"] = structural(cast(JSON, schema["additionalProperties"]), definitions)
         _rename(found, "maxLength", "maxProperties")
