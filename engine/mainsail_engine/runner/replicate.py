@@ -1,0 +1,134 @@
+"""A step's plan for other ranks: what they do not know yet, and nothing else, as one small message.
+
+Every rank computes the same plan with its own share of the weights. The sender remembers what the others know of each
+request; the receiver keeps requests of its own up to date by what it is told, and makes the same plan of them. For a
+decode this is a few numbers a request.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import msgspec
+
+from mainsail_engine.request import Request, SamplingParams
+from mainsail_engine.step import BlockCopy, BlockMove, Chunk, StepPlan
+
+
+class NewRequest(msgspec.Struct, frozen=True, array_like=True):
+    key: int
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+
+
+class ChunkMessage(msgspec.Struct, frozen=True, array_like=True):
+    key: int
+    start: int
+    num_tokens: int
+    samples: bool
+    slot: int
+    num_preemptions: int
+    num_prompt_logprobs: int
+    new_tokens: list[int]
+    """Output tokens that have become known."""
+    new_blocks: list[int]
+    fresh_table: bool
+    """new_blocks is the whole table: the request has moved in, or was preempted."""
+
+
+class PlanMessage(msgspec.Struct, frozen=True, array_like=True):
+    num_decodes: int
+    added: list[NewRequest]
+    gone: list[int]
+    chunks: list[ChunkMessage]
+    copies: list[tuple[int, int, int]]
+    stores: list[tuple[int, int]]
+    loads: list[tuple[int, int]]
+
+
+encode = msgspec.msgpack.Encoder().encode
+decode = msgspec.msgpack.Decoder(PlanMessage).decode
+
+
+@dataclass(slots=True, eq=False)
+class _Told:
+    """What the others know of a request."""
+
+    key: int
+    request: Request
+    num_outputs: int = 0
+    blocks: list[int] | None = None
+    num_blocks: int = 0
+
+
+class PlanSender:
+    def __init__(self) -> None:
+        self._told: dict[int, _Told] = {}
+        """By the identity of the request, which the entry keeps alive."""
+        self._next_key = 0
+
+    def message(self, plan: StepPlan) -> PlanMessage:
+        """What to tell of this plan. Call once for every plan, in the order of their launch, before it is launched."""
+        gone = [told for told in self._told.values() if told.request.is_finished]
+        for told in gone:
+            del self._told[id(told.request)]
+        added: list[NewRequest] = []
+        chunks = [self._chunk(chunk, added) for chunk in plan.chunks]
+        return PlanMessage(
+            num_decodes=plan.num_decodes,
+            added=added,
+            gone=[told.key for told in gone],
+            chunks=chunks,
+            copies=[(copy.src, copy.dst, copy.num_tokens) for copy in plan.copies],
+            stores=[(move.device, move.host) for move in plan.stores],
+            loads=[(move.device, move.host) for move in plan.loads],
+        )
+
+    def _chunk(self, chunk: Chunk, added: list[NewRequest]) -> ChunkMessage:
+        request = chunk.request
+        told = self._told.get(id(request))
+        if told is None:
+            told = self._told[id(request)] = _Told(self._next_key, request)
+            self._next_key += 1
+            added.append(NewRequest(told.key, request.request_id, request.prompt_token_ids, request.params))
+        new_tokens = request.output_token_ids[told.num_outputs :]
+        fresh = told.blocks is not chunk.block_ids or told.num_blocks > len(chunk.block_ids)
+        new_blocks = chunk.block_ids[0 if fresh else told.num_blocks :]
+        told.num_outputs += len(new_tokens)
+        told.blocks, told.num_blocks = chunk.block_ids, len(chunk.block_ids)
+        return ChunkMessage(
+            told.key, chunk.start, chunk.num_tokens, chunk.samples, chunk.slot, request.num_preemptions,
+            request.num_prompt_logprobs, new_tokens, new_blocks, fresh,
+        )  # fmt: skip
+
+
+class PlanReceiver:
+    def __init__(self) -> None:
+        self._requests: dict[int, Request] = {}
+
+    def plan(self, message: PlanMessage) -> StepPlan:
+        """The sender's plan, of requests of our own. Call once for every message, in order."""
+        for new in message.added:
+            self._requests[new.key] = Request(new.request_id, new.prompt_token_ids, new.params, arrival_time_s=0.0)
+        plan = StepPlan(
+            chunks=[self._chunk(chunk) for chunk in message.chunks],
+            copies=[BlockCopy(*copy) for copy in message.copies],
+            stores=[BlockMove(*move) for move in message.stores],
+            loads=[BlockMove(*move) for move in message.loads],
+            num_decodes=message.num_decodes,
+        )
+        for key in message.gone:
+            del self._requests[key]
+        return plan
+
+    def _chunk(self, told: ChunkMessage) -> Chunk:
+        request = self._requests[told.key]
+        request.output_token_ids += told.new_tokens
+        request.num_preemptions = told.num_preemptions
+        request.num_prompt_logprobs = told.num_prompt_logprobs
+        if told.fresh_table:
+            request.block_ids = told.new_blocks
+        else:
+            request.block_ids += told.new_blocks
+        return Chunk(request, told.start, told.num_tokens, told.samples, told.slot, request.block_ids)

@@ -1,0 +1,104 @@
+"""A rank above 0: loads its share of the weights, then computes every plan that rank 0 tells it, and beats.
+
+It ends when its standard input does, which is when rank 0 dies, however that happens.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+from collections import deque
+
+import msgspec
+import zmq
+
+from mainsail_engine.errors import StartupError
+from mainsail_engine.runner.replicate import PlanReceiver, decode
+from mainsail_engine.runner.workers import Beat, WorkerStart
+from mainsail_engine.step import PendingStep, Runner
+
+log = logging.getLogger(__name__)
+BEAT_S = 1.0
+IDLE_MS = 20
+"""With no plan for this long, the steps in flight are waited for."""
+
+
+class Progress:
+    """How far this rank has got, and the beats that say so: at once after a step, and every second."""
+
+    def __init__(self, rank: int, context: zmq.Context[zmq.Socket[bytes]], address: str) -> None:
+        self._rank, self._context, self._address = rank, context, address
+        self._num_done = 0
+        self._changed = threading.Event()
+        threading.Thread(target=self._beat, name="beats", daemon=True).start()
+
+    def done(self) -> None:
+        self._num_done += 1
+        self._changed.set()
+
+    def _beat(self) -> None:
+        socket = self._context.socket(zmq.PUSH)
+        socket.connect(self._address)
+        encode = msgspec.msgpack.Encoder().encode
+        while True:
+            socket.send(encode(Beat(self._rank, self._num_done)))
+            self._changed.wait(BEAT_S)
+            self._changed.clear()
+
+
+def follow(runner: Runner, plans: zmq.Socket[bytes], progress: Progress) -> None:
+    """Forever: launch what comes, wait for the oldest step when two are in flight or nothing comes."""
+    receiver = PlanReceiver()
+    in_flight: deque[PendingStep] = deque()
+    while True:
+        if in_flight and (len(in_flight) > 1 or not plans.poll(IDLE_MS)):
+            in_flight.popleft().result()
+            progress.done()
+            continue
+        plan = receiver.plan(decode(plans.recv()))
+        in_flight.append(runner.launch(plan))
+
+
+def run(start: WorkerStart) -> None:
+    from mainsail_engine.runner.distributed import join
+    from mainsail_engine.runner.model_runner import ModelRunner, choose_device
+
+    context = zmq.Context()
+    plans = context.socket(zmq.SUB)
+    plans.set_hwm(0)
+    plans.setsockopt(zmq.SUBSCRIBE, b"")
+    plans.connect(start.plans_address)
+    parallel = join(start.rank, start.config.tensor_parallel_size, choose_device(start.config.device, start.rank),
+                    start.store_port)  # fmt: skip
+    runner = ModelRunner(start.config, parallel)
+    follow(runner, plans, Progress(start.rank, context, start.beats_address))
+
+
+def _end_with_parent() -> None:
+    sys.stdin.buffer.read()
+    os._exit(1)
+
+
+def main() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    start = msgspec.json.decode(sys.stdin.buffer.readline(), type=WorkerStart)
+    logging.basicConfig(
+        level=logging.INFO, format=f"%(asctime)s %(levelname)s rank {start.rank}: %(message)s", stream=sys.stderr
+    )
+    threading.Thread(target=_end_with_parent, name="parent-watch", daemon=True).start()
+    try:
+        run(start)
+    except StartupError as error:
+        log.error("%s: %s", error.reason, error.message)
+        os._exit(1)
+    except BaseException:
+        log.exception("the rank failed")
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

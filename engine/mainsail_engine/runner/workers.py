@@ -1,0 +1,145 @@
+"""Rank 0's side of a tensor-parallel engine: starts the other ranks, tells them every plan, and notices when one is lost.
+
+    core process = rank 0 ──plan (PUB)──▶ ranks 1 … N-1, one process each (tp_worker.py)
+                          ◀──beats (PULL)── every second, with the number of the last step that is done
+
+A rank is lost when its process ends, when it is silent for SILENT_S (stopped, or starved), or when a step that was sent
+is not done within the step limit (a collective that hangs). Nothing can go on without it: `on_lost` is told why, once.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import zmq
+
+from mainsail_engine.config import EngineConfig
+from mainsail_engine.runner.replicate import PlanSender, encode
+from mainsail_engine.step import PendingStep, Runner, StepPlan
+
+SILENT_S = 5.0
+"""Five beats missed."""
+TICK_S = 0.2
+STEP_LIMIT_S = {"cuda": 8.0}
+CPU_STEP_LIMIT_S = 60.0
+
+
+class WorkerStart(msgspec.Struct, frozen=True, kw_only=True):
+    """The one line of JSON on a worker's standard input."""
+
+    config: EngineConfig
+    rank: int
+    store_port: int
+    plans_address: str
+    beats_address: str
+
+
+class Beat(msgspec.Struct, frozen=True, array_like=True):
+    rank: int
+    num_done: int
+    """Steps that have been computed."""
+
+
+class Workers:
+    def __init__(
+        self, config: EngineConfig, store_port: int, device: str, on_lost: Callable[[str], None]
+    ) -> None:
+        """Starts the processes; the caller then joins the group, which waits for them."""
+        self._folder = tempfile.TemporaryDirectory(prefix="mainsail-ranks-")
+        plans, beats = (f"ipc://{Path(self._folder.name, name)}" for name in ("plans", "beats"))
+        self._context = zmq.Context()
+        self._plans = self._context.socket(zmq.PUB)
+        self._plans.set_hwm(0)
+        self._plans.bind(plans)
+        self._beats = self._context.socket(zmq.PULL)
+        self._beats.bind(beats)
+        self._on_lost = on_lost
+        self._step_limit_s = STEP_LIMIT_S.get(device, CPU_STEP_LIMIT_S)
+        self._sender = PlanSender()
+        self._unfinished: deque[tuple[int, float]] = deque()
+        """(number, when it was sent) of the steps that not every rank has done."""
+        self._num_sent = 0
+        ranks = range(1, config.tensor_parallel_size)
+        self._num_done = dict.fromkeys(ranks, 0)
+        self._last_beat = dict.fromkeys(ranks, float("inf"))
+        """Silence counts from the first beat: before it a rank loads its weights."""
+        self._processes = {
+            rank: _spawn(
+                WorkerStart(
+                    config=config, rank=rank, store_port=store_port, plans_address=plans, beats_address=beats
+                )
+            )
+            for rank in ranks
+        }
+        threading.Thread(target=self._watch, name="ranks", daemon=True).start()
+
+    def wait_ready(self) -> None:
+        """Until every rank listens for plans: a message to a subscriber who is not there yet would be lost."""
+        while any(beat == float("inf") for beat in self._last_beat.values()):
+            time.sleep(TICK_S / 10)
+
+    def send(self, plan: StepPlan) -> None:
+        self._num_sent += 1
+        self._unfinished.append((self._num_sent, time.monotonic()))
+        self._plans.send(encode(self._sender.message(plan)))
+
+    def _watch(self) -> None:
+        decode = msgspec.msgpack.Decoder(Beat).decode
+        while True:
+            if self._beats.poll(TICK_S * 1000):
+                beat = decode(self._beats.recv())
+                self._num_done[beat.rank] = beat.num_done
+                self._last_beat[beat.rank] = time.monotonic()
+                while self._unfinished and self._unfinished[0][0] <= min(self._num_done.values()):
+                    self._unfinished.popleft()
+            if (trouble := self._trouble(time.monotonic())) is not None:
+                self._on_lost(trouble)
+                return
+
+    def _trouble(self, now: float) -> str | None:
+        for rank, process in self._processes.items():
+            if (code := process.poll()) is not None:
+                how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+                return f"tensor-parallel rank {rank} {how}; its log lines say why"
+            if now - self._last_beat[rank] > SILENT_S:
+                return f"tensor-parallel rank {rank} has been silent for {SILENT_S:g} s: stopped, or starved of CPU"
+        if self._unfinished and now - self._unfinished[0][1] > self._step_limit_s:
+            number = self._unfinished[0][0]
+            late = ", ".join(str(rank) for rank, done in self._num_done.items() if done < number)
+            return f"tensor-parallel rank {late} has not finished a step within {self._step_limit_s:g} s"
+        return None
+
+
+def _spawn(start: WorkerStart) -> subprocess.Popen[bytes]:
+    process = subprocess.Popen([sys.executable, "-m", "mainsail_engine.runner.tp_worker"], stdin=subprocess.PIPE)
+    assert process.stdin is not None
+    process.stdin.write(msgspec.json.encode(start) + b"\n")
+    process.stdin.flush()
+    return process
+
+
+class TensorParallelRunner:
+    """step.Runner over all ranks: what rank 0's own runner does, after the others were told."""
+
+    num_host_blocks = 0
+
+    def __init__(self, runner: Runner, workers: Workers) -> None:
+        self._runner = runner
+        self._workers = workers
+        self.num_blocks = runner.num_blocks
+        self.max_model_len = runner.max_model_len
+        self.eos_token_ids = runner.eos_token_ids
+        self.vocab_size = runner.vocab_size
+
+    def launch(self, plan: StepPlan) -> PendingStep:
+        """Start one step on every rank; see step.Runner."""
+        self._workers.send(plan)
+        return self._runner.launch(plan)
