@@ -75,6 +75,13 @@ def _add_engine_flags(serve: argparse.ArgumentParser) -> None:
         "--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: CUDA where there is one"
     )
     group.add_argument(
+        "--tensor-parallel-size",
+        "-tp",
+        type=int,
+        default=1,
+        help="devices that share the model, one process each",
+    )
+    group.add_argument(
         "--max-num-seqs", type=int, default=SchedulerConfig().max_num_seqs, help="requests that run at once"
     )
     group.add_argument(
@@ -156,6 +163,7 @@ def engine_config(flags: argparse.Namespace) -> EngineConfig:
             max_num_batched_tokens=getattr(flags, "max_num_batched_tokens", None),
             max_inter_token_latency_ms=getattr(flags, "max_inter_token_latency_ms", None),
         ),
+        tensor_parallel_size=flags.tensor_parallel_size,
         device=flags.device,
         overlap=flags.overlap,
     )

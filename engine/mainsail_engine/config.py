@@ -88,6 +88,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     model: ModelConfig
     cache: CacheConfig = CacheConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
+    tensor_parallel_size: int = 1
+    """Devices that share every matrix of the model. Each is driven by a process of its own (a rank)."""
     device: str = "auto"
     """cuda or cpu. auto: CUDA where there is one."""
     overlap: bool = True
@@ -96,6 +98,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Write forced tokens of structured output without sampling them (the text is the same without)."""
     cuda_graphs: bool = True
     """Replay decode steps as CUDA graphs (CUDA only; the tokens are the same without)."""
+
+    def __post_init__(self) -> None:
+        _require(1 <= self.tensor_parallel_size <= 8, "--tensor-parallel-size must be between 1 and 8")
 
 
 class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):

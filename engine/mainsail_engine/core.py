@@ -25,12 +25,13 @@ import contextlib
 import logging
 import os
 import queue
+import secrets
 import signal
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
 
@@ -137,7 +138,7 @@ class EngineCore:
         request = Request(
             request_id=add.request_id,
             prompt_token_ids=add.prompt_token_ids,
-            params=add.params,
+            params=seeded(add.params),
             arrival_time_s=now,
             priority=add.priority,
             cache_salt=add.cache_salt,
@@ -278,6 +279,11 @@ def may_jump(params: SamplingParams) -> bool:
     return not watched
 
 
+def seeded(params: SamplingParams) -> SamplingParams:
+    """With a seed in any case: whoever computes this request, each rank among them, draws the same numbers."""
+    return params if params.seed is not None else msgspec.structs.replace(params, seed=secrets.randbits(63))
+
+
 def pipeline_depth(config: EngineConfig, device: str) -> int:
     """On the CPU the step itself runs on this thread: a second one in flight would only delay the first's tokens."""
     return 2 if config.overlap and device.startswith("cuda") else 1
@@ -372,17 +378,22 @@ def _wait_for_command(core: EngineCore, mailbox: Mailbox, timeout_s: float | Non
         core.handle(mailbox.commands.get(timeout=timeout_s), time.monotonic())
 
 
-def build(config: EngineConfig) -> tuple[EngineCore, Ready]:
-    """Load the model and generate a token. Raises StartupError."""
+def build(config: EngineConfig, on_lost: Callable[[str], None] = log.critical) -> tuple[EngineCore, Ready]:
+    """Load the model and generate a token. Raises StartupError.
+
+    on_lost: told, on another thread, that a rank of several is lost and nothing will ever come of the steps in flight.
+    """
     from mainsail_engine.runner.memory import offloading_bytes
     from mainsail_engine.runner.model_runner import ModelRunner, batched_tokens
     from mainsail_engine.runner.swap import with_host_memory
+    from mainsail_engine.runner.workers import start_ranks
     from mainsail_engine.scheduler import Scheduler
     from mainsail_engine.structured.compiler import Compiler
     from mainsail_engine.structured.vocabulary import vocabulary_of
     from mainsail_engine.text.tokenizer import load_tokenizer
 
-    runner = ModelRunner(config)
+    parallel, workers = start_ranks(config, on_lost)
+    runner = ModelRunner(config, parallel)
     scheduler = Scheduler(
         config,
         runner.num_blocks,
@@ -395,12 +406,12 @@ def build(config: EngineConfig) -> tuple[EngineCore, Ready]:
     host_bytes = offloading_bytes(
         config.cache.offloading_size_gib, pool_bytes=runner.kv_cache.nbytes, cuda=runner.device.type == "cuda"
     )
-    swapping = with_host_memory(runner, runner.kv_cache, host_bytes)
+    everywhere = workers.all_ranks(runner) if workers else with_host_memory(runner, runner.kv_cache, host_bytes)
     compiler = Compiler(
         lambda: vocabulary_of(load_tokenizer(Path(config.model.path)), runner.vocab_size, sorted(runner.eos_token_ids)),
         jump_forward=config.jump_forward,
     )
-    core = EngineCore(scheduler, swapping, depth=pipeline_depth(config, device), compiler=compiler)
+    core = EngineCore(scheduler, everywhere, depth=pipeline_depth(config, device), compiler=compiler)
     warm_up(core)
     ready = Ready(
         max_model_len=scheduler.max_model_len,
@@ -438,7 +449,7 @@ def main() -> None:
     threading.Thread(target=_end_with_parent, name="parent-watch", daemon=True).start()
     mailbox = Mailbox(start)
     try:
-        core, ready = build(start.config)
+        core, ready = build(start.config, lambda message: _die(mailbox, Failed("RankLost", message)))
         mailbox.compiler = core.compiler
         mailbox.send(ready)
         run_loop(core, mailbox)
@@ -446,9 +457,15 @@ def main() -> None:
         failed = describe(error)
         if not isinstance(error, StartupError):
             log.exception("the core failed")
-        mailbox.send(failed)
-        mailbox.close()
-        os._exit(1)
+        _die(mailbox, failed)
+
+
+def _die(mailbox: Mailbox, failed: Failed) -> None:
+    """Say so, and end at once, whatever the other threads wait for."""
+    log.error("%s: %s", failed.reason, failed.message)
+    mailbox.send(failed)
+    mailbox.close()
+    os._exit(1)
 
 
 if __name__ == "__main__":

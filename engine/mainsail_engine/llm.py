@@ -101,6 +101,7 @@ class LLM:
         gpu_memory_utilization: float = CacheConfig().memory_utilization,
         kv_cache_blocks: int | None = None,
         enable_prefix_caching: bool = True,
+        tensor_parallel_size: int = 1,
         device: str = "auto",
     ) -> None:
         self._config = EngineConfig(
@@ -111,6 +112,7 @@ class LLM:
                 enable_prefix_caching=enable_prefix_caching,
             ),
             scheduler=SchedulerConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens),
+            tensor_parallel_size=tensor_parallel_size,
             device=device,
         )
         check_model_path(self._config.model)

@@ -75,6 +75,8 @@ class StepPlan:
     """The first num_decodes chunks have exactly one token and sample."""
     planned_s: float = 0.0
     """Monotonic clock."""
+    constrained_elsewhere: bool = False
+    """On a rank above 0: rank 0, which has the grammars, says that the plan is constrained."""
     decode_context: int = 0
     """Tokens in the contexts of the decodes, together (counted only where chunks follow a latency target)."""
 
@@ -85,7 +87,9 @@ class StepPlan:
     @property
     def is_constrained(self) -> bool:
         """Some row's next token must conform to a grammar: the sampling waits for masks (see PendingLogits)."""
-        return any(chunk.samples and chunk.request.constraint is not None for chunk in self.chunks)
+        return self.constrained_elsewhere or any(
+            chunk.samples and chunk.request.constraint is not None for chunk in self.chunks
+        )
 
 
 FAILED_TOKEN = -1

@@ -22,11 +22,9 @@ from mainsail_engine.model.attention import Attention
 from mainsail_engine.model.linear import linear
 from mainsail_engine.model.loader import Part, Weights
 from mainsail_engine.model.mlp import Mlp, dense_mlp, expert_mlp
-from mainsail_engine.model.parallel import Parallel
+from mainsail_engine.model.parallel import SINGLE, Parallel
 from mainsail_engine.model.rotary import cos_sin_table, no_rotation
 from mainsail_kernels.rms_norm import rms_norm
-
-SINGLE = Parallel()
 
 
 @dataclass(slots=True)

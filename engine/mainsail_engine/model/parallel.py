@@ -43,6 +43,13 @@ class Parallel:
         """All ranks' [n, columns] side by side, in the order of the ranks."""
         return x
 
+    def smallest(self, number: int) -> int:
+        """The smallest of all ranks' numbers."""
+        return number
+
+
+SINGLE = Parallel()
+
 
 def check_divides(a: Architecture, size: int) -> None:
     """Raises InvalidConfigurationError, naming the sizes that do, when the model cannot be split over `size` ranks."""

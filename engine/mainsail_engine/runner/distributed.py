@@ -13,6 +13,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from mainsail_engine.model.parallel import Parallel
 
@@ -25,7 +26,7 @@ ONE_SHOT_BYTES = 512 << 10
 class RankParallel(Parallel):
     """One of several ranks. `join` makes it."""
 
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     _shared: list[torch.Tensor] = field(default_factory=list[torch.Tensor])
     """The symmetric buffer; empty where there is none."""
 
@@ -54,17 +55,17 @@ class RankParallel(Parallel):
         return int(value.item())
 
 
-def listen(size: int) -> dist.TCPStore:
+def listen(size: int) -> TCPStore:
     """Where the ranks meet: a store on a free port of the loopback, kept by rank 0."""
-    return dist.TCPStore(
+    return TCPStore(
         "127.0.0.1", 0, size, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=RENDEZVOUS_S)
     )
 
 
-def join(rank: int, size: int, device: torch.device, store: dist.TCPStore | int) -> RankParallel:
+def join(rank: int, size: int, device: torch.device, store: TCPStore | int) -> RankParallel:
     """Become rank `rank` of `size`; store: the listener itself (rank 0), or its port. Waits for the others."""
     if isinstance(store, int):
-        store = dist.TCPStore("127.0.0.1", store, size, is_master=False, timeout=timedelta(seconds=RENDEZVOUS_S))
+        store = TCPStore("127.0.0.1", store, size, is_master=False, timeout=timedelta(seconds=RENDEZVOUS_S))
     cuda = device.type == "cuda"
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group(  # pyright: ignore[reportUnknownMemberType]

@@ -14,17 +14,15 @@ import torch
 
 from mainsail_engine.config import BLOCK_SIZE
 from mainsail_engine.errors import OutOfMemoryError
-from mainsail_engine.model.architecture import Architecture
 
 _CPU_SHARE = _HOST_SHARE = 0.25
 _LIMIT_FILES = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 _USAGE_FILES = ("/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory/memory.usage_in_bytes")
 
 
-def block_bytes(architecture: Architecture, dtype: torch.dtype) -> int:
-    """Bytes of one block of 16 tokens over all layers."""
-    per_token = 2 * architecture.num_layers * architecture.num_kv_heads * architecture.head_dim
-    return BLOCK_SIZE * per_token * dtype.itemsize
+def block_bytes(num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+    """Bytes of one block of 16 tokens over all layers, for the heads that this device has."""
+    return BLOCK_SIZE * 2 * num_layers * num_kv_heads * head_dim * dtype.itemsize
 
 
 def _number(paths: tuple[str, ...]) -> int | None:

@@ -20,6 +20,7 @@ from mainsail_engine.model.architecture import Architecture, read_architecture
 from mainsail_engine.model.attention import Attention
 from mainsail_engine.model.attention_cpu import CpuAttention
 from mainsail_engine.model.loader import open_weights
+from mainsail_engine.model.parallel import SINGLE, Parallel, check_divides
 from mainsail_engine.model.registry import MODELS
 from mainsail_engine.request import Request, SamplingParams
 from mainsail_engine.runner import memory
@@ -77,12 +78,17 @@ class PendingConstrained:
         return self._tokens.result()
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str, rank: int = 0) -> torch.device:
+    """The device of a rank: each has a GPU of its own."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise InvalidConfigurationError("--device cuda: torch sees no CUDA device; use --device cpu or auto")
-    return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else torch.device(name)
+    if name == "cuda" and rank >= torch.cuda.device_count():
+        raise InvalidConfigurationError(
+            f"--tensor-parallel-size needs a GPU for each rank: there are {torch.cuda.device_count()}"
+        )
+    return torch.device("cuda", torch.cuda.current_device() + rank) if name == "cuda" else torch.device(name)
 
 
 def choose_dtype(name: str, architecture: Architecture, device: torch.device) -> torch.dtype:
@@ -96,23 +102,25 @@ def choose_dtype(name: str, architecture: Architecture, device: torch.device) ->
 
 
 class ModelRunner:
-    """step.Runner over one device."""
+    """step.Runner over one device: the whole model, or one rank's share of it."""
 
     num_host_blocks = 0
     """Host memory is another's (runner/swap.py)."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, parallel: Parallel = SINGLE) -> None:
         """Loads the weights and takes the KV pool. Raises StartupError's kinds."""
         path = Path(config.model.path)
         self.architecture = read_architecture(path)
-        self.device = choose_device(config.device)
+        check_divides(self.architecture, parallel.size)
+        self._parallel = parallel
+        self.device = choose_device(config.device, parallel.rank)
         self.dtype = choose_dtype(config.model.dtype, self.architecture, self.device)
         self.max_model_len = _model_len(config.model.max_model_len, self.architecture)
         self.eos_token_ids = self.architecture.eos_token_ids
         self.vocab_size = self.architecture.vocab_size
         self._budget = batched_tokens(config, self.device)
         if self.device.type == "cpu":
-            set_cpu_threads()
+            set_cpu_threads(parallel.size)
         else:
             torch.cuda.set_device(self.device)
         dummy = config.model.load_format == "dummy"
@@ -121,7 +129,7 @@ class ModelRunner:
         self._padded: PaddedSteps | None = None
         try:
             self._model = MODELS[self.architecture.name](
-                self.architecture, weights, max_positions=self.max_model_len, device=self.device
+                self.architecture, weights, max_positions=self.max_model_len, device=self.device, parallel=parallel
             )
             self._take_pool(config)
         except torch.OutOfMemoryError as error:
@@ -147,7 +155,7 @@ class ModelRunner:
 
     def _take_pool(self, config: EngineConfig) -> None:
         a, slots = self.architecture, config.scheduler.max_num_seqs
-        per_block = memory.block_bytes(a, self.dtype)
+        per_block = memory.block_bytes(a.num_layers, self._model.num_kv_heads, a.head_dim, self.dtype)
         if config.cache.num_blocks is not None:
             self.num_blocks = config.cache.num_blocks
         elif self.device.type == "cpu":
@@ -161,20 +169,20 @@ class ModelRunner:
             )  # fmt: skip
             del self.kv_cache
             torch.cuda.empty_cache()
+        self.num_blocks = self._parallel.smallest(self.num_blocks)
         self._allocate(self.num_blocks, slots)
 
     def _allocate(self, num_blocks: int, slots: int) -> None:
         a = self.architecture
-        shape = (a.num_layers, num_blocks, 2, a.num_kv_heads, BLOCK_SIZE, a.head_dim)
+        heads, kv_heads = self._model.num_heads, self._model.num_kv_heads
+        shape = (a.num_layers, num_blocks, 2, kv_heads, BLOCK_SIZE, a.head_dim)
         self.kv_cache = torch.zeros(shape, dtype=self.dtype, device=self.device)
         self._tables = BlockTables(slots, -(-self.max_model_len // BLOCK_SIZE))
         self._sampler = Sampler(slots, a.vocab_size, self.eos_token_ids, self.device)
         self._pooler = Pooler()
         self._masks = MaskStaging(slots, a.vocab_size, self.device)
         cuda = self.device.type == "cuda"
-        self._workspace = (
-            decode_workspace(slots, a.num_heads, a.num_kv_heads, a.head_dim, self.device) if cuda else None
-        )
+        self._workspace = decode_workspace(slots, heads, kv_heads, a.head_dim, self.device) if cuda else None
         self._newest = torch.zeros(slots + 1, dtype=torch.int64, device=self.device)
         self._downloads = Downloads(slots) if cuda else None
 

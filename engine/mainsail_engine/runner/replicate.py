@@ -37,8 +37,9 @@ class ChunkMessage(msgspec.Struct, frozen=True, array_like=True):
     """new_blocks is the whole table: the request has moved in, or was preempted."""
 
 
-class PlanMessage(msgspec.Struct, frozen=True, array_like=True):
+class PlanMessage(msgspec.Struct, frozen=True, array_like=True, tag=True):
     num_decodes: int
+    constrained: bool
     added: list[NewRequest]
     gone: list[int]
     chunks: list[ChunkMessage]
@@ -47,8 +48,16 @@ class PlanMessage(msgspec.Struct, frozen=True, array_like=True):
     loads: list[tuple[int, int]]
 
 
+class MasksMessage(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """The masks of the oldest constrained plan that is not sampled yet (step.PendingLogits)."""
+
+    rows: list[int]
+    words: bytes
+    """[len(rows), ceil(vocab / 32)] int32."""
+
+
 encode = msgspec.msgpack.Encoder().encode
-decode = msgspec.msgpack.Decoder(PlanMessage).decode
+decode = msgspec.msgpack.Decoder(PlanMessage | MasksMessage).decode
 
 
 @dataclass(slots=True, eq=False)
@@ -77,6 +86,7 @@ class PlanSender:
         chunks = [self._chunk(chunk, added) for chunk in plan.chunks]
         return PlanMessage(
             num_decodes=plan.num_decodes,
+            constrained=plan.is_constrained,
             added=added,
             gone=[told.key for told in gone],
             chunks=chunks,
@@ -117,6 +127,7 @@ class PlanReceiver:
             stores=[BlockMove(*move) for move in message.stores],
             loads=[BlockMove(*move) for move in message.loads],
             num_decodes=message.num_decodes,
+            constrained_elsewhere=message.constrained,
         )
         for key in message.gone:
             del self._requests[key]

@@ -34,5 +34,6 @@ def _quota() -> float | None:
     return quota_us / period_us if quota_us > 0 else None
 
 
-def set_cpu_threads() -> None:
-    torch.set_num_threads(usable_cpus())
+def set_cpu_threads(ranks: int = 1) -> None:
+    """This process's share of the CPUs, when it is one of several ranks."""
+    torch.set_num_threads(max(1, usable_cpus() // ranks))

@@ -11,14 +11,17 @@ import signal
 import sys
 import threading
 from collections import deque
+from functools import partial
+from typing import cast
 
 import msgspec
+import numpy as np
 import zmq
 
 from mainsail_engine.errors import StartupError
-from mainsail_engine.runner.replicate import PlanReceiver, decode
+from mainsail_engine.runner.replicate import MasksMessage, PlanReceiver, decode
 from mainsail_engine.runner.workers import Beat, WorkerStart
-from mainsail_engine.step import PendingStep, Runner
+from mainsail_engine.step import PendingLogits, PendingStep, Runner
 
 log = logging.getLogger(__name__)
 BEAT_S = 1.0
@@ -53,13 +56,26 @@ def follow(runner: Runner, plans: zmq.Socket[bytes], progress: Progress) -> None
     """Forever: launch what comes, wait for the oldest step when two are in flight or nothing comes."""
     receiver = PlanReceiver()
     in_flight: deque[PendingStep] = deque()
+    unsampled: deque[PendingLogits] = deque()
     while True:
-        if in_flight and (len(in_flight) > 1 or not plans.poll(IDLE_MS)):
+        may_wait = in_flight and not (unsampled and unsampled[0] is in_flight[0])
+        if may_wait and (len(in_flight) > 1 or not plans.poll(IDLE_MS)):
             in_flight.popleft().result()
             progress.done()
             continue
-        plan = receiver.plan(decode(plans.recv()))
-        in_flight.append(runner.launch(plan))
+        message = decode(plans.recv())
+        if isinstance(message, MasksMessage):
+            unsampled.popleft().sample(message.rows, partial(_copy_masks, message.words))
+            continue
+        plan = receiver.plan(message)
+        pending = runner.launch(plan)
+        in_flight.append(pending)
+        if plan.is_constrained:
+            unsampled.append(cast("PendingLogits", pending))
+
+
+def _copy_masks(words: bytes, out: np.ndarray) -> None:
+    out[:] = np.frombuffer(words, np.int32).reshape(out.shape)
 
 
 def run(start: WorkerStart) -> None:

@@ -1,4 +1,4 @@
-"""Rank 0's side of a tensor-parallel engine: starts the other ranks, tells them every plan, and notices when one is lost.
+"""Rank 0's side of a tensor-parallel engine: starts the other ranks, tells them every plan, notices when one is lost.
 
     core process = rank 0 ──plan (PUB)──▶ ranks 1 … N-1, one process each (tp_worker.py)
                           ◀──beats (PULL)── every second, with the number of the last step that is done
@@ -15,19 +15,22 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import cast
 
 import msgspec
+import numpy as np
 import zmq
 
 from mainsail_engine.config import EngineConfig
-from mainsail_engine.runner.replicate import PlanSender, encode
-from mainsail_engine.step import PendingStep, Runner, StepPlan
+from mainsail_engine.model.parallel import SINGLE, Parallel
+from mainsail_engine.runner.replicate import MasksMessage, PlanSender, encode
+from mainsail_engine.step import PendingLogits, PendingStep, Runner, StepPlan, StepResult
 
 SILENT_S = 5.0
 """Five beats missed."""
-TICK_S = 0.2
+TICK_MS = 200
 STEP_LIMIT_S = {"cuda": 8.0}
 CPU_STEP_LIMIT_S = 60.0
 
@@ -49,9 +52,7 @@ class Beat(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Workers:
-    def __init__(
-        self, config: EngineConfig, store_port: int, device: str, on_lost: Callable[[str], None]
-    ) -> None:
+    def __init__(self, config: EngineConfig, store_port: int, device: str, on_lost: Callable[[str], None]) -> None:
         """Starts the processes; the caller then joins the group, which waits for them."""
         self._folder = tempfile.TemporaryDirectory(prefix="mainsail-ranks-")
         plans, beats = (f"ipc://{Path(self._folder.name, name)}" for name in ("plans", "beats"))
@@ -73,28 +74,39 @@ class Workers:
         """Silence counts from the first beat: before it a rank loads its weights."""
         self._processes = {
             rank: _spawn(
-                WorkerStart(
-                    config=config, rank=rank, store_port=store_port, plans_address=plans, beats_address=beats
-                )
+                WorkerStart(config=config, rank=rank, store_port=store_port, plans_address=plans, beats_address=beats)
             )
             for rank in ranks
         }
-        threading.Thread(target=self._watch, name="ranks", daemon=True).start()
+        self._watcher = threading.Thread(target=self._watch, name="ranks", daemon=True)
+        self._watcher.start()
 
-    def wait_ready(self) -> None:
+    def _wait_ready(self) -> None:
         """Until every rank listens for plans: a message to a subscriber who is not there yet would be lost."""
         while any(beat == float("inf") for beat in self._last_beat.values()):
-            time.sleep(TICK_S / 10)
+            time.sleep(TICK_MS / 10_000)
+
+    def all_ranks(self, runner: Runner) -> TensorParallelRunner:
+        """What rank 0's own runner does, on every rank. Waits until all have loaded their weights."""
+        self._wait_ready()
+        return TensorParallelRunner(runner, self)
 
     def send(self, plan: StepPlan) -> None:
         self._num_sent += 1
         self._unfinished.append((self._num_sent, time.monotonic()))
         self._plans.send(encode(self._sender.message(plan)))
 
+    def send_masks(self, rows: Sequence[int], words: bytes) -> None:
+        self._plans.send(encode(MasksMessage(list(rows), words)))
+
+    def wait_lost(self) -> None:
+        """Until `on_lost` was told, if a rank is lost: a collective may say so before the watcher sees it."""
+        self._watcher.join(SILENT_S + 1.0)
+
     def _watch(self) -> None:
         decode = msgspec.msgpack.Decoder(Beat).decode
         while True:
-            if self._beats.poll(TICK_S * 1000):
+            if self._beats.poll(TICK_MS):
                 beat = decode(self._beats.recv())
                 self._num_done[beat.rank] = beat.num_done
                 self._last_beat[beat.rank] = time.monotonic()
@@ -118,6 +130,19 @@ class Workers:
         return None
 
 
+def start_ranks(config: EngineConfig, on_lost: Callable[[str], None]) -> tuple[Parallel, Workers | None]:
+    """This process's place among the ranks, and the others; a single rank has none. Waits for all to meet."""
+    if config.tensor_parallel_size == 1:
+        return SINGLE, None
+    from mainsail_engine.runner.distributed import join, listen
+    from mainsail_engine.runner.model_runner import choose_device
+
+    device = choose_device(config.device)
+    store = listen(config.tensor_parallel_size)
+    workers = Workers(config, store.port, device.type, on_lost)
+    return join(0, config.tensor_parallel_size, device, store), workers
+
+
 def _spawn(start: WorkerStart) -> subprocess.Popen[bytes]:
     process = subprocess.Popen([sys.executable, "-m", "mainsail_engine.runner.tp_worker"], stdin=subprocess.PIPE)
     assert process.stdin is not None
@@ -139,7 +164,31 @@ class TensorParallelRunner:
         self.eos_token_ids = runner.eos_token_ids
         self.vocab_size = runner.vocab_size
 
-    def launch(self, plan: StepPlan) -> PendingStep:
+    def launch(self, plan: StepPlan) -> PendingStep | PendingLogits:
         """Start one step on every rank; see step.Runner."""
         self._workers.send(plan)
-        return self._runner.launch(plan)
+        try:
+            pending = self._runner.launch(plan)
+        except RuntimeError:
+            self._workers.wait_lost()
+            raise
+        return EverywhereLogits(cast("PendingLogits", pending), self._workers) if plan.is_constrained else pending
+
+
+class EverywhereLogits:
+    """step.PendingLogits on every rank: the masks that are filled here go to the others too."""
+
+    def __init__(self, pending: PendingLogits, workers: Workers) -> None:
+        self._pending, self._workers = pending, workers
+
+    def sample(self, rows: Sequence[int], fill: Callable[[np.ndarray], None]) -> None:
+        def fill_everywhere(words: np.ndarray) -> None:
+            fill(words)
+            self._workers.send_masks(rows, words.tobytes())
+
+        if not rows:
+            self._workers.send_masks(rows, b"")
+        self._pending.sample(rows, fill_everywhere)
+
+    def result(self) -> StepResult:
+        return self._pending.result()

@@ -1,0 +1,103 @@
+"""Several ranks over gloo on the CPU: the same tokens as one, and a rank that dies or hangs ends the engine."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from mainsail_engine.client import EngineDeadError
+from mainsail_engine.errors import StartupError
+from mainsail_engine.llm import LLM, SamplingParams
+
+COMMON = {
+    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "bos_token_id": 1,
+    "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+MODELS: dict[str, dict[str, Any]] = {
+    "Llama": {},
+    "Qwen3": {"head_dim": 16},
+    "Mixtral": {"num_experts_per_tok": 2, "num_local_experts": 4},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for each family: random weights, and the tokenizer that the API side needs."""
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    root = tmp_path_factory.mktemp("ranks")
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(97)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    for family, more in MODELS.items():
+        torch.manual_seed(3)
+        config = getattr(transformers, f"{family}Config")(**COMMON | more)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+        model.save_pretrained(root / family)
+        tokenizer.save(str(root / family / "tokenizer.json"))
+    return root
+
+
+@cache
+def answers(path: Path, ranks: int) -> list[list[int]]:
+    """Greedy and sampled, of prompts that share a beginning, with a pool too small for all at once."""
+    prompts = [[5, 6, 7, 8] * 8 + [length] * length for length in (1, 9, 30, 55)] * 2
+    greedy = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
+    sampled = [SamplingParams(max_tokens=24, temperature=1.0, top_p=0.9, seed=i, ignore_eos=True) for i in range(4)]
+    with LLM(str(path), tensor_parallel_size=ranks, max_num_seqs=8, kv_cache_blocks=28, device="cpu") as llm:
+        outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], [greedy] * 4 + sampled)
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+@pytest.mark.parametrize(("family", "ranks"), [("Llama", 2), ("Llama", 4), ("Qwen3", 2), ("Mixtral", 2)])
+def test_ranks_give_the_tokens_of_one(folder: Path, family: str, ranks: int) -> None:
+    """Four ranks have fewer key and value heads than there are ranks: they are repeated."""
+    alone = answers(folder / family, 1)
+    assert all(len(tokens) == 24 for tokens in alone)
+    assert answers(folder / family, ranks) == alone
+
+
+def test_a_size_that_does_not_divide_is_refused_with_those_that_do(folder: Path) -> None:
+    with pytest.raises(StartupError, match=r"--tensor-parallel-size 3 does not divide .* these do: 1, 2, 4"):
+        LLM(str(folder / "Llama"), tensor_parallel_size=3, device="cpu")
+
+
+def child(parent: psutil.Process, module: str) -> psutil.Process:
+    (found,) = [p for p in parent.children(recursive=True) if module in " ".join(p.cmdline())]
+    return found
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_lost_rank_is_noticed_and_ends_the_engine(folder: Path, number: signal.Signals) -> None:
+    """In the middle of an answer: it ends with an error within 10 s, and the core process is gone."""
+    endless = SamplingParams(max_tokens=450, temperature=0.0, ignore_eos=True)
+    llm = LLM(str(folder / "Llama"), tensor_parallel_size=2, kv_cache_blocks=250, device="cpu")
+    core = child(psutil.Process(), "mainsail_engine.core")
+    rank = child(core, "tp_worker")
+
+    def lose_a_rank() -> None:
+        threading.Timer(0.3, rank.send_signal, (number,)).start()
+        llm.generate([{"prompt_token_ids": [5, 6, 7]}] * 64, endless)
+
+    try:
+        started = time.monotonic()
+        with pytest.raises(EngineDeadError, match=r"rank 1 (was killed by signal 9|has been silent)"):
+            lose_a_rank()
+        assert time.monotonic() - started < 10
+        core.wait(timeout=5)
+    finally:
+        if rank.is_running():
+            rank.kill()
+        llm.close()
