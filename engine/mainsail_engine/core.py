@@ -326,7 +326,7 @@ class Mailbox:
     def close(self) -> None:
         """Flush what was sent."""
         self._outgoing.put(None)
-        self._writer.join(timeout=LINGER_MS / 1000)
+        self._writer.join(timeout=LINGER_MS / 1000 + 1.0)
 
     def _read(self, address: str) -> None:
         socket = self._context.socket(zmq.PULL)
@@ -348,13 +348,15 @@ class Mailbox:
             compiler.submit(command.grammar, lambda error: self.send(Compiled(number, error)))
 
     def _write(self, address: str) -> None:
-        socket = self._context.socket(zmq.PUSH)
+        context = zmq.Context()  # of its own: its end waits until everything has left
+        socket = context.socket(zmq.PUSH)
         socket.set_hwm(0)
         socket.setsockopt(zmq.LINGER, LINGER_MS)
         socket.connect(address)
         while (message := self._outgoing.get()) is not None:
             socket.send(encode(message))
         socket.close()
+        context.term()
 
 
 def run_loop(core: EngineCore, mailbox: Mailbox) -> None:

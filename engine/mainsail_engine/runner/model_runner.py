@@ -20,7 +20,7 @@ from mainsail_engine.model.architecture import Architecture, read_architecture
 from mainsail_engine.model.attention import Attention
 from mainsail_engine.model.attention_cpu import CpuAttention
 from mainsail_engine.model.loader import open_weights
-from mainsail_engine.model.parallel import SINGLE, Parallel, check_divides
+from mainsail_engine.model.parallel import SINGLE, Parallel
 from mainsail_engine.model.registry import MODELS
 from mainsail_engine.request import Request, SamplingParams
 from mainsail_engine.runner import memory
@@ -111,7 +111,6 @@ class ModelRunner:
         """Loads the weights and takes the KV pool. Raises StartupError's kinds."""
         path = Path(config.model.path)
         self.architecture = read_architecture(path)
-        check_divides(self.architecture, parallel.size)
         self._parallel = parallel
         self.device = choose_device(config.device, parallel.rank)
         self.dtype = choose_dtype(config.model.dtype, self.architecture, self.device)

@@ -24,7 +24,8 @@ import numpy as np
 import zmq
 
 from mainsail_engine.config import EngineConfig
-from mainsail_engine.model.parallel import SINGLE, Parallel
+from mainsail_engine.model.architecture import read_architecture
+from mainsail_engine.model.parallel import SINGLE, Parallel, check_divides
 from mainsail_engine.runner.replicate import MasksMessage, PlanSender, encode
 from mainsail_engine.step import PendingLogits, PendingStep, Runner, StepPlan, StepResult
 
@@ -131,9 +132,13 @@ class Workers:
 
 
 def start_ranks(config: EngineConfig, on_lost: Callable[[str], None]) -> tuple[Parallel, Workers | None]:
-    """This process's place among the ranks, and the others; a single rank has none. Waits for all to meet."""
+    """This process's place among the ranks, and the others; a single rank has none. Waits for all to meet.
+
+    Raises StartupError's kinds for a model that cannot be split so, before any process is started.
+    """
     if config.tensor_parallel_size == 1:
         return SINGLE, None
+    check_divides(read_architecture(Path(config.model.path)), config.tensor_parallel_size)
     from mainsail_engine.runner.distributed import join, listen
     from mainsail_engine.runner.model_runner import choose_device
 
