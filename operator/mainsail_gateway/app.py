@@ -11,7 +11,7 @@ import re
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -29,12 +29,16 @@ from mainsail_gateway.hold import Reply
 from mainsail_gateway.journal import NO_FAILOVER_HEADER
 from mainsail_gateway.keys import Charge, Keys
 from mainsail_gateway.metrics import Metrics
+from mainsail_gateway.record import Record, Recorder
 from mainsail_gateway.relay import CLIENT_GONE, BrokenOff, Call, ClientGone, Relay
-from mainsail_gateway.routes import Service, Table
+from mainsail_gateway.routes import Service, Table, visible
 from mainsail_gateway.settings import Settings
 from mainsail_gateway.upstream import ConnectionPool
 from mainsail_gateway.usage import Usage
 from mainsail_gateway.virtual import Virtual
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import TracerProvider
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +55,7 @@ USER_HEADERS = (b"x-user-id",)
 class Gateway:
     """One gateway: the table, the balancer's memory, the connections, and the application over them."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, traces: "TracerProvider | None" = None) -> None:
         self.settings = settings
         self.health = Health()
         self.metrics = Metrics()
@@ -65,6 +69,7 @@ class Gateway:
         self.keys = Keys() if settings.auth == "keys" else None
         if self.keys is not None:
             self.metrics.registry.register(self.keys)
+        self.recorder = Recorder(access_log=settings.access_log, provider=traces)
         self.outside = Outside(response_timeout_s=settings.response_timeout_s, namespaces=settings.external_namespaces)
         self.chain = Chain(self.admission, self.outside, self._serve_virtual, self.metrics.registry)
         self.relay = Relay(self.connections, settings, self._extra_headers)
@@ -97,33 +102,49 @@ class Gateway:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
+        record = self.recorder.begin(scope)
+        if record is None:
+            await self._answer(scope, receive, send, None)
+            return
+        status = 500
+        try:
+            status = await self._answer(scope, receive, send, record)
+        finally:
+            self.recorder.end(record, status)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, record: Record | None) -> int:
+        """Answer whatever comes; the status."""
         lingering = False
+        status = 200
         reply = Reply(send)
         try:
-            await self._dispatch(scope, receive, reply)
+            status = await self._dispatch(scope, receive, reply, record)
         except GatewayError as error:
+            status = error.status
             lingering = error.status in (408, 413)
             extra = _CLOSE if lingering or self.health.draining else []
             await send_error(reply.send, error, extra, more=lingering)
         except ClientGone:
-            return
+            return CLIENT_GONE
         except BrokenOff as error:
             log.info("a client's connection is cut: %s", error)
-            return
+            return 502
         if lingering:
             await _linger(receive)
             await send({"type": "http.response.body", "body": b"", "more_body": False})
+        return status
 
-    async def _dispatch(self, scope: Scope, receive: Receive, reply: Reply) -> None:
+    async def _dispatch(self, scope: Scope, receive: Receive, reply: Reply, record: Record | None) -> int:
         method: str = scope["method"]
         path: str = scope["path"]
         key: ApiKey | None = None
         try:
             if self.keys is not None and path not in _OPEN_PATHS:
                 key = self.keys.check(scope["headers"])
-            if method in ("GET", "HEAD") and (answer := self._own(path, key)) is not None:
+            table = self._table(scope)
+            if method in ("GET", "HEAD") and (answer := self._own(path, key, table)) is not None:
                 await self._send_json(reply.send, answer)
-                return
+                return 200
             if not _PATH.fullmatch(scope["raw_path"]):
                 raise GatewayError(404, f"Unknown path {path[:200]}. The API is under /v1/.", code="not_found")
             if method != "POST":
@@ -132,34 +153,44 @@ class Gateway:
             arrived = time.monotonic()
             body = await self._body(scope, receive)
             parsed = request.parse(body)
-            route = self.table.virtual.get(parsed.model)
+            route = table.virtual.get(parsed.model)
             if route is not None and key is not None and not key.may_use(parsed.model):
                 raise auth.forbidden(key, parsed.model)
-            service = self._service(parsed.model, key) if route is None else None
+            service = self._service(parsed.model, key, table) if route is None else None
         except GatewayError as error:
             self.metrics.refused(error.status)
             if self.keys is not None and key is not None:
                 self.keys.count(key, error.status)
             raise
         asked = Asked(scope, body, parsed, key, arrived, _sticky(scope["headers"], parsed), receive, reply)
+        if record is not None:
+            record.asked = asked
+            asked.record = record
         with self._charged(asked) as charge:
             if service is not None:
                 charge.code = await self._relay(self._call(asked, service, body), asked, reply, charge)
             elif route is not None:
                 asked.charge = charge
                 charge.code = await self.chain.answer(route, asked, self.table)
+        return charge.code
 
     async def _serve_virtual(self, asked: Asked, service: Service, body: bytes, attempt: Attempt) -> int:
         return await self._relay(self._call(asked, service, body), asked, attempt, asked.charge)
 
-    def _own(self, path: str, key: ApiKey | None) -> object | None:
+    def _table(self, scope: Scope) -> Table:
+        if not self.settings.host_suffixes:
+            return self.table
+        host = next((value for name, value in scope["headers"] if name == b"host"), b"")
+        return visible(self.table, host.decode("latin-1"), self.settings.host_suffixes)
+
+    def _own(self, path: str, key: ApiKey | None, table: Table) -> object | None:
         """What the gateway itself answers to a GET; None when the path is not its own."""
         if path == "/v1/models":
-            known: dict[str, Service | Virtual] = {**self.table.models, **self.table.virtual}
+            known: dict[str, Service | Virtual] = {**table.models, **table.virtual}
             names = [name for name in sorted(known) if key is None or key.may_use(name)]
             return {"object": "list", "data": [_model_object(name, known[name]) for name in names]}
         if match := _MODEL_PATH.fullmatch(path):
-            service = self.table.models.get(match[1]) or self.table.virtual.get(match[1])
+            service = table.models.get(match[1]) or table.virtual.get(match[1])
             if service is None or (key is not None and not key.may_use(match[1])):
                 raise unknown_model(match[1])
             return _model_object(match[1], service)
@@ -174,6 +205,8 @@ class Gateway:
     async def _relay(self, call: Call, asked: Asked, reply: Reply | Attempt, charge: Charge) -> int:
         """Have the call's service answer; the status."""
         metrics = self.metrics.of(call.service)
+        if asked.record is not None:
+            asked.record.call = call
         try:
             async with self._admitted(call, asked, reply) as pool:
                 await self.relay.forward(call, pool, metrics, asked.receive, charge.meter(reply.send))
@@ -236,7 +269,16 @@ class Gateway:
         await door.enter(ticket, call.model, asked.receive, self._beat(reply) if stream else None)
         if ticket.timeout_s is not None:
             call.deadline = ticket.since + ticket.timeout_s
-        call.on_first = lambda latency_s: door.answering(ticket, latency_s)
+        record = asked.record
+        if record is not None:
+            record.admitted = time.monotonic()
+
+        def on_first(latency_s: float) -> None:
+            door.answering(ticket, latency_s)
+            if record is not None and record.first_s is None:
+                record.first_s = latency_s
+
+        call.on_first = on_first
         try:
             yield self._pool(call)
         finally:
@@ -248,6 +290,8 @@ class Gateway:
         headers: Headers = scope["headers"]
         if self.keys is not None:
             headers = [header for header in headers if header[0] not in CREDENTIALS]
+        if asked.record is not None:
+            headers = asked.record.onto(headers)
         return Call(
             method=b"POST",
             target=scope["raw_path"] + (b"?" + query if query else b""),
@@ -263,10 +307,10 @@ class Gateway:
             once=any(name == NO_FAILOVER_HEADER for name, _ in headers),
         )
 
-    def _service(self, model: str, key: ApiKey | None) -> Service:
+    def _service(self, model: str, key: ApiKey | None, table: Table) -> Service:
         if not self.health.synced:
             raise no_capacity(model, 1.0)
-        service = self.table.models.get(model)
+        service = table.models.get(model)
         if service is None:
             raise unknown_model(model)
         if key is not None and not key.may_use(model):

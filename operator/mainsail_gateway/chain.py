@@ -21,6 +21,7 @@ from mainsail_gateway.errors import GatewayError, no_capacity
 from mainsail_gateway.external import Outside
 from mainsail_gateway.hold import Reply
 from mainsail_gateway.keys import Charge
+from mainsail_gateway.record import Record
 from mainsail_gateway.routes import Service, Table
 from mainsail_gateway.shed import DEFAULT_PRIORITIES
 from mainsail_gateway.virtual import (
@@ -55,6 +56,8 @@ class Asked:
     receive: Receive
     reply: Reply
     charge: Charge = field(default_factory=lambda: Charge(None))
+    record: Record | None = None
+    """What will be told of it."""
 
 
 Serve = Callable[[Asked, Service, bytes, Attempt], Awaitable[int]]

@@ -2,7 +2,7 @@
 
 `/health/live`: the event loop's heartbeat moved in the last `STUCK_S`. `/health/ready`: everything was listed once,
 and the gateway is not draining. `/metrics`: Prometheus' text form; `/metrics?name[]=NAME` only that metric, which the
-operator asks for every second.
+operator asks for every second. `/debug/routes`: see debug.py.
 """
 
 import threading
@@ -37,8 +37,14 @@ class Health:
         return self.live(now)
 
 
+Debug = Callable[[str], tuple[int, bytes]]
+"""Query string → status and JSON; called from the server's threads."""
+
+
 class HealthServer:
-    def __init__(self, host: str, port: int, health: Health, registry: CollectorRegistry) -> None:
+    def __init__(
+        self, host: str, port: int, health: Health, registry: CollectorRegistry, debug: Debug | None = None
+    ) -> None:
         checks: dict[str, Callable[[float], tuple[bool, str]]] = {
             "/health": health.ready,
             "/health/ready": health.ready,
@@ -56,6 +62,8 @@ class HealthServer:
                     names = parse_qs(query).get("name[]")
                     chosen = registry.restricted_registry(names) if names else registry
                     self._answer(200, generate_latest(chosen), CONTENT_TYPE_LATEST)
+                elif path == "/debug/routes" and debug is not None:
+                    self._answer(*debug(query), "application/json")
                 elif path in checks:
                     good, text = checks[path](time.monotonic())
                     self._answer(200 if good else 503, text.encode() + b"\n", "text/plain")

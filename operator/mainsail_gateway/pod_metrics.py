@@ -72,9 +72,10 @@ class Stream:
 class PodMetrics:
     """What is counted for one pod."""
 
-    __slots__ = ("codes", "first_token", "gone_at", "inter_token")
+    __slots__ = ("codes", "first_token", "gone_at", "inter_token", "key")
 
-    def __init__(self) -> None:
+    def __init__(self, key: PodKey) -> None:
+        self.key = key
         self.codes: dict[int, int] = {}
         self.first_token = Buckets(FIRST_TOKEN_BUCKETS)
         self.inter_token = Buckets(INTER_TOKEN_BUCKETS)
@@ -98,7 +99,7 @@ class PodsCollector(Collector):
     def of(self, key: PodKey) -> PodMetrics:
         found = self._pods.get(key)
         if found is None:
-            found = self._pods[key] = PodMetrics()
+            found = self._pods[key] = PodMetrics(key)
         return found
 
     def retain(self, pods: Set[PodKey], services: Set[tuple[str, str]], now: float) -> None:

@@ -107,6 +107,10 @@ class Call:
     abort_reason: Literal["", "client", "overdue"] = ""
     task: asyncio.Task[object] | None = field(default_factory=asyncio.current_task)
 
+    def where(self) -> dict[str, str]:
+        """Who has the request, or had it last."""
+        return {"revision": self.pod.key[2], "pod": self.pod.key[3]} if self.pod is not None else {}
+
     def at(self, pod: PodMetrics) -> None:
         """The request goes to another endpoint now; the last one broke it."""
         if self.pod is not None:

@@ -148,6 +148,22 @@ class Table:
     """Model, the service that has it, the service that wanted it too."""
 
 
+def visible(table: Table, host: str, suffixes: Sequence[str]) -> Table:
+    """What a request for that host may see: of `NAME.NAMESPACE.SUFFIX` that InferenceService alone (nothing, if there
+    is none), of any other host everything."""
+    host = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
+    for suffix in suffixes:
+        place = host.lower().removesuffix("." + suffix.lower().strip("."))
+        if place == host.lower():
+            continue
+        name, _, namespace = place.partition(".")
+        service = table.services.get((namespace, name))
+        if service is None:
+            return Table()
+        return Table(MappingProxyType(dict.fromkeys(service.served_names, service)), table.services)
+    return table
+
+
 def build(
     services: Iterable[InferenceService], slices: Iterable[EndpointSlice], routes: Iterable[ModelRoute] = ()
 ) -> Table:

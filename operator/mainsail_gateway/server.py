@@ -13,25 +13,33 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx2
+import msgspec
 import uvicorn
 from lightkube.config.client_adapter import AsyncClient, ConnectionParams
 from lightkube.config.kubeconfig import KubeConfig
 from lightkube.core.exceptions import ConfigError
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from mainsail_gateway import record
 from mainsail_gateway.app import Gateway
 from mainsail_gateway.auth import Secret
-from mainsail_gateway.health import HealthServer
+from mainsail_gateway.debug import routes
+from mainsail_gateway.errors import GatewayError
+from mainsail_gateway.health import Debug, HealthServer
 from mainsail_gateway.hold import Waker
 from mainsail_gateway.keys import KeyWatch
 from mainsail_gateway.routes import Routes
 from mainsail_gateway.settings import Settings
 from mainsail_gateway.watch import Reflector, Timing
 
+DEBUG_S = 5.0
 _NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import TracerProvider
 
 log = logging.getLogger(__name__)
 
@@ -165,10 +173,10 @@ def own_namespace() -> str:
 @asynccontextmanager
 async def background(gateway: Gateway, client: httpx2.AsyncClient, timing: Timing) -> AsyncGenerator[None]:
     """The watches and the sweeps, while inside."""
-    routes = Routes(client, gateway.settings.namespaces, gateway.use, timing=timing)
+    table = Routes(client, gateway.settings.namespaces, gateway.use, timing=timing)
     waker = Waker(client, gateway.admission.asked_for)
     gateway.wake = waker.woken.set
-    parts: list[Routes | Gateway | Waker | KeyWatch | Reflector[Secret]] = [routes, gateway, waker]
+    parts: list[Routes | Gateway | Waker | KeyWatch | Reflector[Secret]] = [table, gateway, waker]
     parts += gateway.outside.watch(client, timing)
     if gateway.keys is not None:
         namespace = gateway.settings.keys_namespace or own_namespace()
@@ -222,12 +230,42 @@ def configure(gateway: Gateway) -> uvicorn.Config:
 
 async def serve(settings: Settings) -> None:
     """Run a gateway until it is told to go."""
-    gateway = Gateway(settings)
+    gateway = Gateway(settings, _traces(settings))
     client = kubernetes_client(settings)
-    health = HealthServer(settings.host, settings.health_port, gateway.health, gateway.metrics.registry)
+    debug = debugger(gateway, asyncio.get_running_loop())
+    health = HealthServer(settings.host, settings.health_port, gateway.health, gateway.metrics.registry, debug)
     health.start()
     try:
         async with background(gateway, client, Timing(relist_s=settings.relist_s)):
             await Server(configure(gateway), gateway).serve()
     finally:
         health.stop()
+        gateway.recorder.close()
+
+
+def _traces(settings: Settings) -> "TracerProvider | None":
+    if settings.otlp_endpoint is None:
+        return None
+    try:
+        return record.tracing(settings.otlp_endpoint, settings.trace_ratio)
+    except ImportError as error:
+        message = f"--otlp-endpoint needs the optional part: pip install 'mainsail[tracing]' ({error})"
+        raise ConfigError(message) from None
+
+
+def debugger(gateway: Gateway, loop: asyncio.AbstractEventLoop) -> Debug:
+    """`/debug/routes` for the health server's threads; the state is read in the event loop, where it changes."""
+
+    async def read(query: str) -> tuple[int, bytes]:
+        try:
+            return 200, msgspec.json.format(msgspec.json.encode(routes(gateway, query, time.monotonic())))
+        except GatewayError as error:
+            return error.status, error.body()
+
+    def ask(query: str) -> tuple[int, bytes]:
+        try:
+            return asyncio.run_coroutine_threadsafe(read(query), loop).result(DEBUG_S)
+        except TimeoutError:
+            return 503, b'{"error": {"message": "the event loop did not answer in time"}}'
+
+    return ask

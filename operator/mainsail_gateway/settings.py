@@ -27,6 +27,15 @@ class Settings:
     tls_key: str | None = None
     """PEM files, as a Secret's volume has them; read again when they change. Without them: plain HTTP."""
 
+    host_suffixes: tuple[str, ...] = ()
+    """A request for the host `NAME.NAMESPACE.SUFFIX` sees only that InferenceService."""
+    access_log: bool = False
+    """A line of JSON on stderr for each request: names, times and status; never content."""
+    otlp_endpoint: str | None = None
+    """Where spans are sent (OTLP over HTTP), as http://collector:4318/v1/traces; without it, none are made."""
+    trace_ratio: float = 0.05
+    """The part of the traces beginning here that is kept. A client's own decision is followed."""
+
     max_body_bytes: int = 10 * 1024 * 1024
     """Over it: 413. The body is held in memory until an endpoint has answered, so that it can be sent again."""
     max_header_bytes: int = 64 * 1024
@@ -70,12 +79,16 @@ _HELP = {
     "keys_namespace": "namespace of the API keys' Secrets (default: the Pod's own)",
     "tls_cert": "PEM file of the certificate chain; with --tls-key, HTTPS is served on --port",
     "tls_key": "PEM file of its private key",
+    "access_log": "log a line for each request: names, times and status, never content",
+    "otlp_endpoint": "where spans are sent (OTLP over HTTP), as http://collector:4318/v1/traces",
+    "trace_ratio": "part of the traces beginning here that is kept",
     "log_level": "debug, info, warning or error",
 }
 
 
 _LISTS = {
     "namespaces": ("--namespace", "namespace to serve"),
+    "host_suffixes": ("--host-suffix", "requests for NAME.NAMESPACE.SUFFIX see only that InferenceService"),
     "external_namespaces": ("--external-namespace", "namespace whose ModelRoutes may name endpoints outside"),
 }
 _TYPES: dict[type, Callable[[str], str | int | float]] = {type(None): str, str: str, int: int, float: float}
@@ -93,6 +106,9 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
             parser.add_argument(flag, dest=field.name, action="append", default=[], help=f"{text}; repeat")
             continue
         default: object = getattr(defaults, field.name)
+        if isinstance(default, bool):
+            parser.add_argument("--" + field.name.replace("_", "-"), action="store_true", help=_HELP[field.name])
+            continue
         parser.add_argument(
             "--" + field.name.replace("_", "-"),
             type=_TYPES[type(default)],
