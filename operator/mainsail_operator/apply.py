@@ -74,7 +74,7 @@ class Writer:
         """Raises RefusedError and WriteError with the server's message, StaleError, NotLeaderError."""
         match action:
             case Apply(manifest):
-                name = str(manifest["metadata"]["name"])
+                name = f"{manifest['kind']} {manifest['metadata']['name']}"
                 await self._apply(owner, manifest)
             case Scale(name, replicas, _, version):
                 patch: JSON = {"spec": {"replicas": replicas}, "metadata": _at(version)}

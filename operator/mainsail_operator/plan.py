@@ -75,7 +75,8 @@ def plan(
     if target in decision.replicas and all(revision.name != target for revision in observed.revisions):
         manifest = objects.deployment(owner, spec, decision.replicas[target], settings)
         actions.append(Apply(manifest, "new revision"))
-    why = decision.status.message or decision.status.reason
+    rests = decision.status.phase in ("Complete", "RolledBack")
+    why = f"{spec.replicas} replicas are wanted" if rests else decision.status.message or decision.status.reason
     # Growth first: what takes over is under way before what it replaces ends.
     growth = {r.name: decision.replicas.get(r.name, -1) - r.replicas for r in observed.revisions}
     for revision in sorted(observed.revisions, key=lambda r: growth[r.name], reverse=True):
