@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import httpx
 import openai
 import pytest
@@ -49,6 +51,20 @@ def test_stream_equals_the_whole_answer(gateway_url: str, paris) -> None:
     assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == whole
     assert chunks[-1].usage.completion_tokens > 1
     assert sum(1 for c in chunks if c.choices and c.choices[0].delta.content) > 3, "streamed, not in one piece"
+
+
+def test_its_own_name_in_the_cluster_leads_through_the_gateway(kube: Kube, system_namespace: str, paris) -> None:
+    """As a client in a pod would ask it: by status.url."""
+    code = (
+        "import json, sys, urllib.request as r; "
+        "body = json.dumps({'model': 'paris', 'prompt': 'Hi', 'max_tokens': 1}).encode(); "
+        "ask = r.Request(sys.argv[1] + '/completions', body, {'Content-Type': 'application/json'}); "
+        "print(r.urlopen(ask, timeout=60).read().decode())"
+    )
+    answer = kube.run(
+        "exec", "deploy/mainsail-gateway", "-n", system_namespace, "--", "python", "-c", code, paris["status"]["url"]
+    )
+    assert json.loads(answer)["choices"]
 
 
 async def test_async_client(gateway_url: str, paris) -> None:

@@ -81,8 +81,8 @@ class Writer:
                 await self._patch("Deployment", owner.namespace, name, patch)
             case Mark(name, cost):
                 await self._mark(owner.namespace, name, cost)
-            case Delete(name, _, version):
-                await self._delete(owner.namespace, name, version)
+            case Delete(name, _, version, kind):
+                await self._delete(kind, owner.namespace, name, version)
         log.info("%s/%s: %s %s: %s", owner.namespace, owner.name, type(action).__name__.lower(), name, action.reason)
 
     async def status(self, owner: Owner, status: InferenceServiceStatus, version: str) -> None:
@@ -152,14 +152,14 @@ class Writer:
         _check(answer, what)
         return answer.json()
 
-    async def _delete(self, namespace: str, name: str, version: str) -> None:
+    async def _delete(self, kind: str, namespace: str, name: str, version: str) -> None:
         self._fence()
         options: JSON = {"propagationPolicy": "Background"}
         if version:
             options["preconditions"] = {"resourceVersion": version}
-        answer = await self._client.request("DELETE", _path("Deployment", namespace, name), json=options)
+        answer = await self._client.request("DELETE", _path(kind, namespace, name), json=options)
         if answer.status_code != 404:
-            _check(answer, f"Deployment {name}")
+            _check(answer, f"{kind} {name}")
 
 
 def _path(kind: str, namespace: str, name: str) -> str:

@@ -30,10 +30,12 @@ COLUMNS: tuple[JSON, ...] = (
     {"name": "Serving", "type": "integer", "jsonPath": ".status.servingReplicas"},
     {"name": "Replicas", "type": "integer", "jsonPath": ".spec.replicas"},
     {"name": "Revision", "type": "string", "jsonPath": ".status.revisions[0].name"},
+    {"name": "Rollout", "type": "string", "jsonPath": ".status.rollout.phase"},
     {"name": "Reason", "type": "string", "jsonPath": '.status.conditions[?(@.type=="Ready")].reason'},
     {"name": "Model", "type": "string", "jsonPath": ".spec.model.uri", "priority": 1},
     {"name": "URL", "type": "string", "jsonPath": ".status.url", "priority": 1},
     {"name": "Message", "type": "string", "jsonPath": '.status.conditions[?(@.type=="Ready")].message', "priority": 1},
+    {"name": "Story", "type": "string", "jsonPath": ".status.rollout.message", "priority": 1},
     {"name": "Age", "type": "date", "jsonPath": ".metadata.creationTimestamp"},
 )
 

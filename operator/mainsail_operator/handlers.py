@@ -34,6 +34,7 @@ CHILDREN: dict[str, tuple[str, str, str]] = {
     "services": ("Service", "", "v1"),
     "serviceaccounts": ("ServiceAccount", "", "v1"),
     "poddisruptionbudgets": ("PodDisruptionBudget", "policy", "v1"),
+    "networkpolicies": ("NetworkPolicy", "networking.k8s.io", "v1"),
 }
 """Kinds of which only whether they are there as applied matters: kind, group, version by plural."""
 _OURS = f"{SERVICE_LABEL}"

@@ -108,14 +108,55 @@ def service_account(owner: Owner) -> JSON:
     )
 
 
-def service(owner: Owner) -> JSON:
-    ports = [{"name": "http", "port": 80, "targetPort": "http", "protocol": "TCP"}]
+def front(owner: Owner, settings: Settings) -> JSON:
+    """The service's own name in the cluster: another name of the gateway, whose keys, weights and fail-over hold so."""
+    gateway = f"{settings.gateway_service}.{settings.namespace}.svc.cluster.local"
     return _stamped(
         {
             "apiVersion": "v1",
             "kind": "Service",
             "metadata": _metadata(owner, owner.name),
-            "spec": {"selector": {SERVICE_LABEL: owner.name}, "ports": ports},
+            "spec": {"type": "ExternalName", "externalName": gateway},
+        }
+    )
+
+
+def endpoints(owner: Owner) -> JSON:
+    """A headless Service: its EndpointSlices, with its label, are what the gateway routes by."""
+    ports = [{"name": "http", "port": 80, "targetPort": "http", "protocol": "TCP"}]
+    return _stamped(
+        {
+            "apiVersion": "v1",
+            "kind": "Service",
+            "metadata": _metadata(owner, f"{owner.name}-engines"),
+            "spec": {"clusterIP": "None", "selector": {SERVICE_LABEL: owner.name}, "ports": ports},
+        }
+    )
+
+
+def network_policy(owner: Owner, settings: Settings) -> JSON:
+    """Only the gateway, the operator (which asks for metrics) and the namespaces that scrape metrics reach engines.
+
+    Probes come from the node, which network plugins let through."""
+    name = "kubernetes.io/metadata.name"
+    ours: JSON = {
+        "namespaceSelector": {"matchLabels": {name: settings.namespace}},
+        "podSelector": {"matchLabels": {"app.kubernetes.io/name": "mainsail"}},
+    }
+    scrapers: list[JSON] = [
+        {"namespaceSelector": {"matchLabels": {name: namespace}}} for namespace in settings.metrics_namespaces
+    ]
+    ports = [{"port": "http", "protocol": "TCP"}]
+    return _stamped(
+        {
+            "apiVersion": "networking.k8s.io/v1",
+            "kind": "NetworkPolicy",
+            "metadata": _metadata(owner, owner.name),
+            "spec": {
+                "podSelector": {"matchLabels": {SERVICE_LABEL: owner.name}},
+                "policyTypes": ["Ingress"],
+                "ingress": [{"from": [ours, *scrapers], "ports": ports}],
+            },
         }
     )
 
@@ -136,9 +177,10 @@ def disruption_budget(owner: Owner) -> JSON:
     )
 
 
-def children(owner: Owner) -> list[JSON]:
+def children(owner: Owner, settings: Settings) -> list[JSON]:
     """Everything but the Deployments."""
-    return [service_account(owner), service(owner), disruption_budget(owner)]
+    found = [service_account(owner), endpoints(owner), front(owner, settings), disruption_budget(owner)]
+    return [*found, network_policy(owner, settings)] if settings.network_policy else found
 
 
 def grace_period_s(spec: InferenceServiceSpec) -> int:

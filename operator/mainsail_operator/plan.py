@@ -46,14 +46,18 @@ class Mark:
 
 @dataclass(frozen=True, slots=True)
 class Delete:
-    """Delete a Deployment; its pods drain."""
+    """Delete a Deployment, whose pods drain, or another child."""
 
     name: str
     reason: str
     version: str = ""
+    kind: str = "Deployment"
 
 
 Action = Apply | Scale | Mark | Delete
+
+_OPTIONAL = frozenset({"NetworkPolicy"})
+"""Kinds of children that a setting may take away again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +70,16 @@ def plan(
     loads: Mapping[str, float],
 ) -> Plan:  # fmt: skip
     """loads: running and waiting requests by pod UID, of the pods that tell them."""
+    wanted_children = {f"{m['kind']}/{m['metadata']['name']}": m for m in objects.children(owner, settings)}
     actions: list[Action] = [
         Apply(manifest, "missing or changed")
-        for manifest in objects.children(owner)
-        if observed.applied.get(f"{manifest['kind']}/{manifest['metadata']['name']}") != objects.digest_of(manifest)
+        for child, manifest in wanted_children.items()
+        if observed.applied.get(child) != objects.digest_of(manifest)
     ]
+    for child in sorted(observed.applied.keys() - wanted_children.keys()):
+        kind, _, name = child.partition("/")
+        if kind in _OPTIONAL:
+            actions.append(Delete(name, "no longer wanted", kind=kind))
     target = deployment_name(owner, revision_of(spec))
     if target in decision.replicas and all(revision.name != target for revision in observed.revisions):
         manifest = objects.deployment(owner, spec, decision.replicas[target], settings)

@@ -19,6 +19,12 @@ class Settings:
     """MAINSAIL_WATCH_NAMESPACES, separated by commas. Empty: all."""
     identity: str = "mainsail-operator"
     """MAINSAIL_IDENTITY: who holds the Lease; the pod's name."""
+    gateway_service: str = "mainsail-gateway"
+    """MAINSAIL_GATEWAY_SERVICE: the gateway's Service in the operator's namespace."""
+    network_policy: bool = True
+    """MAINSAIL_NETWORK_POLICY=false: no NetworkPolicy; whoever reaches a pod's address reaches its engine."""
+    metrics_namespaces: tuple[str, ...] = ()
+    """MAINSAIL_METRICS_NAMESPACES, separated by commas: whose pods may read engines' metrics (a Prometheus)."""
     health_port: int = 8081
 
 
@@ -28,12 +34,21 @@ def from_environment(environment: Mapping[str, str] = os.environ) -> Settings:
     port = environment.get("MAINSAIL_HEALTH_PORT", str(default.health_port))
     if not port.isdigit():
         raise ValueError(f"MAINSAIL_HEALTH_PORT must be a port number, not {port!r}")
-    namespaces = environment.get("MAINSAIL_WATCH_NAMESPACES", "").split(",")
+    policy = environment.get("MAINSAIL_NETWORK_POLICY", "true").lower()
+    if policy not in ("true", "false"):
+        raise ValueError(f"MAINSAIL_NETWORK_POLICY must be true or false, not {policy!r}")
     return Settings(
         engine_image=environment.get("MAINSAIL_ENGINE_IMAGE", default.engine_image),
         engine_image_pull_policy=environment.get("MAINSAIL_ENGINE_IMAGE_PULL_POLICY", default.engine_image_pull_policy),
         namespace=environment.get("MAINSAIL_NAMESPACE", default.namespace),
-        watch_namespaces=tuple(name.strip() for name in namespaces if name.strip()),
+        watch_namespaces=_names(environment.get("MAINSAIL_WATCH_NAMESPACES", "")),
+        gateway_service=environment.get("MAINSAIL_GATEWAY_SERVICE", default.gateway_service),
+        network_policy=policy == "true",
+        metrics_namespaces=_names(environment.get("MAINSAIL_METRICS_NAMESPACES", "")),
         identity=environment.get("MAINSAIL_IDENTITY", socket.gethostname()),
         health_port=int(port),
     )
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mainsail_operator import objects
+from mainsail_operator.settings import Settings
 
 
 def container(manifest):
@@ -110,10 +111,39 @@ def test_pod_template_merges_as_kubernetes_does(owner, make_spec, settings) -> N
 
 def test_everything_is_owned(owner, make_spec, settings) -> None:
     for manifest in (
-        *objects.children(owner),
+        *objects.children(owner, settings),
         objects.deployment(owner, make_spec(), 1, settings),
     ):
         (reference,) = manifest["metadata"]["ownerReferences"]
         assert reference["uid"] == "uid-1"
         assert reference["controller"] is True
         assert objects.digest_of(manifest)
+
+
+def test_only_the_gateway_and_scrapers_reach_engines(owner) -> None:
+    settings = Settings(namespace="system", metrics_namespaces=("monitoring",))
+    spec = objects.network_policy(owner, settings)["spec"]
+    assert spec["podSelector"]["matchLabels"] == {"mainsail.dev/service": "demo"}
+    (rule,) = spec["ingress"]
+    ours, scraper = rule["from"]
+    assert ours["namespaceSelector"]["matchLabels"] == {"kubernetes.io/metadata.name": "system"}
+    assert ours["podSelector"]["matchLabels"] == {"app.kubernetes.io/name": "mainsail"}
+    assert scraper == {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}
+    kinds = {m["kind"] for m in objects.children(owner, Settings(network_policy=False))}
+    assert "NetworkPolicy" not in kinds
+
+
+def test_the_name_leads_to_the_gateway_and_the_endpoints_to_the_pods(owner) -> None:
+    front, endpoints = objects.front(owner, Settings(namespace="system")), objects.endpoints(owner)
+    assert front["metadata"]["name"] == "demo"
+    assert front["spec"]["externalName"] == "mainsail-gateway.system.svc.cluster.local"
+    assert "selector" not in front["spec"]
+    assert endpoints["metadata"]["name"] == "demo-engines"
+    assert endpoints["metadata"]["labels"]["mainsail.dev/service"] == "demo"
+    assert endpoints["spec"]["selector"] == {"mainsail.dev/service": "demo"}
+
+
+def test_a_node_drain_takes_one_replica_at_a_time_and_never_hangs_on_a_broken_one(owner) -> None:
+    spec = objects.disruption_budget(owner)["spec"]
+    assert spec["maxUnavailable"] == 1
+    assert spec["unhealthyPodEvictionPolicy"] == "AlwaysAllow"

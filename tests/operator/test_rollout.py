@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tests.operator.simulation import BAD, OWNER, SETTINGS, Cluster, name_of, settled, spec_of
 
-from mainsail_operator.plan import Apply, Mark, Scale, plan
+from mainsail_operator.plan import Apply, Delete, Mark, Scale, plan
 from mainsail_operator.rollout import Situation, decide
 from mainsail_operator.settings import Settings
 from mainsail_operator.status import status
@@ -459,7 +459,15 @@ def test_a_new_service_gets_its_children_first() -> None:
     cluster, spec = Cluster(4), spec_of(1, 2)
     kinds = [a.manifest["kind"] for a in cluster.pass_over(spec).actions if isinstance(a, Apply)]
     assert kinds[-1] == "Deployment"
-    assert set(kinds) == {"ServiceAccount", "Service", "PodDisruptionBudget", "Deployment"}
+    assert set(kinds) == {"ServiceAccount", "Service", "PodDisruptionBudget", "NetworkPolicy", "Deployment"}
+
+
+def test_a_child_that_a_setting_takes_away_is_deleted() -> None:
+    cluster, spec = settled(1, 1, 4)
+    without = replace(SETTINGS, network_policy=False)
+    (action,) = plan(OWNER, spec, cluster.observed(), without, cluster.decision(spec), {}).actions
+    assert isinstance(action, Delete)
+    assert (action.kind, action.name) == ("NetworkPolicy", "demo")
 
 
 # --- histories
