@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from e2e.cluster.images import ENGINE_IMAGE
 from e2e.kube import Kube, condition, wait_for
 from e2e.services import pods, service, steady_traffic, wait_ready, wait_routed
 
@@ -48,7 +49,8 @@ def test_operator_killed_in_the_middle_of_a_roll(kube: Kube, gateway_url: str, r
     assert traffic.failures == []
 
 
-def test_restarted_operator_touches_nothing_that_is_right(kube: Kube, rolling) -> None:
+def test_upgrade_of_the_operator_touches_nothing_that_is_right(kube: Kube, rolling) -> None:
+    """Another operator, with another engine image and another pull policy for the pods of new revisions."""
     wait_ready(kube, "rolling")
     selector = "mainsail.dev/service=rolling"
     wait_for("ended pods gone", lambda: len(kube.list("pods", selector=selector)) == 1, timeout_s=60)
@@ -59,15 +61,21 @@ def test_restarted_operator_touches_nothing_that_is_right(kube: Kube, rolling) -
         return {f"{k}/{o['metadata']['name']}": o["metadata"]["resourceVersion"] for k, o in found}
 
     before = versions()
-    kube.run("rollout", "restart", "deployment", "-n", "mainsail-system", "-l", "app.kubernetes.io/component=operator")
-    kube.run("rollout", "status", "deployment", "-n", "mainsail-system", "-l", "app.kubernetes.io/component=operator",
-             "--timeout=120s", timeout_s=150)  # fmt: skip
+    upgrade_operator(kube, "localhost/mainsail-engine:next", "Always")
     # The new operator is proven awake by a change of its own making: it answers to a new object.
     kube.apply(service("probe", replicas=0))
     wait_for("the operator at work again", lambda: kube.get("service", "probe"), timeout_s=90)
     kube.delete("mis", "probe")
     wait_for("the probe gone", lambda: not kube.get("mis", "probe"), timeout_s=30)
     assert versions() == before
+    upgrade_operator(kube, ENGINE_IMAGE, "IfNotPresent")
+
+
+def upgrade_operator(kube: Kube, engine_image: str, pull_policy: str) -> None:
+    operator = ("deployment/mainsail-operator", "-n", "mainsail-system")
+    kube.run("set", "env", *operator, f"MAINSAIL_ENGINE_IMAGE={engine_image}",
+             f"MAINSAIL_ENGINE_IMAGE_PULL_POLICY={pull_policy}")  # fmt: skip
+    kube.run("rollout", "status", *operator, "--timeout=120s", timeout_s=150)
 
 
 def test_missing_model_is_in_the_condition_and_the_old_revision_serves(kube: Kube, gateway_url: str, rolling) -> None:

@@ -17,7 +17,7 @@ import pytest
 from e2e import tiny
 from e2e.cluster.place import Place
 from e2e.faults import with_fault
-from e2e.kube import Kube, Object, condition, wait_for
+from e2e.kube import Kube, KubectlError, Object, condition, wait_for
 from e2e.services import pods, service, steady_traffic, wait_ready, wait_routed
 
 NAMES = ("steps", "errors", "slowness")
@@ -170,6 +170,34 @@ def test_commands_and_blue_green_and_a_thousand_requests(kube: Kube, gateway_url
 
 def _weights(kube: Kube, name: str) -> list[int]:
     return [r["weight"] for r in (kube.get("mis", name) or {})["status"]["revisions"]]
+
+
+@pytest.mark.slow
+def test_an_evicted_replica_finishes_what_it_has_and_one_goes_at_a_time(
+    kube: Kube, gateway_url: str, services: None
+) -> None:
+    """What `kubectl drain` does to a node: evictions, one after another, held back by the disruption budget."""
+    kube.run("scale", "mis/slowness", "--replicas=2")
+    wait_for("two replicas", lambda: _serving(kube, "slowness") == 2, timeout_s=TURN_S, story=kube.story)
+    first, second = pods(kube, "slowness")
+    with steady_traffic(gateway_url, "slowness", streams=4, max_tokens=32) as traffic:
+        evict(kube, first)
+        with pytest.raises(KubectlError, match="disruption budget"):
+            evict(kube, second)
+        wait_for("two replicas again", lambda: _serving(kube, "slowness") == 2, timeout_s=TURN_S, story=kube.story)
+    assert traffic.failures == []
+    kube.run("scale", "mis/slowness", "--replicas=1")
+
+
+def _serving(kube: Kube, name: str) -> int:
+    return (kube.get("mis", name) or {})["status"]["servingReplicas"]
+
+
+def evict(kube: Kube, pod: Object) -> None:
+    metadata = {key: pod["metadata"][key] for key in ("name", "namespace")}
+    body = {"apiVersion": "policy/v1", "kind": "Eviction", "metadata": metadata}
+    path = f"/api/v1/namespaces/{metadata['namespace']}/pods/{metadata['name']}/eviction"
+    kube.run("create", "--raw", path, "-f", "-", stdin=json.dumps(body))
 
 
 @pytest.mark.slow

@@ -30,6 +30,7 @@ HTTP_PORT, HEALTH_PORT = 8000, 8001
 PRE_STOP_S = 5
 """Between an endpoint's removal and SIGTERM: routers must have noticed before the engine stops accepting."""
 _GRACE_MARGIN_S = 10
+_LOST_NODE_S = 20
 _USER = 65534
 
 
@@ -266,6 +267,12 @@ def _pod(owner: Owner, spec: InferenceServiceSpec, image: str, pull_policy: str)
         "serviceAccountName": owner.name,
         "automountServiceAccountToken": False,
         "terminationGracePeriodSeconds": grace_period_s(spec),
+        # A lost node (a spot instance taken back) is replaced soon; Kubernetes' own default is five minutes.
+        "tolerations": [
+            {"key": f"node.kubernetes.io/{state}", "operator": "Exists", "effect": "NoExecute",
+             "tolerationSeconds": _LOST_NODE_S}
+            for state in ("not-ready", "unreachable")
+        ],
         "securityContext": {
             "runAsNonRoot": True, "runAsUser": _USER, "runAsGroup": _USER, "seccompProfile": {"type": "RuntimeDefault"},
         },

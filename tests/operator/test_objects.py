@@ -104,7 +104,8 @@ def test_pod_template_merges_as_kubernetes_does(owner, make_spec, settings) -> N
     assert engine["command"] == ["mainsail-engine"]
     assert pod["securityContext"]["runAsUser"] == 1000
     assert pod["securityContext"]["runAsNonRoot"] is True
-    assert pod["tolerations"] == [{"key": "gpu", "operator": "Exists"}]
+    assert pod["tolerations"][-1] == {"key": "gpu", "operator": "Exists"}
+    assert {t["tolerationSeconds"] for t in pod["tolerations"][:-1]} == {20}
     assert template["metadata"]["labels"]["team"] == "a"
     assert template["metadata"]["labels"][objects.SERVICE_LABEL] == "demo"
 
