@@ -26,7 +26,7 @@ from functools import partial
 import httpx2
 
 from mainsail_operator.exposition import Series, parse
-from mainsail_operator.signals import QUEUED, History, Signals, is_engine_signal, is_gateway_signal
+from mainsail_operator.signals import LONG_HORIZON_S, QUEUED, History, Signals, is_engine_signal, is_gateway_signal
 
 log = logging.getLogger(__name__)
 
@@ -163,7 +163,8 @@ class Scraper:
         """Only what is wanted is kept: a gateway tells about every pod of every service."""
         samples = parse(await self._page(target.url), is_gateway_signal)
         kept = {series: value for series, value in samples if _service(series) in self._wanted}
-        self.signals.gateways.setdefault(target.uid, History()).add(time.time(), kept, target.restarts)
+        history = self.signals.gateways.setdefault(target.uid, History(LONG_HORIZON_S))
+        history.add(time.time(), kept, target.restarts)
 
 
 def _service(series: Series) -> Key | None:

@@ -53,6 +53,9 @@ DENSE_S = 120.0
 """Every scrape of the last two minutes is kept, and before that one in `SPARSE_S`."""
 SPARSE_S = 15.0
 HORIZON_S = 900.0
+LONG_SPARSE_S = 300.0
+LONG_HORIZON_S = 24 * 3600.0
+"""What gateways saw is kept longer, ever more thinly: a canary may wait for its requests for hours."""
 
 _GROWS = ("_total", "_bucket", "_count", "_sum")
 
@@ -184,6 +187,7 @@ def _at(row: array[float], column: int) -> float:
 class History:
     """One pod's scrapes of the last minutes. Counters are stored as sums that never shrink."""
 
+    horizon_s: float = HORIZON_S
     restarts: int = 0
     """Restarts of the pod's container when it was scraped last."""
     _columns: dict[Series, int] = field(default_factory=dict[Series, int])
@@ -232,9 +236,10 @@ class History:
         keep: list[int] = []
         dense = bisect_left(self._times, now - DENSE_S)
         for index in range(dense):
-            old = self._times[index] < now - HORIZON_S
-            near = keep and self._times[index] - self._times[keep[-1]] < SPARSE_S
-            if not old and not near:
+            age = now - self._times[index]
+            gap = SPARSE_S if age <= HORIZON_S else LONG_SPARSE_S
+            near = keep and self._times[index] - self._times[keep[-1]] < gap
+            if age <= self.horizon_s and not near:
                 keep.append(index)
         if len(keep) == dense:
             return

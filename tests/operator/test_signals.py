@@ -15,6 +15,8 @@ from mainsail_operator.signals import (
     FRESH_S,
     HORIZON_S,
     KV_USAGE,
+    LONG_HORIZON_S,
+    LONG_SPARSE_S,
     PREEMPTIONS,
     RUNNING,
     WAITING,
@@ -120,6 +122,19 @@ def test_old_scrapes_are_thinned_and_end() -> None:
     assert HORIZON_S - 20 <= window.span_s <= HORIZON_S
     assert len(window._rows) <= DENSE_S / 5 + HORIZON_S / 15 + 2
     assert window.increase(FINISHED) == pytest.approx(window.span_s / 5)
+
+
+def test_what_gateways_saw_is_kept_for_a_day_and_thinly() -> None:
+    """A step that began hours ago is judged on all that came since."""
+    history = History(LONG_HORIZON_S)
+    for number in range(4 * 720):
+        history.add(5.0 * number, total(number))
+    since = 2 * 3600.0
+    window = history.window(since)
+    assert window is not None
+    assert since - LONG_SPARSE_S - 10 <= window.start <= since
+    assert window.increase(FINISHED) == pytest.approx(window.span_s / 5)
+    assert len(window._rows) < 150
 
 
 @given(st.lists(st.floats(0.0, 20.0), min_size=1, max_size=200), st.floats(0.01, 1.0))
