@@ -17,7 +17,7 @@ import kopf
 from mainsail_operator import gpus
 from mainsail_operator.gpus import read_node
 from mainsail_operator.objects import SERVICE_LABEL
-from mainsail_operator.observe import read_child, read_deployment, read_pod, scrape_target
+from mainsail_operator.observe import read_child, read_deployment, read_endpoints, read_pod, scrape_target
 from mainsail_operator.reconcile import Reconciler, Snapshot
 from mainsail_operator.relist import Relister, Source
 from mainsail_operator.scrape import Target
@@ -69,6 +69,7 @@ class Store:
         self.deployments = Collection(_by_label, read_deployment)
         self.pods = Collection(_by_label, read_pod)
         self.gateway_pods = Collection(_gateway, partial(scrape_target, port=GATEWAY_METRICS_PORT))
+        self.endpoints = Collection(_by_label, read_endpoints)
         self.nodes = Collection(lambda _: NODES, read_node)
         self.children = {
             plural: Collection(_by_label, partial(read_child, kind)) for plural, (kind, *_) in CHILDREN.items()
@@ -80,6 +81,7 @@ class Store:
             Source(f"/apis/{GROUP}/{VERSION}", PLURAL, "", (self.services,)),
             Source("/apis/apps/v1", "deployments", _OURS, (self.deployments,)),
             Source("/api/v1", "pods", _PODS, (self.pods, self.gateway_pods)),
+            Source("/apis/discovery.k8s.io/v1", "endpointslices", _OURS, (self.endpoints,)),
             Source("/api/v1", "nodes", "", (self.nodes,), namespaced=False),
             *(
                 Source(f"/apis/{group}/{version}" if group else f"/api/{version}", plural, _OURS,
@@ -107,7 +109,7 @@ class Store:
         if not body:
             return None
         children = [child for collection in self.children.values() for child in collection.of(key)]
-        return Snapshot(body[0], self.deployments.of(key), self.pods.of(key), children)
+        return Snapshot(body[0], self.deployments.of(key), self.pods.of(key), children, self.endpoints.of(key))
 
 
 def register(registry: kopf.OperatorRegistry, store: Store, reconciler: Reconciler, relister: Relister) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, cast
 
@@ -34,7 +34,7 @@ class Trouble:
 class Pod:
     name: str
     serving: bool
-    """Ready: the engine has generated a token and takes requests."""
+    """Ready (the engine has generated a token and takes requests), and an endpoint that gateways route to."""
     ending: bool
     scheduled: bool
     unschedulable_since: float | None = None
@@ -249,18 +249,34 @@ def read_deployment(deployment: JSON) -> Deployment:
     )
 
 
+def read_endpoints(piece: JSON) -> frozenset[str]:
+    """The UIDs of the pods that an EndpointSlice has gateways route to."""
+    found: set[str] = set()
+    for endpoint in cast("list[JSON]", piece.get("endpoints") or []):
+        ready = _get(endpoint, "conditions", "ready", default=True)
+        if ready and not _get(endpoint, "conditions", "terminating", default=False):
+            found.add(str(_get(endpoint, "targetRef", "uid", default="")))
+    return frozenset(found)
+
+
 def read_child(kind: str, obj: JSON) -> Child:
     return Child(kind, str(_get(obj, "metadata", "name", default="")), applied_hash(obj), _owner(obj))
 
 
 def observe(
-    deployments: Iterable[Deployment], pods: Iterable[Pod], children: Iterable[Child], owner_uid: str
-) -> Observed:
-    """Only what this very InferenceService owns counts: a namesake's leftovers belong to the garbage collector."""
+    deployments: Iterable[Deployment], pods: Iterable[Pod], children: Iterable[Child],
+    endpoints: Iterable[frozenset[str]], owner_uid: str,
+) -> Observed:  # fmt: skip
+    """Only what this very InferenceService owns counts: a namesake's leftovers belong to the garbage collector.
+
+    A pod that is ready but no endpoint yet does not serve: no gateway knows it."""
+    routed = frozenset[str]().union(*endpoints)
     by_revision: dict[str, list[Pod]] = {}
     for pod in pods:
         if pod.ended:
             continue
+        if pod.serving and pod.uid not in routed:
+            pod = replace(pod, serving=False)
         by_revision.setdefault(pod.revision, []).append(pod)
     revisions = [
         Revision(

@@ -53,6 +53,8 @@ class Snapshot:
     pods: Sequence[Pod]
     children: Sequence[Child]
     """Services, ServiceAccounts, …"""
+    endpoints: Sequence[frozenset[str]]
+    """UIDs of the pods that gateways route to, by EndpointSlice."""
 
 
 Read = Callable[[Key], Snapshot | None]
@@ -166,7 +168,7 @@ class Reconciler:
             if told != before:
                 await self._writer.status(owner, told, str(metadata.get("resourceVersion", "")))
             return TICK_S
-        seen = observe(snapshot.deployments, snapshot.pods, snapshot.children, owner.uid)
+        seen = observe(snapshot.deployments, snapshot.pods, snapshot.children, snapshot.endpoints, owner.uid)
         # Two revisions: the newest is judged beside the one before it.
         wanted = spec.scaling is not None or len(seen.revisions) > 1
         self._want((owner.namespace, owner.name), seen.targets if wanted else ())

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from mainsail_operator.observe import observe, read_deployment, read_pod
+from mainsail_operator.observe import observe, read_deployment, read_endpoints, read_pod
 
 
 def pod(*, ready="False", state=None, last=None, scheduled=True, reason=None, **metadata):
@@ -52,6 +52,28 @@ def test_no_trouble_while_it_starts_or_serves() -> None:
     assert read_pod(pod(deletionTimestamp="x")).ending
 
 
+SLICE = {
+    "endpoints": [
+        {"targetRef": {"uid": "p1"}, "conditions": {"ready": True}},
+        {"targetRef": {"uid": "p2"}, "conditions": {"ready": False}},
+        {"targetRef": {"uid": "p3"}, "conditions": {"ready": True, "terminating": True}},
+        {"targetRef": {"uid": "p4"}},
+    ]
+}
+
+
+def test_gateways_route_to_what_is_ready_and_not_ending() -> None:
+    assert read_endpoints(SLICE) == {"p1", "p4"}
+    assert read_endpoints({"endpoints": None}) == frozenset()
+
+
+def test_a_ready_pod_that_no_gateway_knows_does_not_serve() -> None:
+    one = read_deployment(deployment("a", "r", "2026-01-01T00:00:00Z"))
+    seen = observe([one], [read_pod(pod(ready="True", uid="p2"))], [], [read_endpoints(SLICE)], "u")
+    assert seen.revisions[0].serving == 0
+    assert seen.revisions[0].trouble is None
+
+
 def deployment(name: str, revision: str, created: str, uid: str = "u"):
     return {
         "metadata": {"name": name, "labels": {"mainsail.dev/revision": revision}, "creationTimestamp": created,
@@ -67,8 +89,9 @@ def test_only_what_is_owned_counts_newest_first() -> None:
             read_deployment(deployment("b", "s", "2026-01-02T00:00:00Z")),
             read_deployment(deployment("c", "t", "2026-01-03T00:00:00Z", uid="other")),
         ],
-        [read_pod(pod(ready="True"))],
+        [read_pod(pod(ready="True", uid="p1"))],
         [],
+        [read_endpoints(SLICE)],
         "u",
     )
     assert [revision.name for revision in seen.revisions] == ["b", "a"]
