@@ -120,6 +120,7 @@ class Writer:
     async def _apply(self, owner: Owner, manifest: JSON) -> None:
         kind, name = str(manifest["kind"]), str(manifest["metadata"]["name"])
         path = _path(kind, owner.namespace, name)
+        self._fence()
         there = await self._client.get(path)
         if there.status_code != 404:
             _check(there, f"{kind} {name}")
