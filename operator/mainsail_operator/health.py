@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -27,7 +28,8 @@ def serve_health(port: int, live: Callable[[], bool]) -> ThreadingHTTPServer:
             self.send_header("content-type", kind)
             self.send_header("content-length", str(len(body)))
             self.end_headers()
-            self.wfile.write(body)
+            with contextlib.suppress(ConnectionError):  # a probe that did not wait
+                self.wfile.write(body)
 
         def log_message(self, format: str, *args: object) -> None:
             """Probes are not worth a line each."""
