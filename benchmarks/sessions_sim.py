@@ -5,7 +5,7 @@
 The real scheduler on a simulated H200 with an 8B model (simulated.py), once with sessions and once without; all else is
 the same. Every session begins with a shared system prompt of 2,000 tokens, then repeats: a turn (its prompt so far, and
 a tool's result), an answer of 50 to 250 tokens, a pause while the tool runs (86 % under 1 s, 95 % under 10 s, the rest
-up to a minute), for 8 turns to between 16k and 32k tokens. Sessions begin within the first 20 s. The pool is a share of
+up to a minute), for 8 turns to between 16k and 32k tokens. Sessions begin within the first 2 s. The pool is a share of
 what all of them hold together at their ends; the host tier is off, or as large as the pool.
 """
 
@@ -26,7 +26,7 @@ from mainsail_engine.request import Request, SamplingParams
 SYSTEM_TOKENS = 2000
 TURNS = 8
 STARTS_WITHIN_S = 2.0
-POOLS = (0.3, 0.5, 0.75, 1.0, 1.5)
+POOLS = (0.3, 0.4, 0.5, 0.75, 1.0, 1.5)
 HOSTS = (0.0, 1.0)
 
 
@@ -116,6 +116,22 @@ class Result:
     longest_wait_s: float
 
 
+def reusable_tokens(made: list[Script]) -> int:
+    """Prompt tokens that were prompt or answer before: the system prompt, and all earlier turns."""
+    reusable = 0
+    for script in made:
+        length = SYSTEM_TOKENS
+        for new, answer in zip(script.inputs, script.answers, strict=True):
+            reusable += length
+            length += new + answer
+    return reusable
+
+
+def needed_tokens(made: list[Script]) -> int:
+    """Prompt tokens to compute once: the system prompt, every input, and each answer's last token (only sampled)."""
+    return SYSTEM_TOKENS + sum(sum(script.inputs) + TURNS - 1 for script in made)
+
+
 def play(made: list[Script], pool: float, host: float, sessions: bool) -> Result:
     demand = sum(script.final_tokens - SYSTEM_TOKENS for script in made) + SYSTEM_TOKENS
     num_blocks = int(pool * demand) // 16
@@ -126,21 +142,12 @@ def play(made: list[Script], pool: float, host: float, sessions: bool) -> Result
     engine.scheduler.check_integrity()
     turns = sorted(turn for player in players for turn in player.turn_s)
     lives = sorted(player.ended_s - player.began_s for player in players)
-    new = SYSTEM_TOKENS + sum(sum(script.inputs) + sum(script.answers) for script in made)
-    needed = new - sum(script.answers[-1] for script in made)
-    recomputed = max(0, engine.prefilled - needed + sum(sum(s.answers[:-1]) for s in made) - TURNS * len(made))
-    reusable = sum(len(player.tokens) for player in players) * 0
-    for script in made:
-        length = SYSTEM_TOKENS
-        for turn in range(TURNS):
-            reusable += length
-            length += script.inputs[turn] + script.answers[turn]
     stats = engine.scheduler.stats()
     return Result(
         pool, host, sessions,
         total_s=max(player.ended_s for player in players),
-        hit_rate=stats.prefix_cache_hits / reusable,
-        recomputed_tokens=recomputed,
+        hit_rate=stats.prefix_cache_hits / reusable_tokens(made),
+        recomputed_tokens=engine.prefilled - needed_tokens(made),
         turn_p50_s=statistics.median(turns), turn_p95_s=turns[int(len(turns) * 0.95)],
         session_p50_s=statistics.median(lives), session_p95_s=lives[int(len(lives) * 0.95)],
         preemptions=stats.num_preemptions, swapped_in=stats.num_swapped_in, swapped_out=stats.num_swapped_out,

@@ -26,7 +26,7 @@ from mainsail_engine.kv.prefix_tree import Node
 from mainsail_engine.request import Request
 from mainsail_engine.sessions import Forecast, Session, SessionState, SessionTable
 
-MAX_HOLD_S = 30.0
+MAX_HOLD_S = 60.0
 """A turn that was held so long may displace everybody's kept KV."""
 REVISIT_S = 30.0
 """How long a session that was fetched ahead is kept at most."""

@@ -48,7 +48,7 @@ def generate(
 ):  # fmt: skip
     """Tokens for each prompt, and the scheduler's counters."""
     layers, _, *rest = runner.kv_cache.shape
-    memory = HostMemory((layers, *rest), runner.dtype, host * runner.kv_cache[:, 0].nbytes, pin=False)
+    memory = HostMemory((layers, *rest), runner.dtype, host * runner.kv_cache[:, 0].nbytes)
     swapping = SwappingRunner(runner, HostSwap(runner.kv_cache, memory))
     config = EngineConfig(
         model=ModelConfig(path="-"),

@@ -15,7 +15,7 @@ import pytest
 from benchmarks.simulated import SimulatedEngine
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from mainsail_engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from mainsail_engine.errors import RequestError
@@ -127,6 +127,9 @@ class Device:
 class Engine:
     """Scheduler and device together, up to `depth` steps in flight."""
 
+    total_steps = 0
+    """Of all engines."""
+
     def __init__(self, num_blocks=32, max_model_len=200, max_num_seqs=8, budget=48, depth=1, **options) -> None:
         sessions = options.pop("sessions", True)
         watermark, host, lag = options.pop("watermark", 0.05), options.pop("host", 0), options.pop("lag", 0)
@@ -166,6 +169,7 @@ class Engine:
         decoding = list(self.scheduler._decoding)
         plan = self.scheduler.schedule(self.now)
         if plan is not None:
+            Engine.total_steps += 1
             self.check_plan(plan, decoding)
             self.in_flight.append((plan, self.device.launch(plan, self.fail)))
         self.check()
@@ -682,10 +686,30 @@ class RandomTraffic(RuleBasedStateMachine):
             self.engine.check_outputs()
 
 
-RandomTraffic.TestCase.settings = settings(
-    max_examples=100, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
-)
-test_random_traffic = RandomTraffic.TestCase
+def random_steps(examples: int, rules: int) -> int:
+    """Run the machine. Returns how many steps the schedulers made."""
+    before = Engine.total_steps
+    run_state_machine_as_test(
+        RandomTraffic,
+        settings=settings(
+            max_examples=examples, stateful_step_count=rules, deadline=None, suppress_health_check=list(HealthCheck),
+            database=None,
+        ),
+    )  # fmt: skip
+    return Engine.total_steps - before
+
+
+def test_random_traffic():
+    assert random_steps(60, 100) >= 2000
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(0)
+def test_random_traffic_for_a_million_steps():
+    steps = 0
+    while steps < 1_000_000:
+        steps += random_steps(400, 100)
+        print(f"{steps:,} steps", flush=True)
 
 
 @pytest.mark.parametrize(

@@ -39,21 +39,26 @@ STAGING_BYTES = 64 << 20
 class HostMemory:
     """Blocks of shape [num_layers, 2, num_kv_heads, block_size, head_dim] in pieces of host memory."""
 
-    def __init__(self, shape: Sequence[int], dtype: torch.dtype, num_bytes: int, *, pin: bool) -> None:
-        self._shape, self._dtype, self._pin = tuple(shape), dtype, pin
+    def __init__(
+        self, shape: Sequence[int], dtype: torch.dtype, num_bytes: int, *, device: torch.device | None = None
+    ) -> None:
+        """device: the CUDA device to pin for; None: ordinary memory."""
+        self._shape, self._dtype, self._device = tuple(shape), dtype, device
         self._block_bytes = torch.Size(shape).numel() * dtype.itemsize
         self._per_piece = max(1, PIECE_BYTES // self._block_bytes)
         self._wanted = num_bytes // self._block_bytes
         self._pieces: list[torch.Tensor] = []
         self.num_blocks = 0
         """Grows while memory is being pinned."""
-        if pin:
+        if device is not None:
             threading.Thread(target=self._take_all, name="pin-host-memory", daemon=True).start()
         else:
             self._take_all()
 
     def _take_all(self) -> None:
         """Piece by piece until there is enough, or no more to be had."""
+        if self._device is not None:
+            torch.cuda.set_device(self._device)  # this thread's
         while self.num_blocks < self._wanted:
             blocks = min(self._per_piece, self._wanted - self.num_blocks)
             try:
@@ -70,7 +75,7 @@ class HostMemory:
             self.num_blocks += blocks
 
     def _take(self, blocks: int) -> torch.Tensor:
-        flat = torch.empty(blocks * self._block_bytes, dtype=torch.uint8, pin_memory=self._pin)
+        flat = torch.empty(blocks * self._block_bytes, dtype=torch.uint8, pin_memory=self._device is not None)
         return flat.view(self._dtype).view(blocks, *self._shape)
 
     def runs(self, hosts: Sequence[int]) -> Iterator[tuple[int, int, torch.Tensor]]:
@@ -232,5 +237,5 @@ def with_host_memory(runner: Runner, kv_cache: torch.Tensor, num_bytes: int) -> 
     if num_bytes < torch.Size(shape).numel() * kv_cache.element_size():
         return runner
     cuda = kv_cache.device.type == "cuda"
-    memory = HostMemory(shape, kv_cache.dtype, num_bytes, pin=cuda)
+    memory = HostMemory(shape, kv_cache.dtype, num_bytes, device=kv_cache.device if cuda else None)
     return SwappingRunner(runner, CudaHostSwap(kv_cache, memory) if cuda else HostSwap(kv_cache, memory))

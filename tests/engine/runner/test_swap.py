@@ -102,7 +102,7 @@ def test_copies_beside_heavy_steps_lose_nothing() -> None:
 
 
 def test_neighbours_in_host_memory_are_one_run() -> None:
-    memory = HostMemory(SHAPE, torch.float32, 20 * BLOCK_BYTES, pin=False)
+    memory = HostMemory(SHAPE, torch.float32, 20 * BLOCK_BYTES)
     assert memory.num_blocks == 20
     assert [(first, stop) for first, stop, _ in memory.runs([3, 4, 6, 7, 8, 9, 2])] == [
         (0, 2), (2, 4), (4, 6), (6, 7),  # a piece ends at 7
@@ -116,7 +116,7 @@ def test_when_memory_is_refused_it_goes_on_with_what_it_got(monkeypatch, caplog)
                 raise RuntimeError("CUDA error: out of memory\nmore words")
             return super()._take(blocks)
 
-    memory = Refusing(SHAPE, torch.float32, 100 * BLOCK_BYTES, pin=False)
+    memory = Refusing(SHAPE, torch.float32, 100 * BLOCK_BYTES)
     assert memory.num_blocks == 16
     assert "go on with that (CUDA error: out of memory)" in caplog.text
     cache = torch.randn((SHAPE[0], 4, *SHAPE[1:]))
