@@ -6,9 +6,10 @@
 
 Sessions are served as they came: a turn may displace what is kept for *juniors* (sessions that began later, or of lower
 priority), never for seniors. So when live sessions want more than the pool, the first ones run warm, turn after turn,
-and the youngest have their turns held at the start; running requests are never cut for it. Whoever has waited
-MAX_HOLD_S displaces anybody, so that none is starved. A new session must also leave room for what the kept ones will
-add in their next turns.
+and the youngest have their turns held at the start; running requests are never cut for it. A new session must also
+leave room for what the kept ones will add in their next turns. Whoever has waited too long displaces anybody, so that
+none is starved: the less room it wants, the sooner (MAX_HOLD_S for a twentieth of the pool, a quarter of that for half
+as much), so a small request beside large sessions waits for a moment at most.
 
 Accounting is the block pool's own: a block that several sessions share is kept once, and what is on the host counts
 there. All of it is about idle blocks; with nothing kept, the scheduler does what it does without sessions.
@@ -27,7 +28,9 @@ from mainsail_engine.request import Request
 from mainsail_engine.sessions import Forecast, Session, SessionState, SessionTable
 
 MAX_HOLD_S = 60.0
-"""A turn that was held so long may displace everybody's kept KV."""
+"""A turn that was held so long may displace everybody's kept KV …"""
+LARGE = 0.05
+"""… if it wants this share of the pool or more; else sooner, by the square of what it wants."""
 REVISIT_S = 30.0
 """How long a session that was fetched ahead is kept at most."""
 SMOOTHING = 0.1
@@ -104,13 +107,15 @@ class Residency:
         if leaf is None:
             return
         forecast = self._table.forecast(session, self._threshold())
+        if not forecast.keep_s and forecast.fetch_s is None:
+            return
         growth = -(-int(session.growth) // BLOCK_SIZE)
         kept = Kept(session, self._seniority(request), leaf, forecast, growth_blocks=growth)
         self._between[session] = kept
         if forecast.keep_s > 0:
             self._keep(kept)
             self._push(self._expiry, now + forecast.keep_s, kept)
-        elif forecast.fetch_s is not None:
+        else:
             self._park(kept)
 
     def abandoned(self, request: Request) -> None:
@@ -133,13 +138,18 @@ class Residency:
             return room
         return room - (self._reserved_blocks if self._kept else 0)
 
-    def displace(self, request: Request, num_blocks: int, now: float) -> bool:
+    def is_overdue(self, request: Request, wanted: int, now: float) -> bool:
+        """Whether it was held long enough for the blocks that it wants."""
+        share = wanted / (LARGE * self._kv.pool.num_blocks)
+        return now - request.arrival_time_s >= MAX_HOLD_S * min(1.0, share * share)
+
+    def displace(self, request: Request, num_blocks: int, *, overdue: bool) -> bool:
         """Let go of juniors' blocks, youngest first, until num_blocks more are available. False: there are too few.
 
-        The request's own session and, unless it waited too long, its seniors are left alone.
+        The request's own session and, unless it is overdue, its seniors are left alone.
         """
         seniority = self._seniority(request)
-        floor = 0 if now - request.arrival_time_s >= MAX_HOLD_S else bisect_left(self._kept, (seniority,))
+        floor = 0 if overdue else bisect_left(self._kept, (seniority,))
         own = self._between.get(request.session) if request.session is not None else None
         juniors = [kept for _, kept in self._kept[floor:] if kept is not own]
         if floor and sum(kept.num_blocks for kept in juniors) < num_blocks:
@@ -238,6 +248,11 @@ class Residency:
         if self._load_s is not None:
             block_s = min(block_s, self._load_s)
         return 1 / (self._kv.pool.num_blocks * max(block_s, 1e-9))
+
+    @property
+    def reserved_blocks(self) -> int:
+        """What the kept sessions will add in their next turns."""
+        return self._reserved_blocks
 
     @property
     def num_acting(self) -> int:

@@ -359,9 +359,13 @@ class Scheduler:
 
     def _displace(self, request: Request, match: Match, lacking: int) -> int:
         """Take room from what is kept for younger sessions. Returns the blocks that are lacking then."""
-        if self._residency is None or not self._residency.displace(request, lacking, self._now):
+        residency = self._residency
+        if residency is None:
             return lacking
-        return self._lacking(request, match)
+        overdue = residency.is_overdue(request, self.kv.blocks_wanted(request, match), self._now)
+        if overdue and lacking <= residency.reserved_blocks:
+            return 0
+        return self._lacking(request, match) if residency.displace(request, lacking, overdue=overdue) else lacking
 
     def _hold(self, request: Request, lacking: int) -> None:
         """It would fit, but for sessions that are expected back: its turn has not begun, and waits as a whole."""

@@ -43,6 +43,8 @@ GENERAL = 4.0
 """How many pauses of its own a session needs to count as much as all others."""
 MEMORY = 2000.0
 """Pauses remembered, fading."""
+MAX_SESSIONS = 20_000
+"""Sessions remembered: beyond that, who has been away longest is forgotten before the horizon."""
 MAX_ALIKE = 64
 """Sessions with the very same prompt that are told apart."""
 
@@ -213,6 +215,8 @@ class SessionTable:
             alike.append(session)
             if len(alike) > MAX_ALIKE:
                 self.forget(alike[0])
+        if self.num_sessions > MAX_SESSIONS:
+            self._forget_longest_away()
 
     def forecast(self, session: Session, threshold: float) -> Forecast:
         return forecast(self._times[session.is_new].hazards(session.pauses), threshold)
@@ -231,6 +235,14 @@ class SessionTable:
                     self.forget(session)
         gone, self._gone = self._gone, []
         return gone
+
+    def _forget_longest_away(self) -> None:
+        for away in reversed(self._away):
+            while away:
+                finished_s, session = away.popleft()
+                if session.state is SessionState.ACTING and session.finished_s == finished_s:
+                    self.forget(session)
+                    return
 
     def forget(self, session: Session) -> None:
         if session.state is SessionState.ACTING:

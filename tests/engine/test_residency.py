@@ -113,7 +113,7 @@ def test_a_flood_of_plain_requests_does_not_wash_out_a_session_between_its_turns
         turns = [name for name in fleet.hits if name.startswith("a") and not name.endswith(".0")]
         hits[sessions] = sum(fleet.hits[name] > 0.9 * 4000 for name in turns)
         assert len(fleet.finished_s) == 200 + 3 * 8 + 20 * 6
-    assert hits[True] == len(turns)
+    assert hits[True] > 0.85 * len(turns)
     assert hits[False] < 0.7 * len(turns)
 
 
@@ -141,6 +141,18 @@ def test_nobody_is_held_for_ever():
     fleet.plain("late", 11.0, 7000)
     fleet.engine.run(10 + 2 * MAX_HOLD_S)
     assert MAX_HOLD_S <= fleet.finished_s["late"] - 11.0 < MAX_HOLD_S + 8
+
+
+def test_a_small_request_beside_large_sessions_waits_for_a_moment_at_most():
+    fleet = Fleet(num_blocks=2940, max_model_len=40_000)
+    teach(fleet, until=10.0, pause=lambda: 0.5)
+    for i in range(2):
+        fleet.agent(f"a{i}", 10.0, first=23_000, turns=40, grows=5, pause=lambda: 0.9)
+    for i in range(10):
+        fleet.plain(f"small{i}", 40.0 + i, 100)
+    fleet.engine.run(60.0)
+    assert all(fleet.finished_s[f"small{i}"] - 40.0 - i < 1.5 for i in range(10))
+    assert all(fleet.hits[name] > 20_000 for name in fleet.hits if name.startswith("a") and not name.endswith(".0"))
 
 
 def test_a_higher_priority_displaces_what_is_kept_for_a_lower_one():

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mainsail_engine import sessions as sessions_module
 from mainsail_engine.sessions import (
     EDGES_S,
     HORIZON_S,
@@ -111,6 +112,14 @@ def test_the_same_prompt_again_and_again_takes_no_more_memory():
     for _ in range(10 * MAX_ALIKE):
         traffic.turn(prompt(0, 40))
     assert traffic.table.num_sessions == MAX_ALIKE
+
+
+def test_who_has_been_away_longest_is_forgotten_when_there_are_too_many(monkeypatch):
+    monkeypatch.setattr(sessions_module, "MAX_SESSIONS", 10)
+    traffic = Traffic()
+    made = [traffic.turn(prompt(number, 40), now=number) for number in range(25)]
+    assert [session.state is SessionState.GONE for session in made] == [True] * 15 + [False] * 10
+    assert traffic.table.advance(25.0) == made[:15]
 
 
 def agents(traffic: Traffic, pause, *, sessions=40, turns=6) -> Session:

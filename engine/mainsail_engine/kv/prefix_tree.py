@@ -398,6 +398,8 @@ class PrefixTree:
             self._leave_host(node)
         if node.block >= 0:
             self._leave_device(node)
+        if not node.kept:
+            node.parent = None  # whoever still remembers this node need not remember the path
         if parent.children:
             return
         if parent.parent is None:
