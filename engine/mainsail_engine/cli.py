@@ -12,6 +12,8 @@ from typing import NoReturn
 from mainsail_engine.config import (
     DTYPES,
     LOAD_FORMATS,
+    REASONING_PARSERS,
+    TOOL_CALL_PARSERS,
     CacheConfig,
     EngineConfig,
     ModelConfig,
@@ -120,6 +122,12 @@ def _add_engine_flags(serve: argparse.ArgumentParser) -> None:
         default=True,
         help="launch a step before the last one is read",
     )
+    group.add_argument(
+        "--jump-forward",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="write forced tokens of structured output without sampling them",
+    )
 
 
 def _add_server_flags(serve: argparse.ArgumentParser) -> None:
@@ -137,6 +145,14 @@ def _add_server_flags(serve: argparse.ArgumentParser) -> None:
         default=default.max_queue_wait_s,
         help="seconds to a first token beyond which an overload is answered with 429; 0: never",
     )
+    group.add_argument(
+        "--tool-call-parser", default=default.tool_call_parser, choices=TOOL_CALL_PARSERS,
+        help="how the model writes tool calls; auto: by its chat template",
+    )  # fmt: skip
+    group.add_argument(
+        "--reasoning-parser", default=default.reasoning_parser, choices=REASONING_PARSERS,
+        help="how the model marks its reasoning; auto: by its chat template",
+    )  # fmt: skip
     group.add_argument("--api-key", help="bearer token that clients must send; default: $MAINSAIL_API_KEY, or none")
     group.add_argument(
         "--live-limit", type=float, help="seconds without a step until liveness fails; default: 10, CPU 60"
@@ -166,6 +182,7 @@ def engine_config(flags: argparse.Namespace) -> EngineConfig:
         tensor_parallel_size=flags.tensor_parallel_size,
         device=flags.device,
         overlap=flags.overlap,
+        jump_forward=flags.jump_forward,
     )
 
 
@@ -182,6 +199,8 @@ def server_config(flags: argparse.Namespace) -> ServerConfig:
         max_queue_wait_s=flags.max_queue_wait,
         api_key=getattr(flags, "api_key", None) or os.environ.get("MAINSAIL_API_KEY") or None,
         live_limit_s=getattr(flags, "live_limit", None),
+        tool_call_parser=flags.tool_call_parser,
+        reasoning_parser=flags.reasoning_parser,
     )
 
 

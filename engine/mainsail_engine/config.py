@@ -11,6 +11,8 @@ import msgspec
 from mainsail_engine.errors import InvalidConfigurationError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+TOOL_CALL_PARSERS = ("auto", "hermes", "llama3_json", "mistral", "pythonic")
+REASONING_PARSERS = ("auto", "none", "think", "deepseek_r1", "qwen3", "mistral")
 LOAD_FORMATS = ("auto", "dummy")
 BLOCK_SIZE = 16
 """Tokens in a KV block. One value: kernels, prefix tree and host tier are built and tuned for it."""
@@ -122,6 +124,10 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Under overload, requests whose first token would take longer (as measured) are refused at once. 0: never."""
     api_key: str | None = None
     """What clients must send as a bearer token. None: no key."""
+    tool_call_parser: str = "auto"
+    """How the model writes tool calls. auto: by its chat template."""
+    reasoning_parser: str = "auto"
+    """How the model marks its reasoning. auto: by its chat template; none: reasoning is content."""
     live_limit_s: float | None = None
     """How long a step may take before liveness fails. None: 10 s on CUDA, 60 s on the CPU."""
 
@@ -135,3 +141,11 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
         _require(self.max_queue_wait_s >= 0, "--max-queue-wait must not be negative")
         _require(self.max_num_queued_tokens >= 1, "--max-num-queued-tokens must be at least 1")
         _require(all(self.served_model_names), "--served-model-name must not be empty")
+        _require(
+            self.tool_call_parser in TOOL_CALL_PARSERS,
+            f"--tool-call-parser must be one of {', '.join(TOOL_CALL_PARSERS)}",
+        )
+        _require(
+            self.reasoning_parser in REASONING_PARSERS,
+            f"--reasoning-parser must be one of {', '.join(REASONING_PARSERS)}",
+        )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from mainsail_engine.protocol import TokenLogprobs
 from mainsail_engine.request import FinishReason
+from mainsail_engine.server.answer_format import AnswerReader
 from mainsail_engine.server.serving import Delta, Job, Serving
+from mainsail_engine.server.tools.events import Event
 
 
 @dataclass(slots=True)
@@ -22,14 +25,22 @@ class Answer:
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list[TokenLogprobs])
     """Of the prompt's tokens from the second on, if they were asked for."""
     embedding: bytes | None = None
+    reader: AnswerReader | None = None
+    """Tells content, reasoning and calls apart. None: all of the text is content."""
+    events: list[Event] = field(default_factory=list[Event])
+    """What the reader found, if it is kept."""
+    num_reasoning_tokens: int = 0
 
     @property
     def text(self) -> str:
         return "".join(self.parts)
 
-    def add(self, delta: Delta, *, keep_text: bool = True) -> None:
+    def add(self, delta: Delta, *, keep_text: bool = True) -> list[Event]:
+        """Take what came. Returns what the reader made of it."""
+        events = self._read(delta, self.reader) if self.reader is not None else []
         if keep_text:
             self.parts.append(delta.text)
+            self.events += events
         self.token_ids.extend(delta.token_ids)
         self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
         self.num_cached_tokens = max(self.num_cached_tokens, delta.num_cached_tokens)
@@ -39,11 +50,19 @@ class Answer:
             self.prompt_logprobs.extend(delta.prompt_logprobs)
         if delta.embedding is not None:
             self.embedding = delta.embedding
+        return events
+
+    def _read(self, delta: Delta, reader: AnswerReader) -> list[Event]:
+        self.num_reasoning_tokens += len(delta.token_ids) if reader.reasons else 0
+        events = reader.feed(delta.text)
+        return events if delta.finish_reason is None else events + reader.finish()
 
 
-async def collect(serving: Serving, jobs: list[Job], arrival_s: float) -> list[Answer]:
+async def collect(
+    serving: Serving, jobs: list[Job], arrival_s: float, readers: Sequence[AnswerReader | None] = ()
+) -> list[Answer]:
     """All answers, in the jobs' order. Raises RequestError."""
-    answers = [Answer() for _ in jobs]
+    answers = [Answer(reader=reader) for reader in readers or [None] * len(jobs)]
     async with serving.answer(jobs, arrival_s, whole=True) as answering:
         for index, delta in await answering.next():
             answers[index].add(delta)
@@ -56,9 +75,13 @@ def usage(prompts: list[Job], answers: list[Answer]) -> dict[str, Any]:
     completion_tokens = sum(len(answer.token_ids) for answer in answers)
     per_prompt = len(answers) // len(prompts)
     cached_tokens = sum(answers[index * per_prompt].num_cached_tokens for index in range(len(prompts)))
-    return {
+    shown: dict[str, Any] = {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
         "prompt_tokens_details": {"cached_tokens": cached_tokens},
     }
+    if any(answer.reader is not None for answer in answers):
+        reasoning_tokens = sum(answer.num_reasoning_tokens for answer in answers)
+        shown["completion_tokens_details"] = {"reasoning_tokens": reasoning_tokens}
+    return shown

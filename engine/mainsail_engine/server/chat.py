@@ -5,18 +5,27 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import AsyncGenerator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from mainsail_engine.request import FinishReason
+from mainsail_engine.server.answer_format import AnswerReader
 from mainsail_engine.server.answers import Answer, collect, usage
+from mainsail_engine.server.constraints import chat_grammar, content_grammar
 from mainsail_engine.server.handover import Identity, Ledger, take_over
 from mainsail_engine.server.logprobs import TokenTexts, chat_logprobs, prompt_logprobs
-from mainsail_engine.server.schemas import ChatCompletionRequest, Message
+from mainsail_engine.server.message import MessageDeltas, message_of
+from mainsail_engine.server.schemas import ChatCompletionRequest, Message, NamedChoice, ToolChoice
 from mainsail_engine.server.serving import Delta, Job, Serving
-from mainsail_engine.server.streaming import DONE, ChunkWriter, EventStream, unless_disconnected
+from mainsail_engine.server.streaming import DONE, ChunkWriter, EventStream, unless_disconnected, while_connected
+from mainsail_engine.structured.grammar import Grammar
+
+PROMPT_END_CHARS = 64
+"""Enough to see whether the template has opened the model's reasoning."""
 
 
 def as_template_messages(messages: list[Message]) -> list[dict[str, Any]]:
@@ -34,6 +43,9 @@ def _as_template_message(message: Message) -> dict[str, Any]:
         plain["name"] = message.name
     if message.tool_call_id is not None:
         plain["tool_call_id"] = message.tool_call_id
+    reasoning = message.reasoning_content or message.reasoning
+    if reasoning is not None:
+        plain["reasoning_content"] = reasoning
     if message.tool_calls:
         plain["tool_calls"] = [_as_template_call(call.model_dump()) for call in message.tool_calls]
     return plain
@@ -49,44 +61,80 @@ def _as_template_call(call: dict[str, Any]) -> dict[str, Any]:
     return {**call, "function": {**function, "arguments": arguments}}
 
 
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is to be generated for one chat request, and how it is read."""
+
+    jobs: list[Job]
+    prompt_end: str
+    """The last characters of the prompt."""
+    tool_names: frozenset[str] | None
+    """Tools that may be called; None: none may."""
+
+    def readers(self, serving: Serving, body: ChatCompletionRequest) -> list[AnswerReader | None]:
+        """One for each answer."""
+        one_call = body.parallel_tool_calls is False
+        form = serving.answer_format
+        return [form.reader(self.tool_names, self.prompt_end, one_call=one_call) for _ in self.jobs]
+
+
 async def chat_completion(serving: Serving, body: ChatCompletionRequest, request: Request) -> Response:
     """Everything that can be refused is refused here, before the first byte of the answer."""
     arrival_s = time.monotonic()
     serving.check_model(body.model)
-    jobs = await _jobs(serving, body)
-    jobs, resumed = take_over(request, jobs, serving.ready.vocab_size, stream=body.stream)
+    plan, grammar = await plan_chat(serving, body)
+    if grammar is not None:
+        compiling = serving.compile(grammar[0], param=grammar[1], timeout_s=body.timeout)
+        if not await while_connected(request, compiling):
+            return Response(status_code=499)
+    jobs, resumed = take_over(request, plan.jobs, serving.ready.vocab_size, stream=body.stream)
+    plan = replace(plan, jobs=jobs)
     serving.admit(jobs, len(jobs))
     answer = resumed or Identity(f"chatcmpl-{uuid.uuid4().hex}", int(time.time()))
     head = {"id": answer.id, "created": answer.created, "model": body.model}
     if body.stream:
         ledger = Ledger.of(request, jobs)
-        events = _events(serving, body, jobs, head, arrival_s, ledger)
+        events = _events(serving, body, plan, head, arrival_s, ledger)
         return EventStream(ledger.frames(events), ledger.headers(answer))
-    return await unless_disconnected(request, _whole(serving, body, jobs, head, arrival_s))
+    return await unless_disconnected(request, _whole(serving, body, plan, head, arrival_s))
 
 
-async def _jobs(serving: Serving, body: ChatCompletionRequest) -> list[Job]:
-    prompt = await serving.encode_chat(
+async def plan_chat(serving: Serving, body: ChatCompletionRequest) -> tuple[Plan, tuple[Grammar, str] | None]:
+    """The jobs, and the grammar that they need compiled (with the field that asks for it). Raises RequestError."""
+    choice = body.tool_choice or ("auto" if body.tools else "none")
+    tools = (body.tools or []) if choice != "none" else []
+    text = serving.render_chat(
         as_template_messages(body.messages),
         add_generation_prompt=body.add_generation_prompt is not False,
         variables=body.chat_template_kwargs,
+        tools=[tool.model_dump(exclude_none=True) for tool in tools],
     )
+    prompt = await serving.encode(text, add_special_tokens=False, param="messages")
     if body.truncate_prompt_tokens is not None:
         prompt = prompt[-body.truncate_prompt_tokens :]
     newer = body.max_completion_tokens is not None
     asked = body.max_completion_tokens if newer else body.max_tokens
     max_tokens_param = "max_completion_tokens" if newer else "max_tokens"
     max_tokens = serving.check_length(prompt, asked, param="messages", max_tokens_param=max_tokens_param)
+    prompt_end = text[-PROMPT_END_CHARS:]
+    grammar = chat_grammar(
+        serving.answer_format, content_grammar(body), tools, choice,
+        parallel=body.parallel_tool_calls is not False, prompt_end=prompt_end,
+    )  # fmt: skip
     logprobs = body.top_logprobs or 0 if body.logprobs else None
-    return serving.make_jobs(body, prompt, max_tokens, logprobs=logprobs, prompt_logprobs=body.prompt_logprobs)
+    jobs = serving.make_jobs(body, prompt, max_tokens, logprobs=logprobs, prompt_logprobs=body.prompt_logprobs)
+    reads = bool(tools) or serving.answer_format.reasoning is not None
+    jobs = [replace(job, grammar=grammar and grammar[0], keep_markers=reads) for job in jobs]
+    return Plan(jobs, prompt_end, frozenset(t.function.name for t in tools) if tools else None), grammar
 
 
 async def _whole(
-    serving: Serving, body: ChatCompletionRequest, jobs: list[Job], head: dict[str, Any], arrival_s: float
+    serving: Serving, body: ChatCompletionRequest, plan: Plan, head: dict[str, Any], arrival_s: float
 ) -> Response:
-    answers = await collect(serving, jobs, arrival_s)
+    jobs = plan.jobs
+    answers = await collect(serving, jobs, arrival_s, plan.readers(serving, body))
     texts = TokenTexts(serving.tokenizer, as_ids=bool(body.return_tokens_as_token_ids))
-    choices = [_choice(index, answer, body, texts) for index, answer in enumerate(answers)]
+    choices = [_choice(index, answer, body, texts, head["id"]) for index, answer in enumerate(answers)]
     shown = {**head, "object": "chat.completion", "choices": choices, "usage": usage([jobs[0]], answers)}
     if body.return_token_ids:
         shown["prompt_token_ids"] = jobs[0].prompt_token_ids
@@ -95,54 +143,85 @@ async def _whole(
     return Response(msgspec.json.encode(shown), media_type="application/json")
 
 
-def _choice(index: int, answer: Answer, body: ChatCompletionRequest, texts: TokenTexts) -> dict[str, Any]:
+def _choice(
+    index: int, answer: Answer, body: ChatCompletionRequest, texts: TokenTexts, answer_id: str
+) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": answer.text}
+    if answer.reader is not None:
+        with_reasoning = body.include_reasoning is not False
+        message = message_of(answer.events, answer_id, index, with_reasoning=with_reasoning)
     choice = {
         "index": index,
-        "message": {"role": "assistant", "content": answer.text},
+        "message": message,
         "logprobs": chat_logprobs(answer.logprobs, texts) if body.logprobs else None,
-        "finish_reason": answer.finish_reason,
+        "finish_reason": finish_reason(answer, body.tool_choice),
         "stop_reason": answer.stop_reason,
     }
     return {**choice, "token_ids": answer.token_ids} if body.return_token_ids else choice
 
 
+def finish_reason(answer: Answer, choice: ToolChoice | None) -> str | None:
+    """OpenAI's: tool_calls where the model chose to call; stop where it had to call a certain function."""
+    called = answer.reader is not None and answer.reader.num_calls > 0
+    if called and answer.finish_reason is FinishReason.STOP and not isinstance(choice, NamedChoice):
+        return "tool_calls"
+    return answer.finish_reason
+
+
 class _Chunks:
     """The events of one streamed chat: one for each delta that has something to show, the role before the first."""
 
-    def __init__(self, serving: Serving, body: ChatCompletionRequest, jobs: list[Job], head: dict[str, Any]) -> None:
-        self._body, self._jobs = body, jobs
+    def __init__(self, serving: Serving, body: ChatCompletionRequest, plan: Plan, head: dict[str, Any]) -> None:
+        self._body, self._jobs = body, plan.jobs
         self._texts = TokenTexts(serving.tokenizer, as_ids=bool(body.return_tokens_as_token_ids))
         self._writer = ChunkWriter(
             {**head, "object": "chat.completion.chunk"},
             opening=b'"delta":{"content":', closing=b'},"logprobs":null,"finish_reason":null',
         )  # fmt: skip
-        self._answers = [Answer() for _ in jobs]
-        self._started = [False] * len(jobs)
+        self._answers = [Answer(reader=reader) for reader in plan.readers(serving, body)]
+        with_reasoning = body.include_reasoning is not False
+        self._messages = [
+            MessageDeltas(head["id"], index, with_reasoning=with_reasoning) for index in range(len(plan.jobs))
+        ]
+        self._started = [False] * len(plan.jobs)
         options = body.stream_options
         self._continuous = options is not None and options.continuous_usage_stats
         self._plain = not (body.return_token_ids or body.logprobs or self._continuous)
 
     def of(self, index: int, delta: Delta) -> bytes:
-        self._answers[index].add(delta, keep_text=False)
+        answer = self._answers[index]
+        events = answer.add(delta, keep_text=False)
         started, self._started[index] = self._started[index], True
         first = b"" if started else self._writer.choice(_first_choice(index))
+        if answer.reader is not None:
+            return first + self._read(index, delta, self._messages[index].of(events))
         if self._plain and delta.finish_reason is None:
             return first + self._writer.text(index, delta.text) if delta.text else first
         if delta.text or delta.finish_reason or delta.token_ids:
-            return first + self._writer.choice(self._choice(index, delta), **self._usage())
+            shown = {"content": delta.text} if delta.text else {}
+            return first + self._writer.choice(self._choice(index, delta, shown), **self._usage())
         return first
+
+    def _read(self, index: int, delta: Delta, shown: list[dict[str, Any]]) -> bytes:
+        """Several deltas may come of one: the last tells of tokens and the end."""
+        if not shown and (delta.finish_reason or (delta.token_ids and not self._plain)):
+            shown = [{}]
+        early = [{"index": index, "delta": each, "logprobs": None, "finish_reason": None} for each in shown[:-1]]
+        last = [self._choice(index, delta, shown[-1])] if shown else []
+        return b"".join(self._writer.choice(choice, **self._usage()) for choice in early + last)
 
     def _usage(self) -> dict[str, Any]:
         return {"usage": usage([self._jobs[0]], self._answers)} if self._continuous else {}
 
-    def _choice(self, index: int, delta: Delta) -> dict[str, Any]:
+    def _choice(self, index: int, delta: Delta, shown: dict[str, Any]) -> dict[str, Any]:
         choice: dict[str, Any] = {
             "index": index,
-            "delta": {"content": delta.text} if delta.text else {},
+            "delta": shown,
             "logprobs": chat_logprobs(delta.logprobs, self._texts) if delta.logprobs else None,
-            "finish_reason": delta.finish_reason,
+            "finish_reason": None,
         }
         if delta.finish_reason is not None:
+            choice["finish_reason"] = finish_reason(self._answers[index], self._body.tool_choice)
             choice["stop_reason"] = delta.stop_reason
         if self._body.return_token_ids:
             choice["token_ids"] = delta.token_ids
@@ -156,12 +235,12 @@ class _Chunks:
 
 
 async def _events(
-    serving: Serving, body: ChatCompletionRequest, jobs: list[Job], head: dict[str, Any], arrival_s: float,
+    serving: Serving, body: ChatCompletionRequest, plan: Plan, head: dict[str, Any], arrival_s: float,
     ledger: Ledger,
 ) -> AsyncGenerator[bytes, None]:  # fmt: skip
     """What a step brought all answers leaves as one piece."""
-    chunks = _Chunks(serving, body, jobs, head)
-    async with serving.answer(jobs, arrival_s) as answering:
+    chunks = _Chunks(serving, body, plan, head)
+    async with serving.answer(plan.jobs, arrival_s) as answering:
         for index, delta in answering.replayed:
             chunks.of(index, delta)
         while deltas := ledger.note(await answering.next()):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import msgspec
@@ -15,11 +15,12 @@ from starlette.responses import Response
 from mainsail_engine.errors import RequestError
 from mainsail_engine.protocol import TokenLogprobs
 from mainsail_engine.server.answers import Answer, collect, usage
+from mainsail_engine.server.constraints import content_grammar
 from mainsail_engine.server.handover import Identity, Ledger, take_over
 from mainsail_engine.server.logprobs import TokenTexts, completion_logprobs, prompt_logprobs
 from mainsail_engine.server.schemas import MAX_PROMPTS, CompletionRequest
 from mainsail_engine.server.serving import Delta, Job, Serving
-from mainsail_engine.server.streaming import DONE, ChunkWriter, EventStream, unless_disconnected
+from mainsail_engine.server.streaming import DONE, ChunkWriter, EventStream, unless_disconnected, while_connected
 from mainsail_engine.text.tokenizer import Tokenizer
 
 DEFAULT_MAX_TOKENS = 16
@@ -40,6 +41,12 @@ async def completion(serving: Serving, body: CompletionRequest, request: Request
     arrival_s = time.monotonic()
     serving.check_model(body.model)
     jobs = await _jobs(serving, body)
+    grammar = content_grammar(body)
+    if grammar is not None:
+        compiling = serving.compile(grammar[0], param=grammar[1], timeout_s=body.timeout)
+        if not await while_connected(request, compiling):
+            return Response(status_code=499)
+        jobs = [replace(job, grammar=grammar[0]) for job in jobs]
     jobs, resumed = take_over(request, jobs, serving.ready.vocab_size, stream=body.stream)
     serving.admit(jobs, body.n or 1)
     answer = resumed or Identity(f"cmpl-{uuid.uuid4().hex}", int(time.time()))

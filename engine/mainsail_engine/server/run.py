@@ -25,6 +25,7 @@ from mainsail_engine.errors import InvalidConfigurationError, StartupError
 from mainsail_engine.metrics import Metrics
 from mainsail_engine.protocol import FirstScheduled, Ready, StepOutputs
 from mainsail_engine.server.admission import Admission
+from mainsail_engine.server.answer_format import choose_format
 from mainsail_engine.server.app import Application, build_app
 from mainsail_engine.server.drain import Drain, unfinished
 from mainsail_engine.server.health import (
@@ -128,6 +129,11 @@ class ApiProcess:
             ready=ready,
             model_names=names,
             model_path=self._engine.model.path,
+            answer_format=choose_format(
+                tokenizer.template.source if tokenizer and tokenizer.template else None,
+                tool_parser=self._config.tool_call_parser,
+                reasoning_parser=self._config.reasoning_parser,
+            ),
         )
 
     async def _serve(self, listener: socket.socket, began_s: float) -> None:

@@ -6,10 +6,13 @@ declared `neutral(…)`: their neutral values pass, anything else is a 400 that 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import json
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
+
+from mainsail_engine.structured.grammar import GrammarError
 
 INT64 = 2**63
 MAX_STOPS = 16
@@ -18,6 +21,7 @@ MAX_PROMPTS = 2048
 MAX_LOGPROBS = 20
 MAX_BIASED = 1024
 MAX_BAD_WORDS = 256
+MAX_TOOLS = 128
 
 
 def neutral(*values: Any) -> AfterValidator:
@@ -28,6 +32,17 @@ def neutral(*values: Any) -> AfterValidator:
             return value
         hint = f", or set it to {values[0]!r}" if values else ""
         raise PydanticCustomError("unsupported", "is not supported by this engine; leave it out{hint}", {"hint": hint})
+
+    return AfterValidator(check)
+
+
+def removed(instead: str) -> AfterValidator:
+    """A field of old that would be dangerous to overlook: the output would be unconstrained."""
+
+    def check(value: Any) -> Any:
+        if value is None:
+            return value
+        raise PydanticCustomError("unsupported", "was removed; use {instead}", {"instead": instead})
 
     return AfterValidator(check)
 
@@ -70,6 +85,101 @@ TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 TokenIds = list[TokenId]
 
 
+class TextFormat(Strict):
+    type: Literal["text"]
+
+
+class JsonObjectFormat(Strict):
+    type: Literal["json_object"]
+
+
+class NamedSchema(Strict):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+    description: str | None = None
+    definition: Annotated[dict[str, Any] | bool | None, Field(alias="schema")] = None
+    strict: bool | None = None
+    """What cannot be enforced is refused by name. Otherwise it is left to the model, and the rest enforced."""
+
+
+class JsonSchemaFormat(Strict):
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+
+class StructuralTagFormat(Strict):
+    type: Literal["structural_tag"]
+    format: dict[str, Any]
+    """xgrammar's description of text and JSON interleaved."""
+
+
+_FORMS = {
+    "text": "TextFormat", "json_object": "JsonObjectFormat", "json_schema": "JsonSchemaFormat",
+    "structural_tag": "StructuralTagFormat",
+}  # fmt: skip
+
+
+def _form(value: Any) -> str | None:
+    kind = cast("dict[str, Any]", value).get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    return _FORMS.get(kind) if isinstance(kind, str) else None
+
+
+ResponseFormat = Annotated[
+    Annotated[TextFormat, Tag("TextFormat")]
+    | Annotated[JsonObjectFormat, Tag("JsonObjectFormat")]
+    | Annotated[JsonSchemaFormat, Tag("JsonSchemaFormat")]
+    | Annotated[StructuralTagFormat, Tag("StructuralTagFormat")],
+    Discriminator(
+        _form, custom_error_type="response_format", custom_error_message=f"type must be one of {', '.join(_FORMS)}"
+    ),
+]
+"""The tags are names of types: errors leave those out of a field's path."""
+
+
+class StructuredOutputs(Strict):
+    """vLLM's field: the answer's content conforms to exactly one of these."""
+
+    definition: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None
+    """A JSON Schema, or its text."""
+    regex: Unicode | None = None
+    choice: list[Unicode] | None = None
+    grammar: Unicode | None = None
+    """EBNF; the first rule is `root`."""
+    json_object: bool | None = None
+    structural_tag: dict[str, Any] | str | None = None
+    disable_any_whitespace: bool | None = None
+    """false: white space wherever JSON allows it. Otherwise JSON has one form, as json.dumps writes it."""
+    disable_fallback: Annotated[Any, neutral(False)] = None
+    disable_additional_properties: Annotated[Any, neutral(True)] = None
+    whitespace_pattern: Annotated[Any, neutral()] = None
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> StructuredOutputs:
+        asked = (self.definition, self.regex, self.choice, self.grammar, self.json_object or None, self.structural_tag)
+        if sum(value is not None for value in asked) != 1:
+            names = "json, regex, choice, grammar, json_object, structural_tag"
+            raise PydanticCustomError("structured_outputs", "give exactly one of {names}", {"names": names})
+        return self
+
+    def schema_value(self) -> Any:
+        return _from_text(self.definition, "json")
+
+    def structural_tag_format(self) -> dict[str, Any]:
+        tag = _from_text(self.structural_tag, "structural_tag")
+        form = cast("dict[str, Any]", tag).get("format") if isinstance(tag, dict) else None
+        if not isinstance(form, dict):
+            raise GrammarError('structural_tag: an object {"type": "structural_tag", "format": {…}} is needed')
+        return cast("dict[str, Any]", form)
+
+
+def _from_text(value: Any, name: str) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise GrammarError(f"{name}: not valid JSON: {error}") from error
+
+
 class GenerationRequest(Strict):
     """What chat and plain completions have in common."""
 
@@ -109,8 +219,14 @@ class GenerationRequest(Strict):
     return_tokens_as_token_ids: bool | None = None
     """In log-probabilities, tokens are written as "token_id:123": strings that are unique."""
     spaces_between_special_tokens: Annotated[Any, neutral(True)] = None
-    structured_outputs: Annotated[Any, neutral()] = None
-    response_format: Annotated[Any, neutral({"type": "text"})] = None
+    structured_outputs: StructuredOutputs | None = None
+    response_format: ResponseFormat | None = None
+    guided_json: Annotated[Any, removed("structured_outputs.json")] = None
+    guided_regex: Annotated[Any, removed("structured_outputs.regex")] = None
+    guided_choice: Annotated[Any, removed("structured_outputs.choice")] = None
+    guided_grammar: Annotated[Any, removed("structured_outputs.grammar")] = None
+    guided_decoding_backend: Annotated[Any, removed("structured_outputs")] = None
+    guided_whitespace_pattern: Annotated[Any, removed("structured_outputs.disable_any_whitespace")] = None
     use_beam_search: Annotated[Any, neutral(False)] = None
     service_tier: Annotated[Any, neutral("auto", "default")] = None
 
@@ -147,6 +263,10 @@ class Message(Strict):
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    """What the model thought before; its template decides whether it sees that again."""
+    reasoning: str | None = None
+    """The same under its other name."""
     refusal: Annotated[Any, neutral()] = None
     annotations: Annotated[Any, neutral([])] = None
     audio: Annotated[Any, neutral()] = None
@@ -159,6 +279,32 @@ class Message(Strict):
         return self
 
 
+class FunctionDefinition(Strict):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    """A JSON Schema of the arguments object."""
+    strict: bool | None = None
+    """The arguments of a call conform to the schema, also where the model may choose whether to call."""
+
+
+class Tool(Strict):
+    type: Literal["function"]
+    function: FunctionDefinition
+
+
+class FunctionName(Strict):
+    name: str
+
+
+class NamedChoice(Strict):
+    type: Literal["function"]
+    function: FunctionName
+
+
+ToolChoice = Literal["none", "auto", "required"] | NamedChoice
+
+
 class ChatCompletionRequest(GenerationRequest):
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
@@ -166,9 +312,13 @@ class ChatCompletionRequest(GenerationRequest):
     chat_template_kwargs: dict[str, Any] | None = None
     logprobs: bool | None = None
     top_logprobs: NumLogprobs | None = None
-    tools: Annotated[Any, neutral([])] = None
-    tool_choice: Annotated[Any, neutral("none", "auto")] = None
-    parallel_tool_calls: Annotated[Any, neutral(True, False)] = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: ToolChoice | None = None
+    """Left out: auto with tools, none without."""
+    parallel_tool_calls: bool | None = None
+    """false: at most one call in an answer."""
+    include_reasoning: bool | None = None
+    """false: reasoning is not shown (it is counted)."""
     functions: Annotated[Any, neutral([])] = None
     function_call: Annotated[Any, neutral("none", "auto")] = None
     audio: Annotated[Any, neutral()] = None
@@ -184,6 +334,17 @@ class ChatCompletionRequest(GenerationRequest):
     """A routing hint of OpenAI's: prefixes are found here without one."""
     echo: Annotated[Any, neutral(False)] = None
     continue_final_message: Annotated[Any, neutral(False)] = None
+
+    @model_validator(mode="after")
+    def _check_tools(self) -> ChatCompletionRequest:
+        names = [tool.function.name for tool in self.tools or ()]
+        if len(set(names)) != len(names):
+            raise PydanticCustomError("tools", "tools: two of them have the same name")
+        if isinstance(self.tool_choice, NamedChoice) and self.tool_choice.function.name not in names:
+            raise PydanticCustomError("tool_choice", "tool_choice: names a function that is not among the tools")
+        if self.tool_choice == "required" and not names:
+            raise PydanticCustomError("tool_choice", "tool_choice: required, but there are no tools")
+        return self
 
     @model_validator(mode="after")
     def _check_logprobs(self) -> ChatCompletionRequest:
@@ -239,11 +400,16 @@ class PromptTokensDetails(BaseModel):
     cached_tokens: int
 
 
+class CompletionTokensDetails(BaseModel):
+    reasoning_tokens: int
+
+
 class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails | None = None
 
 
 class TopLogprob(BaseModel):
@@ -276,16 +442,25 @@ class PromptLogprob(BaseModel):
 PromptLogprobs = list[dict[str, PromptLogprob] | None]
 
 
+class AnswerCall(BaseModel):
+    id: str
+    type: Literal["function"]
+    function: FunctionCall
+
+
 class ChatMessage(BaseModel):
     role: Literal["assistant"]
     content: str | None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    tool_calls: list[AnswerCall] | None = None
 
 
 class ChatChoice(BaseModel):
     index: int
     message: ChatMessage
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "tool_calls"]
     stop_reason: int | str | None
     token_ids: list[int] | None = None
 

@@ -24,9 +24,11 @@ from mainsail_engine.metrics import Metrics, RequestTimes
 from mainsail_engine.protocol import Add, FirstScheduled, Ready, RequestOutput, TokenLogprobs
 from mainsail_engine.request import FinishReason, SamplingParams
 from mainsail_engine.server.admission import Admission
+from mainsail_engine.server.answer_format import AnswerFormat, choose_format
 from mainsail_engine.server.parameters import sampling_params
 from mainsail_engine.server.schemas import GenerationRequest
-from mainsail_engine.structured.grammar import Grammar
+from mainsail_engine.server.tools.prompt import with_tools_written_out
+from mainsail_engine.structured.grammar import TRY_AGAIN, Grammar
 from mainsail_engine.text.detokenizer import Detokenizer, NoText
 from mainsail_engine.text.stop_strings import StopStrings
 from mainsail_engine.text.tokenizer import Tokenizer
@@ -130,6 +132,7 @@ class Serving:
     ready: Ready
     model_names: tuple[str, ...]
     model_path: str
+    answer_format: AnswerFormat = field(default_factory=lambda: choose_format(None))
     created_s: int = field(default_factory=lambda: int(time.time()))
     draining: bool = False
     drain_retry_after_s: float = 5.0
@@ -162,14 +165,41 @@ class Serving:
             self._threads, lambda: tokenizer.encode(text, add_special_tokens=add_special_tokens, param=param)
         )
 
-    async def encode_chat(
-        self, messages: list[dict[str, Any]], *, add_generation_prompt: bool, variables: dict[str, Any] | None
-    ) -> list[int]:
+    def render_chat(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        add_generation_prompt: bool,
+        variables: dict[str, Any] | None,
+        tools: list[dict[str, Any]] | None = None,
+    ) -> str:
+        """The conversation as the model's template writes it. Raises RequestError."""
         template = self.text().template
         if template is None:
             raise RequestError("this model has no chat template: use /v1/completions", param="messages")
-        text = template.render(messages, add_generation_prompt=add_generation_prompt, variables=variables)
+        if not self.answer_format.template_has_tools:
+            messages, tools = with_tools_written_out(messages, tools), None
+        return template.render(
+            messages, add_generation_prompt=add_generation_prompt, tools=tools or None, variables=variables
+        )
+
+    async def encode_chat(
+        self, messages: list[dict[str, Any]], *, add_generation_prompt: bool, variables: dict[str, Any] | None
+    ) -> list[int]:
+        text = self.render_chat(messages, add_generation_prompt=add_generation_prompt, variables=variables)
         return await self.encode(text, add_special_tokens=False, param="messages")
+
+    async def compile(self, grammar: Grammar, *, param: str, timeout_s: float | None) -> None:
+        """Have the grammar compiled, before the answer begins. Raises RequestError: 400 where it is none."""
+        try:
+            error = await asyncio.wait_for(self.client.compile(grammar), timeout_s)
+        except TimeoutError as error:
+            message = f"deadline exceeded: the grammar was not compiled within {timeout_s:.1f} s"
+            raise RequestError(message, status=504, param="timeout", code="deadline_exceeded") from error
+        if error is not None and error.endswith(TRY_AGAIN):
+            raise RequestError(error, status=503, param=param, code="compiler_busy", retry_after_s=1.0)
+        if error is not None:
+            raise RequestError(f"{param}: {error}", param=param, code="invalid_grammar")
 
     def check_prompt(self, prompt: list[int], *, param: str) -> int:
         """The room for an answer. Raises RequestError when there is none, or the prompt is no prompt."""

@@ -103,6 +103,16 @@ async def _until_gone(producing: asyncio.Task[T], receive: Receive) -> T | None:
         await asyncio.gather(producing, watching, return_exceptions=True)
 
 
+async def while_connected(request: Request, work: Coroutine[Any, Any, None]) -> bool:
+    """Do something before the answer begins. False: the client has gone, and it was left."""
+
+    async def all_of_it() -> bool:
+        await work
+        return True
+
+    return bool(await _until_gone(asyncio.create_task(all_of_it()), request.receive))
+
+
 async def unless_disconnected(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
     """Do the work for as long as the client waits for it."""
     response = await _until_gone(asyncio.create_task(work), request.receive)

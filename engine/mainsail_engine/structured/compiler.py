@@ -24,7 +24,7 @@ import msgspec
 
 from mainsail_engine.structured import bindings, frames
 from mainsail_engine.structured.constraint import Constraint
-from mainsail_engine.structured.grammar import Grammar
+from mainsail_engine.structured.grammar import TRY_AGAIN, Grammar
 from mainsail_engine.structured.jump_forward import JumpForward
 from mainsail_engine.structured.vocabulary import Vocabulary
 
@@ -73,7 +73,7 @@ class Compiler:
                 self._cache.move_to_end(grammar)
                 verdict = None
             elif len(self._waiting) >= MAX_WAITING:
-                verdict = f"{len(self._waiting)} grammars wait to be compiled already; try again later"
+                verdict = f"{len(self._waiting)} grammars wait to be compiled already; {TRY_AGAIN}"
             else:
                 self._enqueue(grammar, answer)
                 return
@@ -116,7 +116,7 @@ class Compiler:
 
     def _run(self) -> None:
         """Start the worker and hand out what it says, until it ends."""
-        error = "the grammar compiler ended unexpectedly; try again"
+        error = f"the grammar compiler ended unexpectedly; {TRY_AGAIN}"
         try:
             if not self._prepare():
                 error = "this model's tokenizer does not spell its tokens as bytes: its output cannot be constrained"

@@ -19,6 +19,10 @@ MAX_PATTERN_CHARS = 16 * 1024
 MAX_CHOICES = 4096
 
 
+TRY_AGAIN = "try again later"
+"""How an error ends that says nothing about the grammar."""
+
+
 class GrammarError(ValueError):
     """No grammar, or none that can be enforced: the message is for the client."""
 

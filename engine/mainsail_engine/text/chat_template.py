@@ -53,6 +53,7 @@ class ChatTemplate:
             self._template = _environment().from_string(source)
         except jinja2.TemplateError as error:
             raise UnsupportedModelError(f"the model's chat template is broken: {error}") from error
+        self.source = source
         self._special_tokens = special_tokens
 
     def render(

@@ -1,0 +1,1 @@
+"""Tool calls: how models write them, read as they come. Pure; no torch."""
