@@ -168,7 +168,7 @@ class Metrics:
         )
         self._rejections = {
             reason: rejections.labels(model_name=self.model_name, reason=reason)
-            for reason in ("max_num_queued_reqs", "max_num_queued_tokens")
+            for reason in ("max_num_queued_reqs", "max_num_queued_tokens", "max_queue_wait")
         }
         self._last_stats = SchedulerStats()
 

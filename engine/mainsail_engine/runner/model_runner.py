@@ -177,7 +177,7 @@ class ModelRunner:
         shape = (a.num_layers, num_blocks, 2, kv_heads, BLOCK_SIZE, a.head_dim)
         self.kv_cache = torch.zeros(shape, dtype=self.dtype, device=self.device)
         self._tables = BlockTables(slots, -(-self.max_model_len // BLOCK_SIZE))
-        self._sampler = Sampler(slots, a.vocab_size, self.eos_token_ids, self.device)
+        self._sampler = Sampler(slots, a.vocab_size, self.eos_token_ids, self.device, self._uploads.send)
         self._pooler = Pooler()
         self._masks = MaskStaging(slots, a.vocab_size, self.device)
         cuda = self.device.type == "cuda"

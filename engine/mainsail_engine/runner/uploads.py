@@ -1,14 +1,17 @@
-"""A step's inputs on their way to the device: one copy out of pinned memory, which two buffers take turns to hold.
+"""A step's inputs on their way to the device, and its tokens on their way back: asynchronous copies of pinned memory.
 
-    arrays ──pack──▶ pinned buffer A │ B ──one asynchronous copy──▶ device bytes ──views──▶ tensors
+    arrays ──pack──▶ pinned buffer ──one asynchronous copy──▶ device bytes ──views──▶ tensors
 
-Pinning memory and starting a copy cost more host time than what is copied here costs the bus, so a step does each once.
-The buffer of step N is written again for step N+2, after an event has said that its copy has been read: N+1 can be
-packed while N is still to be copied. On the CPU there is nothing to move: the arrays themselves are the tensors.
+Pinning memory and starting a copy cost more host time than what is copied here costs the bus, so what is sent together
+goes in one copy, out of buffers that are kept. A copy is queued behind the steps before it, so its buffer is taken for
+the next only when an event says that it has been read: never waited for, since that would be waiting for those steps.
+While steps are in flight there are as many buffers as they sent, a handful. On the CPU there is nothing to move: the
+arrays themselves are the tensors.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 
 import numpy as np
@@ -36,9 +39,10 @@ class Staging:
         self.bytes: np.ndarray = self._pinned.numpy()
         self._read = torch.cuda.Event()
 
-    def wait(self) -> None:
-        """Until the last copy has been read."""
-        self._read.synchronize()
+    @property
+    def is_free(self) -> bool:
+        """Whether the last copy has been read."""
+        return self._read.query()
 
     def copy_to(self, target: torch.Tensor, num_bytes: int) -> None:
         """Queue the copy of the first num_bytes to target [at least num_bytes] uint8, on the device."""
@@ -47,21 +51,22 @@ class Staging:
 
 
 class Uploads:
-    """Two stagings in turn. Belongs to the thread, and the stream, that launches steps."""
+    """Belongs to the thread, and the stream, that launches steps."""
 
-    def __init__(self, device: torch.device, num_bytes: int = 1 << 20) -> None:
-        """num_bytes: what is pinned at first; a larger step takes larger buffers."""
+    def __init__(self, device: torch.device, num_bytes: int = 1 << 18) -> None:
+        """num_bytes: the least size of a buffer."""
         self._device = device
-        self._stagings = [Staging(num_bytes), Staging(num_bytes)] if device.type == "cuda" else []
-        self._turn = 0
+        self._least = num_bytes
+        self._stagings: deque[Staging] = deque()
+        """The one used longest ago first."""
 
     def staging(self, num_bytes: int) -> Staging:
-        """The next buffer, free to be written, of at least num_bytes."""
-        self._turn ^= 1
-        staging = self._stagings[self._turn]
-        staging.wait()
+        """A buffer of at least num_bytes, free to be written. Copy from it before asking for the next."""
+        free = bool(self._stagings) and self._stagings[0].is_free
+        staging = self._stagings.popleft() if free else Staging(self._least)
         if len(staging.bytes) < num_bytes:
-            staging = self._stagings[self._turn] = Staging(2 * num_bytes)
+            staging = Staging(2 * num_bytes)
+        self._stagings.append(staging)
         return staging
 
     def send(self, arrays: Sequence[np.ndarray]) -> list[torch.Tensor]:

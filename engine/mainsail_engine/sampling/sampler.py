@@ -13,6 +13,7 @@ a seeded request gives the same tokens in any batch.
 from __future__ import annotations
 
 import secrets
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +28,8 @@ from mainsail_engine.step import FAILED_TOKEN, FORBIDDEN_TOKEN
 from mainsail_kernels import sample as kernels
 from mainsail_kernels.blocks import apply_token_bitmask
 
+Send = Callable[[Sequence[np.ndarray]], list[torch.Tensor]]
+"""Arrays to the device, in one copy."""
 DRAWS, EDITS, PENALTIES, LOGPROBS, PROMPT = 1, 2, 4, 8, 16
 """What a slot's request asks for beyond the best token. PROMPT: something of every prompt position."""
 
@@ -75,21 +78,16 @@ class SlotParameters:
             return request.params.seed & 0x7FFFFFFFFFFFFFFF
         return secrets.randbits(63)
 
-    def rows(self, slots: np.ndarray, positions: np.ndarray, device: torch.device) -> SamplingRows:
+    def rows(self, slots: np.ndarray, positions: np.ndarray, send: Send) -> SamplingRows:
         """The parameters of these slots; positions [num_rows] are those of the tokens to be sampled."""
-
-        def on_device(values: np.ndarray) -> torch.Tensor:
-            return torch.from_numpy(values).to(device, non_blocking=True)  # pyright: ignore[reportUnknownMemberType]
-
-        return SamplingRows(
-            temperature=on_device(self.temperature[slots]),
-            top_k=on_device(self.top_k[slots]),
-            top_p=on_device(self.top_p[slots]),
-            min_p=on_device(self.min_p[slots]),
-            seeds=on_device(self.seeds[slots]),
-            steps=on_device(positions.astype(np.int64)),
-            all_greedy=not self.asks(slots) & DRAWS,
-        )
+        temperature, top_k, top_p, min_p, seeds, steps = send(
+            [
+                self.temperature[slots], self.top_k[slots], self.top_p[slots], self.min_p[slots], self.seeds[slots],
+                positions.astype(np.int64),
+            ]
+        )  # fmt: skip
+        all_greedy = not self.asks(slots) & DRAWS
+        return SamplingRows(temperature, top_k, top_p, min_p, seeds, steps, all_greedy)
 
 
 def flags_of(params: SamplingParams) -> int:
@@ -136,8 +134,10 @@ class Sampled:
 class Sampler:
     """The sampling state of all slots, and the step from logits to tokens."""
 
-    def __init__(self, num_slots: int, vocab_size: int, eos_token_ids: frozenset[int], device: torch.device) -> None:
-        self._device = device
+    def __init__(
+        self, num_slots: int, vocab_size: int, eos_token_ids: frozenset[int], device: torch.device, send: Send
+    ) -> None:
+        self._device, self._send = device, send
         self.slots = SlotParameters(num_slots)
         self._edits = LogitEdits(num_slots, eos_token_ids, device)
         self._counts = TokenCounts(num_slots, vocab_size, device)
@@ -168,13 +168,13 @@ class Sampler:
         if masks is not None:
             apply_token_bitmask(logits, masks.bits, masks.rows)
         if not asks & (EDITS | PENALTIES):
-            sampled = Sampled(sample(logits, self.slots.rows(slots, positions, self._device)))
+            sampled = Sampled(sample(logits, self.slots.rows(slots, positions, self._send)))
             return self._with_logprobs(sampled, raw, slots) if asks & LOGPROBS else sampled
         if asks & EDITS:
             self._edits.apply(logits, slots, positions)
         if asks & PENALTIES:
             self._counts.penalize(logits, slots, self._rows_with(slots, PENALTIES))
-        tokens = sample(logits, self.slots.rows(slots, positions, self._device))
+        tokens = sample(logits, self.slots.rows(slots, positions, self._send))
         sampled = Sampled(_told_apart(tokens, raw))
         if asks & EDITS:
             self._edits.note(slots, tokens)

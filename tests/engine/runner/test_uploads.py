@@ -44,3 +44,19 @@ def test_every_upload_arrives_and_every_download_returns() -> None:
     for i, (tokens, done) in enumerate(back):
         done.synchronize()
         assert tokens.tolist() == [i] * 7
+
+
+@pytest.mark.gpu
+def test_nothing_waits_for_the_steps_before() -> None:
+    """However much a step sends: the copies queue up behind a busy device, and the host goes on."""
+    uploads = Uploads(torch.device("cuda"), num_bytes=256)
+    uploads.send([np.zeros(4)])
+    torch.cuda.synchronize()
+    torch.cuda._sleep(2_000_000_000)
+    busy = torch.cuda.Event()
+    busy.record()
+    sent = [uploads.send([np.full(300, i, np.int64)])[0] for i in range(12)]
+    assert not busy.query()
+    assert [int(tensor[-1]) for tensor in sent] == list(range(12))
+    uploads.send([np.zeros(4)])
+    assert len(uploads._stagings) <= 14

@@ -19,7 +19,7 @@ def rows_of(params: list[SamplingParams], positions: list[int]):
     slots = SlotParameters(len(params))
     for slot, each in enumerate(params):
         slots.fill(slot, Request(str(slot), [1], each, 0.0, slot=slot))
-    return slots.rows(np.arange(len(params)), np.array(positions), torch.device("cpu"))
+    return slots.rows(np.arange(len(params)), np.array(positions), lambda arrays: [torch.from_numpy(a) for a in arrays])
 
 
 def logits_of(vocab: int = VOCAB) -> torch.Tensor:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from mainsail_engine.metrics import Metrics
 from mainsail_engine.server.admission import MAX_RETRY_S, Admission, DrainRate
 
 
@@ -89,6 +90,18 @@ def test_a_burst_is_let_in_and_so_are_a_few_with_long_prompts() -> None:
     assert admission.check(1, 100, 0.9) is None
     assert overloaded(max_wait_s=0.0).check(1, 100, 10.0) is None
     assert overloaded(max_wait_s=4.0, requests=50).check(1, 10**6, 10.0) is None
+
+
+def test_every_reason_is_counted() -> None:
+    by_requests, by_tokens = Admission(max_requests=1, max_tokens=1000), Admission(max_requests=9, max_tokens=10)
+    by_requests.enter(10, 0.0)
+    by_tokens.enter(10, 0.0)
+    metrics = Metrics("m", 100)
+    for admission in (by_requests, by_tokens, overloaded(max_wait_s=4.0)):
+        rejection = admission.check(1, 10, 10.0)
+        assert rejection is not None
+        metrics.rejected(rejection.reason)
+        assert f'reason="{rejection.reason}"}} 1.0' in metrics.exposition().decode()
 
 
 def test_time_without_a_queue_is_not_counted() -> None:
