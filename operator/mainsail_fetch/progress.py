@@ -31,13 +31,19 @@ class Progress:
         return "".join(f"# TYPE {name} gauge\n{name} {value}\n" for name, value in values.items())
 
     def serve(self, port: int) -> int:
-        """GET /metrics on a thread of its own. Returns the port. Raises OSError when it is taken."""
+        """GET /metrics, and /ready once it is complete, on a thread of its own. Returns the port.
+
+        Raises OSError when the port is taken."""
         progress = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                body = progress.exposition().encode() if self.path == "/metrics" else b"not found\n"
-                self.send_response(200 if self.path == "/metrics" else 404)
+                body, status = progress.exposition().encode(), 200
+                if self.path == "/ready":
+                    body, status = b"complete\n" if progress.done else b"fetching\n", 200 if progress.done else 503
+                elif self.path != "/metrics":
+                    body, status = b"not found\n", 404
+                self.send_response(status)
                 self.send_header("content-type", "text/plain; version=0.0.4")
                 self.send_header("content-length", str(len(body)))
                 self.end_headers()

@@ -119,7 +119,7 @@ def pressure_of(load: PodLoad, spec: ScalingSpec) -> Pressure:
     """Each signal as a share of its target; the largest."""
     targets = spec.targets
     waiting = _undrained(load.waiting, load.waiting_trend)
-    kv = load.kv_usage + load.kv_wanted
+    kv = max(load.kv_usage, load.kv_wanted)
     found = [
         Pressure(waiting / targets.queue_depth, "QueueDepth",
                  f"{load.waiting:.1f} requests wait, target {targets.queue_depth:g}"),

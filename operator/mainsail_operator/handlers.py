@@ -15,6 +15,8 @@ from typing import Any, cast
 import kopf
 
 from mainsail_operator import gpus
+from mainsail_operator.fetched import read_fetcher, read_filler
+from mainsail_operator.fetching import LABEL as FETCH_LABEL
 from mainsail_operator.gpus import read_node
 from mainsail_operator.objects import SERVICE_LABEL
 from mainsail_operator.observe import read_child, read_deployment, read_endpoints, read_pod, scrape_target
@@ -37,8 +39,13 @@ CHILDREN: dict[str, tuple[str, str, str]] = {
     "networkpolicies": ("NetworkPolicy", "networking.k8s.io", "v1"),
 }
 """Kinds of which only whether they are there as applied matters: kind, group, version by plural."""
+FILLERS: dict[str, tuple[str, str]] = {
+    "jobs": ("Job", "/apis/batch/v1"),
+    "daemonsets": ("DaemonSet", "/apis/apps/v1"),
+}
+"""What fetches models: kind and API by plural."""
 _OURS = f"{SERVICE_LABEL}"
-_PODS = f"{NAME} in (mainsail-engine, mainsail)"
+_PODS = f"{NAME} in (mainsail-engine, mainsail-fetch, mainsail)"
 
 
 def _labels(obj: JSON) -> dict[str, str]:
@@ -47,6 +54,12 @@ def _labels(obj: JSON) -> dict[str, str]:
 
 def _by_label(obj: JSON) -> Key | None:
     service = _labels(obj).get(SERVICE_LABEL)
+    return (str(obj["metadata"].get("namespace")), service) if service else None
+
+
+def _by_fetch(obj: JSON) -> Key | None:
+    """Pods that fetch a model, as their only work or before the engine."""
+    service = _labels(obj).get(FETCH_LABEL) or _labels(obj).get(SERVICE_LABEL)
     return (str(obj["metadata"].get("namespace")), service) if service else None
 
 
@@ -71,6 +84,10 @@ class Store:
         self.gateway_pods = Collection(_gateway, partial(scrape_target, port=GATEWAY_METRICS_PORT))
         self.endpoints = Collection(_by_label, read_endpoints)
         self.nodes = Collection(lambda _: NODES, read_node)
+        self.fetchers = Collection(_by_fetch, read_fetcher)
+        self.fillers = {
+            plural: Collection(_by_label, partial(read_filler, kind)) for plural, (kind, _) in FILLERS.items()
+        }
         self.children = {
             plural: Collection(_by_label, partial(read_child, kind)) for plural, (kind, *_) in CHILDREN.items()
         }
@@ -80,9 +97,10 @@ class Store:
         return [
             Source(f"/apis/{GROUP}/{VERSION}", PLURAL, "", (self.services,)),
             Source("/apis/apps/v1", "deployments", _OURS, (self.deployments,)),
-            Source("/api/v1", "pods", _PODS, (self.pods, self.gateway_pods)),
+            Source("/api/v1", "pods", _PODS, (self.pods, self.gateway_pods, self.fetchers)),
             Source("/apis/discovery.k8s.io/v1", "endpointslices", _OURS, (self.endpoints,)),
             Source("/api/v1", "nodes", "", (self.nodes,), namespaced=False),
+            *(Source(base, plural, _OURS, (self.fillers[plural],)) for plural, (_, base) in FILLERS.items()),
             *(
                 Source(f"/apis/{group}/{version}" if group else f"/api/{version}", plural, _OURS,
                        (self.children[plural],))
@@ -101,7 +119,7 @@ class Store:
 
     def heard(self, plural: str, obj: JSON) -> None:
         """What the API server answered to a write."""
-        held = {PLURAL: self.services, "deployments": self.deployments, **self.children}[plural]
+        held = {PLURAL: self.services, "deployments": self.deployments, **self.fillers, **self.children}[plural]
         held.put(obj)
 
     def read(self, key: Key) -> Snapshot | None:
@@ -109,7 +127,11 @@ class Store:
         if not body:
             return None
         children = [child for collection in self.children.values() for child in collection.of(key)]
-        return Snapshot(body[0], self.deployments.of(key), self.pods.of(key), children, self.endpoints.of(key))
+        fillers = [filler for collection in self.fillers.values() for filler in collection.of(key)]
+        fetchers = [fetcher for fetcher in self.fetchers.of(key) if fetcher is not None]
+        return Snapshot(
+            body[0], self.deployments.of(key), self.pods.of(key), children, self.endpoints.of(key), fillers, fetchers
+        )
 
 
 def register(registry: kopf.OperatorRegistry, store: Store, reconciler: Reconciler, relister: Relister) -> None:

@@ -14,6 +14,7 @@ import json
 from dataclasses import dataclass
 from typing import Any, cast
 
+from mainsail_operator import fetching
 from mainsail_operator.settings import Settings
 from mainsail_operator.types import API_VERSION, JSON, KIND, InferenceServiceSpec, pvc_source, seconds
 
@@ -147,7 +148,8 @@ def network_policy(owner: Owner, settings: Settings) -> JSON:
     scrapers: list[JSON] = [
         {"namespaceSelector": {"matchLabels": {name: namespace}}} for namespace in settings.metrics_namespaces
     ]
-    ports = [{"port": "http", "protocol": "TCP"}]
+    # The second one tells how far a model is that the pod fetches.
+    ports = [{"port": port, "protocol": "TCP"} for port in ("http", fetching.PORT)]
     return _stamped(
         {
             "apiVersion": "networking.k8s.io/v1",
@@ -209,6 +211,8 @@ def arguments(owner: Owner, spec: InferenceServiceSpec) -> list[str]:
 
 
 def model_path(spec: InferenceServiceSpec) -> str:
+    if fetching.is_fetched(spec):
+        return fetching.model_path(spec)
     source = pvc_source(spec.model.uri)
     return f"/models/{source.path}" if source else spec.model.uri.removeprefix("file://")
 
@@ -221,9 +225,11 @@ def _probe(path: str, period_s: int, failures: int, timeout_s: int = 2) -> JSON:
 
 
 def _container(owner: Owner, spec: InferenceServiceSpec, image: str, pull_policy: str) -> JSON:
-    mounts = [{"name": "tmp", "mountPath": "/tmp"}, {"name": "shm", "mountPath": "/dev/shm"}]
+    mounts: list[JSON] = [{"name": "tmp", "mountPath": "/tmp"}, {"name": "shm", "mountPath": "/dev/shm"}]
+    if fetching.is_fetched(spec):
+        mounts.append(fetching.mount(read_only=True))
     if pvc_source(spec.model.uri):
-        mounts.append({"name": "model", "mountPath": "/models", "readOnly": True})  # pyright: ignore[reportArgumentType]
+        mounts.append({"name": "model", "mountPath": "/models", "readOnly": True})
     return {
         "name": CONTAINER,
         "image": image,
@@ -255,7 +261,18 @@ def _resources(spec: InferenceServiceSpec) -> JSON:
     return found or {"limits": {"nvidia.com/gpu": "1"}}
 
 
-def _pod(owner: Owner, spec: InferenceServiceSpec, image: str, pull_policy: str) -> JSON:
+def _account(owner: Owner) -> JSON:
+    """Who a pod of ours runs as."""
+    return {
+        "serviceAccountName": owner.name,
+        "automountServiceAccountToken": False,
+        "securityContext": {
+            "runAsNonRoot": True, "runAsUser": _USER, "runAsGroup": _USER, "seccompProfile": {"type": "RuntimeDefault"},
+        },
+    }  # fmt: skip
+
+
+def _pod(owner: Owner, spec: InferenceServiceSpec, settings: Settings) -> JSON:
     volumes: list[JSON] = [
         {"name": "tmp", "emptyDir": {}},
         {"name": "shm", "emptyDir": {"medium": "Memory"}},
@@ -263,22 +280,25 @@ def _pod(owner: Owner, spec: InferenceServiceSpec, image: str, pull_policy: str)
     source = pvc_source(spec.model.uri)
     if source:
         volumes.append({"name": "model", "persistentVolumeClaim": {"claimName": source.claim, "readOnly": True}})
-    pod: JSON = {
-        "serviceAccountName": owner.name,
-        "automountServiceAccountToken": False,
+    if fetching.is_fetched(spec):
+        volumes.append(fetching.volume(spec))
+    pod = _account(owner) | {
         "terminationGracePeriodSeconds": grace_period_s(spec),
         # A lost node (a spot instance taken back) is replaced soon; Kubernetes' own default is five minutes.
         "tolerations": [
-            {"key": f"node.kubernetes.io/{state}", "operator": "Exists", "effect": "NoExecute",
-             "tolerationSeconds": _LOST_NODE_S}
+            {
+                "key": f"node.kubernetes.io/{state}",
+                "operator": "Exists",
+                "effect": "NoExecute",
+                "tolerationSeconds": _LOST_NODE_S,
+            }
             for state in ("not-ready", "unreachable")
         ],
-        "securityContext": {
-            "runAsNonRoot": True, "runAsUser": _USER, "runAsGroup": _USER, "seccompProfile": {"type": "RuntimeDefault"},
-        },
-        "containers": [_container(owner, spec, image, pull_policy)],
+        "containers": [_container(owner, spec, settings.engine_image, settings.engine_image_pull_policy)],
         "volumes": volumes,
-    }  # fmt: skip
+    }
+    if fetching.is_fetched(spec):
+        pod["initContainers"] = [fetching.container(spec, settings)]
     return merged(pod, spec.pod_template.spec)
 
 
@@ -316,6 +336,32 @@ def _merged_list(key: str, old: list[Any], new: list[Any]) -> list[Any]:
     return list(found.values())
 
 
+def filler(owner: Owner, spec: InferenceServiceSpec, settings: Settings) -> JSON | None:
+    """The Job or DaemonSet that fetches the model ahead of need; None where nothing does.
+
+    Its name is a hash of all of it but the images: made once, it is not made anew by a new version of the operator."""
+    cache = spec.model.cache
+    if cache is None or not fetching.is_fetched(spec):
+        return None
+    stay = cache.node_path is not None
+    base = _account(owner) | ({} if stay else {"restartPolicy": "OnFailure"})
+    pod = fetching.pod(spec, settings, base, stay=stay)
+    nameless = {**pod, "containers": [{k: v for k, v in c.items() if "image" not in k} for c in pod["containers"]]}
+    name = f"{owner.name}-fetch-{digest(nameless)}"
+    marks = {"app.kubernetes.io/name": fetching.NAME, "app.kubernetes.io/managed-by": "mainsail",
+             fetching.LABEL: owner.name}  # fmt: skip
+    template: JSON = {"metadata": {"labels": marks}, "spec": pod}
+    metadata = _metadata(owner, name) | {"labels": {**labels(owner), "app.kubernetes.io/name": fetching.NAME}}
+    if stay:
+        chosen = {fetching.LABEL: owner.name, "mainsail.dev/fetch": name}
+        template["metadata"]["labels"] = marks | chosen
+        body: JSON = {"selector": {"matchLabels": chosen}, "template": template}
+        return {"apiVersion": "apps/v1", "kind": "DaemonSet", "metadata": metadata, "spec": body}
+    # It is tried again for as long as the model is asked for: a Secret or a disk may be put right at any time.
+    body = {"backoffLimit": 100_000, "template": template}
+    return {"apiVersion": "batch/v1", "kind": "Job", "metadata": metadata, "spec": body}
+
+
 def deployment_name(owner: Owner, revision: str) -> str:
     return f"{owner.name}-{revision}"
 
@@ -340,7 +386,7 @@ def deployment(owner: Owner, spec: InferenceServiceSpec, replicas: int, settings
                     "labels": dict(template.labels) | labels(owner) | own,
                     "annotations": dict(template.annotations),
                 },
-                "spec": _pod(owner, spec, settings.engine_image, settings.engine_image_pull_policy),
+                "spec": _pod(owner, spec, settings),
             },
         },
     }

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, cast
 
+from mainsail_operator.fetching import CONTAINER as FETCH_CONTAINER
 from mainsail_operator.gpus import held_by
 from mainsail_operator.objects import APPLIED, CONTAINER, DELETION_COST, HTTP_PORT, REVISION_LABEL
 from mainsail_operator.scrape import Target
@@ -166,7 +167,7 @@ def read_pod(pod: JSON) -> Pod:
         ended=_get(pod, "status", "phase") in ("Succeeded", "Failed"),
         scheduled=bool(_get(pod, "spec", "nodeName")),
         unschedulable_since=_unix(str(unplaced.get("lastTransitionTime", ""))) if refused else None,
-        trouble=None if serving else _trouble(engine, unplaced if refused else None),
+        trouble=None if serving else _trouble(engine, unplaced if refused else None) or _fetch_trouble(pod),
         uid=str(_get(pod, "metadata", "uid", default="")),
         metrics=scrape_target(pod, HTTP_PORT),
         revision=str(_get(pod, "metadata", "labels", REVISION_LABEL, default="")),
@@ -216,16 +217,39 @@ def _trouble(engine: JSON, unplaced: JSON | None) -> Trouble | None:
     return Trouble(reason, str(waiting.get("message") or f"the engine's container waits: {reason}"))
 
 
-def _ended(ended: JSON) -> Trouble:
-    """The engine's own words where it left some, else what the node says."""
+def _fetch_trouble(pod: JSON) -> Trouble | None:
+    """What keeps the init container from fetching the model. It is tried again, so it is no failed load."""
+    statuses = cast("list[JSON]", _get(pod, "status", "initContainerStatuses", default=[]))
+    fetch = next((status for status in statuses if status.get("name") == FETCH_CONTAINER), cast(JSON, {}))
+    for state in ("state", "lastState"):
+        ended = cast(JSON, _get(fetch, state, "terminated", default={}))
+        if ended.get("exitCode") and (words := words_of(ended)):
+            return Trouble(*words)
+    waiting = cast(JSON, _get(fetch, "state", "waiting", default={}))
+    reason = str(waiting.get("reason", ""))
+    if reason in ("", "ContainerCreating", "PodInitializing"):
+        return None
+    return Trouble(reason, str(waiting.get("message") or f"the container that fetches the model waits: {reason}"))
+
+
+def words_of(ended: JSON) -> tuple[str, str] | None:
+    """Reason and message that a container of ours left as its termination message; None: it left none."""
     text = str(ended.get("message") or "").strip()
     try:
         said = json.loads(text.splitlines()[-1]) if text else None
     except ValueError:
-        said = None
-    if isinstance(said, dict) and "reason" in said:
-        words = cast(JSON, said)
-        return Trouble(str(words["reason"]), str(words.get("message", "")), load_failure=True, told=True)
+        return None
+    if not isinstance(said, dict) or "reason" not in said:
+        return None
+    words = cast(JSON, said)
+    return str(words["reason"]), str(words.get("message", ""))
+
+
+def _ended(ended: JSON) -> Trouble:
+    """The engine's own words where it left some, else what the node says."""
+    if words := words_of(ended):
+        return Trouble(*words, load_failure=True, told=True)
+    text = str(ended.get("message") or "").strip()
     reason = str(ended.get("reason") or "Error")
     code = ended.get("exitCode")
     if reason == "OOMKilled":

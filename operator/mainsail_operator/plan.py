@@ -7,10 +7,11 @@ the ReplicaSet controller beforehand, by Kubernetes' own annotation: the least l
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mainsail_operator import objects
+from mainsail_operator.fetched import Filler
 from mainsail_operator.objects import Owner, deployment_name, revision_of
 from mainsail_operator.observe import Observed, Revision
 from mainsail_operator.rollout import Decision
@@ -46,7 +47,7 @@ class Mark:
 
 @dataclass(frozen=True, slots=True)
 class Delete:
-    """Delete a Deployment, whose pods drain, or another child."""
+    """Delete a Deployment, whose pods drain; or another child that nobody asks for any more."""
 
     name: str
     reason: str
@@ -67,9 +68,9 @@ class Plan:
 
 def plan(
     owner: Owner, spec: InferenceServiceSpec, observed: Observed, settings: Settings, decision: Decision,
-    loads: Mapping[str, float],
+    loads: Mapping[str, float], fillers: Sequence[Filler] = (),
 ) -> Plan:  # fmt: skip
-    """loads: running and waiting requests by pod UID, of the pods that tell them."""
+    """loads: running and waiting requests by pod UID, of the pods that tell them. fillers: what fetches models."""
     wanted_children = {f"{m['kind']}/{m['metadata']['name']}": m for m in objects.children(owner, settings)}
     actions: list[Action] = [
         Apply(manifest, "missing or changed")
@@ -80,8 +81,10 @@ def plan(
         kind, _, name = child.partition("/")
         if kind in _OPTIONAL:
             actions.append(Delete(name, "no longer wanted", kind=kind))
+    filling = _fill(owner, spec, settings, fillers)
+    actions += filling.actions
     target = deployment_name(owner, revision_of(spec))
-    if target in decision.replicas and all(revision.name != target for revision in observed.revisions):
+    if filling.done and target in decision.replicas and all(revision.name != target for revision in observed.revisions):
         manifest = objects.deployment(owner, spec, decision.replicas[target], settings)
         actions.append(Apply(manifest, "new revision"))
     rests = decision.status.phase in ("Complete", "RolledBack")
@@ -96,6 +99,28 @@ def plan(
             actions += marks(revision, wanted, loads) if wanted < revision.replicas else ()
             actions.append(Scale(revision.name, wanted, why, revision.version))
     return Plan(tuple(actions))
+
+
+@dataclass(frozen=True, slots=True)
+class _Filling:
+    actions: tuple[Action, ...] = ()
+    done: bool = True
+    """Pods may be made: no GPU waits for a download."""
+
+
+def _fill(owner: Owner, spec: InferenceServiceSpec, settings: Settings, fillers: Sequence[Filler]) -> _Filling:
+    """The Job or DaemonSet that fetches the model ahead of need, and the end of those for other models."""
+    mine = [filler for filler in fillers if filler.owner == owner.uid]
+    manifest = objects.filler(owner, spec, settings)
+    name = manifest["metadata"]["name"] if manifest else ""
+    there = next((filler for filler in mine if filler.name == name), None)
+    actions: list[Action] = [
+        Delete(filler.name, "another model is asked for", kind=filler.kind) for filler in mine if filler.name != name
+    ]
+    if manifest is not None and there is None:
+        actions.append(Apply(manifest, "the model is to be fetched"))
+    waits = manifest is not None and manifest["kind"] == "Job" and not (there and there.complete)
+    return _Filling(tuple(actions), not waits)
 
 
 def marks(revision: Revision, wanted: int, loads: Mapping[str, float]) -> list[Mark]:

@@ -18,12 +18,15 @@ from pydantic import ValidationError
 
 from mainsail_operator.apply import NotLeaderError, RefusedError, StaleError, WriteError, Writer
 from mainsail_operator.events import events
+from mainsail_operator.fetched import Fetch, Fetcher, Filler, progress_of
+from mainsail_operator.fetched import judge as judge_fetch
+from mainsail_operator.fetching import copy_name, is_fetched
 from mainsail_operator.gate import Verdict, collect, judge, together
 from mainsail_operator.lease import Lease
-from mainsail_operator.objects import PAUSED, Owner, deployment_name, revision_of
+from mainsail_operator.objects import PAUSED, Owner, deployment_name, filler, revision_of
 from mainsail_operator.observe import Child, Deployment, Observed, Pod, observe
-from mainsail_operator.plan import plan
-from mainsail_operator.rollout import COMMAND, Situation, decide, since
+from mainsail_operator.plan import Plan, plan
+from mainsail_operator.rollout import COMMAND, Decision, Situation, decide, since
 from mainsail_operator.scrape import Target
 from mainsail_operator.settings import Settings
 from mainsail_operator.signals import Signals
@@ -36,7 +39,7 @@ log = logging.getLogger(__name__)
 
 TICK_S = 15.0
 SCALED_TICK_S = 5.0
-"""Of a service whose load decides its replicas: as often as its pods are scraped."""
+"""Of a service whose load decides its replicas, or whose model is being fetched: as often as its pods are scraped."""
 GATING_TICK_S = 2.0
 _BACKOFF_S = (0.5, 60.0)
 _DEAF_S = 2.0
@@ -55,6 +58,8 @@ class Snapshot:
     """Services, ServiceAccounts, …"""
     endpoints: Sequence[frozenset[str]]
     """UIDs of the pods that gateways route to, by EndpointSlice."""
+    fillers: Sequence[Filler] = ()
+    fetchers: Sequence[Fetcher] = ()
 
 
 Read = Callable[[Key], Snapshot | None]
@@ -171,17 +176,21 @@ class Reconciler:
         seen = observe(snapshot.deployments, snapshot.pods, snapshot.children, snapshot.endpoints, owner.uid)
         # Two revisions: the newest is judged beside the one before it.
         wanted = spec.scaling is not None or len(seen.revisions) > 1
-        self._want((owner.namespace, owner.name), seen.targets if wanted else ())
+        fetchers = [one for one in snapshot.fetchers if is_fetched(spec) and one.model == copy_name(spec)]
+        fetching = [one.metrics for one in fetchers if one.metrics is not None]
+        self._want((owner.namespace, owner.name), fetching + (seen.targets if wanted else []))
         sized = self._sizer.size(owner, spec, seen, metadata.get("annotations") or {}, before.scaling, now)
-        return await self._carry_out(_Pass(owner, sized.effective(spec), metadata, seen, before, now), sized)
+        return await self._carry_out(
+            _Pass(owner, sized.effective(spec), metadata, seen, before, now, snapshot.fillers, fetchers), sized
+        )
 
     async def _carry_out(self, it: _Pass, sized: Sized) -> float:
         """Decide, write the state down, then act on it: whoever is killed in between leaves a state to go on from."""
         decision = decide(it.before.rollout, self._situation(it))
-        paused = it.annotation(PAUSED) == "true"
+        paused, fetch = it.annotation(PAUSED) == "true", self._fetch(it)
         told = status(
             it.owner, it.spec, it.generation, it.seen, decision, it.before.conditions, it.now,
-            refusal=self._refusals.get(it.key, ""), paused=paused,
+            refusal=self._refusals.get(it.key, ""), paused=paused, fetch=fetch,
         )  # fmt: skip
         told = sized.told(told, it.generation, it.before.conditions, it.now)
         if told != it.before:
@@ -189,12 +198,27 @@ class Reconciler:
             for event in events(it.before, told):
                 await self._writer.tell(it.owner, event, it.now)
         if not paused:
-            for action in plan(it.owner, it.spec, it.seen, self._settings, decision, self._loads(it)).actions:
+            for action in self._plan(it, decision).actions:
                 await self._writer.execute(it.owner, action)
-        tick = SCALED_TICK_S if self._sizer.watches(it.key) else TICK_S
+        soon = self._sizer.watches(it.key) or (fetch is not None and not fetch.done)
+        tick = SCALED_TICK_S if soon else TICK_S
         if decision.status.phase == "Gating":
             tick = GATING_TICK_S
         return min(tick, max(decision.check_at - it.now, 0.1)) if decision.check_at else tick
+
+    def _plan(self, it: _Pass, decision: Decision) -> Plan:
+        return plan(it.owner, it.spec, it.seen, self._settings, decision, self._loads(it), it.fillers)
+
+    def _fetch(self, it: _Pass) -> Fetch | None:
+        """How far the model is, where it is fetched and anybody is to do so."""
+        manifest = filler(it.owner, it.spec, self._settings)
+        if not is_fetched(it.spec) or (manifest is None and not it.fetchers):
+            return None
+        name = manifest["metadata"]["name"] if manifest else ""
+        complete = any(one.name == name and one.complete for one in it.fillers if one.owner == it.owner.uid)
+        known = [progress_of(self._signals.engines.get(one.uid), it.now) for one in it.fetchers]
+        furthest = max((one for one in known if one is not None), key=lambda one: one.done, default=None)
+        return judge_fetch(it.fetchers, furthest, complete=complete)
 
     def _situation(self, it: _Pass) -> Situation:
         target = deployment_name(it.owner, revision_of(it.spec))
@@ -232,6 +256,9 @@ class _Pass:
     seen: Observed
     before: InferenceServiceStatus
     now: float
+    fillers: Sequence[Filler]
+    fetchers: Sequence[Fetcher]
+    """Those that fetch the model that the spec names."""
 
     @property
     def key(self) -> Key:

@@ -13,6 +13,9 @@ class Settings:
     engine_image: str = "mainsail/engine:0.1.0"
     """MAINSAIL_ENGINE_IMAGE: the image of new revisions. Existing ones keep theirs: an upgrade restarts nothing."""
     engine_image_pull_policy: str = "IfNotPresent"
+    fetch_image: str = "mainsail/control-plane:0.1.0"
+    """MAINSAIL_FETCH_IMAGE: the image with `mainsail-fetch`, for models that are fetched. As above."""
+    fetch_image_pull_policy: str = "IfNotPresent"
     namespace: str = "mainsail-system"
     """MAINSAIL_NAMESPACE: where the operator itself lives, and its Lease."""
     watch_namespaces: tuple[str, ...] = ()
@@ -40,6 +43,8 @@ def from_environment(environment: Mapping[str, str] = os.environ) -> Settings:
     return Settings(
         engine_image=environment.get("MAINSAIL_ENGINE_IMAGE", default.engine_image),
         engine_image_pull_policy=environment.get("MAINSAIL_ENGINE_IMAGE_PULL_POLICY", default.engine_image_pull_policy),
+        fetch_image=environment.get("MAINSAIL_FETCH_IMAGE", default.fetch_image),
+        fetch_image_pull_policy=environment.get("MAINSAIL_FETCH_IMAGE_PULL_POLICY", default.fetch_image_pull_policy),
         namespace=environment.get("MAINSAIL_NAMESPACE", default.namespace),
         watch_namespaces=_names(environment.get("MAINSAIL_WATCH_NAMESPACES", "")),
         gateway_service=environment.get("MAINSAIL_GATEWAY_SERVICE", default.gateway_service),

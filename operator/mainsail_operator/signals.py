@@ -31,8 +31,12 @@ INTER_TOKEN = "vllm:inter_token_latency_seconds"
 FINISHED = "vllm:request_success_total"
 GENERATED = "vllm:generation_tokens_total"
 PREFIX_HITS = "vllm:prefix_cache_hits_total"
+CACHE_CONFIG = "vllm:cache_config_info"
+"""Its label num_gpu_blocks is the size of the KV cache."""
 SESSIONS = "mainsail:sessions_"
-"""Prefix of the gauges about agents' sessions: held, parked, and the KV that they want."""
+"""Prefix of the gauges about agents' sessions: active, acting, held, parked, and the KV blocks that they want."""
+FETCH = "mainsail:fetch_"
+"""Prefix of the gauges of a pod that fetches a model."""
 GATEWAY = "mainsail:gateway_"
 GATEWAY_REQUESTS = "mainsail:gateway_requests_total"
 GATEWAY_FIRST_TOKEN = "mainsail:gateway_time_to_first_token_seconds"
@@ -42,7 +46,7 @@ QUEUED = "mainsail:gateway_queued_requests"
 
 _ENGINE_NAMES = frozenset(
     {
-        *(WAITING, RUNNING, KV_USAGE, PREEMPTIONS, FINISHED, GENERATED, PREFIX_HITS),
+        *(WAITING, RUNNING, KV_USAGE, PREEMPTIONS, FINISHED, GENERATED, PREFIX_HITS, CACHE_CONFIG),
         *(f"{name}_{part}" for name in (FIRST_TOKEN, INTER_TOKEN) for part in ("bucket", "count", "sum")),
     }
 )
@@ -61,7 +65,7 @@ _GROWS = ("_total", "_bucket", "_count", "_sum")
 
 
 def is_engine_signal(name: str) -> bool:
-    return name in _ENGINE_NAMES or name.startswith(SESSIONS)
+    return name in _ENGINE_NAMES or name.startswith((SESSIONS, FETCH))
 
 
 def is_gateway_signal(name: str) -> bool:
@@ -134,6 +138,10 @@ class Window:
     def increase(self, name: str, **labels: str) -> float:
         """By how much the counter grew, over all series that match; 0 for one that is not there."""
         return sum(self._grown(series) for series in self.series(name, **labels))
+
+    def rise(self, name: str) -> float:
+        """By how much the gauge is higher at the end than at the start."""
+        return sum(self._grown(series) for series in self.series(name))
 
     def per_minute(self, name: str, **labels: str) -> float | None:
         """None when the window is too short to tell."""
@@ -277,7 +285,7 @@ class PodLoad:
     waiting_trend: float = 0.0
     """By how much `waiting` grows each second; below 0, the queue drains."""
     kv_wanted: float = 0.0
-    """KV that sessions want beyond what they have, as a share of this pod's blocks."""
+    """KV blocks of all live sessions, wherever they are now, as a share of this pod's blocks: may be above 1."""
     requests_per_s: float = 0.0
     """Finished requests."""
     tokens_per_s: float = 0.0
@@ -285,7 +293,7 @@ class PodLoad:
     warmth: float = 0.0
     """Prompt tokens per second that the prefix cache saved: what would be lost with the pod."""
     sessions: float = 0.0
-    """Sessions of agents that the pod holds or has parked."""
+    """Agents' sessions that are live: a turn runs or is held, or the next one is expected."""
 
 
 GAUGE_WINDOW_S = 20.0
@@ -317,12 +325,19 @@ def pod_load(uid: str, history: History | None, now: float, since: float = 0.0) 
         preemptions_per_minute=rates.increase(PREEMPTIONS) * 60.0 / max(rates.span_s, RATE_WINDOW_S),
         first_token_p95_s=first_tokens.quantile(0.95) if first_tokens.count >= _ENOUGH_FIRST_TOKENS else None,
         waiting_trend=rates.trend(WAITING),
-        kv_wanted=gauges.mean("mainsail:sessions_kv_wanted_perc") or 0.0,
+        kv_wanted=_kv_wanted(gauges),
         requests_per_s=rates.increase(FINISHED) / rates.span_s,
         tokens_per_s=rates.increase(GENERATED) / rates.span_s,
         warmth=rates.increase(PREFIX_HITS) / rates.span_s,
-        sessions=(gauges.last("mainsail:sessions_held") or 0.0) + (gauges.last("mainsail:sessions_parked") or 0.0),
+        sessions=sum(gauges.last(SESSIONS + state) or 0.0 for state in ("active", "acting", "held", "parked")),
     )
+
+
+def _kv_wanted(gauges: Window) -> float:
+    wanted = gauges.mean(SESSIONS + "kv_wanted_blocks")
+    sizes = [dict(labels).get("num_gpu_blocks", "") for _, labels in gauges.series(CACHE_CONFIG)]
+    blocks = sum(int(size) for size in sizes if size.isdigit())
+    return wanted / blocks if wanted and blocks else 0.0
 
 
 Queues = dict[tuple[str, str], float]

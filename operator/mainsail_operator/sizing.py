@@ -83,7 +83,7 @@ class Sizer:
     def __init__(self, signals: Signals, room: Callable[[InferenceServiceSpec], int | None]) -> None:
         self._signals = signals
         self._room = room
-        self._memories: dict[Key, tuple[str, Memory]] = {}
+        self._memories: dict[Key, tuple[str, Sized]] = {}
         """With the service's UID: a new one of the same name starts anew."""
 
     def watches(self, key: Key) -> bool:
@@ -105,19 +105,28 @@ class Sizer:
         if spec.scaling is None:
             self.forget(key)
             return size(spec, observed, _unheard, lambda since: NO_QUEUE, None, annotations, told, None, now)
-        uid, memory = self._memories.get(key, ("", None))
+        uid, last = self._memories.get(key, ("", None))
+        if last is None or uid != owner.uid or _is_newer(told, last.status):
+            last = None
+        else:
+            told = last.status  # the watch may not have brought back yet what was written last
         found = size(
             spec, observed, lambda pod, since: self._signals.load(pod.uid, now, since),
             lambda since: self._signals.queue(*key, now, since), self._room(spec), annotations, told,
-            memory if uid == owner.uid else None, now,
+            last.memory if last else None, now,
         )  # fmt: skip
-        self._memories[key] = (owner.uid, found.memory)
+        self._memories[key] = (owner.uid, found)
         DESIRED.labels(*key).set(found.desired)
         if found.decision is not None and found.decision.pressure is not None:
             PRESSURE.labels(*key).set(found.decision.pressure)
         if told is not None and told.desired != found.desired:
             DECISIONS.labels(*key, found.status.reason).inc()
         return found
+
+
+def _is_newer(told: ScalingStatus | None, remembered: ScalingStatus) -> bool:
+    """Another leader has decided since."""
+    return (_unix(told.last_scale_time if told else None) or 0.0) > (_unix(remembered.last_scale_time) or 0.0)
 
 
 def _unheard(pod: Pod, since: float) -> None:

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from typing import Literal
 
 from mainsail_operator import objects
+from mainsail_operator.fetched import Fetch
 from mainsail_operator.objects import Owner, revision_of
 from mainsail_operator.observe import Observed, Revision, Trouble
 from mainsail_operator.rollout import Decision
@@ -38,14 +39,17 @@ class Finding:
 
 def status(
     owner: Owner, spec: InferenceServiceSpec, generation: int, observed: Observed, decision: Decision,
-    old: Sequence[Condition], now: float, *, refusal: str = "", paused: bool = False,
+    old: Sequence[Condition], now: float, *, refusal: str = "", paused: bool = False, fetch: Fetch | None = None,
 ) -> InferenceServiceStatus:  # fmt: skip
     """The status after this pass. old: the conditions that are there, whose times stay where nothing changed.
 
-    refusal: what the API server said when it last refused a write for this service. paused: nothing is written."""
-    view = _View(spec, observed, decision.status, observed.revision(revision_of(spec)))
+    refusal: what the API server said when it last refused a write for this service. paused: nothing is written.
+
+    fetch: how far the model is, where it is fetched."""
+    view = _View(spec, observed, decision.status, observed.revision(revision_of(spec)), fetch)
     findings = [
         _ready(view),
+        *_model_fetched(fetch),
         _model_loaded(view),
         _rollout_complete(view),
         *_movement(view, refusal, paused),
@@ -77,6 +81,12 @@ class _View:
     rollout: RolloutStatus
     target: Revision | None
     """The newest revision, if its Deployment is there."""
+    fetch: Fetch | None = None
+
+    @property
+    def unfetched(self) -> Fetch | None:
+        """What the newest revision waits for."""
+        return self.fetch if self.fetch and not self.fetch.done and not (self.target and self.target.serving) else None
 
     @property
     def serving(self) -> int:
@@ -125,7 +135,20 @@ def _ready(view: _View) -> Finding:
         return Finding("Ready", "True", "ScaledToZero", "No replica is wanted, and none serves.")
     if view.trouble:
         return Finding("Ready", "False", view.trouble.reason, view.trouble.message)
+    if view.unfetched:
+        return Finding("Ready", "False", *_unfetched(view.unfetched))
     return Finding("Ready", "False", "Starting", "No replica answers requests yet.")
+
+
+def _unfetched(fetch: Fetch) -> tuple[str, str]:
+    return ("FetchingModel" if fetch.state != "Failed" else fetch.reason), fetch.message
+
+
+def _model_fetched(fetch: Fetch | None) -> list[Finding]:
+    """Only for models that are fetched."""
+    if fetch is None:
+        return []
+    return [Finding("ModelFetched", "True" if fetch.done else "False", fetch.reason, fetch.message)]
 
 
 _AFTER_LOADING = frozenset({"GateFailed", "Inconclusive", "RolledBackByHand", "CrashLoop"})
@@ -183,6 +206,12 @@ def _movement(view: _View, refusal: str, paused: bool) -> list[Finding]:
     rollout, target, trouble = view.rollout, view.target, view.trouble
     if rollout.phase in ("RolledBack", "Stalled"):
         return [Finding("Stalled", "True", rollout.reason, rollout.message)]
+    if view.unfetched and view.unfetched.state == "Failed":
+        return [
+            Finding("Stalled", "True", view.unfetched.reason, f"The model is not fetched: {view.unfetched.message}")
+        ]
+    if view.unfetched:
+        return [Finding("Reconciling", "True", *_unfetched(view.unfetched))]
     hopeless = trouble is not None and (trouble.load_failure or trouble.reason == "PodsRefused")
     alone = rollout.phase == "Complete" or not rollout.stable
     if target and trouble and hopeless and alone and not target.serving:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import threading
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -104,6 +105,11 @@ def test_progress_over_http(tmp_path: Path) -> None:
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as page:
             lines = page.read().decode().splitlines()
+        with pytest.raises(urllib.error.HTTPError, match="503"):
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=5)
+        progress.done = True
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=5) as page:
+            assert page.status == 200
     finally:
         progress.close()
     assert "mainsail:fetch_bytes 4096" in lines

@@ -36,7 +36,7 @@ BUSY, FULL, CALM_POD = load(kv_usage=0.72), load(waiting=12.0), load(kv_usage=0.
     [
         (load(waiting=6.0), "QueueDepth"),
         (load(kv_usage=0.95), "KvUsage"),
-        (load(kv_usage=0.5, kv_wanted=0.5), "KvUsage"),
+        (load(kv_usage=0.5, kv_wanted=1.5), "KvUsage"),
         (load(preemptions_per_minute=3.0), "Preemptions"),
         (load(first_token_p95_s=2.5), "TimeToFirstToken"),
     ],

@@ -179,6 +179,18 @@ def test_load_of_a_pod() -> None:
     assert load.first_token_p95_s is None
 
 
+def test_sessions_want_kv_wherever_theirs_is() -> None:
+    history = History()
+    sessions = {("mainsail:sessions_kv_wanted_blocks", ()): 300.0, ("mainsail:sessions_parked", ()): 4.0,
+                ("mainsail:sessions_acting", ()): 2.0,
+                ("vllm:cache_config_info", (("block_size", "16"), ("num_gpu_blocks", "200"))): 1.0}  # fmt: skip
+    for number in range(4):
+        history.add(100.0 + 5 * number, idle() | sessions)
+    load = pod_load("u", history, 116.0)
+    assert load is not None
+    assert (load.kv_wanted, load.sessions) == (1.5, 6.0)
+
+
 def test_one_preemption_at_the_start_is_one_a_minute() -> None:
     history = History()
     for number in range(4):

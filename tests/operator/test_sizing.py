@@ -134,6 +134,17 @@ def test_capacity_is_told_when_it_moves_by_a_tenth(make_spec) -> None:
     assert second.status.capacity == first.status.capacity
 
 
+def test_a_status_that_the_watch_has_not_brought_yet_is_not_asked(make_spec, owner) -> None:
+    sizer = Sizer(Signals(), lambda spec: None)
+    spec = make_spec(scaling=SCALED)
+    stale = ScalingStatus(desired=0, reason="Idle", last_scale_time=stamp(NOW - 100))
+    first = sizer.size(owner, spec, seen(), {WAKE: stamp(NOW)}, stale, NOW)
+    again = sizer.size(owner, spec, seen(), {WAKE: stamp(NOW)}, stale, NOW + 1)
+    assert (first.status.reason, again.status) == ("Woken", first.status)
+    other = ScalingStatus(desired=3, reason="QueueDepth", last_scale_time=stamp(NOW + 60))
+    assert sizer.size(owner, spec, seen(), {}, other, NOW + 61).desired == 3, "another leader has decided since"
+
+
 def test_a_namesake_starts_anew_and_forgotten_services_leave_no_metrics(make_spec, owner) -> None:
     sizer = Sizer(Signals(), lambda spec: None)
     spec = make_spec(scaling={"min": 1, "max": 4})

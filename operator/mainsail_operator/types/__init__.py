@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from mainsail_operator.types.admission import AdmissionSpec
 from mainsail_operator.types.engine import OWNED_FLAGS, EngineSpec, KvCacheSpec
-from mainsail_operator.types.model import ModelSpec, PvcSource, pvc_source
+from mainsail_operator.types.model import CacheSpec, ModelSpec, PvcSource, pvc_source
 from mainsail_operator.types.pod import OWNED_LABELS, PodTemplateMetadata, PodTemplateSpec, ResourcesSpec
 from mainsail_operator.types.rollout import DrainSpec, Phase, RolloutGate, RolloutSpec, RolloutStatus, RolloutStep
 from mainsail_operator.types.scaling import ScaleDownSpec, ScalingSpec, ScalingTargets, ToZeroSpec, latency_s
@@ -38,6 +38,7 @@ __all__ = [
     "PLURAL",
     "VERSION",
     "AdmissionSpec",
+    "CacheSpec",
     "Capacity",
     "Condition",
     "DrainSpec",
