@@ -153,6 +153,18 @@ def _add_server_flags(serve: argparse.ArgumentParser) -> None:
         "--reasoning-parser", default=default.reasoning_parser, choices=REASONING_PARSERS,
         help="how the model marks its reasoning; auto: by its chat template",
     )  # fmt: skip
+    group.add_argument(
+        "--api-server-count", type=int, default=default.api_server_count, help="processes that answer HTTP on the port"
+    )
+    group.add_argument(
+        "--enable-log-requests",
+        action=argparse.BooleanOptionalAction,
+        default=default.log_requests,
+        help="a line for each finished request: counts and times, never what was said",
+    )
+    group.add_argument(
+        "--disable-log-requests", action="store_false", dest="enable_log_requests", help="the default; accepted"
+    )
     group.add_argument("--api-key", help="bearer token that clients must send; default: $MAINSAIL_API_KEY, or none")
     group.add_argument(
         "--live-limit", type=float, help="seconds without a step until liveness fails; default: 10, CPU 60"
@@ -198,6 +210,8 @@ def server_config(flags: argparse.Namespace) -> ServerConfig:
         max_num_queued_tokens=flags.max_num_queued_tokens,
         max_queue_wait_s=flags.max_queue_wait,
         api_key=getattr(flags, "api_key", None) or os.environ.get("MAINSAIL_API_KEY") or None,
+        api_server_count=flags.api_server_count,
+        log_requests=flags.enable_log_requests,
         live_limit_s=getattr(flags, "live_limit", None),
         tool_call_parser=flags.tool_call_parser,
         reasoning_parser=flags.reasoning_parser,

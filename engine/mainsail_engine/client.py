@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import shutil
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Protocol
@@ -31,6 +33,8 @@ from mainsail_engine.protocol import (
     Add,
     Compile,
     Compiled,
+    Control,
+    Controlled,
     CoreStart,
     Failed,
     FirstScheduled,
@@ -40,6 +44,7 @@ from mainsail_engine.protocol import (
     StepOutputs,
     decode_from_core,
     encode,
+    request_id_prefix,
 )
 from mainsail_engine.request import FinishReason
 from mainsail_engine.structured.grammar import Grammar
@@ -68,7 +73,11 @@ class Sink(Protocol):
 
 
 class EngineClient:
-    """`on_step` sees every step's outputs before the streams do (metrics)."""
+    """`on_step` sees every step's outputs before the sinks do (metrics). One for each API process.
+
+    process: this API process's number of num_processes. Number 0 starts the core and owns it; the others join in the
+    folder that it made (`folder`), where the sockets are.
+    """
 
     def __init__(
         self,
@@ -76,23 +85,31 @@ class EngineClient:
         *,
         on_step: Callable[[StepOutputs], None] | None = None,
         on_first_scheduled: Callable[[FirstScheduled], None] | None = None,
+        process: int = 0,
+        num_processes: int = 1,
+        folder: Path | None = None,
     ) -> None:
         self._config = config
         self._on_step = on_step
         self._on_first_scheduled = on_first_scheduled
+        self._number, self._num_processes = process, num_processes
+        self._owns_folder = folder is None
+        self.folder = folder or Path(tempfile.mkdtemp(prefix="mainsail-"))
         self._sinks: dict[str, Sink] = {}
-        self._verdicts: dict[int, asyncio.Future[str | None]] = {}
+        self._verdicts: dict[str, asyncio.Future[str | None]] = {}
         """On grammars that the core compiles."""
-        self._num_compiles = 0
-        self._folder: Path | None = None
         self._context: zmq.asyncio.Context | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._ready: asyncio.Future[Ready] | None = None
         self._failed: Failed | None = None
+        self._controls: dict[str, asyncio.Future[Controlled]] = {}
+        self._ids = itertools.count()
+        self._id_prefix = request_id_prefix(process) + uuid.uuid4().hex[:8]
         self._closing = False
         self._last_words = asyncio.Event()
         self.died = asyncio.Event()
         self.process: asyncio.subprocess.Process | None = None
+        """The core, where this process started it."""
         self.num_steps = 0
         self.progress_at_s = time.monotonic()
         """Monotonic time of the last step, or of the moment since when there is work."""
@@ -103,34 +120,47 @@ class EngineClient:
 
     @property
     def is_alive(self) -> bool:
-        return self.process is not None and self.process.returncode is None and not self.died.is_set()
+        if self.died.is_set() or self._failed is not None:
+            return False
+        return self._number > 0 or (self.process is not None and self.process.returncode is None)
 
     @property
     def failure(self) -> Failed:
         """Why the core ended."""
         return self._failed or Failed("EngineFailed", "the core process ended without a word")
 
+    def new_request_id(self) -> str:
+        """Unique, and says where its outputs belong."""
+        return f"{self._id_prefix}{next(self._ids):x}"
+
     async def start(self) -> Ready:
-        """Start the core and wait until it has generated a token. Raises StartupError with the core's reason."""
-        self._folder = Path(tempfile.mkdtemp(prefix="mainsail-"))
+        """Start the core, or join it, and wait until it has generated a token. Raises StartupError with its reason."""
         self._context = context = zmq.asyncio.Context()
-        self._commands = _bind(context, zmq.PUSH, f"ipc://{self._folder}/commands")
-        outputs = _bind(context, zmq.PULL, f"ipc://{self._folder}/outputs")
+        self._commands = _bind(context, zmq.PUSH, self._address("commands", self._number))
+        outputs = _bind(context, zmq.PULL, self._address("outputs", self._number))
         self._ready = asyncio.get_running_loop().create_future()
-        self.process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "mainsail_engine.core", stdin=asyncio.subprocess.PIPE, env=_environment()
+        self._tasks = [asyncio.create_task(self._receive(outputs))]
+        if self._number == 0:
+            self.process = await self._start_core()
+            self._tasks.append(asyncio.create_task(self._watch(self.process)))
+        return await self._ready
+
+    def _address(self, what: str, process: int) -> str:
+        return f"ipc://{self.folder}/{what}.{process}"
+
+    async def _start_core(self) -> asyncio.subprocess.Process:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "mainsail_engine.core", stdin=asyncio.subprocess.PIPE, env=child_environment()
         )
         start = CoreStart(
             config=self._config,
-            commands_address=f"ipc://{self._folder}/commands",
-            outputs_address=f"ipc://{self._folder}/outputs",
+            commands_addresses=[self._address("commands", number) for number in range(self._num_processes)],
+            outputs_addresses=[self._address("outputs", number) for number in range(self._num_processes)],
         )
-        stdin = self.process.stdin
-        if stdin is None:
+        if process.stdin is None:
             raise StartupError("the core process has no standard input")
-        stdin.write(msgspec.json.encode(start) + b"\n")
-        self._tasks = [asyncio.create_task(self._receive(outputs)), asyncio.create_task(self._watch(self.process))]
-        return await self._ready
+        process.stdin.write(msgspec.json.encode(start) + b"\n")
+        return process
 
     async def close(self) -> None:
         """End the core and everything that still waits for it."""
@@ -146,8 +176,20 @@ class EngineClient:
         if self._context is not None:  # left to the garbage collector, it would wait for its open sockets for ever
             self._context.destroy(linger=0)
             self._context = None
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        if self._owns_folder:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    async def control(self, action: str) -> None:
+        """Have the core sleep or wake up, once nothing runs. Raises RequestError."""
+        control_id = self.new_request_id()
+        done = self._controls[control_id] = asyncio.get_running_loop().create_future()
+        try:
+            self._commands.send(encode(Control(control_id, action)))
+            controlled = await done
+        finally:
+            del self._controls[control_id]
+        if controlled.error is not None:
+            raise RequestError(f"{action} failed: {controlled.error}", status=500, code="control_failed")
 
     def submit(self, add: Add, sink: Sink) -> None:
         """Hand a request to the core; its outputs go to the sink. Raises EngineDeadError."""
@@ -168,8 +210,7 @@ class EngineClient:
         """Have the core compile a grammar. Returns what is wrong with it. Raises EngineDeadError."""
         if not self.is_alive:
             raise EngineDeadError(self.failure.message)
-        self._num_compiles += 1
-        number = self._num_compiles
+        number = self.new_request_id()
         verdict = self._verdicts[number] = asyncio.get_running_loop().create_future()
         try:
             self._commands.send(encode(Compile(number, grammar)))
@@ -200,9 +241,15 @@ class EngineClient:
         elif isinstance(message, Ready):
             if self._ready is not None and not self._ready.done():
                 self._ready.set_result(message)
+        elif isinstance(message, Controlled):
+            waiting = self._controls.get(message.control_id)
+            if waiting is not None and not waiting.done():
+                waiting.set_result(message)
         else:
             self._failed = message
             self._last_words.set()
+            if self._number > 0:
+                self._core_died(message)
 
     def _deliver(self, step: StepOutputs) -> None:
         self.num_steps = step.step
@@ -228,11 +275,17 @@ class EngineClient:
             how = f"was ended by signal {-status}" if status < 0 else f"exited with {status}"
             hint = " (9 is how the kernel ends a process that uses too much memory)" if status == -9 else ""
             self._failed = Failed("EngineFailed", f"the core process {how}{hint}")
+        self._core_died(self._failed)
+
+    def _core_died(self, failed: Failed) -> None:
         self.died.set()
         if self._ready is not None and not self._ready.done():
-            self._ready.set_exception(startup_error(self._failed))
+            self._ready.set_exception(startup_error(failed))
         if not self._closing:
-            self.fail_all(EngineDeadError(self._failed.message))
+            self.fail_all(EngineDeadError(failed.message))
+        for waiting in self._controls.values():
+            if not waiting.done():
+                waiting.set_result(Controlled("", failed.message))
 
 
 def startup_error(failed: Failed) -> StartupError:
@@ -242,8 +295,8 @@ def startup_error(failed: Failed) -> StartupError:
     return error
 
 
-def _environment() -> dict[str, str]:
-    """The core is started by module name: it must find this very package, also when it is not installed."""
+def child_environment() -> dict[str, str]:
+    """Other processes are started by module name: they must find this very package, also when it is not installed."""
     root = str(Path(__file__).resolve().parent.parent)
     inherited = os.environ.get("PYTHONPATH")
     return {**os.environ, "PYTHONPATH": f"{inherited}{os.pathsep}{root}" if inherited else root}

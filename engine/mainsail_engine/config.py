@@ -128,6 +128,10 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """How the model writes tool calls. auto: by its chat template."""
     reasoning_parser: str = "auto"
     """How the model marks its reasoning. auto: by its chat template; none: reasoning is content."""
+    api_server_count: int = 1
+    """Processes that answer HTTP, on one port. One carries some ten thousand streamed tokens per second."""
+    log_requests: bool = False
+    """One line for each finished request: counts and times, never what was said."""
     live_limit_s: float | None = None
     """How long a step may take before liveness fails. None: 10 s on CUDA, 60 s on the CPU."""
 
@@ -136,6 +140,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
         _require(
             self.health_port is None or 0 <= self.health_port <= 65535, "--health-port must be between 0 and 65535"
         )
+        _require(1 <= self.api_server_count <= 64, "--api-server-count must be between 1 and 64")
         _require(self.drain_timeout_s >= 0, "--drain-timeout must not be negative")
         _require(self.max_num_queued_reqs >= 1, "--max-num-queued-reqs must be at least 1")
         _require(self.max_queue_wait_s >= 0, "--max-queue-wait must not be negative")

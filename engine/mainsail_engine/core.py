@@ -45,6 +45,8 @@ from mainsail_engine.protocol import (
     Add,
     Compile,
     Compiled,
+    Control,
+    Controlled,
     CoreStart,
     Failed,
     FirstScheduled,
@@ -55,6 +57,7 @@ from mainsail_engine.protocol import (
     StepOutputs,
     decode_to_core,
     encode,
+    process_of,
 )
 from mainsail_engine.request import FinishReason, Request, SamplingParams
 from mainsail_engine.step import PendingLogits, PendingStep, Runner, StepPlan, StepResult
@@ -64,6 +67,9 @@ if TYPE_CHECKING:
     from mainsail_engine.structured.compiler import Compiler
     from mainsail_engine.structured.constraint import Constraint
     from mainsail_engine.structured.grammar import Grammar
+
+if TYPE_CHECKING:
+    from mainsail_engine.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
 WARM_UP_ID = "warm-up"
@@ -91,15 +97,40 @@ class SchedulerLike(Protocol):
     def has_work(self) -> bool: ...
 
 
+class Sleeper(Protocol):
+    """What a core that can sleep needs: both are called with nothing running, and may raise anything."""
+
+    def resting_runner(self) -> Runner:
+        """What the core holds meanwhile: nothing of it may keep device memory alive. Raises where it cannot sleep."""
+        ...
+
+    def sleep(self) -> None:
+        """Give the device's memory back: weights to the host, KV dropped."""
+        ...
+
+    def wake_up(self) -> tuple[SchedulerLike, Runner]:
+        """Take the memory again. Returns a scheduler over the new, empty pool, and the runner to drive with it."""
+        ...
+
+
 class EngineCore:
     """Scheduler and runner, one step at a time. The clock comes from outside."""
 
     def __init__(
-        self, scheduler: SchedulerLike, runner: Runner, *, depth: int, compiler: Compiler | None = None
+        self,
+        scheduler: SchedulerLike,
+        runner: Runner,
+        *,
+        depth: int,
+        compiler: Compiler | None = None,
+        sleeper: Sleeper | None = None,
     ) -> None:
         """compiler None: requests with a grammar are refused."""
         self._scheduler = scheduler
         self._runner = runner
+        self._sleeper = sleeper
+        self._controls: deque[Control] = deque()
+        self._asleep = False
         self._depth = depth
         self.compiler = compiler
         self._in_flight: deque[tuple[StepPlan, PendingStep | PendingLogits]] = deque()
@@ -127,11 +158,38 @@ class EngineCore:
         wake_s = self._scheduler.wake_s
         return None if wake_s is None else max(IDLE_S, wake_s - now)
 
-    def handle(self, command: Add | Abort, now: float) -> None:
+    def handle(self, command: Add | Abort | Control, now: float) -> None:
         if isinstance(command, Add):
+            if self._asleep:
+                self._refuse(command.request_id, "the engine is asleep: POST /wake_up first", "asleep")
+                return
             self._add(command, now)
+        elif isinstance(command, Control):
+            self._controls.append(command)
         else:
             self._abort(command)
+
+    def control(self) -> Controlled | None:
+        """Do the next control once nothing runs. None: there is none, or something runs still."""
+        if not self._controls or self.has_work:
+            return None
+        control, error = self._controls.popleft(), None
+        try:
+            self._control(control.action)
+        except Exception as problem:
+            log.exception("control %s failed", control.action)
+            error = f"{type(problem).__name__}: {problem}"
+        return Controlled(control.control_id, error)
+
+    def _control(self, action: str) -> None:
+        if self._sleeper is None:
+            raise RuntimeError("this engine cannot sleep")
+        if action == "sleep" and not self._asleep:
+            self._runner, self._asleep = self._sleeper.resting_runner(), True
+            self._sleeper.sleep()
+        elif action == "wake_up" and self._asleep:
+            self._scheduler, self._runner = self._sleeper.wake_up()
+            self._asleep = False
 
     def _add(self, add: Add, now: float) -> None:
         self._queued_since[add.request_id] = now
@@ -213,7 +271,8 @@ class EngineCore:
     def step(self, now: float) -> StepOutputs | None:
         """Fill the pipeline, then finish its oldest step. None: there was nothing to run."""
         started_s = max(now, self._last_step_end_s)
-        self._scheduler.set_host_blocks(self._runner.num_host_blocks)
+        if not self._asleep:
+            self._scheduler.set_host_blocks(self._runner.num_host_blocks)
         if self._parked:
             self._unpark(now)
         self._launch(now)
@@ -312,11 +371,13 @@ class Mailbox:
 
     def __init__(self, start: CoreStart) -> None:
         self._context = zmq.Context()
-        self.commands: queue.SimpleQueue[Add | Abort] = queue.SimpleQueue()
+        self.commands: queue.SimpleQueue[Add | Abort | Control] = queue.SimpleQueue()
         self.compiler: Compiler | None = None
         self._outgoing: queue.SimpleQueue[FromCore | None] = queue.SimpleQueue()
-        reader = threading.Thread(target=self._read, args=(start.commands_address,), name="commands", daemon=True)
-        self._writer = threading.Thread(target=self._write, args=(start.outputs_address,), name="outputs", daemon=True)
+        reader = threading.Thread(target=self._read, args=(start.commands_addresses,), name="commands", daemon=True)
+        self._writer = threading.Thread(
+            target=self._write, args=(start.outputs_addresses,), name="outputs", daemon=True
+        )
         reader.start()
         self._writer.start()
 
@@ -328,10 +389,11 @@ class Mailbox:
         self._outgoing.put(None)
         self._writer.join(timeout=LINGER_MS / 1000 + 1.0)
 
-    def _read(self, address: str) -> None:
+    def _read(self, addresses: list[str]) -> None:
         socket = self._context.socket(zmq.PULL)
         socket.set_hwm(0)
-        socket.connect(address)
+        for address in addresses:
+            socket.connect(address)
         while True:
             command = decode_to_core(socket.recv())
             if isinstance(command, Compile):
@@ -347,16 +409,42 @@ class Mailbox:
         else:
             compiler.submit(command.grammar, lambda error: self.send(Compiled(number, error)))
 
-    def _write(self, address: str) -> None:
+    def _write(self, addresses: list[str]) -> None:
         context = zmq.Context()  # of its own: its end waits until everything has left
-        socket = context.socket(zmq.PUSH)
-        socket.set_hwm(0)
-        socket.setsockopt(zmq.LINGER, LINGER_MS)
-        socket.connect(address)
+        sockets = [context.socket(zmq.PUSH) for _ in addresses]
+        for socket, address in zip(sockets, addresses, strict=True):
+            socket.set_hwm(0)
+            socket.setsockopt(zmq.LINGER, LINGER_MS)
+            socket.connect(address)
         while (message := self._outgoing.get()) is not None:
-            socket.send(encode(message))
-        socket.close()
+            for process, part in addressed(message, len(sockets)):
+                sockets[process].send(encode(part))
+        for socket in sockets:
+            socket.close()
         context.term()
+
+
+def addressed(message: FromCore, num_processes: int) -> list[tuple[int, FromCore]]:
+    """What goes to which API process: everybody gets what concerns everybody, outputs go where they belong."""
+    if num_processes == 1:
+        return [(0, message)]
+    if isinstance(message, Controlled):
+        return [(process_of(message.control_id), message)]
+    if isinstance(message, Compiled):
+        return [(process_of(message.compile_id), message)]
+    if not isinstance(message, StepOutputs):
+        return [(process, message) for process in range(num_processes)]
+    outputs: list[list[RequestOutput]] = [[] for _ in range(num_processes)]
+    first: list[list[FirstScheduled]] = [[] for _ in range(num_processes)]
+    for output in message.outputs:
+        outputs[process_of(output.request_id)].append(output)
+    for scheduled in message.first_scheduled:
+        first[process_of(scheduled.request_id)].append(scheduled)
+    return [
+        (process, msgspec.structs.replace(message, outputs=outputs[process], first_scheduled=first[process]))
+        for process in range(num_processes)
+        if process == 0 or outputs[process] or first[process]
+    ]
 
 
 def run_loop(core: EngineCore, mailbox: Mailbox) -> None:
@@ -369,6 +457,8 @@ def run_loop(core: EngineCore, mailbox: Mailbox) -> None:
             _wait_for_command(core, mailbox, IDLE_S)
         while not mailbox.commands.empty():
             core.handle(mailbox.commands.get(), time.monotonic())
+        while (controlled := core.control()) is not None:
+            mailbox.send(controlled)
         outputs = core.step(time.monotonic())
         if outputs is not None:
             mailbox.send(outputs)
@@ -380,40 +470,71 @@ def _wait_for_command(core: EngineCore, mailbox: Mailbox, timeout_s: float | Non
         core.handle(mailbox.commands.get(timeout=timeout_s), time.monotonic())
 
 
+class _Engine:
+    """The parts of a core, made once at the start and again after a sleep."""
+
+    def __init__(self, config: EngineConfig, on_lost: Callable[[str], None]) -> None:
+        """Loads the model. Raises StartupError."""
+        from mainsail_engine.runner.model_runner import ModelRunner
+        from mainsail_engine.runner.workers import start_ranks
+
+        self.config = config
+        parallel, self._workers = start_ranks(config, on_lost)
+        self.model_runner = ModelRunner(config, parallel)
+
+    def parts(self) -> tuple[Scheduler, Runner]:
+        """A scheduler over the pool as it is now, empty, and the runner to drive with it."""
+        from mainsail_engine.runner.memory import offloading_bytes
+        from mainsail_engine.runner.model_runner import batched_tokens
+        from mainsail_engine.runner.swap import with_host_memory
+        from mainsail_engine.scheduler import Scheduler
+
+        runner, config = self.model_runner, self.config
+        scheduler = Scheduler(
+            config,
+            runner.num_blocks,
+            runner.max_model_len,
+            runner.eos_token_ids,
+            max_num_batched_tokens=batched_tokens(config, runner.device),
+            max_inter_token_latency_s=latency_target_s(config, str(runner.device)),
+        )
+        if self._workers:
+            return scheduler, self._workers.all_ranks(runner)
+        host_bytes = offloading_bytes(
+            config.cache.offloading_size_gib, pool_bytes=runner.kv_cache.nbytes, cuda=runner.device.type == "cuda"
+        )
+        return scheduler, with_host_memory(runner, runner.kv_cache, host_bytes)
+
+    def resting_runner(self) -> Runner:
+        if self._workers:
+            raise RuntimeError("an engine of several ranks cannot sleep")
+        return self.model_runner
+
+    def sleep(self) -> None:
+        self.model_runner.sleep()
+
+    def wake_up(self) -> tuple[Scheduler, Runner]:
+        self.model_runner.wake_up(self.config)
+        return self.parts()
+
+
 def build(config: EngineConfig, on_lost: Callable[[str], None] = log.critical) -> tuple[EngineCore, Ready]:
     """Load the model and generate a token. Raises StartupError.
 
     on_lost: told, on another thread, that a rank of several is lost and nothing will ever come of the steps in flight.
     """
-    from mainsail_engine.runner.memory import offloading_bytes
-    from mainsail_engine.runner.model_runner import ModelRunner, batched_tokens
-    from mainsail_engine.runner.swap import with_host_memory
-    from mainsail_engine.runner.workers import start_ranks
-    from mainsail_engine.scheduler import Scheduler
     from mainsail_engine.structured.compiler import Compiler
     from mainsail_engine.structured.vocabulary import vocabulary_of
     from mainsail_engine.text.tokenizer import load_tokenizer
 
-    parallel, workers = start_ranks(config, on_lost)
-    runner = ModelRunner(config, parallel)
-    scheduler = Scheduler(
-        config,
-        runner.num_blocks,
-        runner.max_model_len,
-        runner.eos_token_ids,
-        max_num_batched_tokens=batched_tokens(config, runner.device),
-        max_inter_token_latency_s=latency_target_s(config, str(runner.device)),
-    )
-    device = str(runner.device)
-    host_bytes = offloading_bytes(
-        config.cache.offloading_size_gib, pool_bytes=runner.kv_cache.nbytes, cuda=runner.device.type == "cuda"
-    )
-    everywhere = workers.all_ranks(runner) if workers else with_host_memory(runner, runner.kv_cache, host_bytes)
+    engine = _Engine(config, on_lost)
+    scheduler, runner = engine.parts()
+    device = str(engine.model_runner.device)
     compiler = Compiler(
         lambda: vocabulary_of(load_tokenizer(Path(config.model.path)), runner.vocab_size, sorted(runner.eos_token_ids)),
         jump_forward=config.jump_forward,
     )
-    core = EngineCore(scheduler, everywhere, depth=pipeline_depth(config, device), compiler=compiler)
+    core = EngineCore(scheduler, runner, depth=pipeline_depth(config, device), compiler=compiler, sleeper=engine)
     warm_up(core)
     ready = Ready(
         max_model_len=scheduler.max_model_len,
@@ -422,7 +543,7 @@ def build(config: EngineConfig, on_lost: Callable[[str], None] = log.critical) -
         vocab_size=runner.vocab_size,
         eos_token_ids=sorted(runner.eos_token_ids),
         device=device,
-        dtype=str(runner.dtype).removeprefix("torch."),
+        dtype=str(engine.model_runner.dtype).removeprefix("torch."),
     )
     return core, ready
 

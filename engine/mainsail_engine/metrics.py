@@ -1,16 +1,27 @@
-"""Every metric of the engine, in one table and one registry (that of the API process).
+"""Every metric of the engine, in a few tables.
 
 Names, labels and bucket bounds are vLLM's, so that dashboards, KEDA scalers and endpoint pickers made for it work
 unchanged; low bounds are added where its own are too coarse to see a fast model. Our own go under `mainsail:`.
+
+Values live in cells that all API processes share (`cells.py`): each writes its own, and a scrape of any one shows the
+sums. That also makes an observation one look-up and two additions, which a stream of tokens can afford. The exposition
+is prometheus_client's.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString  # pyright: ignore[reportUnknownVariableType]
 
+from mainsail_engine.cells import Cells
 from mainsail_engine.protocol import Ready, SchedulerStats, StepOutputs
 
 LABELS = ("model_name", "engine")
@@ -36,6 +47,13 @@ ITERATION_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16
 N_BUCKETS = (1, 2, 5, 10, 20)
 # A step takes from 1 ms (a small model's decode) to seconds (a long prefill on a CPU), its host's part 0.2 ms to 20 ms.
 STEP_BUCKETS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+# Preempted once is bad luck, twenty times is a pool that is too small.
+PREEMPTION_BUCKETS = (1, 2, 3, 4, 5, 10, 20)
+# A loop that lags 10 ms delays every stream's token by so much.
+LAG_BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0)
+# The instrumentator's own three are too coarse; long streams take minutes.
+HTTP_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+THROUGHPUT_WINDOW_S = 5.0
 
 
 def one_two_five(limit: int) -> tuple[int, ...]:
@@ -60,6 +78,11 @@ GAUGES = {
     "mainsail:sessions_parked": "Agent sessions between turns that are expected back; their KV may be in host memory.",
     "mainsail:sessions_held": "Agent sessions with a turn that is held, because others are expected back.",
     "mainsail:sessions_kv_wanted_blocks": "KV blocks of all live sessions, wherever they are.",
+    "vllm:avg_prompt_throughput_toks_per_s": "Prompt tokens per second over the last seconds.",
+    "vllm:avg_generation_throughput_toks_per_s": "Generated tokens per second over the last seconds.",
+    "mainsail:queued_requests": "Requests let in that have no first token yet.",
+    "mainsail:queued_prompt_tokens": "… and their prompts' tokens.",
+    "mainsail:prefill_tokens_per_second": "Rate at which prompt tokens leave the queue: what Retry-After is made from.",
     "mainsail:last_step_timestamp_seconds": "Unix time of the last finished step: the heartbeat.",
 }
 COUNTERS = {
@@ -73,6 +96,10 @@ COUNTERS = {
     "vllm:prompt_tokens": "Prompt tokens of requests that got a first token.",
     "vllm:prompt_tokens_cached": "… of which the prefix cache held the KV.",
     "vllm:generation_tokens": "Tokens generated.",
+    "vllm:external_prefix_cache_queries": "Prompt tokens looked up in host memory.",
+    "vllm:mm_cache_queries": "Always 0: no model here takes images.",
+    "vllm:mm_cache_hits": "Always 0: no model here takes images.",
+    "vllm:corrupted_requests": "Requests whose logits were not numbers.",
     "mainsail:steps": "Forward passes.",
     "mainsail:admitted": "Requests let in by admission.",
 }
@@ -90,6 +117,33 @@ STATS_GAUGES = {
     "mainsail:sessions_kv_wanted_blocks": "sessions_kv_wanted",
 }
 """Gauges that every step's stats bring, and the fields they come in."""
+LABELLED_GAUGES = {
+    "vllm:num_requests_waiting_by_reason": (
+        "Requests that wait: for room (capacity), or for another reason (deferred).",
+        "reason",
+        ("capacity", "deferred"),
+    ),
+}
+LABELLED_COUNTERS = {
+    "vllm:prompt_tokens_by_source": (
+        "Prompt tokens by where their KV came from.",
+        "source",
+        ("local_compute", "local_cache_hit", "external_kv_transfer"),
+    ),
+    "vllm:prompt_tokens_cached_by_source": ("Cached prompt tokens by tier.", "source", ("device", "host")),
+    "vllm:request_success": (
+        "Finished requests.",
+        "finished_reason",
+        ("stop", "length", "abort", "error", "repetition"),
+    ),
+}
+HANDLERS = (
+    *("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses", "/v1/models"),
+    *("/tokenize", "/detokenize", "other"),
+)
+"""What http_* metrics tell apart. Probes and scrapes do not count."""
+REJECTIONS = ("max_num_queued_reqs", "max_num_queued_tokens", "max_queue_wait")
+STATUSES = ("2xx", "3xx", "4xx", "5xx")
 STATS_COUNTERS = {
     "vllm:num_preemptions": "num_preemptions",
     "vllm:prefix_cache_queries": "prefix_cache_queries",
@@ -111,12 +165,15 @@ TIME_HISTOGRAMS = {
     "vllm:request_decode_time_seconds": ("From the first to the last token.", REQUEST_BUCKETS),
     "vllm:iteration_tokens_total": ("Tokens computed in a step.", ITERATION_BUCKETS),
     "vllm:request_params_n": ("The parameter n.", N_BUCKETS),
+    "vllm:request_num_preemptions": ("How often a finished request was preempted.", PREEMPTION_BUCKETS),
+    "mainsail:event_loop_lag_seconds": ("How much later than asked for an API process's loop woke.", LAG_BUCKETS),
     "mainsail:step_time_seconds": ("Duration of a step.", STEP_BUCKETS),
     "mainsail:step_host_time_seconds": ("A step without its wait for the device.", STEP_BUCKETS),
 }
 TOKEN_HISTOGRAMS = {
     "vllm:request_prompt_tokens": "Prompt tokens of a finished request.",
     "vllm:request_generation_tokens": "Generated tokens of a finished request.",
+    "vllm:request_max_num_generation_tokens": "The longest answer of a request (of its n).",
     "vllm:request_params_max_tokens": "The parameter max_tokens.",
     "vllm:request_prefill_kv_computed_tokens": "Prompt tokens of a finished request that no cache held.",
 }
@@ -134,62 +191,112 @@ class RequestTimes:
     first_token_s: float | None = None
     last_token_s: float | None = None
     num_tokens: int = 0
+    num_preemptions: int = 0
+
+    def in_words(self, reason: str) -> str:
+        """For the log: counts and times, nothing of what was said."""
+        times = (("queued", self.queue_time_s), ("first token after", self._since(self.first_token_s)),
+                 ("last after", self._since(self.last_token_s)))  # fmt: skip
+        spans = ", ".join(f"{name} {span:.3f} s" for name, span in times if span is not None)
+        prompt = f"{self.num_prompt_tokens} prompt tokens ({self.num_cached_tokens} cached)"
+        return f"{reason}; {prompt}, {self.num_tokens} generated; {spans or 'no token'}"
+
+    def _since(self, moment_s: float | None) -> float | None:
+        return None if moment_s is None else moment_s - self.arrival_s
 
 
-@dataclass
-class Metrics:
-    """Builds every series at once, so that a scrape before the first request shows zeros and not gaps."""
+class _Value:
+    """A counter or a gauge: this process's share of it."""
 
-    model_name: str
-    max_model_len: int
-    registry: CollectorRegistry = field(default_factory=CollectorRegistry)
+    __slots__ = ("_at", "_own")
 
-    def __post_init__(self) -> None:
-        disable_created_metrics()
-        labels = {"model_name": self.model_name, "engine": "0"}
-        self._gauges = {n: Gauge(n, doc, LABELS, registry=self.registry).labels(**labels) for n, doc in GAUGES.items()}
-        self._counters = {
-            n: Counter(n, doc, LABELS, registry=self.registry).labels(**labels) for n, doc in COUNTERS.items()
-        }
-        tokens = one_two_five(self.max_model_len)
-        tables = TIME_HISTOGRAMS | {name: (doc, tokens) for name, doc in TOKEN_HISTOGRAMS.items()}
-        self._histograms = {
-            n: Histogram(n, doc, LABELS, registry=self.registry, buckets=bounds).labels(**labels)
-            for n, (doc, bounds) in tables.items()
-        }
-        success = Counter(
-            "vllm:request_success", "Finished requests.", (*LABELS, "finished_reason"), registry=self.registry
-        )
-        self._finished = {
-            reason: success.labels(**labels, finished_reason=reason) for reason in ("stop", "length", "abort", "error")
-        }
-        rejections = Counter(
-            "vllm:admission_rejections", "Refused with 429.", ("model_name", "reason"), registry=self.registry
-        )
-        self._rejections = {
-            reason: rejections.labels(model_name=self.model_name, reason=reason)
-            for reason in ("max_num_queued_reqs", "max_num_queued_tokens", "max_queue_wait")
-        }
+    def __init__(self, cells: Cells) -> None:
+        self._own, self._at = cells.own, cells.allocate()
+
+    def inc(self, by: float = 1.0) -> None:
+        self._own[self._at] += by
+
+    def set(self, value: float) -> None:
+        self._own[self._at] = value
+
+    def total(self, cells: Cells) -> float:
+        return cells.total(self._at)
+
+
+class _Histogram:
+    """Cells: one for each bucket, one for what is above the last, and the sum."""
+
+    __slots__ = ("_at", "_own", "_sum", "bounds")
+
+    def __init__(self, cells: Cells, bounds: Sequence[float]) -> None:
+        self._own, self.bounds = cells.own, tuple(bounds)
+        self._at = cells.allocate(len(bounds) + 2)
+        self._sum = self._at + len(bounds) + 1
+
+    def observe(self, value: float) -> None:
+        self._own[self._at + bisect_left(self.bounds, value)] += 1
+        self._own[self._sum] += value
+
+    def totals(self, cells: Cells) -> tuple[list[tuple[str, float]], float]:
+        """(cumulative counts by upper bound, sum), over all processes."""
+        count, buckets = 0.0, list[tuple[str, float]]()
+        for index, bound in enumerate((*self.bounds, float("inf"))):
+            count += cells.total(self._at + index)
+            buckets.append((floatToGoString(bound), count))
+        return buckets, cells.total(self._sum)
+
+
+class Metrics(Collector):
+    """Every series is there at once, so that a scrape before the first request shows zeros and not gaps.
+
+    Processes that share cells must be made with the same max_model_len (it decides how many buckets there are).
+    """
+
+    def __init__(self, model_name: str, max_model_len: int, cells: Cells | None = None) -> None:
+        self.model_name = model_name
+        self._cells = cells = cells or Cells()
+        self._gauges = {name: _Value(cells) for name in GAUGES}
+        self._counters = {name: _Value(cells) for name in COUNTERS}
+        labelled = LABELLED_GAUGES | LABELLED_COUNTERS
+        self._labelled = {name: {v: _Value(cells) for v in values} for name, (_, _, values) in labelled.items()}
+        tokens = one_two_five(max_model_len)
+        self._tables = TIME_HISTOGRAMS | {name: (doc, tokens) for name, doc in TOKEN_HISTOGRAMS.items()}
+        self._histograms = {name: _Histogram(cells, bounds) for name, (_, bounds) in self._tables.items()}
+        self._rejections = {r: _Value(cells) for r in REJECTIONS}
+        self._http_requests = {(h, s): _Value(cells) for h in HANDLERS for s in STATUSES}
+        self._http_durations = {handler: _Histogram(cells, HTTP_BUCKETS) for handler in HANDLERS}
+        self._cache_info: dict[str, str] = {}
+        self.is_asleep: Callable[[], bool] = lambda: False
         self._last_stats = SchedulerStats()
+        self._throughput = {
+            "vllm:avg_prompt_throughput_toks_per_s": _Rate(self._counters["vllm:prompt_tokens"]),
+            "vllm:avg_generation_throughput_toks_per_s": _Rate(self._counters["vllm:generation_tokens"]),
+        }
+        self.registry = CollectorRegistry()
+        self.registry.register(self)
 
     def set_cache_info(self, ready: Ready, *, enable_prefix_caching: bool) -> None:
         """What endpoint pickers read the pool's size from."""
-        values = {
+        self._cache_info = {
             "block_size": str(ready.block_size),
             "num_gpu_blocks": str(ready.num_blocks),
             "enable_prefix_caching": str(enable_prefix_caching),
             "cache_dtype": ready.dtype,
             "engine": "0",
         }
-        Gauge("vllm:cache_config_info", "The KV cache's settings.", tuple(values), registry=self.registry).labels(
-            **values
-        ).set(1)
+
+    # -- what happens ----------------------------------------------------------------------------------------------
 
     def step(self, step: StepOutputs) -> None:
+        """A step's stats. Only one process, the leader, counts these."""
         stats, last = step.stats, self._last_stats
         for name, field_name in STATS_GAUGES.items():
             self._gauges[name].set(getattr(stats, field_name))
+        self._labelled["vllm:num_requests_waiting_by_reason"]["capacity"].set(stats.num_waiting - stats.sessions_held)
+        self._labelled["vllm:num_requests_waiting_by_reason"]["deferred"].set(stats.sessions_held)
         self._gauges["mainsail:last_step_timestamp_seconds"].set(time.time())
+        if stats.num_preemptions < last.num_preemptions or stats.prefix_cache_queries < last.prefix_cache_queries:
+            last = SchedulerStats()  # the core began anew (after a sleep)
         for name, field_name in STATS_COUNTERS.items():
             self._counters[name].inc(getattr(stats, field_name) - getattr(last, field_name))
         self._last_stats = stats
@@ -207,22 +314,46 @@ class Metrics:
     def rejected(self, reason: str) -> None:
         self._rejections[reason].inc()
 
+    def queued(self, requests: float, tokens: float, tokens_per_s: float) -> None:
+        """This process's part of the queue."""
+        self._gauges["mainsail:queued_requests"].set(requests)
+        self._gauges["mainsail:queued_prompt_tokens"].set(tokens)
+        self._gauges["mainsail:prefill_tokens_per_second"].set(tokens_per_s)
+
+    def corrupted(self) -> None:
+        self._counters["vllm:corrupted_requests"].inc()
+
+    def lagged(self, seconds: float) -> None:
+        self._histograms["mainsail:event_loop_lag_seconds"].observe(seconds)
+
+    def http(self, path: str, status: int, seconds: float) -> None:
+        handler = path if path in self._http_durations else "other"
+        self._http_requests[handler, f"{min(max(status // 100, 2), 5)}xx"].inc()
+        self._http_durations[handler].observe(seconds)
+
     def tokens(self, times: RequestTimes, count: int, num_cached_tokens: int, now: float) -> None:
         """A step brought a request `count` tokens."""
         if times.first_token_s is None:
-            times.first_token_s = now
-            times.num_cached_tokens = num_cached_tokens
-            self._histograms["vllm:time_to_first_token_seconds"].observe(now - times.arrival_s)
-            self._counters["vllm:prompt_tokens"].inc(times.num_prompt_tokens)
-            self._counters["vllm:prompt_tokens_cached"].inc(num_cached_tokens)
+            self._first_token(times, num_cached_tokens, now)
         elif times.last_token_s is not None:
             self._histograms["vllm:inter_token_latency_seconds"].observe(now - times.last_token_s)
         times.last_token_s = now
         times.num_tokens += count
         self._counters["vllm:generation_tokens"].inc(count)
 
+    def _first_token(self, times: RequestTimes, num_cached_tokens: int, now: float) -> None:
+        times.first_token_s = now
+        times.num_cached_tokens = num_cached_tokens
+        self._histograms["vllm:time_to_first_token_seconds"].observe(now - times.arrival_s)
+        self._counters["vllm:prompt_tokens"].inc(times.num_prompt_tokens)
+        self._counters["vllm:prompt_tokens_cached"].inc(num_cached_tokens)
+        by_source = self._labelled["vllm:prompt_tokens_by_source"]
+        by_source["local_compute"].inc(times.num_prompt_tokens - num_cached_tokens)
+        by_source["local_cache_hit"].inc(num_cached_tokens)
+        self._labelled["vllm:prompt_tokens_cached_by_source"]["device"].inc(num_cached_tokens)
+
     def finished(self, times: RequestTimes, reason: str) -> None:
-        self._finished[reason].inc()
+        self._labelled["vllm:request_success"][reason].inc()
         if times.first_token_s is None or times.last_token_s is None:
             return
         observe = {
@@ -230,6 +361,7 @@ class Metrics:
             "vllm:request_generation_tokens": times.num_tokens,
             "vllm:request_params_max_tokens": times.max_tokens,
             "vllm:request_prefill_kv_computed_tokens": times.num_prompt_tokens - times.num_cached_tokens,
+            "vllm:request_num_preemptions": times.num_preemptions,
             "vllm:e2e_request_latency_seconds": times.last_token_s - times.arrival_s,
             "vllm:request_decode_time_seconds": times.last_token_s - times.first_token_s,
         }
@@ -244,5 +376,88 @@ class Metrics:
         for name, value in observe.items():
             self._histograms[name].observe(value)
 
+    def answered(self, longest: int) -> None:
+        """All n answers of one prompt are finished; the longest has so many tokens."""
+        self._histograms["vllm:request_max_num_generation_tokens"].observe(longest)
+
+    # -- what a scrape sees ----------------------------------------------------------------------------------------
+
+    def collect(self) -> Iterator[Metric]:
+        own = (self.model_name, "0")
+        yield from self._collect_values(own)
+        yield from self._collect_labelled(own)
+        for name, histogram in self._histograms.items():
+            family = HistogramMetricFamily(name, self._tables[name][0], labels=LABELS)
+            family.add_metric(own, *histogram.totals(self._cells))
+            yield family
+        yield from self._collect_http()
+
+    def _collect_values(self, own: tuple[str, str]) -> Iterator[Metric]:
+        for name, doc in GAUGES.items():
+            gauge = GaugeMetricFamily(name, doc, labels=LABELS)
+            rate = self._throughput.get(name)
+            value = rate.per_second(self._cells, time.monotonic()) if rate else self._gauges[name].total(self._cells)
+            gauge.add_metric(own, value)
+            yield gauge
+        for name, doc in COUNTERS.items():
+            counter = CounterMetricFamily(name, doc, labels=LABELS)
+            counter.add_metric(own, self._counters[name].total(self._cells))
+            yield counter
+        if self._cache_info:
+            info = GaugeMetricFamily("vllm:cache_config_info", "The KV cache's settings.", labels=[*self._cache_info])
+            info.add_metric([*self._cache_info.values()], 1.0)
+            yield info
+
+    def _collect_labelled(self, own: tuple[str, str]) -> Iterator[Metric]:
+        for kind, table in ((GaugeMetricFamily, LABELLED_GAUGES), (CounterMetricFamily, LABELLED_COUNTERS)):
+            for name, (doc, label, values) in table.items():
+                family = kind(name, doc, labels=(*LABELS, label))
+                for value in values:
+                    family.add_metric((*own, value), self._labelled[name][value].total(self._cells))
+                yield family
+        sleep_state = GaugeMetricFamily(
+            "vllm:engine_sleep_state", "1 for the state that the engine is in.", labels=(*LABELS, "sleep_state")
+        )
+        state = "weights_offloaded" if self.is_asleep() else "awake"
+        for name in ("awake", "weights_offloaded", "discard_all"):
+            sleep_state.add_metric((*own, name), float(name == state))
+        yield sleep_state
+        rejections = CounterMetricFamily(
+            "vllm:admission_rejections", "Refused with 429.", labels=("model_name", "reason")
+        )
+        for reason, value in self._rejections.items():
+            rejections.add_metric((self.model_name, reason), value.total(self._cells))
+        yield rejections
+
+    def _collect_http(self) -> Iterator[Metric]:
+        requests = CounterMetricFamily("http_requests", "HTTP requests answered.", labels=("handler", "status"))
+        for key, value in self._http_requests.items():
+            requests.add_metric(key, value.total(self._cells))
+        yield requests
+        durations = HistogramMetricFamily(
+            "http_request_duration_seconds", "Until the last byte of the answer.", labels=("handler",)
+        )
+        for handler, histogram in self._http_durations.items():
+            durations.add_metric((handler,), *histogram.totals(self._cells))
+        yield durations
+
     def exposition(self) -> bytes:
         return generate_latest(self.registry)
+
+
+class _Rate:
+    """A counter's growth per second over the last window, for dashboards that do not take rates themselves."""
+
+    def __init__(self, counter: _Value) -> None:
+        self._counter = counter
+        self._from = (0.0, 0.0)
+        self._rate = 0.0
+
+    def per_second(self, cells: Cells, now: float) -> float:
+        since, before = self._from
+        elapsed = now - since
+        if elapsed >= THROUGHPUT_WINDOW_S:
+            total = self._counter.total(cells)
+            self._rate = (total - before) / elapsed if since else 0.0
+            self._from = (now, total)
+        return self._rate

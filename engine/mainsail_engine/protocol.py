@@ -1,9 +1,13 @@
-"""The messages between an API process and the core process: msgspec structs as msgpack over ZMQ.
+"""The messages between API processes and the core process: msgspec structs as msgpack over ZMQ.
 
-API → core: `Add`, `Abort`, and `Compile`, which is answered by `Compiled`. Core → API: `Ready` once, then one
-`StepOutputs` for every step (its counter is the heartbeat), or `Failed` with the last breath. Draining is the API
-process's business: the core just runs out of work.
-Text never crosses: the core deals in token ids only.
+API → core: `Add`, `Abort`, and `Compile` and `Control`, which are answered by `Compiled` and `Controlled`. Core → API:
+`Ready` once, then one `StepOutputs` for every step (its counter is the heartbeat), or `Failed` with the last breath.
+Draining is the API processes' business: the core just runs out of work. Text never crosses: the core deals in token ids
+only.
+
+With several API processes, the id of a request, compile or control begins with its process's number
+(`request_id_prefix`): answers go back to where it came from. Process 0, the leader, hears of every step; the others of
+those that bring them something.
 """
 
 from __future__ import annotations
@@ -34,12 +38,12 @@ class Add(msgspec.Struct, frozen=True, tag=True, array_like=True):
 class Compile(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Compile a grammar, before a request that needs it: what is wrong with it is known before an answer begins."""
 
-    compile_id: int
+    compile_id: str
     grammar: Grammar
 
 
 class Compiled(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    compile_id: int
+    compile_id: str
     error: str | None
     """For the client. None: compiled, and cached."""
 
@@ -49,6 +53,21 @@ class Abort(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
     request_ids: list[str]
     reason: FinishReason = FinishReason.ABORT
+
+
+class Control(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Something to do between requests: sleep (weights to the host, KV dropped) or wake_up. Waits for running ones."""
+
+    control_id: str
+    """Begins with the process's number, as request ids do."""
+    action: str
+
+
+class Controlled(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """A control is done, or why not."""
+
+    control_id: str
+    error: str | None = None
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -89,6 +108,8 @@ class RequestOutput(msgspec.Struct, frozen=True, array_like=True):
     """Of the next prompt positions (the first output begins at the prompt's second token)."""
     embedding: bytes | None = None
     """The prompt's embedding: float32 numbers, not normalized."""
+    num_preemptions: int = 0
+    """How often the request has been preempted so far."""
 
 
 class SchedulerStats(msgspec.Struct, frozen=True, array_like=True):
@@ -153,16 +174,30 @@ class Failed(msgspec.Struct, frozen=True, tag=True, array_like=True):
     message: str
 
 
-ToCore = Add | Abort | Compile
-FromCore = Ready | StepOutputs | Compiled | Failed
+ToCore = Add | Abort | Compile | Control
+FromCore = Ready | StepOutputs | Compiled | Controlled | Failed
+
+
+def request_id_prefix(process: int) -> str:
+    """What the ids of an API process's requests begin with: two hexadecimal digits."""
+    return f"{process:02x}"
+
+
+def process_of(request_id: str) -> int:
+    """The API process that a request came from; 0 for ids that do not say."""
+    try:
+        return int(request_id[:2], 16)
+    except ValueError:
+        return 0
 
 
 class CoreStart(msgspec.Struct, frozen=True, kw_only=True):
     """The one line of JSON on the core's standard input: what to run, and the addresses to talk over."""
 
     config: EngineConfig
-    commands_address: str
-    outputs_address: str
+    commands_addresses: list[str]
+    """One for each API process, the leader's first; `outputs_addresses` likewise."""
+    outputs_addresses: list[str]
 
 
 encode = msgspec.msgpack.Encoder().encode

@@ -552,11 +552,14 @@ class Scheduler:
         tokens = request.output_token_ids[start:]
         stop, cached = request.stop_reason, request.num_cached_tokens
         if extras is None:
-            return RequestOutput(request.request_id, tokens, reason, stop, cached)
+            return RequestOutput(
+                request.request_id, tokens, reason, stop, cached, num_preemptions=request.num_preemptions
+            )
         logprobs = extras.logprobs and extras.logprobs[: len(tokens)]
         return RequestOutput(
             request.request_id, tokens, reason, stop, cached,
             logprobs=logprobs, prompt_logprobs=extras.prompt_logprobs, embedding=extras.embedding,
+            num_preemptions=request.num_preemptions,
         )  # fmt: skip
 
     def _accept_with_extras(self, request: Request, token: int | None, extras: ChunkExtras) -> RequestOutput:

@@ -26,6 +26,7 @@ from mainsail_engine.request import Request, SamplingParams
 from mainsail_engine.runner import memory
 from mainsail_engine.runner.batch import BlockTables, StepArrays, build
 from mainsail_engine.runner.cuda_graphs import PaddedSteps, graph_bytes
+from mainsail_engine.runner.sleep import move_tensors, to_device, to_host
 from mainsail_engine.runner.threads import set_cpu_threads
 from mainsail_engine.runner.token_masks import MaskStaging, TokenMasks
 from mainsail_engine.runner.uploads import Downloads, Uploads
@@ -135,6 +136,23 @@ class ModelRunner:
             raise OutOfMemoryError(
                 f"the device has too little memory for the model and its KV pool: {error}"
             ) from error
+        self._warm_up()
+        self._padded = self._pad(config) if self.device.type == "cuda" else None
+
+    def sleep(self) -> None:
+        """Weights to the host, the KV pool and all graphs dropped. Nothing may be launched until `wake_up`."""
+        self._padded = self._workspace = None
+        self.kv_cache = torch.empty(0, dtype=self.dtype)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+            move_tensors(self._model, to_host)
+            torch.cuda.empty_cache()
+
+    def wake_up(self, config: EngineConfig) -> None:
+        """The weights back, and an empty pool of the same size."""
+        if self.device.type == "cuda":
+            move_tensors(self._model, to_device(self.device))
+        self._allocate(self.num_blocks, config.scheduler.max_num_seqs)
         self._warm_up()
         self._padded = self._pad(config) if self.device.type == "cuda" else None
 

@@ -5,18 +5,25 @@ measured; a refused client is told to come back when, at that rate, there is roo
 served, a queue only makes everybody late, so that work is done of which nobody waits for the end any more: beyond a
 wait of max_wait_s newcomers are refused at once. A burst is no overload: the queue must have stood for BURST_S (the
 idea is CoDel's: Nichols and Jacobson, 2012), and the first FREE_REQUESTS at a time are always let in, so that a few
-clients with long prompts are served however long that takes. A pure value machine: the clock is an argument.
+clients with long prompts are served however long that takes. Where several API processes serve one engine, what waits
+in all of them counts (`Board`). The clock is an argument.
 """
 
 from __future__ import annotations
 
 import math
+from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+from mainsail_engine.server.board import Board
 
 RATE_HALF_LIFE_S = 5.0
 MIN_RETRY_S, MAX_RETRY_S = 1.0, 60.0
 BURST_S = 1.0
 """How long a queue may stand before its length counts as an overload."""
+RESERVED_S = 1.0
+"""A reservation that nobody has taken by then is void."""
 FREE_REQUESTS = 64
 """As many queued requests as a wait alone never refuses."""
 
@@ -55,45 +62,68 @@ class DrainRate:
 
 
 class Admission:
-    """`check` before answering, `enter` when the request goes to the core, `leave` at its first token or its end."""
+    """`check` and `reserve` before answering, `enter` when the request goes to the core, `leave` at its first token or
+    its end.
 
-    def __init__(self, *, max_requests: int, max_tokens: int, max_wait_s: float = 0.0) -> None:
+    Between the two a moment passes, in which others ask: a reservation counts until it is taken or too old (its client
+    may have gone at once). Processes that ask in the very same moment may together let in one each too many.
+    """
+
+    def __init__(
+        self, *, max_requests: int, max_tokens: int, max_wait_s: float = 0.0, board: Board | None = None
+    ) -> None:
         """max_wait_s 0: no bound."""
         self._max_requests = max_requests
         self._max_tokens = max_tokens
         self._max_wait_s = max_wait_s
         self._stands_since_s = 0.0
         self._rate = DrainRate()
+        self._board = board or Board()
+        self._reserved: deque[tuple[float, int]] = deque()
+        """(when it is too old, prompt tokens), oldest first."""
         self.num_requests = 0
+        """Queued through this process; `num_tokens` likewise."""
         self.num_tokens = 0
 
     def check(self, requests: int, tokens: int, now: float) -> Rejection | None:
         """May this many requests with this many prompt tokens together join? None: yes. An empty queue takes any."""
-        if self.num_requests == 0:
+        queued = self.num_requests + len(self._reserved) + int(self._board.others("queued_requests"))
+        reserved = sum(tokens for _, tokens in self._reserved)
+        waiting = self.num_tokens + reserved + int(self._board.others("queued_tokens"))
+        if queued == 0:
             return None
-        if self.num_requests + requests > self._max_requests:
-            excess = self.num_requests + requests - self._max_requests
-            mean = self.num_tokens / self.num_requests
-            return self._reject("max_num_queued_reqs", f"{self.num_requests} requests wait already", excess * mean)
-        if self.num_tokens + tokens > self._max_tokens:
-            excess = self.num_tokens + tokens - self._max_tokens
-            return self._reject("max_num_queued_tokens", f"{self.num_tokens} prompt tokens wait already", excess)
-        rate = self._rate.tokens_per_s
-        if not rate or not self._max_wait_s or self.num_requests + requests <= FREE_REQUESTS:
+        if queued + requests > self._max_requests:
+            excess = queued + requests - self._max_requests
+            return self._reject("max_num_queued_reqs", f"{queued} requests wait already", excess * waiting / queued)
+        if waiting + tokens > self._max_tokens:
+            excess = waiting + tokens - self._max_tokens
+            return self._reject("max_num_queued_tokens", f"{waiting} prompt tokens wait already", excess)
+        rate = self.tokens_per_s
+        if not rate or not self._max_wait_s or queued + requests <= FREE_REQUESTS:
             return None
-        wait_s = (self.num_tokens + tokens) / rate
+        wait_s = (waiting + tokens) / rate
         if wait_s <= self._max_wait_s or now - self._stands_since_s <= BURST_S:
             return None
         return self._reject(
             "max_queue_wait", f"the first token would take {wait_s:.1f} s", rate * (wait_s - self._max_wait_s)
         )
 
+    def reserve(self, requests: Iterable[int], now: float) -> None:
+        """These requests, given by their prompt tokens, were let in and will `enter` in a moment."""
+        while self._reserved and self._reserved[0][0] <= now:
+            self._reserved.popleft()
+        self._reserved.extend((now + RESERVED_S, tokens) for tokens in requests)
+        self._publish()
+
     def enter(self, tokens: int, now: float) -> None:
+        if self._reserved:
+            self._reserved.popleft()
         if self.num_requests == 0:
             self._stands_since_s = now
             self._rate.resume(now)
         self.num_requests += 1
         self.num_tokens += tokens
+        self._publish()
 
     def leave(self, tokens: int, now: float, *, served: bool) -> None:
         """served: it got its first token. Otherwise it gave up, which says nothing about the rate."""
@@ -101,10 +131,26 @@ class Admission:
         self.num_tokens -= tokens
         if served:
             self._rate.add(tokens, now)
+        self._publish()
+
+    def _publish(self) -> None:
+        self._board.set("queued_requests", self.num_requests + len(self._reserved))
+        self._board.set("queued_tokens", self.num_tokens + sum(tokens for _, tokens in self._reserved))
+        self._board.set("drain_rate", self.own_tokens_per_s)
+
+    @property
+    def own_tokens_per_s(self) -> float:
+        """The drain rate of this process's requests; 0 while unknown."""
+        return self._rate.tokens_per_s or 0.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        """The measured drain rate of all processes; 0 while unknown."""
+        return self._board.total("drain_rate")
 
     def retry_after_s(self, tokens: float) -> float:
         """Seconds until this many queued tokens will have left, in whole seconds within bounds."""
-        rate = self._rate.tokens_per_s
+        rate = self.tokens_per_s
         wanted = tokens / rate if rate else MIN_RETRY_S
         return float(min(max(math.ceil(wanted - 1e-6), MIN_RETRY_S), MAX_RETRY_S))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI
@@ -21,7 +20,7 @@ from mainsail_engine.server.completions import completion
 from mainsail_engine.server.errors import error_response, from_validation
 from mainsail_engine.server.handover import ResumedBody
 from mainsail_engine.server.health import Verdict, body
-from mainsail_engine.server.middleware import ApiKey, BodyLimit, InProgress
+from mainsail_engine.server.middleware import ApiKey, BodyLimit, HttpMetrics, InProgress
 from mainsail_engine.server.serving import Serving
 from mainsail_engine.version import version
 
@@ -29,25 +28,16 @@ STATUSES = (400, 401, 404, 413, 429, 500, 503)
 ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": schemas.ErrorBody} for status in STATUSES}
 
 
-@dataclass(frozen=True, slots=True)
-class Application:
-    """The ASGI callable, and the count of requests in progress."""
-
-    asgi: ASGIApp
-    in_progress: InProgress
-
-
 def build_app(
     serving: Serving, *, look: Callable[[str], Verdict | None], drain: Callable[[], None], api_key: str | None
-) -> Application:
+) -> ASGIApp:
     app = FastAPI(title="Mainsail engine", version=version(), docs_url=None, redoc_url=None)
     _add_error_handlers(app)
     _add_generation(app, serving)
     _add_text(app, serving)
     _add_operations(app, serving, look, drain)
-    in_progress = InProgress(ResumedBody(app))
-    limited = BodyLimit(in_progress)
-    return Application(ApiKey(limited, api_key) if api_key else limited, in_progress)
+    limited = BodyLimit(InProgress(ResumedBody(app), serving.board))
+    return HttpMetrics(ApiKey(limited, api_key) if api_key else limited, serving.metrics)
 
 
 def _add_error_handlers(app: FastAPI) -> None:
@@ -154,4 +144,25 @@ def _add_operations(
             drain()
         return {"status": "draining"}
 
-    del health, metrics, show_version, begin_drain
+    @app.post("/sleep", responses=ERRORS)
+    async def sleep(request: Request) -> schemas.SleepState:
+        check_level(request.query_params.get("level", "1"))
+        await serving.sleep()
+        return schemas.SleepState(is_sleeping=True)
+
+    @app.post("/wake_up", responses=ERRORS)
+    async def wake_up() -> schemas.SleepState:
+        await serving.wake_up()
+        return schemas.SleepState(is_sleeping=False)
+
+    @app.get("/is_sleeping")
+    async def is_sleeping() -> schemas.SleepState:
+        return schemas.SleepState(is_sleeping=serving.is_asleep)
+
+    del health, metrics, show_version, begin_drain, sleep, wake_up, is_sleeping
+
+
+def check_level(level: str) -> None:
+    """Level 2 would forget the weights: they could only come from disk again."""
+    if level != "1":
+        raise RequestError("only level 1 is supported (weights to the host, KV dropped)", param="level")

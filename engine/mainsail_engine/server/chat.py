@@ -16,7 +16,7 @@ from mainsail_engine.request import FinishReason
 from mainsail_engine.server.answer_format import AnswerReader
 from mainsail_engine.server.answers import Answer, collect, usage
 from mainsail_engine.server.constraints import chat_grammar, content_grammar
-from mainsail_engine.server.handover import Identity, Ledger, take_over
+from mainsail_engine.server.handover import Identity, Ledger, is_resumed, take_over
 from mainsail_engine.server.logprobs import TokenTexts, chat_logprobs, prompt_logprobs
 from mainsail_engine.server.message import MessageDeltas, message_of
 from mainsail_engine.server.schemas import ChatCompletionRequest, Message, NamedChoice, ToolChoice
@@ -82,6 +82,9 @@ async def chat_completion(serving: Serving, body: ChatCompletionRequest, request
     """Everything that can be refused is refused here, before the first byte of the answer."""
     arrival_s = time.monotonic()
     serving.check_model(body.model)
+    serving.check_open()
+    if not is_resumed(request):
+        serving.check_room()
     plan, grammar = await plan_chat(serving, body)
     if grammar is not None:
         compiling = serving.compile(grammar[0], param=grammar[1], timeout_s=body.timeout)

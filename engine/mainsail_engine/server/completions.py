@@ -16,7 +16,7 @@ from mainsail_engine.errors import RequestError
 from mainsail_engine.protocol import TokenLogprobs
 from mainsail_engine.server.answers import Answer, collect, usage
 from mainsail_engine.server.constraints import content_grammar
-from mainsail_engine.server.handover import Identity, Ledger, take_over
+from mainsail_engine.server.handover import Identity, Ledger, is_resumed, take_over
 from mainsail_engine.server.logprobs import TokenTexts, completion_logprobs, prompt_logprobs
 from mainsail_engine.server.schemas import MAX_PROMPTS, CompletionRequest
 from mainsail_engine.server.serving import Delta, Job, Serving
@@ -40,6 +40,9 @@ async def completion(serving: Serving, body: CompletionRequest, request: Request
     """Everything that can be refused is refused here, before the first byte of the answer."""
     arrival_s = time.monotonic()
     serving.check_model(body.model)
+    serving.check_open()
+    if not is_resumed(request):
+        serving.check_room()
     jobs = await _jobs(serving, body)
     grammar = content_grammar(body)
     if grammar is not None:

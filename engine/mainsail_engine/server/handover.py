@@ -140,6 +140,11 @@ class Identity:
     """Seconds since the epoch."""
 
 
+def is_resumed(request: Request) -> bool:
+    """Whether the request brings what was delivered of its answer elsewhere."""
+    return _SCOPE_KEY in request.scope
+
+
 def take_over(request: Request, jobs: list[Job], vocab_size: int, *, stream: bool) -> tuple[list[Job], Identity | None]:
     """The jobs after what the gateway says was delivered, and the answer's identity; as they are without a resume.
 

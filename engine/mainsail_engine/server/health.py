@@ -27,6 +27,8 @@ class Vitals:
     num_requests: int
     progress_at_s: float
     """Monotonic time of the last step, or since when there is work."""
+    asleep: bool = False
+    """Weights are on the host (/sleep): alive, but of no use to clients."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,8 @@ def _ready(vitals: Vitals) -> Verdict:
         return Verdict(False, "loading the model")
     if vitals.draining:
         return Verdict(False, "draining")
+    if vitals.asleep:
+        return Verdict(False, "asleep")
     return Verdict(vitals.core_alive, "ready" if vitals.core_alive else "the core process ended")
 
 

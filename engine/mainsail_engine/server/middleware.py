@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import hmac
+import time
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mainsail_engine.errors import RequestError
+from mainsail_engine.metrics import Metrics
+from mainsail_engine.server.board import Board
 from mainsail_engine.server.errors import error_response
 
 MAX_BODY_BYTES = 8 * 2**20
@@ -94,16 +97,46 @@ class ApiKey:
 class InProgress:
     """How many HTTP requests are being answered on the endpoints that generate: what a drain waits for."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, board: Board) -> None:
         self._app = app
-        self.count = 0
+        self._board = board
+        self._count = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or not scope["path"].startswith("/v1/"):
             await self._app(scope, receive, send)
             return
-        self.count += 1
+        self._change(1)
         try:
             await self._app(scope, receive, send)
         finally:
-            self.count -= 1
+            self._change(-1)
+
+    def _change(self, by: int) -> None:
+        self._count += by
+        self._board.set("in_progress", self._count)
+
+
+class HttpMetrics:
+    """Counts and times what is answered; probes and scrapes do not count."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"].startswith(OPEN_PATHS):
+            await self._app(scope, receive, send)
+            return
+        began_s, status = time.monotonic(), 499
+
+        async def noting_send(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noting_send)
+        finally:
+            self._metrics.http(scope["path"], status, time.monotonic() - began_s)

@@ -529,5 +529,9 @@ class TokenizeResponse(BaseModel):
     token_strs: list[str] | None = None
 
 
+class SleepState(BaseModel):
+    is_sleeping: bool
+
+
 class DetokenizeResponse(BaseModel):
     prompt: str

@@ -12,8 +12,8 @@ client is gone) aborts what still runs.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
-import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -25,6 +25,7 @@ from mainsail_engine.protocol import Add, FirstScheduled, Ready, RequestOutput, 
 from mainsail_engine.request import FinishReason, SamplingParams
 from mainsail_engine.server.admission import Admission
 from mainsail_engine.server.answer_format import AnswerFormat, choose_format
+from mainsail_engine.server.board import Board
 from mainsail_engine.server.parameters import sampling_params
 from mainsail_engine.server.schemas import GenerationRequest
 from mainsail_engine.server.tools.prompt import with_tools_written_out
@@ -33,6 +34,7 @@ from mainsail_engine.text.detokenizer import Detokenizer, NoText
 from mainsail_engine.text.stop_strings import StopStrings
 from mainsail_engine.text.tokenizer import Tokenizer
 
+log = logging.getLogger(__name__)
 INLINE_CHARS = 4096
 """A text up to this long is tokenized at once (under a millisecond); a longer one in a thread."""
 
@@ -133,8 +135,10 @@ class Serving:
     model_names: tuple[str, ...]
     model_path: str
     answer_format: AnswerFormat = field(default_factory=lambda: choose_format(None))
+    board: Board = field(default_factory=Board)
+    log_requests: bool = False
+    """One line for each finished request: counts and times, never what was said."""
     created_s: int = field(default_factory=lambda: int(time.time()))
-    draining: bool = False
     drain_retry_after_s: float = 5.0
     _times: dict[str, RequestTimes] = field(default_factory=dict[str, RequestTimes])
     _threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, "tokenizer"))
@@ -143,6 +147,33 @@ class Serving:
     def max_model_len(self) -> int:
         """Tokens that one request can ever have: the model's limit, or the pool's where that is smaller."""
         return min(self.ready.max_model_len, self.ready.num_blocks * self.ready.block_size)
+
+    @property
+    def draining(self) -> bool:
+        return self.board.raised("draining")
+
+    @property
+    def is_asleep(self) -> bool:
+        return self.board.is_asleep
+
+    async def sleep(self) -> None:
+        """Weights to the host, KV dropped, once what runs has finished; new requests are refused from now on."""
+        if self.draining:
+            raise RequestError("the server is shutting down", status=503, code="shutting_down")
+        if self.is_asleep:
+            return
+        self.board.add("slept")
+        try:
+            await self.client.control("sleep")
+        except BaseException:
+            self.board.add("woken")
+            raise
+
+    async def wake_up(self) -> None:
+        """Weights and an empty pool back on the device; the prefix cache is gone."""
+        await self.client.control("wake_up")
+        if self.is_asleep:
+            self.board.add("woken")
 
     def text(self) -> Tokenizer:
         if self.tokenizer is None:
@@ -257,18 +288,29 @@ class Serving:
         return self.text().encode(text, add_special_tokens=False, param="bad_words")
 
     def admit(self, jobs: list[Job], n: int) -> None:
-        """Raises RequestError: 503 while draining, 429 when the queue is full."""
+        """Raises RequestError: 503 while draining or asleep, 429 when the queue is full."""
+        self.check_open()
+        if any(job.delivered is not None for job in jobs):
+            return  # it was admitted where it began, and is not turned away half-way
+        self.check_room(len(jobs), sum(len(job.prompt_token_ids) for job in jobs))
+        self.admission.reserve((len(job.prompt_token_ids) for job in jobs), time.monotonic())
+        self.metrics.admitted(len(jobs), n)
+
+    def check_open(self) -> None:
+        """Raises RequestError (503) while draining or asleep."""
         if self.draining:
             message = "the server is shutting down; try again"
             raise RequestError(message, status=503, code="shutting_down", retry_after_s=self.drain_retry_after_s)
-        if any(job.delivered is not None for job in jobs):
-            return  # it was admitted where it began, and is not turned away half-way
-        rejection = self.admission.check(len(jobs), sum(len(job.prompt_token_ids) for job in jobs), time.monotonic())
+        if self.is_asleep:
+            raise RequestError("the engine is asleep: POST /wake_up first", status=503, code="asleep")
+
+    def check_room(self, requests: int = 1, tokens: int = 0) -> None:
+        """Raises RequestError (429) when the queue is full; cheap enough to ask before anything is tokenized."""
+        rejection = self.admission.check(requests, tokens, time.monotonic())
         if rejection is not None:
             self.metrics.rejected(rejection.reason)
             message = rejection.message
             raise RequestError(message, status=429, code="overloaded", retry_after_s=rejection.retry_after_s)
-        self.metrics.admitted(len(jobs), n)
 
     def first_scheduled(self, first: FirstScheduled) -> None:
         times = self._times.get(first.request_id)
@@ -286,15 +328,32 @@ class Serving:
 
     def enter(self, request_id: str, job: Job, arrival_s: float) -> RequestTimes:
         num_prompt = len(job.prompt_token_ids)
+        if not self._times:
+            self.board.set("working_since", time.monotonic())
         times = self._times[request_id] = RequestTimes(arrival_s, num_prompt, job.params.max_tokens)
+        self.board.set("running", len(self._times))
         self.admission.enter(num_prompt, time.monotonic())
+        self._show_queue()
         return times
+
+    def first_token(self, times: RequestTimes, now: float) -> None:
+        """The request is out of the queue."""
+        self.admission.leave(times.num_prompt_tokens, now, served=True)
+        self._show_queue()
 
     def leave(self, request_id: str, times: RequestTimes, reason: FinishReason) -> None:
         if times.first_token_s is None:
             self.admission.leave(times.num_prompt_tokens, time.monotonic(), served=False)
+            self._show_queue()
         del self._times[request_id]
+        self.board.set("running", len(self._times))
         self.metrics.finished(times, reason)
+        if self.log_requests:
+            log.info("finished %s: %s", request_id, times.in_words(reason))
+
+    def _show_queue(self) -> None:
+        admission = self.admission
+        self.metrics.queued(admission.num_requests, admission.num_tokens, admission.own_tokens_per_s)
 
 
 class Answering:
@@ -354,6 +413,8 @@ class Answering:
         self._arrived.append((index, delta))
         if delta.finish_reason is not None:
             self._num_running -= 1
+            if not self._num_running:
+                self._serving.metrics.answered(max(generation.num_tokens for generation in self._generations))
         self._wake()
 
     def fail(self, error: RequestError) -> None:
@@ -374,7 +435,7 @@ class Generation:
     def __init__(self, serving: Serving, answering: Answering, index: int, job: Job, arrival_s: float) -> None:
         self._serving, self._answering, self._index, self._job = serving, answering, index, job
         self._arrival_s = arrival_s
-        self._id = uuid.uuid4().hex
+        self._id = serving.client.new_request_id()
         self._running = False
         self._text = TextStream(job, serving.detokenizer(job))
         self._times: RequestTimes | None = None
@@ -395,6 +456,10 @@ class Generation:
         )  # fmt: skip
         self._serving.client.submit(add, self)
 
+    @property
+    def num_tokens(self) -> int:
+        return 0 if self._times is None else self._times.num_tokens
+
     def end(self, reason: FinishReason) -> None:
         """The last thing that happens to it: ends it in the core too, where it may still run."""
         if not self._running or self._times is None:
@@ -407,12 +472,15 @@ class Generation:
         times = self._times
         if times is None:
             return
+        times.num_preemptions = output.num_preemptions
         if output.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
+            if output.stop_reason is None:
+                self._serving.metrics.corrupted()
             self.on_error(generation_error(output))
             return
         if output.token_ids:
             if times.first_token_s is None:
-                self._serving.admission.leave(times.num_prompt_tokens, now, served=True)
+                self._serving.first_token(times, now)
             self._serving.metrics.tokens(times, len(output.token_ids), output.num_cached_tokens, now)
         delta = self._text.feed(output)
         if self._job.delivered is not None:  # usage tells of the engine that read the prompt first
@@ -432,6 +500,8 @@ def generation_error(output: RequestOutput) -> RequestError:
         return RequestError(message, status=504, param="timeout", code="deadline_exceeded")
     if output.stop_reason == "grammar":
         return RequestError(message, code="grammar_failed")
+    if output.stop_reason == "asleep":
+        return RequestError(message, status=503, code="asleep")
     if output.stop_reason == "forbidden":
         return RequestError(message, code="no_token_allowed")
     return RequestError(message, status=500, code="generation_failed")

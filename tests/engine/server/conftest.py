@@ -14,6 +14,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from tests.engine.tiny import make_tiny_model
 
 ROOT = Path(__file__).resolve().parents[3]
 START_S = 120.0
@@ -56,13 +57,15 @@ class Engine:
         return all(self.metric(gauge) == 0 for gauge in gauges)
 
     def memory_kib(self) -> int:
-        """What API and core process hold together."""
-        status = [Path(f"/proc/{pid}/status").read_text() for pid in (self.process.pid, self.core_pid())]
+        """What API processes and core hold together."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        status = [Path(f"/proc/{pid}/status").read_text() for pid in (self.process.pid, *children)]
         return sum(int(re.search(r"VmRSS:\s+(\d+)", text).group(1)) for text in status)  # type: ignore[union-attr]
 
     def core_pid(self) -> int:
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        return int(children[0])
+        commands = {int(pid): Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children}
+        return next(pid for pid, command in commands.items() if b"mainsail_engine.core" in command)
 
     def terminate(self) -> None:
         self.process.send_signal(signal.SIGTERM)
@@ -110,6 +113,21 @@ def start(folder: Path, model: Path, *arguments: str) -> Engine:
 @pytest.fixture(scope="session")
 def engine(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     running = start(tmp_path_factory.mktemp("engine"), smollm2, "--kv-cache-blocks", "1024", "--max-num-seqs", "32")
+    yield running
+    running.close()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def tiny_engine(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """A server of random weights that answers in milliseconds, with two API processes."""
+    folder = tmp_path_factory.mktemp("tiny-engine")
+    arguments = ("--kv-cache-blocks", "2048", "--max-num-seqs", "64", "--api-server-count", "2")
+    running = start(folder, tiny_model, *arguments, "--max-num-queued-reqs", "4096")
     yield running
     running.close()
 

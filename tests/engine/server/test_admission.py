@@ -1,7 +1,13 @@
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
+
+from mainsail_engine.cells import Cells
 from mainsail_engine.metrics import Metrics
-from mainsail_engine.server.admission import MAX_RETRY_S, Admission, DrainRate
+from mainsail_engine.server.admission import MAX_RETRY_S, RESERVED_S, Admission, DrainRate
+from mainsail_engine.server.board import Board
 
 
 def test_an_empty_queue_takes_any_prompt() -> None:
@@ -114,3 +120,27 @@ def test_time_without_a_queue_is_not_counted() -> None:
     for _ in range(300):
         admission.enter(100, 20_000.0)
     assert admission.check(1, 100, 20_002.0) is None
+
+
+def test_a_reservation_counts_until_it_is_taken_or_too_old() -> None:
+    admission = Admission(max_requests=2, max_tokens=1000)
+    admission.reserve([10, 10], now=0.0)
+    assert admission.check(1, 10, 0.0) is not None
+    admission.enter(10, 0.0)
+    assert admission.check(1, 10, 0.0) is not None
+    admission.reserve([], now=RESERVED_S)
+    assert admission.check(1, 10, RESERVED_S) is None
+
+
+def test_processes_count_together(tmp_path: Path) -> None:
+    boards = [Board(Cells(num_rows=2, row=row, path=tmp_path / "cells")) for row in (0, 1)]
+    one, other = (Admission(max_requests=3, max_tokens=100, board=board) for board in boards)
+    one.enter(40, 0.0)
+    one.enter(40, 0.0)
+    assert other.check(1, 20, 0.0) is None
+    assert other.check(2, 10, 0.0) is not None
+    assert other.check(1, 21, 0.0) is not None
+    for second in (1.0, 2.0):
+        one.leave(40, second, served=True)
+        one.enter(40, second)
+    assert other.tokens_per_s == pytest.approx(40.0)

@@ -176,20 +176,6 @@ def test_a_client_that_goes_is_aborted(engine: Any, waiting: Callable[..., None]
     )
 
 
-async def test_many_clients_half_of_them_leave(engine: Any, waiting: Callable[..., None]) -> None:
-    async def one(http: httpx.AsyncClient, index: int) -> None:
-        body = {"model": "smol", "prompt": f"Story {index}:", "max_tokens": 8, "stream": True, "ignore_eos": True}
-        async with http.stream("POST", engine.url + "/v1/completions", json=body) as answer:
-            assert answer.status_code == 200
-            async for _ in answer.aiter_lines():
-                if index % 2:
-                    return
-
-    async with httpx.AsyncClient(timeout=120, limits=httpx.Limits(max_connections=200)) as http:
-        await asyncio.gather(*(one(http, index) for index in range(200)))
-    waiting(engine.idle, "nothing running, all blocks free")
-
-
 def test_a_deadline_ends_a_request(engine: Any, waiting: Callable[..., None]) -> None:
     response = engine.chat(messages=COUNT, max_tokens=4000, ignore_eos=True, timeout=0.3)
     assert response.status_code == 504, response.text
