@@ -41,6 +41,9 @@ BAD: list[tuple[str, Callable[[Object], None], str]] = [
     ("a served name with a space", put("model.servedNames", ["a b"]), "servedNames"),
     ("a flag that a field owns", put("engine.extraArgs", ["--port=9"]), "--port"),
     ("drain without a unit", put("drain.timeout", "soon"), "timeout"),
+    ("GPUs that are not the ranks", put("resources.limits", {"nvidia.com/gpu": 2}), "tensorParallelSize"),
+    ("too many ranks", put("engine.tensorParallelSize", 16), "tensorParallelSize"),
+    ("host memory that is no quantity", put("engine.kvCache.hostMemory", "much"), "not a quantity"),
     ("unknown load format", put("engine.loadFormat", "magic"), "loadFormat"),
 ]
 

@@ -14,6 +14,8 @@ import json
 from dataclasses import dataclass
 from typing import Any, cast
 
+from lightkube.utils.quantity import parse_quantity
+
 from mainsail_operator import fetching
 from mainsail_operator.settings import Settings
 from mainsail_operator.types import API_VERSION, JSON, KIND, InferenceServiceSpec, pvc_source, seconds
@@ -202,12 +204,18 @@ def arguments(owner: Owner, spec: InferenceServiceSpec) -> list[str]:
         "--max-model-len": engine.max_model_len,
         "--max-num-batched-tokens": engine.max_batched_tokens,
         "--kv-cache-blocks": kv.blocks,
+        "--kv-offloading-size": None if kv.host_memory is None else f"{_gibibytes(kv.host_memory):g}",
+        "--tensor-parallel-size": engine.tensor_parallel_size if engine.tensor_parallel_size > 1 else None,
     }
     for flag, value in optional.items():
         found += [flag, str(value)] if value is not None else []
     found += ["--gpu-memory-utilization", f"{kv.memory_fraction:g}"]
     found += [] if kv.prefix_caching else ["--no-enable-prefix-caching"]
     return found + list(engine.extra_args)
+
+
+def _gibibytes(quantity: int | str) -> float:
+    return float(parse_quantity(str(quantity)) or 0) / 2**30
 
 
 def model_path(spec: InferenceServiceSpec) -> str:
@@ -236,7 +244,7 @@ def _container(owner: Owner, spec: InferenceServiceSpec, image: str, pull_policy
         "imagePullPolicy": pull_policy,
         "command": ["mainsail-engine"],
         "args": arguments(owner, spec),
-        "env": [{"name": "HOME", "value": "/tmp"}],
+        "env": [{"name": "HOME", "value": "/tmp"}, *_ranks_environment(spec)],
         "ports": [
             {"name": "http", "containerPort": HTTP_PORT, "protocol": "TCP"},
             {"name": "health", "containerPort": HEALTH_PORT, "protocol": "TCP"},
@@ -255,10 +263,17 @@ def _container(owner: Owner, spec: InferenceServiceSpec, image: str, pull_policy
     }  # fmt: skip
 
 
+def _ranks_environment(spec: InferenceServiceSpec) -> list[JSON]:
+    """The ranks of a pod are processes of one container: they meet on the loopback, whatever networks the pod has."""
+    if spec.engine.tensor_parallel_size == 1:
+        return []
+    return [{"name": name, "value": "lo"} for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")]
+
+
 def _resources(spec: InferenceServiceSpec) -> JSON:
     asked = spec.resources.model_dump(mode="json", by_alias=True, exclude_defaults=True)
     found: JSON = {kind: {name: str(amount) for name, amount in amounts.items()} for kind, amounts in asked.items()}
-    return found or {"limits": {"nvidia.com/gpu": "1"}}
+    return found or {"limits": {"nvidia.com/gpu": str(spec.engine.tensor_parallel_size)}}
 
 
 def _account(owner: Owner) -> JSON:

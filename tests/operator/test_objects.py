@@ -59,8 +59,21 @@ def test_a_gpu_unless_resources_say_otherwise(owner, make_spec, settings) -> Non
     assert container(objects.deployment(owner, make_spec(), 1, settings))["resources"] == {
         "limits": {"nvidia.com/gpu": "1"}
     }
+    two = objects.deployment(owner, make_spec(engine={"tensorParallelSize": 2}), 1, settings)
+    assert container(two)["resources"] == {"limits": {"nvidia.com/gpu": "2"}}
     cpu = make_spec(resources={"requests": {"cpu": "1"}})
     assert container(objects.deployment(owner, cpu, 1, settings))["resources"] == {"requests": {"cpu": "1"}}
+
+
+def test_ranks_and_host_memory_reach_the_command_line(owner, make_spec, settings) -> None:
+    spec = make_spec(engine={"tensorParallelSize": 4, "kvCache": {"hostMemory": "1536Mi"}})
+    engine = container(objects.deployment(owner, spec, 1, settings))
+    flags = dict(zip(engine["args"], engine["args"][1:], strict=False))
+    assert flags["--tensor-parallel-size"] == "4"
+    assert flags["--kv-offloading-size"] == "1.5"
+    assert {"name": "NCCL_SOCKET_IFNAME", "value": "lo"} in engine["env"]
+    plain = container(objects.deployment(owner, make_spec(), 1, settings))
+    assert "--tensor-parallel-size" not in plain["args"]
 
 
 @pytest.mark.parametrize(

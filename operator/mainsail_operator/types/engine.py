@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
-from mainsail_operator.types.schema import Model, rule, rules
+from mainsail_operator.types.schema import Model, Quantity, rule, rules
 
 # Each flag of the engine that a field or the operator owns, and what to set instead.
 OWNED_FLAGS: dict[str, str] = {
@@ -15,6 +15,10 @@ OWNED_FLAGS: dict[str, str] = {
     "--max-model-len": "spec.engine.maxModelLen",
     "--max-num-seqs": "spec.engine.maxNumSeqs",
     "--max-num-batched-tokens": "spec.engine.maxBatchedTokens",
+    "--tensor-parallel-size": "spec.engine.tensorParallelSize",
+    "-tp": "spec.engine.tensorParallelSize",
+    "--kv-offloading-size": "spec.engine.kvCache.hostMemory",
+    "--host-memory": "spec.engine.kvCache.hostMemory",
     "--dtype": "spec.engine.dtype",
     "--load-format": "spec.engine.loadFormat",
     "--gpu-memory-utilization": "spec.engine.kvCache.memoryFraction",
@@ -50,6 +54,13 @@ class KvCacheSpec(Model):
         description="Number of KV cache blocks, instead of deriving it from memoryFraction. For tests and for "
         "machines without an accelerator. Default: derived.",
     )
+    host_memory: Quantity | None = Field(
+        default=None,
+        description="Host memory for KV that the accelerator has no room for: preempted sequences and idle agents' "
+        "sessions come back from there instead of being computed again. It counts against the memory limit. "
+        "0 turns it off. Default: a quarter of the free memory, at most as much as the accelerator's KV cache; none "
+        "without an accelerator.",
+    )
     prefix_caching: bool = Field(
         default=True,
         description="Keep the KV of finished prompts and reuse it for prompts that begin alike. Saves the prefill of "
@@ -70,6 +81,14 @@ class EngineSpec(Model):
         )
     )
 
+    tensor_parallel_size: int = Field(
+        default=1,
+        ge=1,
+        le=8,
+        description="GPUs of one pod that share the model, each with a part of every matrix: for models that one GPU "
+        "cannot hold, or to answer faster. They are on one node, best joined by NVLink. It must divide the model's "
+        "heads; where it does not, ModelLoaded=False names the sizes that do.",
+    )
     max_model_len: int | None = Field(
         default=None,
         ge=1,

@@ -25,7 +25,15 @@ class InferenceServiceSpec(Model):
                 "scaling.min and scaling.max, so remove replicas; or remove scaling to set replicas by hand, by "
                 "kubectl scale or by an autoscaler of your own",
                 path=".replicas",
-            )
+            ),
+            rule(
+                "!has(self.resources) || !has(self.resources.limits) || "
+                "!('nvidia.com/gpu' in self.resources.limits) || string(self.resources.limits['nvidia.com/gpu']) == "
+                "string(has(self.engine) ? self.engine.tensorParallelSize : 1)",
+                "each GPU of a pod is one part of the model: set resources.limits['nvidia.com/gpu'] and "
+                "engine.tensorParallelSize to the same number, or leave the limit out",
+                path=".resources",
+            ),
         )
     )
 
@@ -33,7 +41,7 @@ class InferenceServiceSpec(Model):
     engine: EngineSpec = Field(default_factory=EngineSpec, description="How the engine runs the model.")
     resources: ResourcesSpec = Field(
         default_factory=ResourcesSpec,
-        description="Resources of each replica. Default, when empty: one GPU (limits: nvidia.com/gpu: 1). "
+        description="Resources of each replica. Default, when empty: as many GPUs as engine.tensorParallelSize says. "
         "Name only cpu and memory to run without a GPU.",
     )
     pod_template: PodTemplateSpec = Field(
