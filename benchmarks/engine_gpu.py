@@ -36,6 +36,7 @@ PEER: dict[str, dict[str, Any]] = {
         "step_ms": {1: 1.83, 8: 2.63, 32: 2.81, 64: 4.07, 128: 6.21, 256: 10.77},
         "prefill": 419_000, "mixed": 23_216, "long": None,
     },
+    "qwen3-30b-a3b": {"step_ms": {1: 4.13, 128: 21.5}, "prefill": 72_000, "mixed": None, "long": None},
 }  # fmt: skip
 
 
@@ -57,10 +58,19 @@ def measured_bandwidth() -> float:
 def step_bytes(a: Architecture, batch: int, context: int) -> int:
     """bf16 bytes that a decode step must read: every weight but the embedding table, and the KV."""
     qkv = (a.num_heads + 2 * a.num_kv_heads) * a.head_dim * a.hidden_size
-    layer = qkv + a.num_heads * a.head_dim * a.hidden_size + 3 * a.hidden_size * a.intermediate_size
+    layer = qkv + a.num_heads * a.head_dim * a.hidden_size + round(_mlp_weights(a, batch))
     weights = a.num_layers * layer + a.vocab_size * a.hidden_size
     kv = 2 * a.num_layers * a.num_kv_heads * a.head_dim * context * batch
     return 2 * (weights + kv)
+
+
+def _mlp_weights(a: Architecture, batch: int) -> float:
+    """Of a layer; with experts, the share of them that `batch` random choices hit."""
+    if a.experts is None:
+        return 3 * a.hidden_size * a.intermediate_size
+    e = a.experts
+    hit = 1 - (1 - e.experts_per_token / e.num_experts) ** batch
+    return 3 * a.hidden_size * e.intermediate_size * e.num_experts * hit + e.num_experts * a.hidden_size
 
 
 class Load:
@@ -112,7 +122,7 @@ def rows(load: Load, name: str, architecture: Architecture, wanted: set[str], ba
     if "step" in wanted:
         for batch in STEP_BATCHES:
             floor = step_bytes(architecture, batch, 1024) / bandwidth * 1e3
-            note(f"decode step, batch {batch}", "ms", decode_step_ms(load, batch), floor, peer["step_ms"][batch])
+            note(f"decode step, batch {batch}", "ms", decode_step_ms(load, batch), floor, peer["step_ms"].get(batch))
     if "prefill" in wanted:
         for _ in range(64):
             load.add(1024, 1)
