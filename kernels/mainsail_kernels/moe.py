@@ -14,11 +14,86 @@ al., 2022) in the form that inference engines use.
 import torch
 
 from mainsail_kernels import reference
-from mainsail_kernels._triton import require, runs_kernels, tl, triton
+from mainsail_kernels._triton import next_power_of_2, require, runs_kernels, tl, triton
 from mainsail_kernels.silu_mul import silu_mul
 
+SMALL_PAIRS = 1024
+"""Up to here one program sorts all pairs; a decode step's hundred launches would cost more than its experts."""
 TILE_SMALL, TILE_LARGE = 16, 64
 """Rows of a tile: for few rows an expert (decodes), and for many (prompts)."""
+
+
+@triton.jit
+def _route_kernel(
+    scores_ptr,
+    weights_ptr,
+    chosen_ptr,
+    num_experts,
+    stride,
+    NORMALIZED: tl.constexpr,
+    K: tl.constexpr,
+    EXPERTS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    expert = tl.arange(0, EXPERTS)
+    scores = tl.load(scores_ptr + row * stride + expert, mask=expert < num_experts, other=-float("inf")).to(tl.float32)
+    powers = tl.exp(scores - tl.max(scores, axis=0))
+    total = tl.sum(powers, axis=0)
+    if NORMALIZED:
+        left, total = powers, 0.0
+        for _ in tl.static_range(K):
+            best = tl.argmax(left, axis=0, tie_break_left=True)
+            total += tl.max(left, axis=0)
+            left = tl.where(expert == best, -1.0, left)
+    left = powers
+    for rank in tl.static_range(K):
+        best = tl.argmax(left, axis=0, tie_break_left=True)
+        tl.store(weights_ptr + row * K + rank, tl.max(left, axis=0) / total)
+        tl.store(chosen_ptr + row * K + rank, best.to(tl.int64))
+        left = tl.where(expert == best, -1.0, left)
+
+
+@triton.jit
+def _group_kernel(
+    chosen_ptr,
+    rows_ptr,
+    tile_expert_ptr,
+    num_pairs,
+    num_experts,
+    num_tiles,
+    TILE: tl.constexpr,
+    PAIRS: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    TILES: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    expert = tl.arange(0, EXPERTS)
+    counts = tl.zeros((EXPERTS,), tl.int32)
+    for start in range(0, PAIRS, STEP):
+        pair = start + tl.arange(0, STEP)
+        of_pair = tl.load(chosen_ptr + pair, mask=pair < num_pairs, other=-1).to(tl.int32)
+        counts += tl.sum((of_pair[:, None] == expert[None, :]).to(tl.int32), axis=0)
+    padded = (counts + TILE - 1) // TILE * TILE
+    ends = tl.cumsum(padded, axis=0)
+    tile = tl.arange(0, TILES)
+    passed = (ends[None, :] <= tile[:, None] * TILE) & (expert < num_experts)[None, :]
+    of_tile = tl.sum(passed.to(tl.int32), axis=1)
+    tl.store(tile_expert_ptr + tile, tl.where(of_tile < num_experts, of_tile, -1), mask=tile < num_tiles)
+    for start in range(0, TILES * TILE, STEP):
+        place = start + tl.arange(0, STEP)
+        padding = tl.full((STEP,), 0, tl.int32) + num_pairs
+        tl.store(rows_ptr + place, padding, mask=place < num_tiles * TILE)
+    tl.debug_barrier()  # the padding is there before the pairs are written over it
+    first = ends - padded
+    seen = tl.zeros((EXPERTS,), tl.int32)
+    for start in range(0, PAIRS, STEP):
+        pair = start + tl.arange(0, STEP)
+        of_pair = tl.load(chosen_ptr + pair, mask=pair < num_pairs, other=-1).to(tl.int32)
+        hits = (of_pair[:, None] == expert[None, :]).to(tl.int32)
+        before = tl.cumsum(hits, axis=0) - hits + (seen + first)[None, :]
+        place = tl.sum(before * hits, axis=1)
+        tl.store(rows_ptr + place, pair, mask=pair < num_pairs)
+        seen += tl.sum(hits, axis=0)
 
 
 @triton.jit
@@ -90,6 +165,25 @@ def grouped_mlp(
     return outer.view(n, per_token, hidden).sum(dim=1)
 
 
+def route(scores: torch.Tensor, per_token: int, *, normalized: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `per_token` best experts of each token: weights [n, k] float32 and experts [n, k] int64, the best first.
+
+    scores [n, experts] are the router's; weights are their softmax over all experts, made to add up to 1 over the
+    chosen ones where `normalized`. Ties go to the lower expert.
+    """
+    if not runs_kernels(scores):
+        return reference.route(scores, per_token, normalized=normalized)
+    n, num_experts = scores.shape
+    weights = torch.empty((n, per_token), dtype=torch.float32, device=scores.device)
+    chosen = torch.empty((n, per_token), dtype=torch.int64, device=scores.device)
+    if n:
+        _route_kernel[(n,)](
+            scores, weights, chosen, num_experts, scores.stride(0),
+            NORMALIZED=normalized, K=per_token, EXPERTS=next_power_of_2(num_experts), num_warps=1,
+        )  # fmt: skip
+    return weights, chosen
+
+
 def group(chosen: torch.Tensor, num_experts: int, tile: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(rows [tiles * tile] int32: pairs sorted by expert and padded, tile_expert [tiles] int32: -1 for a tile unused).
 
@@ -98,6 +192,14 @@ def group(chosen: torch.Tensor, num_experts: int, tile: int) -> tuple[torch.Tens
     flat = chosen.reshape(-1)
     num_pairs, device = flat.numel(), chosen.device
     tiles = num_pairs // tile + min(num_experts, num_pairs)
+    if num_pairs <= SMALL_PAIRS and runs_kernels(chosen):
+        rows = torch.empty(tiles * tile, dtype=torch.int32, device=device)
+        tile_expert = torch.empty(tiles, dtype=torch.int32, device=device)
+        _group_kernel[(1,)](
+            flat, rows, tile_expert, num_pairs, num_experts, tiles, TILE=tile, PAIRS=next_power_of_2(num_pairs),
+            EXPERTS=next_power_of_2(num_experts), TILES=next_power_of_2(tiles), STEP=64, num_warps=8,
+        )  # fmt: skip
+        return rows, tile_expert
     order = flat.argsort(stable=True)
     by_expert = flat[order]
     counts = torch.zeros(num_experts, dtype=torch.int64, device=device).scatter_add_(0, flat, torch.ones_like(flat))

@@ -55,6 +55,13 @@ def gelu_tanh_mul(gate_up: torch.Tensor) -> torch.Tensor:
     return (F.gelu(gate, approximate="tanh") * up).to(gate_up.dtype)
 
 
+def route(scores: torch.Tensor, per_token: int, *, normalized: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax over all experts, the best `per_token` of each row: (weights [n, k], experts [n, k])."""
+    weights, chosen = _wide(scores).softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
+    weights, chosen = weights[:, :per_token], chosen[:, :per_token]
+    return (weights / weights.sum(dim=-1, keepdim=True) if normalized else weights), chosen
+
+
 def grouped_mlp(
     x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
 ) -> torch.Tensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mainsail_kernels import reference
-from mainsail_kernels.moe import group, grouped_mlp
+from mainsail_kernels.moe import group, grouped_mlp, route
 
 
 @pytest.mark.parametrize(("tokens", "experts", "per_token"), [(1, 4, 2), (5, 3, 3), (40, 4, 2), (70, 2, 1)])
@@ -28,9 +28,20 @@ def test_all_tokens_may_choose_the_same_expert(close, device, dtype):
     close(grouped_mlp(x, weights, chosen, gate_up, down), truth)
 
 
+@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize(("experts", "per_token"), [(6, 2), (128, 8), (5, 5)])
+def test_route(experts, per_token, normalized, device):
+    scores = torch.randn(17, experts).to(device)
+    weights, chosen = route(scores, per_token, normalized=normalized)
+    truth, best = reference.route(scores.double(), per_token, normalized=normalized)
+    assert (chosen == best).all()
+    torch.testing.assert_close(weights.double(), truth, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("tile", [4, 16])
-def test_every_pair_has_one_row_in_a_tile_of_its_expert(tile, device):
-    chosen = torch.stack([torch.randperm(9)[:3] for _ in range(25)]).to(device)
+@pytest.mark.parametrize("tokens", [1, 25, 350])
+def test_every_pair_has_one_row_in_a_tile_of_its_expert(tile, tokens, device):
+    chosen = torch.stack([torch.randperm(9)[:3] for _ in range(tokens)]).to(device)
     rows, tile_expert = group(chosen, 9, tile)
     real = rows < chosen.numel()
     assert sorted(rows[real].tolist()) == list(range(chosen.numel()))

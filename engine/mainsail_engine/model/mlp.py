@@ -14,7 +14,7 @@ from mainsail_engine.model.architecture import Activation, Architecture, Experts
 from mainsail_engine.model.linear import linear, silu_gated
 from mainsail_engine.model.loader import Part, Weights
 from mainsail_engine.model.parallel import Parallel
-from mainsail_kernels.moe import grouped_mlp
+from mainsail_kernels.moe import grouped_mlp, route
 from mainsail_kernels.silu_mul import gelu_tanh_mul
 
 
@@ -56,17 +56,12 @@ class ExpertMlp:
     experts: Experts
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        weights, chosen = route(linear(x, self.router), self.experts)
+        e = self.experts
+        weights, chosen = route(linear(x, self.router), e.experts_per_token, normalized=e.normalized)
         return grouped_mlp(x, weights, chosen, self.gate_up, self.down)
 
     def scale(self, factor: float) -> None:
         self.down *= factor
-
-
-def route(scores: torch.Tensor, experts: Experts) -> tuple[torch.Tensor, torch.Tensor]:
-    """The router's scores [n, num_experts] to weights [n, k] float32 and experts [n, k] int64, the best first."""
-    weights, chosen = scores.float().softmax(dim=-1).topk(experts.experts_per_token, dim=-1)
-    return (weights / weights.sum(dim=-1, keepdim=True) if experts.normalized else weights), chosen
 
 
 def dense_mlp(a: Architecture, weights: Weights, at: str, parallel: Parallel) -> DenseMlp:
