@@ -31,14 +31,15 @@ def ask(text: str, **more) -> tuple[str, dict]:
     return CHAT, {"messages": [{"role": "user", "content": text}], **LONG, **more}
 
 
+# top_k: drawn from a whole vocabulary, a token changes with the last bit of a logit, and that depends on the batch.
 REQUESTS = [
     ask("Tell me about the sea.", temperature=0, **USAGE),
-    ask("Tell me about the sky.", temperature=1.2, seed=1, **USAGE),
-    ask("Write a poem with emojis.", temperature=1.0, seed=2, top_p=0.9),
+    ask("Tell me about the sky.", temperature=1.2, seed=1, top_k=40, **USAGE),
+    ask("Write a poem with emojis.", temperature=1.0, seed=2, top_k=40),
     ask("Count to a hundred.", temperature=0, min_tokens=40, **USAGE),
-    (TEXT, {"prompt": "日本語の文章：", "temperature": 0.9, "seed": 3, **LONG}),
+    (TEXT, {"prompt": "日本語の文章：", "temperature": 0.9, "seed": 3, "top_k": 40, **LONG}),
     (TEXT, {"prompt": "1, 2, 3, 4,", "temperature": 0, "stop": [" 16"], **LONG, **USAGE}),
-    (TEXT, {"prompt": ["The sea", "The sky"], "n": 2, "temperature": 1.1, "seed": 4, **LONG, **USAGE}),
+    (TEXT, {"prompt": ["The sea", "The sky"], "n": 2, "temperature": 1.1, "seed": 4, "top_k": 40, **LONG, **USAGE}),
     ask("Name some fish.", temperature=0, return_token_ids=True),
 ]
 

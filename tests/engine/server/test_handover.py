@@ -17,18 +17,29 @@ QUESTION = [{"role": "user", "content": "Write three sentences about the sea. Us
 USAGE = {"stream_options": {"include_usage": True}}
 CASES = {
     "greedy chat": (CHAT, {"messages": QUESTION, "temperature": 0, "max_tokens": 40, **USAGE}),
-    "seeded chat": (CHAT, {"messages": QUESTION, "temperature": 1.3, "seed": 7, "max_tokens": 40}),
+    "seeded chat": (CHAT, {"messages": QUESTION, "temperature": 1.3, "seed": 7, "top_k": 40, "max_tokens": 40}),
     "until it stops": (CHAT, {"messages": [{"role": "user", "content": "Say hi."}], "temperature": 0, **USAGE}),
     "ids shown": (CHAT, {"messages": QUESTION, "temperature": 0, "max_tokens": 24, "return_token_ids": True}),
-    "no tokens of its own to show": (TEXT, {"prompt": "日本語で：", "seed": 3, "temperature": 1.5, "max_tokens": 40}),
+    "no tokens of its own to show": (
+        TEXT,
+        {"prompt": "日本語で：", "seed": 3, "top_k": 40, "temperature": 1.5, "max_tokens": 40},
+    ),
     "stop string": (
         TEXT,
         {"prompt": "One, two, three,", "temperature": 0, "stop": [" ten"], "max_tokens": 40, **USAGE},
     ),
-    "min_tokens": (TEXT, {"prompt": "The end.", "seed": 5, "min_tokens": 20, "max_tokens": 30}),
+    "min_tokens": (TEXT, {"prompt": "The end.", "seed": 5, "top_k": 40, "min_tokens": 20, "max_tokens": 30}),
     "two prompts, two answers": (
         TEXT,
-        {"prompt": ["The sea is", "The sky is"], "n": 2, "seed": 11, "temperature": 1.1, "max_tokens": 12, **USAGE},
+        {
+            "prompt": ["The sea is", "The sky is"],
+            "n": 2,
+            "seed": 11,
+            "top_k": 40,
+            "temperature": 1.1,
+            "max_tokens": 12,
+            **USAGE,
+        },
     ),
 }
 
