@@ -299,7 +299,9 @@ class Gateway:
             body=body,
             model=parsed.model,
             weight=parsed.weight,
-            prefixes=balance.prefix_keys(parsed.prompt, _header(headers, SESSION_HEADERS) or parsed.session),
+            prefixes=balance.prefix_keys(
+                parsed.prompt, _header(headers, SESSION_HEADERS) or parsed.session, parsed.anchor
+            ),
             arrived=asked.arrived,
             service=service,
             sticky=asked.sticky,

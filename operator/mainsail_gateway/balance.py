@@ -6,29 +6,47 @@ The rules, in order:
    ejection, as in Envoy). Never more than half of a service: above that the failures are taken to be everybody's, and
    ejections are ignored (panic threshold) instead of burying the rest. Whoever comes back, and whoever is new, gets a
    share that grows over `SLOW_START_S`.
-2. **Affinity.** A prompt whose beginning was served before goes where it was served, longest known prefix first, and
-   else to where consistent hashing (rendezvous) puts its beginning: every gateway agrees without talking.
-3. **Bounded load** (Mirrokni et al., "Consistent hashing with bounded loads", 2016): affinity holds only while the
-   endpoint would stay under 1.25 times its fair share of the token-weighted load in flight. An endpoint with hardly
-   anything to do is never called loaded, so that affinity is not lost to noise.
+2. **Affinity, for what it saves.** What a prompt's beginning has left in an endpoint's cache need not be computed
+   again. So the endpoint is taken where the least is to be done before this request is: the tokens in flight there, and
+   those of this request that it has not served before. A full queue is never worth a cache, and a cache is never given
+   up for noise. A conversation is known by the name that its client gives it, or by its *anchor*: its messages up to the
+   first that is not the system's, with which all its turns begin.
+3. **New conversations** go where consistent hashing (rendezvous) puts them, so that gateways agree without talking, as
+   far as the load allows: being there counts like a cache of the prompt. This bounds the load that hashing alone would
+   not (Mirrokni et al., "Consistent hashing with bounded loads", 2016).
 4. **Least loaded** otherwise, in tokens per share; ties go to the one picked least recently, then by key.
+
+Tokens in flight are what this gateway sent, and what the engine says that it has besides (from other gateways), while
+that is fresh. An engine whose KV pool is full and whose requests wait comes last.
 """
 
 import hashlib
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-LOAD_BOUND = 1.25
-QUIET_TOKENS = 8192
-"""Below this load in flight an endpoint is not called loaded, whatever the others do: two long prompts, or some
-thirty short ones, fewer than a batch of an engine holds."""
+from mainsail_gateway.request import BYTES_PER_TOKEN
+
 SLOW_START_S = 10.0
 SLOW_START_FLOOR = 0.1
 EJECT_AFTER = 3
 EJECT_S = 5.0
 EJECT_LONGEST_S = 60.0
 EJECT_MOST = 0.5
+FRESH_S = 10.0
+"""What an engine said of its load counts for this long."""
+FULL_KV = 0.95
+"""Share of an engine's KV blocks in use from which requests that wait there wait for memory."""
+WAITING_TOKENS = 2048
+"""What a request of others that waits at an engine is taken to cost."""
+ANSWERING_TOKENS = 256
+"""What a request costs others once its prompt is computed: one row of many in each step, whatever its length."""
+STICKINESS = 8
+"""How much more a cached token is worth than one computed: what moves is cached twice, and gateways that do not talk look
+for it in two places. Measured: benchmarks/gateway_balance.py."""
+HOMES = 4
+"""Endpoints that are remembered for a prefix."""
 PREFIX_LENGTHS = (512, 2048, 8192, 32768)
 """Bytes of a prompt's text. Shorter prompts have too little to gain from a cache to be tied to an endpoint."""
 
@@ -42,7 +60,7 @@ class Load:
     """When the endpoint was first seen, or came back from an ejection: its share grows from here."""
     requests: int = 0
     tokens: int = 0
-    """Expected cost of the requests in flight."""
+    """Expected cost of the requests in flight: of those that wait for their first token, what is to be computed."""
     picked: int = 0
     """Sequence number of the last pick."""
     failures: int = 0
@@ -50,6 +68,28 @@ class Load:
     ejections: int = 0
     """In a row: doubled pauses, forgotten at the first success."""
     ejected_until: float = 0.0
+    kv_tokens: int = 0
+    """What its KV pool holds; 0: not known."""
+    others: int = 0
+    """Cost of the requests at the endpoint that are not ours, when it last said what it has."""
+    full: bool = False
+    """Its requests wait for KV blocks, when it last said so."""
+    observed: float = -FRESH_S
+    """When that was."""
+
+
+def observe(load: Load, *, running: int, waiting: int, kv_usage: float, now: float) -> None:
+    """Note what an engine says of itself."""
+    others = max(0, running + waiting - load.requests)
+    queued = min(waiting, others)
+    load.others = queued * WAITING_TOKENS + (others - queued) * ANSWERING_TOKENS
+    load.full = waiting > 0 and kv_usage >= FULL_KV
+    load.observed = now
+
+
+def burden(load: Load, now: float) -> int:
+    """What is to be done at the endpoint, in tokens, as far as is known."""
+    return load.tokens + (load.others if now - load.observed < FRESH_S else 0)
 
 
 def share(load: Load, now: float) -> float:
@@ -80,9 +120,18 @@ def succeeded(load: Load) -> None:
     load.ejections = 0
 
 
-def prefix_keys(prompt: bytes, session: str | None = None) -> list[bytes]:
-    """Names of the prompt's prefixes, shortest first, then of the session if the client names one."""
-    keys: list[bytes] = []
+class Prefix(NamedTuple):
+    """A beginning that prompts may share."""
+
+    key: bytes
+    tokens: int
+    """What of the prompt an endpoint has in its cache once it has served this, roughly."""
+
+
+def prefix_keys(prompt: bytes, session: str | None = None, anchor: bytes = b"") -> list[Prefix]:
+    """The prompt's prefixes, shortest first, then its conversation: what the client calls it, or its anchor. Who has
+    served a conversation's last turn has all of it."""
+    prefixes: list[Prefix] = []
     digest = hashlib.blake2b(digest_size=8)
     start = 0
     for length in PREFIX_LENGTHS:
@@ -90,29 +139,45 @@ def prefix_keys(prompt: bytes, session: str | None = None) -> list[bytes]:
             break
         digest.update(memoryview(prompt)[start:length])
         start = length
-        keys.append(digest.digest())
+        prefixes.append(Prefix(digest.digest(), length // BYTES_PER_TOKEN))
+    whole = len(prompt) // BYTES_PER_TOKEN
     if session:
-        keys.append(hashlib.blake2b(session.encode(), digest_size=8, person=b"session").digest())
-    return keys
+        key = hashlib.blake2b(session.encode(), digest_size=8, person=b"session").digest()
+        prefixes.append(Prefix(key, whole))
+    elif len(anchor) >= PREFIX_LENGTHS[0]:
+        key = hashlib.blake2b(anchor, digest_size=8, person=b"anchor").digest()
+        prefixes.append(Prefix(key, whole))
+    return prefixes
 
 
 class PrefixIndex:
-    """Which endpoint last served a prefix: a bounded, least-recently-used map."""
+    """Which endpoints served a prefix, the last one first, and how much of it: a bounded, least-recently-used map."""
 
     def __init__(self, capacity: int = 65536) -> None:
         self._capacity = capacity
-        self._homes: OrderedDict[bytes, str] = OrderedDict()
+        self._homes: OrderedDict[bytes, tuple[tuple[str, int], ...]] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._homes)
 
-    def get(self, prefix: bytes) -> str | None:
-        return self._homes.get(prefix)
+    def get(self, key: bytes) -> tuple[tuple[str, int], ...]:
+        return self._homes.get(key, ())
 
-    def learn(self, prefixes: Iterable[bytes], endpoint: str) -> None:
-        for prefix in prefixes:
-            self._homes[prefix] = endpoint
-            self._homes.move_to_end(prefix)
+    def saved(self, prefixes: Iterable[Prefix]) -> dict[str, int]:
+        """By endpoint: tokens of the prompt that need not be computed there."""
+        found: dict[str, int] = {}
+        for key, tokens in prefixes:
+            for endpoint, served in self._homes.get(key, ()):
+                found[endpoint] = max(found.get(endpoint, 0), min(tokens, served))
+        return found
+
+    def learn(self, prefixes: Iterable[Prefix], endpoint: str) -> None:
+        for key, tokens in prefixes:
+            homes = self._homes.get(key, ())
+            if not homes or homes[0] != (endpoint, tokens):
+                others = [home for home in homes if home[0] != endpoint]
+                self._homes[key] = ((endpoint, tokens), *others[: HOMES - 1])
+            self._homes.move_to_end(key)
         while len(self._homes) > self._capacity:
             self._homes.popitem(last=False)
 
@@ -126,25 +191,32 @@ def rendezvous(prefix: bytes, loads: Sequence[Load]) -> list[Load]:
     return sorted(loads, key=weight, reverse=True)
 
 
-def pick(loads: Sequence[Load], weight: int, prefixes: Sequence[bytes], index: PrefixIndex, now: float) -> Load | None:
-    """The endpoint for a request of `weight` tokens; None only when there is none at all."""
+def pick(
+    loads: Sequence[Load], weight: int, prefixes: Sequence[Prefix], index: PrefixIndex, now: float
+) -> tuple[Load, int] | None:
+    """The endpoint for a request of `weight` tokens, and how many of those are to be computed there; None only when
+    there is no endpoint at all."""
     candidates = usable(loads, now)
-    if len(candidates) <= 1:
-        return candidates[0] if candidates else None
-    if prefixes:
-        fair = LOAD_BOUND * (sum(load.tokens for load in candidates) + weight) / sum(share(c, now) for c in candidates)
-        by_key = {load.key: load for load in candidates}
-        for prefix in reversed(prefixes):
-            home = by_key.get(index.get(prefix) or "")
-            if home is not None and _within(home, weight, fair, now):
-                return home
-        # Which prefix is everybody's and which the request's own cannot be known beforehand; the longest spreads best,
-        # and the index brings later turns back.
-        for load in rendezvous(prefixes[-1], candidates):
-            if _within(load, weight, fair, now):
-                return load
-    return min(candidates, key=lambda load: ((load.tokens + weight) / share(load, now), load.picked, load.key))
+    if not candidates:
+        return None
+    saved = index.saved(prefixes) if prefixes else {}
+    if prefixes and not any(key in saved for key, _ in index.get(prefixes[-1].key)):
+        home = rendezvous(prefixes[-1].key, candidates)[0]
+        saved[home.key] = prefixes[-1].tokens
+
+    def remaining(load: Load) -> int:
+        return max(1, weight - saved.get(load.key, 0))
+
+    def cost(load: Load) -> tuple[bool, float, int, str]:
+        return _cost(load, weight - STICKINESS * saved.get(load.key, 0), now)
+
+    best = min(candidates, key=cost)
+    return best, remaining(best)
 
 
-def _within(load: Load, weight: int, fair: float, now: float) -> bool:
-    return load.tokens + weight <= max(fair, QUIET_TOKENS) * share(load, now)
+def _full(load: Load, now: float) -> bool:
+    return load.full and now - load.observed < FRESH_S
+
+
+def _cost(load: Load, weight: int, now: float) -> tuple[bool, float, int, str]:
+    return _full(load, now), (burden(load, now) + weight) / share(load, now), load.picked, load.key

@@ -7,13 +7,21 @@ their own `Load` and end quietly.
 
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from mainsail_gateway import balance
-from mainsail_gateway.balance import Load, PrefixIndex
+from mainsail_gateway.balance import Load, Prefix, PrefixIndex
 from mainsail_gateway.retry import RetryBudget, failover_budget
 from mainsail_gateway.routes import Endpoint, Table
 from mainsail_gateway.split import Split, Weights, eligible
 from mainsail_gateway.watch import Key
+
+
+class Picked(NamedTuple):
+    endpoint: Endpoint
+    load: Load
+    weight: int
+    """What the request costs there, in tokens."""
 
 
 class Pool:
@@ -41,24 +49,32 @@ class Pool:
     def pick(
         self,
         weight: int,
-        prefixes: Sequence[bytes],
+        prefixes: Sequence[Prefix],
         avoid: set[str],
         now: float,
         sticky: str | None = None,
         revision: str | None = None,
-    ) -> tuple[Endpoint, Load] | None:
-        """An endpoint that is not in `avoid`, and its load; None when there is none left.
+    ) -> Picked | None:
+        """An endpoint that is not in `avoid`; None when there is none left.
 
         First the revision, by its weight or by `sticky` (a session's or user's name), then the balance inside it. What
         one `revision` has begun another one finishes only where nobody else is left: it may be another model."""
         loads = [load for load in self.loads.values() if load.key not in avoid]
         same = [load for load in loads if self.endpoints[load.key].revision == revision]
-        load = balance.pick(same or self._of_one_revision(loads, now, sticky), weight, prefixes, self.index, now)
-        if load is None:
+        found = balance.pick(same or self._of_one_revision(loads, now, sticky), weight, prefixes, self.index, now)
+        if found is None:
             return None
+        load, remaining = found
         self._picks += 1
         load.picked = self._picks
-        return self.endpoints[load.key], load
+        return Picked(self.endpoints[load.key], load, remaining)
+
+    def observe(self, key: str, *, running: int, waiting: int, kv_usage: float, now: float, kv_tokens: int = 0) -> None:
+        """What an endpoint says of itself; nothing, once it has left."""
+        load = self.loads.get(key)
+        if load is not None:
+            load.kv_tokens = kv_tokens
+            balance.observe(load, running=running, waiting=waiting, kv_usage=kv_usage, now=now)
 
     def _of_one_revision(self, loads: list[Load], now: float, sticky: str | None) -> list[Load]:
         if not self.weights:
@@ -74,16 +90,34 @@ class Pool:
         return [load for load in loads if self.endpoints[load.key].revision == chosen]
 
 
+class Flight:
+    """A request at an endpoint, as it weighs on it."""
+
+    def __init__(self, load: Load, weight: int) -> None:
+        self._load = load
+        self._weight = weight
+        load.requests += 1
+        load.tokens += weight
+
+    def answering(self) -> None:
+        """Its first token has come: the prompt is computed."""
+        less = self._weight - min(self._weight, balance.ANSWERING_TOKENS)
+        self._weight -= less
+        self._load.tokens -= less
+
+    def end(self) -> None:
+        self._load.requests -= 1
+        self._load.tokens -= self._weight
+
+
 @contextmanager
-def in_flight(load: Load, weight: int) -> Generator[None]:
+def in_flight(load: Load, weight: int) -> Generator[Flight]:
     """Counts a request at an endpoint while it runs."""
-    load.requests += 1
-    load.tokens += weight
+    flight = Flight(load, weight)
     try:
-        yield
+        yield flight
     finally:
-        load.requests -= 1
-        load.tokens -= weight
+        flight.end()
 
 
 class Fleet:

@@ -28,9 +28,9 @@ from typing import Literal
 
 from mainsail_gateway import balance
 from mainsail_gateway.asgi import Headers, Receive, Send
-from mainsail_gateway.balance import Load
+from mainsail_gateway.balance import Load, Prefix
 from mainsail_gateway.errors import GatewayError, no_capacity
-from mainsail_gateway.fleet import Pool, in_flight
+from mainsail_gateway.fleet import Flight, Picked, Pool, in_flight
 from mainsail_gateway.journal import OWN_HEADERS, RESUME_HEADER, STREAM_HEADER, Journal
 from mainsail_gateway.metrics import ServiceMetrics
 from mainsail_gateway.pod_metrics import PodMetrics
@@ -78,7 +78,7 @@ class Call:
     body: bytes
     model: str
     weight: int
-    prefixes: Sequence[bytes]
+    prefixes: Sequence[Prefix]
     arrived: float
     service: Service
     sticky: str | None = None
@@ -230,11 +230,11 @@ class Relay:
         tried: set[str] = set()
         failure: UpstreamError | None = None
         while (found := _pick(call, pool, tried)) is not None:
-            endpoint, load = found
+            endpoint, load, weight = found
             tried.add(endpoint.key)
             call.at(metrics.pod(endpoint))
             answering = False
-            with in_flight(load, call.weight):
+            with in_flight(load, weight) as flight:
                 try:
                     connection = await self._exchange(call, endpoint)
                     if connection.status == 503 and _elsewhere(call, pool, tried, metrics):
@@ -245,7 +245,7 @@ class Relay:
                     _must_take_over(call, connection)
                     pool.index.learn(call.prefixes, endpoint.key)
                     answering = True
-                    await self._answer(call, connection, load, metrics, send)
+                    await self._answer(call, connection, load, metrics, send, flight)
                     return
                 except UpstreamError as error:
                     failure = error
@@ -291,7 +291,7 @@ class Relay:
                 raise
 
     async def _answer(
-        self, call: Call, connection: Connection, load: Load, metrics: ServiceMetrics, send: Send
+        self, call: Call, connection: Connection, load: Load, metrics: ServiceMetrics, send: Send, flight: Flight
     ) -> None:
         """Pass an answer on. Raises UpstreamError when it broke, and can be asked for again or resumed."""
         sse = _is_event_stream(connection.headers)
@@ -301,6 +301,8 @@ class Relay:
             piece = None if sse or call.started else await self._gather(call, connection)
             on_first = None if call.started else call.on_first
             await self._start(call, connection, send)
+            if sse:
+                flight.answering()
             more = True
             chunks = call.pod.stream(call.sent, on_first) if sse and call.pod is not None else None
             while more:
@@ -371,7 +373,7 @@ class Relay:
         return headers
 
 
-def _pick(call: Call, pool: Pool, tried: set[str]) -> tuple[Endpoint, Load] | None:
+def _pick(call: Call, pool: Pool, tried: set[str]) -> Picked | None:
     return pool.pick(call.weight, call.prefixes, tried, time.monotonic(), call.sticky, call.revision)
 
 

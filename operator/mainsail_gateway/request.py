@@ -45,6 +45,8 @@ class Parsed:
     prompt: bytes
     """The JSON text of the prompt, tools first, as chat templates render them. Equal prefixes here are (nearly
     always) equal prefixes of tokens in the engine."""
+    anchor: bytes
+    """Its beginning that all turns of a conversation share: up to the first message that is not the system's."""
     prompt_tokens: int
     """The prompt's part of that."""
     session: str | None
@@ -80,6 +82,7 @@ def parse(body: bytes) -> Parsed:
         weight=len(prompt) // BYTES_PER_TOKEN + _answer_tokens(fields),
         prompt_tokens=len(prompt) // BYTES_PER_TOKEN,
         prompt=prompt,
+        anchor=bytes(fields.tools) + _anchor(fields.messages),
         session=next((name for name in (fields.prompt_cache_key, fields.user) if isinstance(name, str) and name), None),
         tools=b"{" in bytes(fields.tools),
         structured=b"json" in bytes(fields.response_format),
@@ -92,6 +95,27 @@ def renamed(body: bytes, model: str) -> bytes:
     fields = _fields.decode(body)
     fields["model"] = msgspec.Raw(msgspec.json.encode(model))
     return msgspec.json.encode(fields)
+
+
+class _Message(msgspec.Struct):
+    role: Any = None
+
+
+_messages = msgspec.json.Decoder(list[msgspec.Raw])
+_message = msgspec.json.Decoder(_Message)
+
+
+def _anchor(messages: msgspec.Raw) -> bytes:
+    """The system's messages and the first after them. Odd ones have none: the engine judges them."""
+    parts: list[bytes] = []
+    try:
+        for raw in _messages.decode(messages):
+            parts.append(bytes(raw))
+            if _message.decode(raw).role not in ("system", "developer"):
+                return b"".join(parts)
+    except (msgspec.DecodeError, RecursionError):
+        return b""
+    return b""
 
 
 def _positive(value: object) -> float | None:

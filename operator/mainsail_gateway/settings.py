@@ -59,6 +59,8 @@ class Settings:
     retry_after_s: float = 5.0
     """Retry-After when no replica serves and nothing better is known."""
 
+    scrape_s: float = 2.0
+    """How often the engines' metrics are read for the balancer; 0: never."""
     relist_s: float = 300.0
     """Everything is listed again this often, whatever the watches say."""
     drain_delay_s: float = 5.0

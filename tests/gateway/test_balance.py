@@ -4,10 +4,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mainsail_gateway import balance
-from mainsail_gateway.balance import Load, PrefixIndex, pick
+from mainsail_gateway.balance import Load, Prefix, PrefixIndex
 
 NOW = 1000.0
-PREFIX = [b"12345678"]
+PREFIX = [Prefix(b"12345678", 500)]
 
 loads = st.lists(st.integers(0, 100_000), min_size=1, max_size=20).map(
     lambda tokens: [Load(f"e{i}", 0.0, tokens=n, picked=i) for i, n in enumerate(tokens)]
@@ -15,8 +15,14 @@ loads = st.lists(st.integers(0, 100_000), min_size=1, max_size=20).map(
 weights = st.integers(1, 50_000)
 
 
+def pick(fleet: list[Load], weight: int, prefixes: list[Prefix], index: PrefixIndex, now: float) -> Load:
+    found = balance.pick(fleet, weight, prefixes, index, now)
+    assert found is not None
+    return found[0]
+
+
 def test_none_without_endpoints():
-    assert pick([], 1, PREFIX, PrefixIndex(), NOW) is None
+    assert balance.pick([], 1, PREFIX, PrefixIndex(), NOW) is None
 
 
 @given(loads, weights)
@@ -25,40 +31,73 @@ def test_without_prefix_the_least_loaded(fleet, weight):
     assert chosen.tokens == min(load.tokens for load in fleet)
 
 
-@given(loads, weights, st.integers(0, 19))
-def test_affinity_never_exceeds_the_bound(fleet, weight, home):
+@given(loads, weights, st.integers(0, 19), st.integers(0, 50_000))
+def test_affinity_costs_no_more_than_a_cache_is_worth(fleet, weight, home, served):
     index = PrefixIndex()
-    index.learn(PREFIX, f"e{home % len(fleet)}")
-    chosen = pick(fleet, weight, PREFIX, index, NOW)
-    fair = balance.LOAD_BOUND * (sum(load.tokens for load in fleet) + weight) / len(fleet)
-    within = [load for load in fleet if load.tokens + weight <= max(fair, balance.QUIET_TOKENS)]
-    if within:
-        assert chosen in within
-    else:
-        assert chosen.tokens == min(load.tokens for load in fleet)
-    if fleet[home % len(fleet)] in within:
-        assert chosen is fleet[home % len(fleet)]
+    prefix = Prefix(b"12345678", served)
+    index.learn([prefix], f"e{home % len(fleet)}")
+    found = balance.pick(fleet, weight, [prefix], index, NOW)
+    assert found is not None
+    chosen, remaining = found
+    least = min(load.tokens for load in fleet)
+    assert chosen.tokens <= least + balance.STICKINESS * served
+    at_home = chosen is fleet[home % len(fleet)]
+    assert remaining == (max(1, weight - served) if at_home else weight)
+    if fleet[home % len(fleet)].tokens < least + balance.STICKINESS * served:
+        assert at_home
 
 
 @given(loads, st.binary(min_size=8, max_size=8))
-def test_gateways_agree_on_a_new_prefix_and_a_departure_moves_only_its_own(fleet, prefix):
+def test_gateways_agree_on_a_new_prefix_and_a_departure_moves_only_its_own(fleet, key):
     for load in fleet:
         load.tokens = 0
-    first = pick(fleet, 10, [prefix], PrefixIndex(), NOW)
-    assert pick(fleet[::-1], 10, [prefix], PrefixIndex(), NOW) is first
+    prefix = [Prefix(key, 100)]
+    first = pick(fleet, 10, prefix, PrefixIndex(), NOW)
+    assert pick(fleet[::-1], 10, prefix, PrefixIndex(), NOW) is first
     for gone in fleet:
         rest = [load for load in fleet if load is not gone]
         if gone is not first and rest:
-            assert pick(rest, 10, [prefix], PrefixIndex(), NOW) is first
+            assert pick(rest, 10, prefix, PrefixIndex(), NOW) is first
 
 
-def test_the_longest_known_prefix_wins():
+def test_where_the_conversation_was_beats_where_its_beginning_was():
     fleet = [Load("a", 0.0), Load("b", 0.0)]
     index = PrefixIndex()
-    index.learn([b"short"], "a")
-    index.learn([b"longer"], "b")
-    assert pick(fleet, 1, [b"short", b"longer"], index, NOW).key == "b"
-    assert pick(fleet, 1, [b"short", b"unknown"], index, NOW).key == "a"
+    index.learn([Prefix(b"short", 100)], "a")
+    index.learn([Prefix(b"talk", 900)], "b")
+    assert pick(fleet, 1000, [Prefix(b"short", 100), Prefix(b"talk", 1000)], index, NOW).key == "b"
+
+
+def test_of_those_who_have_a_prefix_the_least_loaded():
+    fleet = [Load("a", 0.0, tokens=900), Load("b", 0.0, tokens=800), Load("c", 0.0)]
+    index = PrefixIndex()
+    for name in "ab":
+        index.learn([Prefix(b"short", 500)], name)
+    assert index.saved([Prefix(b"short", 500)]) == {"a": 500, "b": 500}
+    talk = balance.prefix_keys(b"x" * 4, "talk")
+    assert pick(fleet, 1000, [Prefix(b"short", 500), *talk], index, NOW).key == "b"
+
+
+def test_what_an_engine_says_counts_while_it_is_fresh():
+    fleet = [Load("a", 0.0), Load("b", 0.0, tokens=1000)]
+    balance.observe(fleet[0], running=3, waiting=2, kv_usage=0.5, now=NOW)
+    assert pick(fleet, 10, [], PrefixIndex(), NOW + 1).key == "b"
+    assert pick(fleet, 10, [], PrefixIndex(), NOW + balance.FRESH_S).key == "a"
+
+
+@given(st.integers(0, 100), st.integers(0, 100), st.integers(0, 100))
+def test_our_own_requests_are_not_counted_twice(own, running, waiting):
+    load = Load("a", 0.0, requests=own, tokens=own * 100)
+    balance.observe(load, running=running, waiting=waiting, kv_usage=0.0, now=NOW)
+    assert (balance.burden(load, NOW) == load.tokens) == (running + waiting <= own)
+
+
+def test_an_engine_without_room_comes_last_whatever_it_has_cached():
+    fleet = [Load("a", 0.0), Load("b", 0.0, tokens=50_000)]
+    index = PrefixIndex()
+    index.learn(PREFIX, "a")
+    balance.observe(fleet[0], running=4, waiting=1, kv_usage=0.97, now=NOW)
+    assert pick(fleet, 600, PREFIX, index, NOW).key == "b"
 
 
 def test_a_trickle_goes_round():
@@ -127,11 +166,19 @@ def test_a_named_session_is_its_longest_prefix():
     assert balance.prefix_keys(b"a" * 600, "s")[1] != balance.prefix_keys(b"a" * 600, "t")[1]
 
 
+def test_turns_of_a_conversation_have_its_anchor_in_common():
+    first = balance.prefix_keys(b"a" * 600, anchor=b"b" * 600)
+    later = balance.prefix_keys(b"a" * 900, anchor=b"b" * 600)
+    assert first[-1].key == later[-1].key
+    assert (first[-1].tokens, later[-1].tokens) == (150, 225)
+    assert len(balance.prefix_keys(b"a" * 600, anchor=b"short")) == 1
+
+
 @given(st.lists(st.binary(min_size=1, max_size=2), max_size=50))
 def test_the_index_is_bounded_and_keeps_the_newest(prefixes):
     index = PrefixIndex(capacity=5)
     for prefix in prefixes:
-        index.learn([prefix], "e")
+        index.learn([Prefix(prefix, 1)], "e")
     newest = list(dict.fromkeys(reversed(prefixes)))[:5]
     assert len(index) == len(newest)
-    assert all(index.get(prefix) == "e" for prefix in newest)
+    assert all(index.get(prefix) == (("e", 1),) for prefix in newest)

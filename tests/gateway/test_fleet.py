@@ -2,7 +2,7 @@
 
 import httpx
 
-from mainsail_gateway.balance import SLOW_START_FLOOR, SLOW_START_S, share
+from mainsail_gateway.balance import ANSWERING_TOKENS, SLOW_START_FLOOR, SLOW_START_S, share
 from mainsail_gateway.fleet import Pool, in_flight
 from mainsail_gateway.routes import Endpoint
 
@@ -26,13 +26,25 @@ def test_the_first_endpoints_start_warm_and_later_ones_slowly():
 def test_load_in_flight_survives_a_new_table_and_ends_with_its_request():
     pool = Pool()
     pool.update([endpoint("a"), endpoint("b")], 0.0)
-    first, load = pool.pick(10, [], set(), 50.0)
+    first, load, _ = pool.pick(10, [], set(), 50.0)
     with in_flight(load, 10):
         pool.update([endpoint("a"), endpoint("b"), endpoint("c")], 60.0)
         assert pool.loads[first.key].tokens == 10
-        assert pool.pick(1, [], {first.key}, 100.0)[0].key != first.key
+        assert pool.pick(1, [], {first.key}, 100.0).endpoint.key != first.key
     assert (load.tokens, load.requests) == (0, 0)
     assert pool.pick(1, [], {"a", "b", "c"}, 100.0) is None
+
+
+def test_a_request_weighs_less_once_it_answers():
+    pool = Pool()
+    pool.update([endpoint("a")], 0.0)
+    load = pool.loads["a"]
+    with in_flight(load, 5000) as flight:
+        assert (load.requests, load.tokens) == (1, 5000)
+        flight.answering()
+        flight.answering()
+        assert (load.requests, load.tokens) == (1, ANSWERING_TOKENS)
+    assert (load.requests, load.tokens) == (0, 0)
 
 
 async def test_one_conversation_stays_and_others_spread(kit):
