@@ -9,8 +9,8 @@ The rules, in order:
 2. **Affinity, for what it saves.** What a prompt's beginning has left in an endpoint's cache need not be computed
    again. So the endpoint is taken where the least is to be done before this request is: the tokens in flight there, and
    those of this request that it has not served before. A full queue is never worth a cache, and a cache is never given
-   up for noise. A conversation is known by the name that its client gives it, or by its *anchor*: its messages up to the
-   first that is not the system's, with which all its turns begin.
+   up for noise. A conversation is known by the name that its client gives it, or by its *anchor*: its messages up to
+   the first that is not the system's, with which all its turns begin.
 3. **New conversations** go where consistent hashing (rendezvous) puts them, so that gateways agree without talking, as
    far as the load allows: being there counts like a cache of the prompt. This bounds the load that hashing alone would
    not (Mirrokni et al., "Consistent hashing with bounded loads", 2016).
@@ -43,8 +43,10 @@ WAITING_TOKENS = 2048
 ANSWERING_TOKENS = 256
 """What a request costs others once its prompt is computed: one row of many in each step, whatever its length."""
 STICKINESS = 8
-"""How much more a cached token is worth than one computed: what moves is cached twice, and gateways that do not talk look
-for it in two places. Measured: benchmarks/gateway_balance.py."""
+"""How much more a cached token is worth than one computed: what moves is cached twice, and gateways that do not talk
+look for it in two places. Measured: benchmarks/gateway_balance.py."""
+LEAST_TOKENS = 64
+"""What a conversation that the client names is worth at least: its answers are cached too."""
 HOMES = 4
 """Endpoints that are remembered for a prefix."""
 PREFIX_LENGTHS = (512, 2048, 8192, 32768)
@@ -143,7 +145,7 @@ def prefix_keys(prompt: bytes, session: str | None = None, anchor: bytes = b"") 
     whole = len(prompt) // BYTES_PER_TOKEN
     if session:
         key = hashlib.blake2b(session.encode(), digest_size=8, person=b"session").digest()
-        prefixes.append(Prefix(key, whole))
+        prefixes.append(Prefix(key, max(whole, LEAST_TOKENS)))
     elif len(anchor) >= PREFIX_LENGTHS[0]:
         key = hashlib.blake2b(anchor, digest_size=8, person=b"anchor").digest()
         prefixes.append(Prefix(key, whole))

@@ -88,6 +88,8 @@ def _endpoint(pool: Pool, key: str, now: float) -> dict[str, Any]:
         "address": f"{endpoint.host}:{endpoint.port}",
         "requests": load.requests,
         "tokens": load.tokens,
+        "burden": balance.burden(load, now),
+        "full": load.full,
         "share": round(balance.share(load, now), 2),
         "failures": load.failures,
         "ejected_for_s": round(max(0.0, load.ejected_until - now), 1),
@@ -104,20 +106,21 @@ def pick(gateway: Gateway, found: Service, session: str | None, prompt: bytes, n
     chosen = probe.pick(len(prompt) // 4 + 1, prefixes, set(), now, session)
     if chosen is None:
         return {"pod": None, "because": ["no endpoint is ready"]}
-    endpoint, load = chosen
+    endpoint, load, remaining = chosen
     because = [_revision(pool, endpoint.revision, session, now)] if pool.weights else []
-    homes = [pool.index.get(prefix) for prefix in prefixes]
-    if endpoint.key in homes:
-        because.append(f"it served prefix {homes.index(endpoint.key) + 1} of {len(prefixes)} of this request last")
-    elif prefixes and any(homes):
-        because.append("who served the prefix last is too loaded, or of another revision")
+    saved = pool.index.saved(prefixes)
+    if endpoint.key in saved:
+        because.append(f"it served a beginning of this request: {saved[endpoint.key]} tokens are likely cached")
+    elif saved:
+        because.append("who served a beginning of it has more to do than that saves, or is of another revision")
     elif prefixes:
-        because.append("the prefix is new, and its hash prefers this endpoint of those with room")
+        because.append("its beginning is new: by its hash and the load")
     else:
         because.append("it has the least load for its share")
     if len(balance.usable(list(pool.loads.values()), now)) < len(pool.loads):
         because.append("others are ejected after failures")
-    return {"pod": endpoint.pod, "revision": endpoint.revision, "tokens": load.tokens, "because": because}
+    return {"pod": endpoint.pod, "revision": endpoint.revision, "tokens": load.tokens, "remaining": remaining,
+            "because": because}  # fmt: skip
 
 
 def _revision(pool: Pool, name: str, session: str | None, now: float) -> str:

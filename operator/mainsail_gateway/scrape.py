@@ -1,7 +1,7 @@
 """What engines say of their load: their own metrics, read every few seconds, for the balancer.
 
 The names are vLLM's, which every engine of this kind exports. What cannot be read is simply not known: a gateway then
-goes by its own requests, as it does between two readings. Endpoints are asked side by side, and a slow one delays nobody.
+goes by its own requests, as it does between two readings. Endpoints are asked side by side; a slow one delays nobody.
 """
 
 import asyncio
