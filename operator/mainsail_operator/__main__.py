@@ -37,7 +37,7 @@ async def run(settings: Settings) -> None:
     health = serve_health(settings.health_port, lambda: time.monotonic() - beat[0] < _LOOP_STUCK_S)
     async with kube_client() as client, httpx2.AsyncClient(trust_env=False, timeout=TIMEOUT_S) as pods:
         lease = Lease(client, settings.namespace, settings.identity)
-        store = Store()
+        store = Store(settings.watch_namespaces)
         signals = Signals()
         scraper = Scraper(pods, signals, gateways=lambda: store.gateways() if lease.holds() else [])
         writer = Writer(client, lease.holds, settings.identity, store.heard)
@@ -45,7 +45,7 @@ async def run(settings: Settings) -> None:
         reconciler = Reconciler(writer, lease, settings, store.read, scraper.want, signals, sizer)
         scraper.on_queued = lambda key: reconciler.wake(key) if sizer.watches(key) else None
         registry = kopf.OperatorRegistry()
-        relister = Relister(client, settings.watch_namespaces, store.sources(), woken(reconciler))
+        relister = Relister(client, settings.listened_namespaces, store.sources(), woken(reconciler))
         register(registry, store, reconciler, relister)
         routes = ModelRoutes(client, writer, lease, settings.watch_namespaces, store.services.owners)
         routes.register(registry)
@@ -60,7 +60,7 @@ async def run(settings: Settings) -> None:
                 settings=settings_for_watching(),
                 standalone=True,
                 clusterwide=not settings.watch_namespaces,
-                namespaces=settings.watch_namespaces,
+                namespaces=settings.listened_namespaces,
                 stop_flag=stop,
             )
         finally:

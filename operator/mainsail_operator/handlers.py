@@ -77,8 +77,14 @@ def _body(obj: JSON) -> JSON:
 class Store:
     """The objects by InferenceService."""
 
-    def __init__(self) -> None:
-        self.services: Collection[JSON] = Collection(lambda obj: key_of(obj["metadata"]), _body)
+    def __init__(self, namespaces: Sequence[str] = ()) -> None:
+        """namespaces: those whose InferenceServices are looked after; empty: all."""
+
+        def watched(obj: JSON) -> Key | None:
+            key = key_of(obj["metadata"])
+            return key if not namespaces or key[0] in namespaces else None
+
+        self.services: Collection[JSON] = Collection(watched, _body)
         self.deployments = Collection(_by_label, read_deployment)
         self.pods = Collection(_by_label, read_pod)
         self.gateway_pods = Collection(_gateway, partial(scrape_target, port=GATEWAY_METRICS_PORT))

@@ -29,7 +29,7 @@ from mainsail_operator.plan import Plan, plan
 from mainsail_operator.rollout import COMMAND, Decision, Situation, decide, since
 from mainsail_operator.scrape import Target
 from mainsail_operator.settings import Settings
-from mainsail_operator.signals import Signals
+from mainsail_operator.signals import PodLoad, Signals
 from mainsail_operator.sizing import Sized, Sizer
 from mainsail_operator.status import invalid, status
 from mainsail_operator.store import Key
@@ -242,7 +242,14 @@ class Reconciler:
     def _loads(self, it: _Pass) -> dict[str, float]:
         pods = [pod for revision in it.seen.revisions for pod in revision.alive]
         loads = {pod.uid: self._signals.load(pod.uid, it.now) for pod in pods}
-        return {uid: load.running + load.waiting for uid, load in loads.items() if load is not None}
+        return {uid: load_of(load) for uid, load in loads.items() if load is not None}
+
+
+def load_of(load: PodLoad) -> float:
+    """What would be lost with a pod, in requests: those that it has and the sessions that it keeps.
+
+    Of two that have the same, the one whose cache saves less (a fraction of a request) is the one to end."""
+    return load.running + load.waiting + load.sessions + min(load.warmth, 10_000.0) / 10_100.0
 
 
 @dataclass(frozen=True, slots=True)

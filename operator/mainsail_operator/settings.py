@@ -30,6 +30,11 @@ class Settings:
     """MAINSAIL_METRICS_NAMESPACES, separated by commas: whose pods may read engines' metrics (a Prometheus)."""
     health_port: int = 8081
 
+    @property
+    def listened_namespaces(self) -> tuple[str, ...]:
+        """The watched ones, and the operator's own, where the gateways are. Empty: all."""
+        return tuple(dict.fromkeys((*self.watch_namespaces, self.namespace))) if self.watch_namespaces else ()
+
 
 def from_environment(environment: Mapping[str, str] = os.environ) -> Settings:
     """Raises ValueError naming the variable when a value cannot be read."""

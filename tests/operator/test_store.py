@@ -10,11 +10,13 @@ from urllib.parse import parse_qs, urlsplit
 
 import httpx2
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from mainsail_operator.handlers import GATEWAYS, Store
 from mainsail_operator.relist import Relister, Source
+from mainsail_operator.settings import Settings
 from mainsail_operator.store import Collection, key_of
 
 
@@ -64,7 +66,7 @@ def test_a_list_removes_what_is_gone_and_leaves_what_came_after_it() -> None:
 
 
 @given(st.data())
-@settings(max_examples=200, deadline=None)
+@hypothesis_settings(max_examples=200, deadline=None)
 def test_events_lost_at_random_are_made_up_for_by_a_list(data: st.DataObject) -> None:
     """A cluster's true history, a watch that loses any events it likes, then one list: the store is true."""
     held, truth, version = collection(), {}, 0
@@ -167,3 +169,13 @@ def test_the_operators_kinds_are_told_apart() -> None:
     assert snapshot is not None
     assert "managedFields" not in snapshot.body["metadata"]
     assert key_of(snapshot.body["metadata"]) == ("ns", "demo")
+
+
+def test_only_the_watched_namespaces_services_are_looked_after() -> None:
+    store = Store(("a",))
+    for namespace in ("a", "b"):
+        store.services.put({"metadata": {"name": "demo", "namespace": namespace, "resourceVersion": "1"}})
+    assert store.read(("a", "demo")) is not None
+    assert store.read(("b", "demo")) is None
+    assert Settings(namespace="sys", watch_namespaces=("a",)).listened_namespaces == ("a", "sys")
+    assert Settings(namespace="sys").listened_namespaces == ()
