@@ -21,6 +21,8 @@ from mainsail_engine.server.errors import error_response, from_validation
 from mainsail_engine.server.handover import ResumedBody
 from mainsail_engine.server.health import Verdict, body
 from mainsail_engine.server.middleware import ApiKey, BodyLimit, HttpMetrics, InProgress
+from mainsail_engine.server.response_schemas import ResponsesRequest
+from mainsail_engine.server.responses import create_response
 from mainsail_engine.server.serving import Serving
 from mainsail_engine.version import version
 
@@ -72,6 +74,10 @@ def _add_generation(app: FastAPI, serving: Serving) -> None:
     async def create_completion(body: schemas.CompletionRequest, request: Request) -> Response:
         return await completion(serving, body, request)
 
+    @app.post("/v1/responses", responses=ERRORS)
+    async def create_model_response(body: ResponsesRequest, request: Request) -> Response:
+        return await create_response(serving, body, request)
+
     @app.get("/v1/models")
     async def list_models() -> schemas.ModelList:
         return schemas.ModelList(data=[_card(serving, name) for name in serving.model_names])
@@ -81,7 +87,7 @@ def _add_generation(app: FastAPI, serving: Serving) -> None:
         serving.check_model(name)
         return _card(serving, name)
 
-    del create_chat_completion, create_completion, list_models, get_model
+    del create_chat_completion, create_completion, create_model_response, list_models, get_model
 
 
 def _card(serving: Serving, name: str) -> schemas.ModelCard:
