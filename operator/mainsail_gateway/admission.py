@@ -165,7 +165,7 @@ class Door:
         now = asyncio.get_running_loop().time()
         if call.code == 200 and not ticket.streamed:
             self.shedder.answered(ticket, time.monotonic() - call.sent, now)
-        self.shedder.finish(ticket, now, served=call.code == 200, overloaded=call.code in (429, 503))
+        self.shedder.finish(ticket, now, served=call.code == 200, overloaded=call.code == 429)
         self._let_in(now)
 
     def abandon(self, ticket: Ticket) -> None:

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Generator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +18,12 @@ import msgspec
 from mainsail_gateway import admission, auth, balance, request
 from mainsail_gateway.admission import Admission
 from mainsail_gateway.asgi import Headers, Message, Receive, Scope, Send
-from mainsail_gateway.attempt import Attempt
+from mainsail_gateway.attempt import Attempt, stopping
 from mainsail_gateway.auth import CREDENTIALS, ApiKey
 from mainsail_gateway.chain import Asked, Chain
 from mainsail_gateway.errors import GatewayError, bad_request, no_capacity, send_error, too_large, unknown_model
 from mainsail_gateway.external import Outside
-from mainsail_gateway.fleet import Fleet, Pool
+from mainsail_gateway.fleet import Fleet, Pool, in_flight
 from mainsail_gateway.health import Health
 from mainsail_gateway.hold import Reply
 from mainsail_gateway.journal import NO_FAILOVER_HEADER
@@ -31,7 +31,7 @@ from mainsail_gateway.keys import Charge, Keys
 from mainsail_gateway.metrics import Metrics
 from mainsail_gateway.record import Record, Recorder
 from mainsail_gateway.relay import CLIENT_GONE, BrokenOff, Call, ClientGone, Relay
-from mainsail_gateway.routes import Service, Table, visible
+from mainsail_gateway.routes import Endpoint, Service, Table, visible
 from mainsail_gateway.settings import Settings
 from mainsail_gateway.upstream import ConnectionPool
 from mainsail_gateway.usage import Usage
@@ -46,10 +46,20 @@ _PATH = re.compile(rb"/v1(?:/(?!\.\.?(?:/|$))[A-Za-z0-9._~:-]+)+")
 _MODEL_PATH = re.compile(r"/v1/models/(.+)")
 _CLOSE: Headers = [(b"connection", b"close")]
 _OPEN_PATHS = ("/health", "/health/ready", "/health/live")
+STOPPING_S, STOPPING_TRIES = 0.25, 40
+"""How often, and how many times, a service is asked again whose last replica stops."""
 LINGER_S = 2.0
 """How long a refused body is still read, so that its sender sees the refusal instead of a reset."""
 SESSION_HEADERS = (b"x-session-id", b"x-conversation-id")
 USER_HEADERS = (b"x-user-id",)
+
+
+async def _unheard(message: Message) -> None:
+    """Where the heartbeats for a client of another gateway go."""
+    del message
+
+
+_UNHEARD = Reply(_unheard)
 
 
 class Gateway:
@@ -203,7 +213,28 @@ class Gateway:
         return None
 
     async def _relay(self, call: Call, asked: Asked, reply: Reply | Attempt, charge: Charge) -> int:
-        """Have the call's service answer; the status."""
+        """Have the call's service answer; the status.
+
+        A service that may be at zero is asked again while its last replica is on its way out and the table does not say
+        so yet: the request is held then, like those that come after it."""
+        for _ in range(STOPPING_TRIES if call.service.policy.hold_requests else 0):
+            attempt = Attempt(reply, ("Down",), None, [], means=stopping)
+            try:
+                code = await self._once(call, asked, attempt, charge)
+            except GatewayError as error:
+                if error.code != "no_capacity" or not call.sent or call.started:
+                    raise
+            else:
+                if attempt.dropped is None:
+                    return code
+            await asyncio.sleep(STOPPING_S)
+            service = self.table.services.get(call.service.key)
+            if service is None:
+                raise unknown_model(call.model)
+            call = self._call(asked, service, call.body)
+        return await self._once(call, asked, reply, charge)
+
+    async def _once(self, call: Call, asked: Asked, reply: Reply | Attempt, charge: Charge) -> int:
         metrics = self.metrics.of(call.service)
         if asked.record is not None:
             asked.record.call = call
@@ -246,6 +277,40 @@ class Gateway:
             raise
         finally:
             self.keys.settle(key, account, weight, charge)
+
+    @asynccontextmanager
+    async def picked(
+        self, scope: Scope, body: bytes, receive: Receive, subset: Collection[str]
+    ) -> AsyncGenerator[tuple[Endpoint, Call]]:
+        """Inside, a request runs at the endpoint that this gives, sent there by somebody else, who sets `call.code`.
+
+        subset: the addresses that may be chosen; empty: all. Raises GatewayError."""
+        key = self.keys.check(scope["headers"]) if self.keys is not None else None
+        parsed = request.parse(body)
+        service = self._service(parsed.model, key, self._table(scope))
+        asked = Asked(scope, body, parsed, key, time.monotonic(), _sticky(scope["headers"], parsed), receive, _UNHEARD)
+        call = self._call(asked, service, body)
+        metrics = self.metrics.of(service)
+        with self._charged(asked) as charge:
+            try:
+                async with self._admitted(call, asked, asked.reply) as pool:
+                    avoid = {e.key for e in service.endpoints if subset and f"{e.host}:{e.port}" not in subset}
+                    found = pool.pick(call.weight, call.prefixes, avoid, time.monotonic(), call.sticky)
+                    if found is None:
+                        raise no_capacity(call.model, self.settings.retry_after_s)
+                    endpoint, load = found
+                    call.at(metrics.pod(endpoint))
+                    pool.index.learn(call.prefixes, endpoint.key)
+                    with in_flight(load, call.weight):
+                        yield endpoint, call
+                    (balance.succeeded(load) if call.code < 500 else balance.failed(load, time.monotonic()))
+            except GatewayError as error:
+                call.code = error.status
+                raise
+            finally:
+                charge.code = call.code
+                (call.pod or metrics).count(call.code)
+                metrics.duration.observe(time.monotonic() - call.arrived)
 
     def _beat(self, reply: Reply | Attempt) -> Callable[[], Awaitable[None]]:
         return lambda: reply.beat(self._extra_headers())

@@ -15,12 +15,21 @@ from mainsail_gateway.virtual import Event, event_of
 MOST_KEPT_BYTES = 4 << 20
 
 
+def stopping(status: int) -> Event | None:
+    """What an engine says that is on its way out."""
+    return "Down" if status == 503 else None
+
+
 class Attempt:
     """A `Reply` for one try."""
 
-    def __init__(self, reply: Reply, on: Collection[Event], check: Check | None, headers: Headers) -> None:
-        """on: what makes the answer one to drop. headers: added to the answer's."""
+    def __init__(
+        self, reply: "Reply | Attempt", on: Collection[Event], check: Check | None, headers: Headers,
+        *, means: Callable[[int], Event | None] = event_of,
+    ) -> None:  # fmt: skip
+        """on: what makes the answer one to drop; means: which statuses are that. headers: added to the answer's."""
         self._reply = reply
+        self._means = means
         self._on = on
         self._check = check if "SchemaFailure" in on else None
         self._headers = headers
@@ -40,7 +49,7 @@ class Attempt:
             await self._body(message)
 
     async def _begin(self, head: Message) -> None:
-        event = event_of(head["status"])
+        event = self._means(head["status"])
         if event is not None and event in self._on:
             self.dropped = event
         elif self._check is not None and head["status"] == 200 and _is_json(head["headers"]):

@@ -163,6 +163,25 @@ def kubernetes_client(settings: Settings) -> httpx2.AsyncClient:
     return AsyncClient(single, ConnectionParams(timeout=httpx2.Timeout(10.0)))
 
 
+@asynccontextmanager
+async def picker(gateway: Gateway) -> AsyncGenerator[None]:
+    """The endpoint picker, while inside, if one is wanted."""
+    settings = gateway.settings
+    if not settings.epp_port:
+        yield
+        return
+    try:
+        from mainsail_gateway.epp import Picker
+    except ImportError as error:
+        raise ConfigError(f"--epp-port needs the optional part: pip install 'mainsail[epp]' ({error})") from None
+    server = Picker(gateway, settings.host, settings.epp_port)
+    await server.start()
+    try:
+        yield
+    finally:
+        await server.stop(settings.drain_timeout_s)
+
+
 def own_namespace() -> str:
     """The Pod's namespace; `default` outside of a cluster."""
     try:
@@ -239,7 +258,7 @@ async def serve(settings: Settings) -> None:
     health = HealthServer(settings.host, settings.health_port, gateway.health, gateway.metrics.registry, debug)
     health.start()
     try:
-        async with background(gateway, client, Timing(relist_s=settings.relist_s)):
+        async with background(gateway, client, Timing(relist_s=settings.relist_s)), picker(gateway):
             await Server(configure(gateway), gateway).serve()
     finally:
         health.stop()

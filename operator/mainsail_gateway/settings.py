@@ -29,6 +29,8 @@ class Settings:
 
     host_suffixes: tuple[str, ...] = ()
     """A request for the host `NAME.NAMESPACE.SUFFIX` sees only that InferenceService."""
+    epp_port: int = 0
+    """Port of the endpoint picker for gateways built on Envoy (epp.py); 0: none."""
     access_log: bool = False
     """A line of JSON on stderr for each request: names, times and status; never content."""
     otlp_endpoint: str | None = None
@@ -81,6 +83,7 @@ _HELP = {
     "keys_namespace": "namespace of the API keys' Secrets (default: the Pod's own)",
     "tls_cert": "PEM file of the certificate chain; with --tls-key, HTTPS is served on --port",
     "tls_key": "PEM file of its private key",
+    "epp_port": "port of the endpoint picker for gateways built on Envoy (gRPC); 0: none",
     "access_log": "log a line for each request: names, times and status, never content",
     "otlp_endpoint": "where spans are sent (OTLP over HTTP), as http://collector:4318/v1/traces",
     "trace_ratio": "part of the traces beginning here that is kept",

@@ -118,6 +118,23 @@ async def test_a_client_that_leaves_is_forgotten(kit):
         assert gw.metric("mainsail:gateway_requests_total", code="499") == 3
 
 
+@pytest.mark.parametrize("how", ["draining", "refused"])
+async def test_a_request_that_meets_the_last_replica_on_its_way_out_is_held_too(kit, how):
+    old, new = await kit.upstream(kit.raw(b"HTTP/1.1 503 X\r\ncontent-length: 0\r\n\r\n")), await kit.upstream()
+    if how == "refused":
+        old._server.close()
+    async with (
+        kit.gateway(kit.service(old.endpoint("old"), policy=ASLEEP)) as gw,
+        httpx.AsyncClient(timeout=30) as client,
+    ):
+        task = asyncio.create_task(client.post(gw.url + CHAT, json=BODY))
+        await kit.until(lambda: gw.metric("mainsail:gateway_requests_total", pod="old", code="503") > 0)
+        gw.gateway.use(kit.table(kit.service(policy=ASLEEP)))
+        await kit.until(lambda: gw.metric("mainsail:gateway_held_requests") == 1)
+        gw.gateway.use(kit.table(kit.service(new.endpoint("new"), policy=ASLEEP)))
+        assert (await task).status_code == 200
+
+
 async def test_a_service_deleted_while_requests_wait(kit):
     async with kit.gateway(kit.service(policy=ASLEEP)) as gw, httpx.AsyncClient() as client:
         task = asyncio.create_task(client.post(gw.url + CHAT, json=BODY))

@@ -1,0 +1,279 @@
+"""The gateway on the real cluster: clients, overload, virtual models, keys, weights, wake from zero, its own restart.
+
+Engines run a tiny model of random weights: what is proven here is who gets which request, and what a client is told.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import socket
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import httpx
+import openai
+import pytest
+
+from e2e import tiny
+from e2e.cluster.place import Place
+from e2e.kube import Kube, KubectlError, Object, condition, wait_for
+from e2e.services import client, pods, service, steady_traffic, wait_ready, wait_routed
+
+SYSTEM = "mainsail-system"
+URI = "pvc://models/tiny"
+ASK = {"model": "front", "prompt": "Tell me", "max_tokens": 8, "temperature": 0}
+CANARY = {
+    "strategy": "Canary",
+    "steps": [{"weight": 25, "hold": "1h"}],
+    "gate": {"minRequests": 100000, "onInconclusive": "Hold"},
+}
+API_KEY = "sk-" + "e2e" * 10
+
+
+@pytest.fixture(scope="module")
+def front(cluster: Place, kube: Kube, gateway_url: str) -> Iterator[Object]:
+    """A service that serves, and one at zero."""
+    tiny.write(cluster.models / "tiny")
+    served, sleeper = service("front", uri=URI), service("sleeper", uri=URI)
+    served["spec"] |= {"rollout": CANARY, "drain": {"timeout": "20s"}}
+    sleeper["spec"].pop("replicas")
+    sleeper["spec"]["scaling"] = {"min": 0, "max": 1, "toZero": {"after": "5s", "holdRequests": 20, "holdFor": "3m"}}
+    kube.apply(served, sleeper)
+    obj = wait_ready(kube, "front")
+    wait_routed(gateway_url, "front")
+    yield obj
+    for name in ("front", "sleeper"):
+        kube.delete("mis", name, wait=False)
+
+
+def test_clients_work_unchanged(gateway_url: str, front: Object) -> None:
+    api = client(gateway_url)
+    assert {"front", "sleeper"} <= {model.id for model in api.models.list()}
+    whole = api.completions.create(**ASK)
+    assert whole.usage.completion_tokens == 8
+    pieces = list(api.completions.create(**ASK, stream=True))
+    assert "".join(piece.choices[0].text for piece in pieces if piece.choices) == whole.choices[0].text
+    command = ["curl", "-sSN", "--fail-with-body", f"{gateway_url}/v1/completions", "-H",
+               "Content-Type: application/json", "-d", json.dumps(ASK | {"stream": True})]  # fmt: skip
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    assert printed.rstrip().endswith("data: [DONE]")
+
+
+def test_overload_is_refused_quickly_and_the_rest_is_served(kube: Kube, gateway_url: str, front: Object) -> None:
+    before = {pod["metadata"]["uid"] for pod in pods(kube, "front")}
+    kube.patch("mis", "front", {"spec": {"admission": {"maxConcurrency": 1, "maxQueuedRequests": 2}}})
+    time.sleep(1)
+
+    async def burst() -> list[tuple[int, float, httpx.Response]]:
+        async with httpx.AsyncClient(base_url=gateway_url, timeout=60) as http:
+
+            async def one() -> tuple[int, float, httpx.Response]:
+                began = time.monotonic()
+                answer = await http.post("/v1/completions", json=ASK | {"max_tokens": 200, "ignore_eos": True})
+                return answer.status_code, time.monotonic() - began, answer
+
+            return await asyncio.gather(*(one() for _ in range(40)))
+
+    answers = asyncio.run(burst())
+    kube.patch("mis", "front", {"spec": {"admission": None}})
+    times = {code: sorted(took for found, took, _ in answers if found == code) for code in {a[0] for a in answers}}
+    for code, took in sorted(times.items()):
+        print(f"| {code} | {len(took)} | {took[len(took) // 2] * 1000:.0f} ms | {took[-1] * 1000:.0f} ms |")
+    assert set(times) == {200, 429}
+    assert len(times[429]) > len(times[200]) >= 3
+    for code, _, answer in answers:
+        if code == 200:
+            assert answer.json()["usage"]["completion_tokens"] == 200
+        else:
+            assert int(answer.headers["retry-after"]) >= 1
+            assert answer.json()["error"]["type"] == "rate_limit_error"
+    assert {pod["metadata"]["uid"] for pod in pods(kube, "front")} == before, "admission restarts no pod"
+
+
+def test_a_virtual_model(kube: Kube, gateway_url: str, front: Object) -> None:
+    rules = [{"when": {"minPromptTokens": 100}, "to": [{"service": "front"}]},
+             {"to": [{"service": "nobody"}], "fallback": [{"service": "front"}]}]  # fmt: skip
+    route: Object = {
+        "apiVersion": "mainsail.dev/v1alpha1", "kind": "ModelRoute",
+        "metadata": {"name": "smart", "namespace": "default"}, "spec": {"rules": rules},
+    }  # fmt: skip
+    for wrong, told in (
+        ([{"to": [{"service": "a", "external": {"url": "https://x/v1", "model": "y"}}]}], "either a service"),
+        ([{"to": [{"service": "a", "weight": 0}]}], "all weights are 0"),
+        ([{"to": [{"service": "a"}]}, {"when": {"tools": True}, "to": [{"service": "b"}]}], "must be the last one"),
+        ([{"to": [{"external": {"url": "api.example.com", "model": "y"}}]}], "base URL"),
+    ):
+        with pytest.raises(KubectlError, match=told):
+            kube.apply(route | {"spec": {"rules": wrong}})
+    kube.apply(route)
+    try:
+        wait_routed(gateway_url, "smart")
+        raw = client(gateway_url).completions.with_raw_response.create(**ASK | {"model": "smart"})
+        assert raw.headers["x-mainsail-answered-by"] == "default/front"
+        assert raw.parse().model == "front"
+        told = wait_for("a status", lambda: condition(kube.get("modelroute", "smart"), "Ready"), timeout_s=40)
+        assert (told["status"], told["reason"]) == ("False", "ServiceNotFound")
+        assert "nobody" in told["message"]
+    finally:
+        kube.delete("modelroute", "smart")
+
+
+def test_both_gateways_restarted_under_load_lose_nothing(kube: Kube, gateway_url: str, front: Object) -> None:
+    with steady_traffic(gateway_url, "front", streams=4) as traffic:
+        kube.run("rollout", "restart", "deployment/mainsail-gateway", "-n", SYSTEM)
+        kube.run("rollout", "status", "deployment/mainsail-gateway", "-n", SYSTEM, timeout_s=120)
+        wait_for("the old gateways gone", lambda: len(gateways(kube)) == 2, timeout_s=60)
+    assert traffic.failures == []
+    assert traffic.completed > 4
+
+
+def gateways(kube: Kube) -> list[str]:
+    return [pod["metadata"]["name"] for pod in kube.list("pods", SYSTEM, "app.kubernetes.io/component=gateway")]
+
+
+def test_keys_and_their_limits(kube: Kube, front: Object) -> None:
+    """A gateway of its own, as the chart makes it with auth.mode=Keys."""
+    kube.apply(*keyed_gateway(kube), key_secret("few", API_KEY, requestsPerMinute="3", models="fr*"))
+    try:
+        kube.run("rollout", "status", "deployment/keyed", "-n", SYSTEM, timeout_s=120)
+        with forwarded(kube, "deployment/keyed", 8080) as url:
+            with pytest.raises(openai.AuthenticationError):
+                client(url).completions.create(**ASK)
+            api = openai.OpenAI(base_url=f"{url}/v1", api_key=API_KEY, max_retries=0, timeout=60)
+            wait_for("the key", lambda: "front" in listed(api), timeout_s=20)
+            assert listed(api) == {"front"}
+            for _ in range(3):
+                assert api.completions.create(**ASK).usage.completion_tokens == 8
+            with pytest.raises(openai.RateLimitError) as error:
+                api.completions.create(**ASK)
+            assert int(error.value.response.headers["retry-after"]) >= 1
+            with pytest.raises(openai.PermissionDeniedError):
+                api.completions.create(**ASK | {"model": "sleeper"})
+            kube.apply(key_secret("few", "sk-" + "new" * 10))
+            wait_for("the old key refused", lambda: not listed(api), timeout_s=20)
+    finally:
+        kube.delete("deployment", "keyed", SYSTEM, wait=False)
+        kube.delete("secret", "few", SYSTEM)
+        for kind in ("role", "rolebinding"):
+            kube.delete(kind, "keyed", SYSTEM)
+
+
+def listed(api: openai.OpenAI) -> set[str]:
+    try:
+        return {model.id for model in api.models.list()}
+    except (openai.AuthenticationError, openai.APIConnectionError, openai.InternalServerError):
+        return set()
+
+
+def key_secret(name: str, key: str, **fields: str) -> Object:
+    return {
+        "apiVersion": "v1", "kind": "Secret",
+        "metadata": {"name": name, "namespace": SYSTEM, "labels": {"mainsail.dev/api-key": "true"}},
+        "data": {field: base64.b64encode(value.encode()).decode() for field, value in {"key": key, **fields}.items()},
+    }  # fmt: skip
+
+
+def keyed_gateway(kube: Kube) -> list[Object]:
+    found = kube.get("deployment", "mainsail-gateway", SYSTEM) or {}
+    template = found["spec"]["template"]
+    container = template["spec"]["containers"][0]
+    container["args"] += ["--auth", "keys"]
+    labels = {"app": "keyed"}
+    template["metadata"] = {"labels": labels}
+    meta = {"name": "keyed", "namespace": SYSTEM}
+    spec = {"replicas": 1, "selector": {"matchLabels": labels}, "template": template}
+    group = "rbac.authorization.k8s.io"
+    return [
+        {"apiVersion": f"{group}/v1", "kind": "Role", "metadata": meta,
+         "rules": [{"apiGroups": [""], "resources": ["secrets"], "verbs": ["get", "list", "watch"]}]},
+        {"apiVersion": f"{group}/v1", "kind": "RoleBinding", "metadata": meta,
+         "roleRef": {"apiGroup": group, "kind": "Role", "name": "keyed"},
+         "subjects": [{"kind": "ServiceAccount", "name": "mainsail-gateway", "namespace": SYSTEM}]},
+        {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": meta, "spec": spec},
+    ]  # fmt: skip
+
+
+@contextmanager
+def forwarded(kube: Kube, target: str, port: int) -> Iterator[str]:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        local = sock.getsockname()[1]
+    command = [kube.kubectl, "--kubeconfig", str(kube.kubeconfig), "port-forward", "-n", SYSTEM, target,
+               f"{local}:{port}"]  # fmt: skip
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+            wait_for("the forwarded port", lambda: answers(f"http://127.0.0.1:{local}/health"), timeout_s=20)
+            yield f"http://127.0.0.1:{local}"
+        finally:
+            process.terminate()
+
+
+def answers(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=5).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def test_twenty_held_requests_wake_a_service(kube: Kube, gateway_url: str, front: Object) -> None:
+    wait_for("the sleeper at zero", lambda: not pods(kube, "sleeper"), timeout_s=120, story=kube.story)
+    ask = ASK | {"model": "sleeper"}
+
+    async def held() -> list[str]:
+        api = openai.AsyncOpenAI(base_url=f"{gateway_url}/v1", api_key="none", max_retries=0, timeout=150)
+        async with api:
+
+            async def streamed() -> str:
+                return "".join([c.choices[0].text async for c in await api.completions.create(**ask, stream=True)])
+
+            async def whole() -> str:
+                return (await api.completions.create(**ask)).choices[0].text
+
+            return await asyncio.gather(*(streamed() if i % 2 else whole() for i in range(20)))
+
+    texts = asyncio.run(held())
+    assert len(texts) == 20
+    assert len(set(texts)) == 1, "greedy: streamed or not, everybody got the same whole answer"
+
+
+def requests_by_revision(kube: Kube, name: str) -> Counter[str]:
+    """What both gateways counted, from their metrics."""
+    counts: Counter[str] = Counter()
+    for pod in gateways(kube):
+        text = kube.run("get", "--raw", f"/api/v1/namespaces/{SYSTEM}/pods/{pod}:8081/proxy/metrics")
+        for line in text.splitlines():
+            if line.startswith("mainsail:gateway_requests_total{") and f'service="{name}"' in line:
+                revision = line.partition('revision="')[2].partition('"')[0]
+                counts[revision] += int(float(line.rsplit(" ", 1)[1]))
+    return counts
+
+
+def test_canary_weights(kube: Kube, gateway_url: str, front: Object) -> None:
+    kube.patch("mis", "front", {"spec": {"engine": {"maxNumSeqs": 12}}})
+
+    def weights() -> dict[str, int] | None:
+        status = (kube.get("mis", "front") or {}).get("status", {})
+        found = {r["name"]: r["weight"] for r in status.get("revisions", [])}
+        return found if sorted(found.values()) == [25, 75] else None
+
+    shares = wait_for("weights 25 and 75", weights, timeout_s=150, story=kube.story)
+    time.sleep(1)
+    before = requests_by_revision(kube, "front")
+    with httpx.Client(base_url=gateway_url, timeout=60) as http:
+        for _ in range(40):
+            assert http.post("/v1/completions", json=ASK).status_code == 200
+        homes = set()
+        for _ in range(5):
+            answer = http.post("/v1/completions", json=ASK, headers={"x-session-id": "mine"})
+            homes.add(answer.status_code)
+    got = requests_by_revision(kube, "front") - before
+    assert homes == {200}
+    assert sum(got.values()) == 45
+    for name, weight in shares.items():
+        # Each of two gateways is exact to a request; five more went together where their session belongs.
+        assert abs(got[name] - 0.4 * weight) <= 2 + 5, (got, shares)
