@@ -201,6 +201,7 @@ class EngineCore:
             priority=add.priority,
             cache_salt=add.cache_salt,
             user=add.user,
+            session_id=add.session_id,
             deadline_s=None if add.timeout_s is None else now + add.timeout_s,
             output_token_ids=list(add.output_token_ids),
         )

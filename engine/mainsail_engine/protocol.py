@@ -33,6 +33,8 @@ class Add(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Generated already, by another engine: the answer goes on after them."""
     grammar: Grammar | None = None
     """What the answer must conform to."""
+    session_id: str = ""
+    """The client's name for the conversation, if it has one."""
 
 
 class Compile(msgspec.Struct, frozen=True, tag=True, array_like=True):

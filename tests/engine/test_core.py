@@ -128,6 +128,16 @@ def test_an_abort_brings_the_gauges_up_to_date() -> None:
     assert not core.has_work
 
 
+def test_a_client_may_name_the_session_that_goes_on() -> None:
+    core, _ = make()
+    params = SamplingParams(max_tokens=2, temperature=0.0)
+    for name, token in (("a", 1), ("b", 2)):
+        core.handle(Add(name, [token] * 20, params, session_id="run 7"), 0.0)
+        if name == "a":
+            drive(core)
+    assert core._scheduler._requests["b"].session.num_turns == 2  # type: ignore[attr-defined]
+
+
 def test_a_failing_first_token_stops_the_start() -> None:
     warm_up(make()[0])
     with pytest.raises(RuntimeError, match="first token"):

@@ -204,6 +204,8 @@ class GenerationRequest(Strict):
     return_token_ids: bool | None = None
     user: Annotated[str, Field(max_length=256), AfterValidator(_unicode)] | None = None
     """Users who wait are served fairly."""
+    session_id: Annotated[str, Field(max_length=256), AfterValidator(_unicode)] | None = None
+    """Whose next turn this is, where an agent rewrites its history; sessions are recognised without it."""
     timeout: Annotated[float, Field(gt=0)] | None = None
     """Seconds; a request that is not finished by then ends with 504."""
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None

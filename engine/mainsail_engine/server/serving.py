@@ -60,6 +60,7 @@ class Job:
     priority: int = 0
     cache_salt: str = ""
     user: str = ""
+    session_id: str = ""
     timeout_s: float | None = None
     delivered: Delivered | None = None
     """The answer goes on after this."""
@@ -278,6 +279,7 @@ class Serving:
                 skip_special_tokens=body.skip_special_tokens is not False,
                 priority=body.priority or 0,
                 cache_salt=body.cache_salt or "",
+                session_id="" if answer else body.session_id or "",
                 user=body.user or "",
                 timeout_s=body.timeout,
             )
@@ -452,6 +454,7 @@ class Generation:
         add = Add(
             self._id, job.prompt_token_ids, job.params, job.priority, job.cache_salt, job.user, job.timeout_s,
             grammar=job.grammar,
+            session_id=job.session_id,
             output_token_ids=[] if delivered is None else delivered.token_ids,
         )  # fmt: skip
         self._serving.client.submit(add, self)
