@@ -158,6 +158,8 @@ class Request:
     """While it is held for other sessions: the available blocks that it would need."""
     held_step: int = 0
     """… and the step that last looked at it."""
+    resume_node: Node | None = None
+    """Where its KV ended in the prefix tree when it was preempted last."""
     num_lost_tokens: int = 0
     """Positions that were computed when it was preempted last, and not resumed from yet."""
 

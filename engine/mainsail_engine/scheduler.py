@@ -411,7 +411,7 @@ class Scheduler:
             plan.copies.append(copy)
         if self._residency is not None:
             self._residency.started(request)
-        request.held_room = 0
+        request.held_room, request.resume_node = 0, None
         request.slot = self._slots.pop()
         request.move(RequestStatus.RUNNING)
         self._prefilling.append(request)
@@ -445,7 +445,11 @@ class Scheduler:
         return min([entry for entry in ranked if entry[1]] or ranked)[3]
 
     def _preempt(self, request: Request) -> None:
-        """Back to waiting. What finished steps have written stays cached, and is on either tier when it resumes."""
+        """Back to waiting. What was computed stays cached, and is on either tier when it resumes.
+
+        That includes what a step in flight writes: the device does it before anything that is launched from now on. If
+        that step fails, it is forgotten.
+        """
         log.info(
             "preempted %s: %d tokens computed, %d blocks of its own (pool of %d blocks is full)",
             request.request_id,
@@ -455,7 +459,9 @@ class Scheduler:
         )
         self._stop_running(request)
         request.num_lost_tokens = request.num_computed_tokens
-        self.kv.suspend(request)
+        if self.kv.is_loaded(request):
+            request.num_written_tokens = min(request.num_computed_tokens, request.num_tokens)
+        request.resume_node = self.kv.suspend(request)
         request.move(RequestStatus.WAITING)
         request.num_preemptions += 1
         self._num_preemptions += 1

@@ -235,7 +235,7 @@ class KVCache:
 
     def discard(self, request: Request) -> None:
         """Give up all blocks of a request whose step failed; nothing of it may be used again."""
-        self.tree.forget(request.tree_node)
+        self.tree.forget(request.tree_node or request.resume_node)
         self._forfeit(request)
         self.forget_tenant(request)
 
