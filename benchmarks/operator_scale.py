@@ -47,6 +47,7 @@ TOKEN = "benchmark"
 API = "/apis/mainsail.dev/v1alpha1"
 SERVICES = f"{API}/namespaces/{NAMESPACE}/inferenceservices"
 PODS = f"/api/v1/namespaces/{NAMESPACE}/pods"
+SLICES = f"/apis/discovery.k8s.io/v1/namespaces/{NAMESPACE}/endpointslices"
 SPEC: JSON = {"model": {"uri": "pvc://models/m.gguf"}, "resources": {"limits": {"memory": "1Gi"}}}
 CONCURRENT = 16
 
@@ -148,6 +149,15 @@ def pod_of(service: str, number: int, revision: str) -> JSON:
             "spec": {"nodeName": f"node-{number}", "containers": [container]}}  # fmt: skip
 
 
+def slice_of(service: str, pods: list[JSON]) -> JSON:
+    """What the endpoints controller makes of a Service: gateways route to these pods."""
+    endpoints = [{"addresses": ["10.0.0.1"], "conditions": {"ready": True},
+                  "targetRef": {"kind": "Pod", "name": pod["name"], "uid": pod["uid"]}} for pod in pods]  # fmt: skip
+    labels = {SERVICE_LABEL: service, "kubernetes.io/service-name": service}
+    return {"apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
+            "metadata": {"name": f"{service}-0", "labels": labels}, "endpoints": endpoints}  # fmt: skip
+
+
 def ready(value: bool) -> JSON:
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     conditions = [{"type": kind, "status": "True" if value or kind != "Ready" else "False", "lastTransitionTime": now}
@@ -169,10 +179,10 @@ async def populate(client: httpx.AsyncClient, names: list[str], pods: int) -> No
         body = {"apiVersion": "mainsail.dev/v1alpha1", "kind": "InferenceService", "metadata": {"name": name},
                 "spec": {**SPEC, "replicas": pods}}  # fmt: skip
         await send(client, "POST", SERVICES, body)
-        for number in range(pods):
-            pod = pod_of(name, number, revision)
-            await send(client, "POST", PODS, pod)
+        made = [await send(client, "POST", PODS, pod_of(name, number, revision)) for number in range(pods)]
+        for pod in made:
             await set_ready(client, pod["metadata"]["name"], True)
+        await send(client, "POST", SLICES, slice_of(name, [pod["metadata"] for pod in made]))
 
     await each(names, make)
 
@@ -242,7 +252,19 @@ _WRITES = ("POST", "PUT", "PATCH", "APPLY", "DELETE")
 async def requests(client: httpx.AsyncClient) -> dict[str, float]:
     """Requests so far: writes (but leases), lease writes, lists of what the operator watches."""
     found = {"writes": 0.0, "lease_writes": 0.0, "lists": 0.0}
-    kinds = ("inferenceservices", "deployments", "pods", "services", "serviceaccounts", "poddisruptionbudgets")
+    kinds = (
+        "inferenceservices",
+        "deployments",
+        "pods",
+        "services",
+        "serviceaccounts",
+        "poddisruptionbudgets",
+        "endpointslices",
+        "networkpolicies",
+        "nodes",
+        "jobs",
+        "daemonsets",
+    )
     for line in (await client.get("/metrics")).text.splitlines():
         match = _COUNT.match(line)
         if match is None:

@@ -71,9 +71,11 @@ def read_fetcher(pod: JSON) -> Fetcher | None:
                 for one in cast("list[JSON]", status.get(kind) or []) if one.get("name") == CONTAINER]  # fmt: skip
     state = cast(JSON, statuses[0].get("state") or {}) if statuses else {}
     ended = cast(JSON, state.get("terminated") or {})
-    done = (bool(ended) and ended.get("exitCode") == 0) or (bool(statuses) and bool(statuses[0].get("ready")))
-    reason, message = ("", "") if done else _trouble(statuses[0] if statuses else {}, status)
     arguments = cast("list[str]", container.get("args") or ["", ""])
+    # A container without a probe is ready when it runs; one that stays has a probe that says whether it is done.
+    stays = "--stay" in arguments and bool(statuses) and bool(statuses[0].get("ready"))
+    done = stays or (bool(ended) and ended.get("exitCode") == 0)
+    reason, message = ("", "") if done else _trouble(statuses[0] if statuses else {}, status)
     return Fetcher(
         uid=str(pod["metadata"].get("uid")), done=done, running="running" in state,
         model=arguments[1].rsplit("/", 1)[-1] if len(arguments) > 1 else "",

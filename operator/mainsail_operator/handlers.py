@@ -120,6 +120,8 @@ class Store:
 
     def room(self, spec: InferenceServiceSpec) -> int | None:
         """Further replicas that the nodes have GPUs for, as far as Mainsail's own pods hold them."""
+        if gpus.per_replica(spec) == 0:
+            return None
         held = ((pod.node, pod.gpus) for owner in self.pods.owners() for pod in self.pods.of(owner) if pod.gpus)
         return gpus.room(spec, self.nodes.of(NODES), held)
 
@@ -191,6 +193,7 @@ def settings_for_watching() -> kopf.OperatorSettings:
     settings.posting.enabled = False
     settings.watching.server_timeout = 240
     settings.watching.client_timeout = 300
+    settings.watching.chunk_size = 250  # a list of ten thousand pods at once would take 300 MB for a moment
     settings.networking.error_backoffs = (0.5, 1, 2, 4, 8)
     for source in Store().sources():
         if source.selector:

@@ -63,12 +63,12 @@ def test_what_a_user_gives_the_fetcher(settings) -> None:
     assert stays["readinessProbe"]["httpGet"]["path"] == "/ready"
 
 
-def pod(state=None, last=None, *, init: bool = True, ready: bool = False, conditions=()):
+def pod(state=None, last=None, *, init: bool = True, ready: bool = False, stay: bool = False, conditions=()):
     kind = "initContainers" if init else "containers"
     status = {"name": "fetch", "state": state or {}, "lastState": last or {}, "ready": ready}
     return {
         "metadata": {"uid": "u"},
-        "spec": {kind: [{"name": "fetch", "args": ["hf://org/name", "/models/copy"]}]},
+        "spec": {kind: [{"name": "fetch", "args": ["hf://org/name", "/models/copy", *(["--stay"] if stay else [])]}]},
         "status": {
             "podIP": "10.0.0.1",
             f"{'initContainer' if init else 'container'}Statuses": [status],
@@ -85,7 +85,8 @@ FAILED = {"terminated": {"exitCode": 1, "message": SAID}}
     ("found", "done", "reason"),
     [
         (pod(ENDED_WELL), True, ""),
-        (pod({"running": {}}, init=False, ready=True), True, ""),
+        (pod({"running": {}}, init=False, ready=True, stay=True), True, ""),
+        (pod({"running": {}}, init=False, ready=True), False, ""),
         (pod({"running": {}}), False, ""),
         (pod(FAILED), False, "CredentialsRefused"),
         (pod({"waiting": {"reason": "CrashLoopBackOff"}}, FAILED), False, "CredentialsRefused"),
