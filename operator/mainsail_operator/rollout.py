@@ -38,7 +38,7 @@ DEFAULT_STEPS = (RolloutStep(weight=10, hold="2m"), RolloutStep(weight=50, hold=
 COMMAND = "mainsail.dev/rollout"
 """Annotation: pause (for as long as it is there), promote, rollback or retry (once; see `verb`)."""
 _ONCE = ("promote", "rollback", "retry")
-_NOTHING_SERVES = "NothingServes"
+_NOTHING_SERVES, _ASLEEP, _PAUSED = "NothingServes", "ScaledToZero", "Paused"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ def verb(command: str) -> str:
 
 def decide(before: RolloutStatus | None, it: Situation) -> Decision:
     """The next state, replicas and weights."""
-    state = _advanced(_ordered(_entered(before, it), it), it)
+    state = _advanced(_resumed(_ordered(_entered(before, it), it), it), it)
     drain_first = state.drain_first or _makes_way(state, it)
     if drain_first != state.drain_first:
         state = state.model_copy(update={"drain_first": True})
@@ -146,8 +146,12 @@ def _moved(
 
 def since(state: RolloutStatus) -> float:
     """When the phase or step began, in Unix seconds; 0 when that cannot be read."""
+    return unix(state.since)
+
+
+def unix(timestamp: str) -> float:
     try:
-        return datetime.fromisoformat(state.since).timestamp()
+        return datetime.fromisoformat(timestamp).timestamp()
     except ValueError:
         return 0.0
 
@@ -169,6 +173,13 @@ def _ordered(state: RolloutStatus, it: Situation) -> RolloutStatus:
             return _start(it, state.stable, state.command, "RetriedByHand")
         case _:
             return state
+
+
+def _resumed(state: RolloutStatus, it: Situation) -> RolloutStatus:
+    """After a sleep at zero, or a pause before it began, the time that passed does not count."""
+    woke = state.reason == _ASLEEP and it.desired > 0 and state.phase in ("Starting", "Gating")
+    resumed = state.reason == _PAUSED and verb(it.command) != "pause" and state.phase == "Starting"
+    return _moved(state, it, state.phase, "Resumed", step=state.step) if woke or resumed else state
 
 
 # --- one step on
@@ -206,14 +217,18 @@ def failure(target: Revision | None, wanted: int, began: float, deadline_s: floa
     for pod in target.alive:
         if pod.restarts >= CRASHES and not (pod.serving and now - pod.progress >= STEADY_S):
             return Failure("CrashLoop", f"the engine of pod {pod.name} has restarted {pod.restarts} times")
-    progress = max([began, *(pod.progress for pod in target.alive)])
-    if target.serving < wanted and now - progress > deadline_s:
+    if target.serving < wanted and now - last_progress(target, began) > deadline_s:
         why = (target.trouble.message if target.trouble else "") or target.refusal or "its pods do not begin to serve"
         return Failure(
             "ProgressDeadlineExceeded",
             f"{target.serving} of {wanted} replicas serve, and none was added within the progress deadline: {why}",
         )
     return None
+
+
+def last_progress(target: Revision, began: float) -> float:
+    """When it last came a step further: began, made (after its model was fetched), a pod placed, a pod that serves."""
+    return max([began, unix(target.created), *(pod.progress for pod in target.alive)])
 
 
 def _failed(state: RolloutStatus, it: Situation) -> RolloutStatus | None:
@@ -414,7 +429,7 @@ def _check_at(state: RolloutStatus, it: Situation) -> float | None:
     times: list[float] = []
     if state.phase in ("Starting", "Promoting", "Stalled"):
         target = it.named(it.target)
-        progress = max([began, *(pod.progress for pod in target.alive)]) if target else began
+        progress = last_progress(target, began) if target else began
         times.append(progress + seconds(it.spec.progress_deadline) + 1)
     if state.phase == "Gating":
         times += [began + _hold_s(state, it), began + seconds(it.spec.progress_deadline)]
@@ -434,7 +449,7 @@ def _explained(state: RolloutStatus, it: Situation) -> RolloutStatus:
     if state.phase in ("Starting", "Gating", "Promoting") and verb(it.command) == "pause":
         where = f" at step {state.step}" if state.step else ""
         # What was passed on the way to Promoting is still needed: only the words change there.
-        reason = state.reason if state.phase == "Promoting" else "Paused"
+        reason = state.reason if state.phase == "Promoting" else _PAUSED
         message = f"Paused{where} by the annotation {COMMAND}; remove it to go on."
     elif state.phase == "Starting":
         reason, message = _starting(state, it)
@@ -446,6 +461,8 @@ def _explained(state: RolloutStatus, it: Situation) -> RolloutStatus:
 def _starting(state: RolloutStatus, it: Situation) -> tuple[str, str]:
     target = it.named(it.target)
     done, wanted = target.serving if target else 0, _size(state, it)
+    if it.desired == 0:
+        return _ASLEEP, "No replica is wanted; goes on when replicas are wanted again."
     count = f"{done} of {wanted} replicas of the newest revision serve"
     if target is not None and target.refusal:
         return "PodsRefused", f"{count}; the API server refuses its pods: {target.refusal}"
@@ -461,7 +478,7 @@ def _gating(state: RolloutStatus, it: Situation) -> tuple[str, str]:
     if it.spec.strategy == "Canary":
         where = f"step {state.step} of {len(it.steps)}, {where}"
     if it.desired == 0:
-        return "ScaledToZero", f"{where}: goes on when replicas serve again."
+        return _ASLEEP, f"{where}: goes on when replicas serve again."
     if it.verdict is None:
         return "WaitingForMetrics", f"{where}: no gateway has told its metrics yet."
     if it.verdict.outcome == "Inconclusive":

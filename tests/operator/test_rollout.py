@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -10,8 +11,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tests.operator.simulation import BAD, OWNER, SETTINGS, Cluster, name_of, settled, spec_of
 
+from mainsail_operator.observe import Revision
 from mainsail_operator.plan import Apply, Delete, Mark, Scale, plan
-from mainsail_operator.rollout import Situation, decide
+from mainsail_operator.rollout import Situation, decide, failure
 from mainsail_operator.settings import Settings
 from mainsail_operator.status import status
 
@@ -375,6 +377,34 @@ def test_to_zero_in_the_middle_of_a_canary_and_back() -> None:
     cluster.requests_per_tick = 40
     cluster.settle(new)
     assert cluster.phase == "RolledBack"
+
+
+def test_the_time_asleep_or_paused_or_fetching_does_not_count_against_a_revision() -> None:
+    cluster, _ = settled(1, 2, 20)
+    asleep, new = spec_of(2, 0, **CANARY), spec_of(2, 2, **CANARY)
+    cluster.pass_over(new)
+    cluster.pass_over(asleep)
+    cluster.now += 3600
+    cluster.pass_over(asleep)
+    cluster.settle(new)
+    assert cluster.phase == "Complete"
+
+    cluster, _ = settled(1, 2, 20)
+    cluster.command = "pause"
+    cluster.pass_over(new)
+    cluster.now += 3600
+    cluster.pass_over(new)
+    cluster.command = ""
+    cluster.settle(new, least=2)
+    assert cluster.phase == "Complete"
+
+    cluster, _ = settled(1, 2, 20)
+    cluster.pass_over(new, killed_after=1)
+    cluster.now += 3600
+    made = datetime.fromtimestamp(cluster.now, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    fresh = Revision(revision="x", name=name_of(new), replicas=1, created=made)
+    assert failure(fresh, 1, cluster.now - 3600, 300, cluster.now) is None
+    assert failure(fresh, 1, cluster.now - 3600, 300, cluster.now + 400) is not None
 
 
 def test_a_rolled_back_service_wakes_from_zero_with_the_stable_revision() -> None:
