@@ -1,11 +1,12 @@
-"""What the gateway costs, beside a direct connection and, where they are installed, nginx and vllm-router.
+"""What the gateway costs, beside a direct connection, plain uvicorn and, where installed, nginx and Rust routers.
 
     python benchmarks/gateway.py            about a minute; prints one table
 
 One upstream streams server-sent events at a fixed pace. Every target is measured by the same client over loopback, one
 after the other: lone requests on a kept connection (time to the first event, CPU per request of one event), then many
-streams at once (CPU per event). CPU is user + system time of the target's process tree. The gateway runs as it does in
-a cluster, with an API server's list and watch answered here.
+streams at once (CPU per event, memory per stream). CPU is user + system time of the target's process tree. The gateway
+runs as it does in a cluster, with an API server's list and watch answered here; the upstream tells it the token ids in
+the side form, as engines do, so that what fail-over costs is in the figure.
 """
 
 import argparse
@@ -22,12 +23,17 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import uvloop
 
 EVENT = b"data: " + json.dumps({"choices": [{"delta": {"content": "x" * 150}}]}).encode() + b"\n\n"
 CHUNK = b"%x\r\n%b\r\n" % (len(EVENT), EVENT)
 END = b"0\r\n\r\n"
+NOTED = b":ids %d 0=12345\n" % len(EVENT) + EVENT
+NOTED_CHUNK = b"%x\r\n%b\r\n" % (len(NOTED), NOTED)
+DONE = b"data: [DONE]\n\n"
+NOTED_DONE = b":ids %d\n" % len(DONE) + DONE
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 
 
@@ -48,11 +54,14 @@ async def upstream(port: int) -> None:
                     writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}")
                     continue
                 wanted = json.loads(body)
-                writer.write(HEAD + CHUNK)
+                noted = "x-mainsail-stream: ids" in head
+                said = b"x-mainsail-stream: ids id=c-1 created=1\r\n\r\n"
+                chunk, done = (NOTED_CHUNK, NOTED_DONE) if noted else (CHUNK, DONE)
+                writer.write((HEAD[:-2] + said if noted else HEAD) + chunk)
                 for _ in range(wanted["n"] - 1):
                     await asyncio.sleep(wanted["pace_ms"] / 1000)
-                    writer.write(CHUNK)
-                writer.write(END)
+                    writer.write(chunk)
+                writer.write(b"%x\r\n%b\r\n" % (len(done), done) + END)
         writer.close()
 
     async with await asyncio.start_server(serve, "127.0.0.1", port, backlog=4096) as server:
@@ -89,6 +98,14 @@ def cpu_s(pid: int) -> float:
     own = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     return own + sum(cpu_s(int(child)) for child in children)
+
+
+def resident_kib(pid: int) -> int:
+    """Memory of a process and all that it started."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    own = next((int(line.split()[1]) for line in lines if line.startswith("VmRSS:")), 0)
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return own + sum(resident_kib(int(child)) for child in children)
 
 
 def free_port() -> int:
@@ -130,8 +147,11 @@ async def exchange(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, d
     return first
 
 
-async def measure(port: int, pid: int, args: argparse.Namespace) -> tuple[float, float, float, float]:
-    """TTFT p50 and p99 in ms, CPU per request and per event in µs."""
+Figures = tuple[float, float, float, float, float]
+
+
+async def measure(port: int, pid: int, args: argparse.Namespace) -> Figures:
+    """TTFT p50 and p99 in ms, CPU per request and per event in µs, memory per stream in KiB."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     for _ in range(50):
         await exchange(reader, writer, request(1, 0))
@@ -140,8 +160,11 @@ async def measure(port: int, pid: int, args: argparse.Namespace) -> tuple[float,
     per_request = (cpu_s(pid) - before) / args.requests * 1e6
     writer.close()
     pairs = [await asyncio.open_connection("127.0.0.1", port) for _ in range(args.streams)]
-    before = cpu_s(pid)
-    await asyncio.gather(*(exchange(*pair, request(args.events, args.pace_ms)) for pair in pairs))
+    before, empty = cpu_s(pid), resident_kib(pid)
+    streams = asyncio.gather(*(exchange(*pair, request(args.events, args.pace_ms)) for pair in pairs))
+    await asyncio.sleep(args.events * args.pace_ms / 2000)
+    held = resident_kib(pid) - empty
+    await streams
     total = (cpu_s(pid) - before) * 1e6 - per_request * args.streams
     for _, writer in pairs:
         writer.close()
@@ -150,6 +173,7 @@ async def measure(port: int, pid: int, args: argparse.Namespace) -> tuple[float,
         statistics.quantiles(times, n=100)[98],
         per_request,
         total / (args.streams * args.events),
+        held / args.streams,
     )
 
 
@@ -196,14 +220,50 @@ def vllm_router(folder: Path, port: int, engine: int, api: int) -> list[str]:
     ]  # fmt: skip
 
 
+def sglang_router(folder: Path, port: int, engine: int, api: int) -> list[str]:
+    return [
+        "sglang-router", "launch", "--host", "127.0.0.1", "--port", str(port),
+        "--worker-urls", f"http://127.0.0.1:{engine}", "--prometheus-port", str(free_port()),
+    ]  # fmt: skip
+
+
+def uvicorn_alone(folder: Path, port: int, engine: int, api: int) -> list[str]:
+    return [sys.executable, __file__, "--pass-through", str(port), str(engine)]
+
+
+def pass_through(port: int, engine: int) -> None:
+    """The least that an ASGI application can do: no routing, no policy, one open connection a request to the engine."""
+    import uvicorn
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        body, more = b"", True
+        while more:
+            message = await receive()
+            body, more = body + message.get("body", b""), message.get("more_body", False)
+        reader, writer = await asyncio.open_connection("127.0.0.1", engine)
+        head = f"POST {scope['path']} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
+        writer.write(head.encode() + body)
+        await reader.readuntil(b"\r\n\r\n")
+        headers = [(b"content-type", b"text/event-stream")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        while size := int(await reader.readline(), 16):
+            data = await reader.readexactly(size + 2)
+            await send({"type": "http.response.body", "body": data[:-2], "more_body": True})
+        writer.close()
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    config = uvicorn.Config(app, port=port, loop="uvloop", http="httptools", lifespan="off", access_log=False)
+    uvicorn.Server(config).run()
+
+
 async def main(args: argparse.Namespace) -> None:
     engine, api = free_port(), free_port()
-    rows: list[tuple[str, tuple[float, float, float, float]]] = []
+    rows: list[tuple[str, Figures]] = []
     with tempfile.TemporaryDirectory() as name, running(sys.executable, __file__, "--serve", str(engine)) as process:
         await ready(engine)
         rows.append(("direct", await measure(engine, process.pid, args)))
         control = asyncio.create_task(api_server(api, engine))
-        for target in (mainsail, nginx, vllm_router):
+        for target in (mainsail, uvicorn_alone, nginx, vllm_router, sglang_router):
             port = free_port()
             command = target(Path(name), port, engine, api)
             if shutil.which(command[0]) is None:
@@ -219,13 +279,16 @@ async def main(args: argparse.Namespace) -> None:
         control.cancel()
     print(f"{args.requests} lone requests; {args.streams} streams of {args.events} events, {args.pace_ms} ms apart")
     print("(direct: the upstream's own CPU)\n")
-    print("| | TTFT p50 ms | added | TTFT p99 ms | added | CPU µs/request | CPU µs/event |")
-    print("|---|---|---|---|---|---|---|")
+    print(
+        "| | TTFT p50 ms | added | TTFT p99 ms | added | CPU µs/request | CPU µs/event | streams/core at 50 events/s "
+        "| KiB/stream |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
     base = rows[0][1]
-    for target, (p50, p99, per_request, per_event) in rows:
+    for target, (p50, p99, per_request, per_event, memory) in rows:
         print(
             f"| {target} | {p50:.2f} | {p50 - base[0]:.2f} | {p99:.2f} | {p99 - base[1]:.2f} "
-            f"| {per_request:.0f} | {per_event:.0f} |"
+            f"| {per_request:.0f} | {per_event:.0f} | {1e6 / max(per_event, 0.1) / 50:.0f} | {memory:.0f} |"
         )
 
 
@@ -236,5 +299,9 @@ if __name__ == "__main__":
     parser.add_argument("--events", type=int, default=200, help="events of a stream")
     parser.add_argument("--pace-ms", type=int, default=20, help="between two events of a stream")
     parser.add_argument("--serve", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--pass-through", type=int, nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    uvloop.run(upstream(arguments.serve) if arguments.serve else main(arguments))
+    if arguments.pass_through:
+        pass_through(*arguments.pass_through)
+    else:
+        uvloop.run(upstream(arguments.serve) if arguments.serve else main(arguments))

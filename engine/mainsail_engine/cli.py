@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+import msgspec
+
 from mainsail_engine.config import (
     DTYPES,
     LOAD_FORMATS,
@@ -16,6 +18,7 @@ from mainsail_engine.config import (
     TOOL_CALL_PARSERS,
     CacheConfig,
     EngineConfig,
+    KVEventsConfig,
     ModelConfig,
     SchedulerConfig,
     ServerConfig,
@@ -103,6 +106,7 @@ def _add_engine_flags(serve: argparse.ArgumentParser) -> None:
         default=CacheConfig().memory_utilization,
         help="share of the GPU's memory",
     )
+    group.add_argument("--kv-events-config", help="a JSON object: tell subscribers what the prefix cache holds (ZMQ)")
     group.add_argument("--kv-cache-blocks", type=int, help="KV blocks of 16 tokens; default: what memory allows")
     group.add_argument(
         "--kv-offloading-size",
@@ -171,6 +175,16 @@ def _add_server_flags(serve: argparse.ArgumentParser) -> None:
     )
 
 
+def kv_events_config(text: str | None) -> KVEventsConfig | None:
+    """Raises InvalidConfigurationError."""
+    if text is None:
+        return None
+    try:
+        return msgspec.json.decode(text, type=KVEventsConfig)
+    except msgspec.DecodeError as error:
+        raise InvalidConfigurationError(f"--kv-events-config: {error}") from None
+
+
 def engine_config(flags: argparse.Namespace) -> EngineConfig:
     """Raises InvalidConfigurationError."""
     return EngineConfig(
@@ -186,6 +200,7 @@ def engine_config(flags: argparse.Namespace) -> EngineConfig:
             enable_prefix_caching=flags.enable_prefix_caching,
             offloading_size_gib=getattr(flags, "kv_offloading_size", None),
         ),
+        kv_events=kv_events_config(getattr(flags, "kv_events_config", None)),
         scheduler=SchedulerConfig(
             max_num_seqs=flags.max_num_seqs,
             max_num_batched_tokens=getattr(flags, "max_num_batched_tokens", None),

@@ -59,6 +59,27 @@ class CacheConfig(msgspec.Struct, frozen=True, kw_only=True):
         _require(0 < self.memory_utilization <= 1, "--gpu-memory-utilization must be above 0 and at most 1")
 
 
+class KVEventsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """--kv-events-config, a JSON object with vLLM's names."""
+
+    enable_kv_cache_events: bool = True
+    publisher: str = "zmq"
+    endpoint: str = "tcp://*:5557"
+    """Where subscribers connect."""
+    replay_endpoint: str | None = None
+    """Where those who lost events ask for them. None: nowhere."""
+    topic: str = ""
+    buffer_steps: int = 10_000
+    """Batches kept for replay."""
+    hwm: int = 100_000
+    """Batches that may wait for a slow subscriber, who loses those beyond."""
+
+    def __post_init__(self) -> None:
+        _require(self.publisher in ("zmq", "null"), "--kv-events-config: publisher must be zmq or null")
+        _require(self.buffer_steps >= 1, "--kv-events-config: buffer_steps must be at least 1")
+        _require(self.hwm >= 1, "--kv-events-config: hwm must be at least 1")
+
+
 class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_num_seqs: int = 256
     """Requests that run at once: the height of every per-request tensor."""
@@ -90,6 +111,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     model: ModelConfig
     cache: CacheConfig = CacheConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
+    kv_events: KVEventsConfig | None = None
+    """Tell subscribers what the prefix cache holds (--kv-events-config). None: nobody is told."""
     tensor_parallel_size: int = 1
     """Devices that share every matrix of the model. Each is driven by a process of its own (a rank)."""
     device: str = "auto"

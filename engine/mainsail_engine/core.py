@@ -69,6 +69,7 @@ if TYPE_CHECKING:
     from mainsail_engine.structured.grammar import Grammar
 
 if TYPE_CHECKING:
+    from mainsail_engine.kv.events import KVEvents
     from mainsail_engine.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
@@ -146,6 +147,8 @@ class EngineCore:
         self._refused: list[RequestOutput] = []
         self._stats_due = False
         """An abort changed the gauges, and perhaps no step will follow to say so."""
+        self.after_step: Callable[[], None] = lambda: None
+        """Called by the loop between two steps: for what may be told outside then."""
         self._num_steps = 0
         self._last_step_end_s = 0.0
 
@@ -463,6 +466,7 @@ def run_loop(core: EngineCore, mailbox: Mailbox) -> None:
         outputs = core.step(time.monotonic())
         if outputs is not None:
             mailbox.send(outputs)
+        core.after_step()
 
 
 def _wait_for_command(core: EngineCore, mailbox: Mailbox, timeout_s: float | None) -> None:
@@ -482,6 +486,7 @@ class _Engine:
         self.config = config
         parallel, self._workers = start_ranks(config, on_lost)
         self.model_runner = ModelRunner(config, parallel)
+        self.events = kv_events(config)
 
     def parts(self) -> tuple[Scheduler, Runner]:
         """A scheduler over the pool as it is now, empty, and the runner to drive with it."""
@@ -499,6 +504,9 @@ class _Engine:
             max_num_batched_tokens=batched_tokens(config, runner.device),
             max_inter_token_latency_s=latency_target_s(config, str(runner.device)),
         )
+        if self.events is not None:
+            self.events.cleared()
+            scheduler.kv.tree.watcher = self.events
         if self._workers:
             return scheduler, self._workers.all_ranks(runner)
         host_bytes = offloading_bytes(
@@ -536,6 +544,8 @@ def build(config: EngineConfig, on_lost: Callable[[str], None] = log.critical) -
         jump_forward=config.jump_forward,
     )
     core = EngineCore(scheduler, runner, depth=pipeline_depth(config, device), compiler=compiler, sleeper=engine)
+    if engine.events is not None:
+        core.after_step = engine.events.flush
     warm_up(core)
     ready = Ready(
         max_model_len=scheduler.max_model_len,
@@ -547,6 +557,16 @@ def build(config: EngineConfig, on_lost: Callable[[str], None] = log.critical) -
         dtype=str(engine.model_runner.dtype).removeprefix("torch."),
     )
     return core, ready
+
+
+def kv_events(config: EngineConfig) -> KVEvents | None:
+    """The publisher, where one is wanted. Raises InvalidConfigurationError."""
+    wanted = config.kv_events
+    if wanted is None or not wanted.enable_kv_cache_events or wanted.publisher == "null":
+        return None
+    from mainsail_engine.kv.events import KVEvents
+
+    return KVEvents(wanted)
 
 
 def describe(error: BaseException) -> Failed:

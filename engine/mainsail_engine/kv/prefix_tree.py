@@ -30,6 +30,7 @@ from array import array
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
 from heapq import heapify, heappop, heappush
+from typing import Protocol
 
 from mainsail_engine.config import BLOCK_SIZE
 from mainsail_engine.kv.block_pool import BlockPool, BlockPoolError
@@ -47,6 +48,13 @@ def pack_tokens(token_ids: Sequence[int]) -> bytes:
     return words.tobytes()
 
 
+def unpack_tokens(packed: bytes) -> list[int]:
+    words = array("I", packed)
+    if sys.byteorder == "little":
+        words.byteswap()
+    return words.tolist()
+
+
 def common_tokens(left: bytes, right: bytes) -> int:
     """How many leading tokens two packed sequences share."""
     size = min(len(left), len(right))
@@ -61,6 +69,7 @@ class Node:
         "block",
         "children",
         "device_children",
+        "digest",
         "host",
         "kept",
         "key",
@@ -88,6 +97,8 @@ class Node:
         self.kept = 0
         """For how many sessions this node, or one below it, is kept."""
         self.last_used = 0
+        self.digest = b""
+        """Of these tokens and all before them, once somebody asked (events.py)."""
 
     @property
     def is_full(self) -> bool:
@@ -134,6 +145,13 @@ class Match:
         return len(self.host_nodes) * BLOCK_SIZE + (self.tail_tokens if tail_on_host else 0)
 
 
+class TreeWatcher(Protocol):
+    """Told what full blocks come to the device and leave it."""
+
+    def stored(self, node: Node) -> None: ...
+    def removed(self, node: Node) -> None: ...
+
+
 class PrefixTree:
     def __init__(self, pool: BlockPool, host: HostTier | None = None) -> None:
         self._pool = pool
@@ -148,6 +166,7 @@ class PrefixTree:
         self._host_leaves: list[tuple[bool, int, int, Node]] = []
         """Heap of (it is the only copy, last_used, host block, node), stale likewise."""
         self._clock = 0
+        self.watcher: TreeWatcher | None = None
 
     def match(self, token_ids: Sequence[int], salt: str, limit: int) -> Match:
         """The longest cached prefix of token_ids[:limit]. Changes nothing: acquire the blocks to keep them."""
@@ -234,6 +253,8 @@ class PrefixTree:
         node.block, node.load = block, load
         if node.kept:
             self._pool.keep(block, True)
+        if self.watcher is not None and node.is_full:
+            self.watcher.stored(node)
         if node.parent is not None:
             node.parent.device_children += 1
         self._queue_host(node)
@@ -329,6 +350,8 @@ class PrefixTree:
 
     def _leave_device(self, node: Node) -> None:
         block, parent = node.block, node.parent
+        if self.watcher is not None and node.is_full:
+            self.watcher.removed(node)
         self._nodes[block] = None
         self._pool.uncache(block)
         node.block = -1

@@ -1,0 +1,156 @@
+"""KV events: on the wire in vLLM's form, and always an exact picture of what the tree holds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import msgspec
+import pytest
+import zmq
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mainsail_engine.cli import kv_events_config
+from mainsail_engine.config import BLOCK_SIZE, KVEventsConfig
+from mainsail_engine.errors import InvalidConfigurationError
+from mainsail_engine.kv.block_pool import BlockPool
+from mainsail_engine.kv.events import END_OF_REPLAY, KVEvents, block_hash
+from mainsail_engine.kv.prefix_tree import Node, PrefixTree, pack_tokens
+
+LOCAL = KVEventsConfig(endpoint="tcp://127.0.0.1:0", replay_endpoint="tcp://127.0.0.1:0", topic="kv@pod")
+
+
+@pytest.fixture
+def events() -> Iterator[KVEvents]:
+    made = KVEvents(LOCAL)
+    yield made
+    made.close()
+
+
+def full(first: int) -> bytes:
+    return pack_tokens(range(first, first + BLOCK_SIZE))
+
+
+def node(parent: Node | None, tree: PrefixTree, pool: BlockPool, first: int, salt: str = "") -> Node:
+    return tree.insert(parent, salt, full(first), pool.allocate())
+
+
+def test_the_wire_form(events: KVEvents) -> None:
+    context = zmq.Context()
+    subscriber = context.socket(zmq.SUB)
+    subscriber.connect(events._publisher.endpoint)
+    subscriber.setsockopt_string(zmq.SUBSCRIBE, "kv@")
+    replay = context.socket(zmq.REQ)
+    replay.connect(events._publisher.replay_endpoint)
+    try:
+        time.sleep(0.2)  # a subscription has no answer
+        pool = BlockPool(4)
+        tree = PrefixTree(pool)
+        tree.watcher = events
+        events.cleared()
+        first = node(None, tree, pool, 0)
+        second = node(first, tree, pool, 100)
+        tree.insert_tail(second, "", pack_tokens([1, 2, 3]), pool.allocate())
+        events.flush()
+        events.flush()
+        assert subscriber.poll(5000)
+        topic, number, payload = subscriber.recv_multipart()
+        assert (topic, number) == (b"kv@pod", bytes(8))
+        ts, told, rank = msgspec.msgpack.decode(payload)
+        assert rank is None
+        assert abs(ts - time.time()) < 60
+        h1, h2 = block_hash(first), block_hash(second)
+        assert told == [
+            ["AllBlocksCleared"],
+            ["BlockStored", [h1], None, list(range(16)), 16, None, "GPU"],
+            ["BlockStored", [h2], h1, list(range(100, 116)), 16, None, "GPU"],
+        ]
+        pool.release([0, 1, 2])
+        tree.mark_idle([0, 1, 2])
+        tree.clear()
+        events.flush()
+        assert subscriber.poll(5000)
+        assert msgspec.msgpack.decode(subscriber.recv_multipart()[2])[1] == [
+            ["BlockRemoved", [h2], "GPU"],
+            ["BlockRemoved", [h1], "GPU"],
+        ]
+        replay.send((1).to_bytes(8, "big"))
+        assert replay.poll(5000)
+        assert replay.recv_multipart()[0] == (1).to_bytes(8, "big")
+        assert END_OF_REPLAY == b"\xff" * 8
+    finally:
+        context.destroy(linger=0)
+
+
+def test_a_hash_stands_for_the_whole_prefix_and_the_tenant() -> None:
+    pool = BlockPool(8)
+    tree = PrefixTree(pool)
+    a, b = node(None, tree, pool, 0), node(None, tree, pool, 50)
+    hashes = {
+        block_hash(n)
+        for n in (a, b, node(a, tree, pool, 7), node(b, tree, pool, 7), node(None, tree, pool, 0, salt="x"))
+    }
+    assert len(hashes) == 5
+    again = PrefixTree(other := BlockPool(8))
+    assert block_hash(node(None, again, other, 0)) == block_hash(a)
+
+
+class Picture:
+    """What a subscriber believes."""
+
+    def __init__(self) -> None:
+        self.held: set[int] = set()
+
+    def stored(self, stored: Node) -> None:
+        assert stored.parent is not None
+        assert stored.parent.parent is None or block_hash(stored.parent) in self.held
+        assert block_hash(stored) not in self.held
+        self.held.add(block_hash(stored))
+
+    def removed(self, removed: Node) -> None:
+        self.held.remove(block_hash(removed))
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3), st.booleans()), max_size=40))
+def test_a_subscriber_always_knows_what_is_held(moves: list[tuple[int, int, bool]]) -> None:
+    pool = BlockPool(6)
+    tree = PrefixTree(pool)
+    tree.watcher = picture = Picture()
+    for first, second, evict in moves:
+        if evict:
+            tree.evict(2)
+        if pool.num_free < 2:
+            continue
+        blocks = [pool.allocate(), pool.allocate()]
+        one = tree.insert(None, "", full(100 * first), blocks[0])
+        kept = [one.block]
+        if one.block != blocks[0]:
+            pool.acquire([one.block])
+            kept.append(blocks[0])
+        two = tree.insert(one, "", full(1000 + 100 * second), blocks[1])
+        kept.append(blocks[1])
+        if two.block != blocks[1]:
+            pool.acquire([two.block])
+            kept.append(two.block)
+        tree.mark_idle(pool.release(kept))
+        nodes = [each for each in tree._nodes if each is not None]
+        assert picture.held == {block_hash(each) for each in nodes}
+
+
+def test_the_flag_is_the_fields_own() -> None:
+    config = kv_events_config('{"enable_kv_cache_events": true, "publisher": "zmq", "endpoint": "tcp://*:6000"}')
+    assert config is not None
+    assert config.endpoint == "tcp://*:6000"
+    assert kv_events_config(None) is None
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"publisher": "kafka"}', '{"endpoints": "x"}', '{"hwm": 0}'])
+def test_a_wrong_flag_is_named(text: str) -> None:
+    with pytest.raises(InvalidConfigurationError, match="--kv-events-config"):
+        kv_events_config(text)
+
+
+def test_a_taken_port_is_named(events: KVEvents) -> None:
+    with pytest.raises(InvalidConfigurationError, match="cannot be used"):
+        KVEvents(KVEventsConfig(endpoint=events._publisher.endpoint))
