@@ -1,6 +1,7 @@
 """Kubernetes events about a service: few, and only what a person would want to have been told (pure).
 
-One for each turn of a rollout, each refusal of a write, and each stop; nothing for what the conditions show anyway.
+One for each turn of a rollout, each change of the number of replicas that the load asked for, each model that was
+fetched or cannot be, each refusal of a write, and each stop; nothing for what the conditions show anyway.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from mainsail_operator.types import InferenceServiceStatus, RolloutStatus
+from mainsail_operator.types import Condition, InferenceServiceStatus, RolloutStatus, ScalingStatus
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +21,8 @@ class Event:
 
 def events(before: InferenceServiceStatus, after: InferenceServiceStatus) -> list[Event]:
     """What the change from one status to the next is worth telling."""
-    found = [event for event in (_turn(before.rollout, after.rollout), _refusal(before, after)) if event]
+    told = (_turn(before.rollout, after.rollout), _refusal(before, after), _fetch(before, after))
+    found = [event for event in told if event] + _scaling(before.scaling, after.scaling)
     old, new = before.rollout, after.rollout
     if new is not None and new.drain_first and not (old is not None and old.drain_first):
         found.append(Event("Normal", "DrainFirst", "No room beside the old replicas: they are replaced one at a time."))
@@ -48,6 +50,36 @@ def _turn(old: RolloutStatus | None, new: RolloutStatus | None) -> Event | None:
             return Event("Normal", "RolledBack", f"{new.stable} serves alone again.")
         case _:
             return Event("Warning", "RolloutStalled", new.message)
+
+
+def _scaling(old: ScalingStatus | None, new: ScalingStatus | None) -> list[Event]:
+    """The number changed, or something keeps it from growing."""
+    if new is None or old is None or "Replicas" in (old.reason, new.reason):
+        return []
+    found: list[Event] = []
+    if new.desired != old.desired:
+        found.append(Event("Normal", "Scaled", f"{new.reason}: {new.message}"))
+    if new.limited_by and new.limited_by != old.limited_by:
+        limit = "no node has GPUs for more" if new.limited_by == "GPUs" else "spec.scaling.max is reached"
+        found.append(
+            Event("Warning", "ScalingLimited", f"The load asks for more than {new.desired} replicas: {limit}.")
+        )
+    return found
+
+
+def _fetch(before: InferenceServiceStatus, after: InferenceServiceStatus) -> Event | None:
+    """The model has been fetched, or cannot be for a reason that is new."""
+
+    def told(status: InferenceServiceStatus) -> Condition | None:
+        return next((c for c in status.conditions if c.type == "ModelFetched"), None)
+
+    old, new = told(before), told(after)
+    if new is None or (old is not None and (old.status, old.reason) == (new.status, new.reason)):
+        return None
+    if new.status == "True":
+        return Event("Normal", "ModelFetched", new.message)
+    under_way = new.reason in ("Fetching", "Waiting")
+    return None if under_way else Event("Warning", "FetchFailed", f"{new.reason}: {new.message}")
 
 
 def _refusal(before: InferenceServiceStatus, after: InferenceServiceStatus) -> Event | None:
