@@ -298,10 +298,10 @@ class Gateway:
                     found = pool.pick(call.weight, call.prefixes, avoid, time.monotonic(), call.sticky)
                     if found is None:
                         raise no_capacity(call.model, self.settings.retry_after_s)
-                    endpoint, load = found
+                    endpoint, load, weight = found
                     call.at(metrics.pod(endpoint))
                     pool.index.learn(call.prefixes, endpoint.key)
-                    with in_flight(load, call.weight):
+                    with in_flight(load, weight):
                         yield endpoint, call
                     (balance.succeeded(load) if call.code < 500 else balance.failed(load, time.monotonic()))
             except GatewayError as error:
