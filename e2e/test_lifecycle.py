@@ -6,16 +6,18 @@ Most of these services never run an engine: they ask for no replica, or for a no
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from e2e import processes
-from e2e.cluster import netns
+from e2e.cluster import cgroups, netns
 from e2e.cluster.place import Place
 from e2e.kube import Kube, KubectlError, Object, condition, wait_for
 from e2e.services import service
@@ -232,3 +234,37 @@ def test_a_bad_object_is_refused_and_a_paused_rollout_is_valid(kube: Kube) -> No
         kube.apply(bad)
     with pytest.raises(KubectlError, match="belong to strategy Canary"):
         kube.apply(nowhere("bad", rollout={"steps": [{"weight": 50}]}))
+
+
+@pytest.mark.slow
+def test_the_api_server_stands_still_and_comes_back(kube: Kube, cluster: Place) -> None:
+    """Twenty seconds without an API server: the operator stays alive, holds its Lease again, and catches up."""
+    kube.apply(nowhere("patient"))
+    wait_for("its Deployment", lambda: kube.list("deployments", selector="mainsail.dev/service=patient"), timeout_s=30)
+    (operator,) = operators(kube)
+    restarts = {c["name"]: c["restartCount"] for c in operator["status"]["containerStatuses"]}
+    servers = [pid for pid in cgroups.processes(cgroups.groups_named(cluster.name)) if _is(pid, "kube-apiserver")]
+    assert len(servers) == 1
+    os.kill(servers[0], signal.SIGSTOP)
+    time.sleep(20)
+    os.kill(servers[0], signal.SIGCONT)
+    wait_for("the API server", lambda: _answers(kube), timeout_s=60)
+    kube.run("scale", "mis/patient", "--replicas=2")
+    wait_for("two replicas", lambda: _replicas(kube, "patient") == 2, timeout_s=60, story=kube.story)
+    (same,) = operators(kube)
+    assert {c["name"]: c["restartCount"] for c in same["status"]["containerStatuses"]} == restarts
+    kube.delete("mis", "patient")
+
+
+def _is(pid: int, program: str) -> bool:
+    try:
+        return program in Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+    except OSError:
+        return False
+
+
+def _answers(kube: Kube) -> bool:
+    try:
+        return kube.run("get", "--raw=/readyz", "--request-timeout=2s") == "ok"
+    except KubectlError:
+        return False
