@@ -90,14 +90,14 @@ class Lease:
         if holder not in ("", self._identity) and not self._expired(str(spec.get("renewTime")), sent, spec):
             return
         turns = int(spec.get("leaseTransitions") or 0) + (holder != self._identity)
-        lease["spec"] = self._spec(turns)
+        lease["spec"] = self._spec(turns, str(spec.get("acquireTime") or "") if holder == self._identity else "")
         self._took(await self._client.put(f"{self._base}/{self._name}", json=lease), sent)
 
-    def _spec(self, transitions: int) -> JSON:
+    def _spec(self, transitions: int, acquired: str = "") -> JSON:
         now = _stamp()
         return {
             "holderIdentity": self._identity, "leaseDurationSeconds": self._duration_s,
-            "acquireTime": now, "renewTime": now, "leaseTransitions": transitions,
+            "acquireTime": acquired or now, "renewTime": now, "leaseTransitions": transitions,
         }  # fmt: skip
 
     def _expired(self, renewed: str, now: float, spec: JSON) -> bool:

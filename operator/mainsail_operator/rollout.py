@@ -38,7 +38,7 @@ DEFAULT_STEPS = (RolloutStep(weight=10, hold="2m"), RolloutStep(weight=50, hold=
 COMMAND = "mainsail.dev/rollout"
 """Annotation: pause (for as long as it is there), promote, rollback or retry (once; see `verb`)."""
 _ONCE = ("promote", "rollback", "retry")
-_NOTHING_SERVES, _ASLEEP, _PAUSED = "NothingServes", "ScaledToZero", "Paused"
+_STABLE_FAILS, _ASLEEP, _PAUSED = "StableFails", "ScaledToZero", "Paused"
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,9 +293,9 @@ def _back(state: RolloutStatus, it: Situation) -> RolloutStatus:
         return _moved(state, it, "RolledBack", state.reason, state.message)
     began, deadline_s = since(state), seconds(it.spec.progress_deadline)
     found = failure(stable, it.desired, began, deadline_s, it.now) if it.desired and not serves else None
-    if found is not None and stable is not None and not stable.serving:
+    if found is not None:
         message = f"{state.message} And {state.stable}, which served before, does not come back: {found.message}"
-        return _moved(state, it, "Stalled", _NOTHING_SERVES, message)
+        return _moved(state, it, "Stalled", _STABLE_FAILS, message)
     return state
 
 
@@ -304,7 +304,7 @@ def _mended(state: RolloutStatus, it: Situation) -> RolloutStatus:
     if state.reason in ("GateFailed", "Inconclusive"):
         return state
     stable = it.named(state.stable)
-    if state.reason == _NOTHING_SERVES:
+    if state.reason == _STABLE_FAILS:
         back = not it.desired or _sound(stable, it)
         return _moved(state, it, "RollingBack", "Mended", f"{state.stable} serves again.") if back else state
     target = it.named(it.target)
@@ -359,7 +359,7 @@ def _rising(state: RolloutStatus) -> str:
 
 
 def _goes_back(state: RolloutStatus) -> bool:
-    return state.phase in ("RollingBack", "RolledBack") or state.reason == _NOTHING_SERVES
+    return state.phase in ("RollingBack", "RolledBack") or state.reason == _STABLE_FAILS
 
 
 def _rest(it: Situation, *names: str) -> list[Revision]:

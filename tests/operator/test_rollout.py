@@ -524,12 +524,30 @@ def histories(draw: st.DrawFn) -> list[Step]:
     )
 
 
-@given(histories(), st.integers(1, 9), st.sampled_from(["Auto", "Auto", "DrainFirst"]),
-       st.dictionaries(st.integers(2, 4), st.sampled_from(BAD), max_size=2))  # fmt: skip
+ANY = (
+    histories(),
+    st.integers(1, 9),
+    st.sampled_from(["Auto", "Auto", "DrainFirst"]),
+    st.dictionaries(st.integers(2, 4), st.sampled_from(BAD), max_size=2),
+)
+
+
+@given(*ANY)
 @example(history=[(2, 1, "RollingUpdate", 1, "", None), (3, 2, "Canary", 2, "", 1), (1, 2, "Canary", 0, "", None)],
          room=2, policy="Auto", bad={})  # fmt: skip
 @settings(max_examples=150, deadline=None)
 def test_any_history_ends_well(history: list[Step], room: int, policy: str, bad: dict[int, str]) -> None:
+    ends_well(history, room, policy, bad)
+
+
+@pytest.mark.slow
+@given(*ANY)
+@settings(max_examples=5000, deadline=None, database=None)
+def test_thousands_of_histories_end_well(history: list[Step], room: int, policy: str, bad: dict[int, str]) -> None:
+    ends_well(history, room, policy, bad)
+
+
+def ends_well(history: list[Step], room: int, policy: str, bad: dict[int, str]) -> None:
     """Specs, replicas, strategies, commands and kills in any order, good and bad revisions, any room. Then nothing more
     is asked: the last spec's revision serves if it is good; if not, an older one that is, if there was one."""
     cluster = Cluster(room)
