@@ -5,8 +5,8 @@
 An engine that only waits, over real sockets: it runs `--slots` requests at once, each for about a second, and lets
 all others wait inside, first come first served, as engines do. Clients come at random (Poisson) at a multiple of what
 the engine can do, and do not wait for one another. An answer is good when its first token came within `--wanted`
-seconds and it was whole. The gateway is not told the number of slots: it learns from latency. Each row begins anew; its first
-third is warm-up and not counted.
+seconds and it was whole. The gateway is not told the number of slots: it learns from latency. Each row begins
+anew; its first third is warm-up and not counted.
 """
 
 import argparse
