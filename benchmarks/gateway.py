@@ -207,7 +207,8 @@ def nginx(folder: Path, port: int, engine: int, api: int) -> list[str]:
         f"daemon off; pid {folder}/pid; error_log {folder}/log; worker_processes 1;"
         f" events {{ worker_connections 4096; }}"
         f" http {{ access_log off; upstream u {{ server 127.0.0.1:{engine}; keepalive 256; }} server {{"
-        f" listen 127.0.0.1:{port}; location / {{ proxy_pass http://u; proxy_http_version 1.1;"
+        f" listen 127.0.0.1:{port}; keepalive_requests 1000000;"
+        " location / { proxy_pass http://u; proxy_http_version 1.1;"
         ' proxy_set_header Connection ""; proxy_buffering off; } } }'
     )
     return ["nginx", "-c", str(folder / "nginx.conf")]
