@@ -55,6 +55,7 @@ async def run(settings: Settings) -> None:
         listing = asyncio.create_task(relister.run())
         routing = asyncio.create_task(routes.run())
         try:
+            await relister.first()
             await kopf.operator(
                 registry=registry,
                 settings=settings_for_watching(),

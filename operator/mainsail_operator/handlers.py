@@ -1,9 +1,9 @@
 """kopf's part: watches. Events fill the store and wake the reconciler; nothing is decided here.
 
-Only `index` and `on.event` handlers are registered: they need no finalizer and annotate nobody's objects. kopf calls
-all indexing functions for what it has listed before the first event handler, so a pass never sees half of a cluster.
-The indexing functions keep nothing in kopf's own indexes: those hold whole objects, and keep what was deleted while a
-watch was away (see `store`). Labels are selected by the API server.
+Only `on.event` handlers are registered: they need no finalizer and annotate nobody's objects. kopf's indexes are not
+used: they hold whole objects, keep what was deleted while a watch was away (see `store`), and make every object wait
+for all others at the start, which takes minutes with ten thousand. The first list is the relister's. Labels are
+selected by the API server.
 """
 
 from __future__ import annotations
@@ -147,23 +147,13 @@ def register(registry: kopf.OperatorRegistry, store: Store, reconciler: Reconcil
     kopf.on.login(registry=registry)(_login)
     for source in store.sources():
         group, _, version = source.base.removeprefix("/apis/").removeprefix("/api/").rpartition("/")
-        name = f"{source.plural}-{group or 'core'}"
-        kopf.index(group, version, source.plural, id=f"index-{name}", registry=registry)(_filler(source.collections))
         handler = _listener(source.collections, woken(reconciler), relister)
-        kopf.on.event(group, version, source.plural, id=f"event-{name}", registry=registry)(handler)
+        name = f"event-{source.plural}-{group or 'core'}"
+        kopf.on.event(group, version, source.plural, id=name, registry=registry)(handler)
 
 
 async def _login(**kwargs: Any) -> kopf.ConnectionInfo | None:
     return kopf.login_with_service_account(**kwargs) or kopf.login_with_kubeconfig(**kwargs)
-
-
-def _filler(collections: Sequence[Collection[Any]]) -> Any:
-    async def fill(body: kopf.Body, **_: Any) -> None:
-        obj: JSON = dict(body)
-        for collection in collections:
-            collection.put(obj)
-
-    return fill
 
 
 def _listener(collections: Sequence[Collection[Any]], wake: Callable[[Key], None], relister: Relister) -> Any:
@@ -176,9 +166,7 @@ def _listener(collections: Sequence[Collection[Any]], wake: Callable[[Key], None
         if type is None and uid in seen:
             relister.suspect()
         for collection in collections:
-            owner = collection.owner_of(obj)
-            if type == "DELETED":
-                collection.remove(obj["metadata"])
+            owner = collection.remove(obj["metadata"]) if type == "DELETED" else collection.put(obj)
             if owner is not None:
                 wake(owner)
         (seen.discard if type == "DELETED" else seen.add)(uid)

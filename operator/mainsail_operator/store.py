@@ -74,15 +74,25 @@ class Collection(Generic[T]):
 
     def reconcile(self, items: Iterable[JSON], version: int, within: Callable[[Key], bool]) -> set[Key]:
         """Set right by a complete list of a scope, taken at a resource version. The groups that this changed."""
-        changed: set[Key | None] = set()
         listed: dict[Key, str] = {}
+        changed = self.take(items, listed)
+        return changed | self.retain(listed, version, within)
+
+    def take(self, items: Iterable[JSON], listed: dict[Key, str]) -> set[Key]:
+        """A page of a list, noted in `listed`. The groups that this changed."""
+        changed: set[Key | None] = set()
         for obj in items:
             listed[key_of(obj["metadata"])] = str(obj["metadata"].get("uid") or "")
             changed.add(self.put(obj))
-        for key, held in list(self._held.items()):
-            if within(key) and held.version <= version and listed.get(key) != held.uid:
-                changed.add(self._drop(key))
         return {key for key in changed if key is not None}
+
+    def retain(self, listed: Mapping[Key, str], version: int, within: Callable[[Key], bool]) -> set[Key]:
+        """The end of a list: what is not among the UIDs listed, and was not seen after it, is gone."""
+        gone = [
+            key for key, held in self._held.items()
+            if within(key) and held.version <= version and listed.get(key) != held.uid
+        ]  # fmt: skip
+        return {group for key in gone if (group := self._drop(key)) is not None}
 
     def _drop(self, key: Key) -> Key | None:
         held = self._held.pop(key, None)

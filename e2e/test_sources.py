@@ -1,0 +1,114 @@
+"""A model that is fetched: to a shared claim by a Job, to the node by a DaemonSet; what is wrong is told in time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from e2e import hub, tiny
+from e2e.cluster.network import NODE
+from e2e.cluster.place import Place
+from e2e.kube import Kube, Object, condition, wait_for
+from e2e.services import client, pods, service, wait_ready, wait_routed
+
+URI = f"hf://{hub.REPOSITORY}"
+NODES = "nodes"
+"""A namespace that allows hostPath volumes, which `default` of the rig, being restricted, does not."""
+
+
+def volume(folder: Path) -> list[Object]:
+    """A folder of the node as a claim `cache` that every pod may write."""
+    mode = {"accessModes": ["ReadWriteMany"], "storageClassName": "mainsail-cache"}
+    on_node = {"key": "kubernetes.io/hostname", "operator": "In", "values": [NODE]}
+    return [
+        {"apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": "mainsail-cache"},
+         "spec": {**mode, "capacity": {"storage": "1Gi"}, "persistentVolumeReclaimPolicy": "Retain",
+                  "local": {"path": str(folder)},
+                  "claimRef": {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "name": "cache",
+                               "namespace": "default"},
+                  "nodeAffinity": {"required": {"nodeSelectorTerms": [{"matchExpressions": [on_node]}]}}}},
+        {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": "cache", "namespace": "default"},
+         "spec": {**mode, "volumeName": "mainsail-cache", "resources": {"requests": {"storage": "1Gi"}}}},
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folders(cluster: Place, kube: Kube) -> Iterator[tuple[Path, Path]]:
+    """The claim's folder and a folder of the node, both empty and writable for the fetcher's user; and a hub."""
+    tiny.write(cluster.models / "tiny")
+    found = cluster.state / "fetch-claim", cluster.state / "fetch-node"
+    for folder in found:
+        folder.mkdir(parents=True, exist_ok=True)
+        folder.chmod(0o777)
+    privileged = {"pod-security.kubernetes.io/enforce": "privileged"}
+    kube.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NODES, "labels": privileged}})
+    kube.apply(*hub.objects(), *volume(found[0]))
+    kube.run("wait", "--for=condition=Ready", "pod/hub", "--timeout=60s", timeout_s=70)
+    yield found
+    kube.delete("mis", "shared")
+    kube.delete("namespace", NODES, wait=False)
+    for kind, name in (("pod", "hub"), ("service", "hub"), ("configmap", "hub"), ("secret", "hub"), ("pvc", "cache"),
+                       ("pv", "mainsail-cache")):  # fmt: skip
+        kube.delete(kind, name)
+
+
+def cached(name: str, cache: Object) -> Object:
+    found = service(name, uri=URI)
+    found["spec"]["model"] |= {"secretRef": {"name": "hub"}, "cache": cache}
+    return found
+
+
+def fetched(kube: Kube, name: str, namespace: str = "default") -> Object:
+    return condition(kube.get("mis", name, namespace), "ModelFetched")
+
+
+def wait_serving(kube: Kube, replicas: int) -> None:
+    """The service in `NODES`."""
+
+    def check() -> bool:
+        status = (kube.get("mis", "local", NODES) or {}).get("status", {})
+        return status.get("servingReplicas") == replicas
+
+    wait_for(f"local with {replicas} serving", check, timeout_s=120, story=lambda: kube.story(NODES))
+
+
+def test_from_a_missing_secret_and_a_wrong_token_to_an_answer(kube: Kube, gateway_url: str, folders) -> None:
+    claim, node = folders
+    applied = time.monotonic()
+    local = cached("local", {"nodePath": str(node)})
+    local["metadata"]["namespace"] = NODES
+    kube.apply(cached("shared", {"claim": "cache"}), local)
+    told = wait_for("the Secret being missed", lambda: 'secret "hub" not found' in fetched(kube, "shared").get(
+        "message", "") and fetched(kube, "shared"), timeout_s=60, story=kube.story)  # fmt: skip
+    assert (told["status"], told["reason"]) == ("False", "CreateContainerConfigError")
+    kube.apply(hub.secret("hf_wrong"))
+    told = wait_for("the token being refused", lambda: "HF_TOKEN" in fetched(kube, "shared").get("message", "") and
+                    fetched(kube, "shared"), timeout_s=60, story=kube.story)  # fmt: skip
+    assert told["reason"] == "ModelNotFound"
+    assert condition(kube.get("mis", "shared"), "Stalled")["reason"] == "ModelNotFound"
+    assert pods(kube, "shared") == [], "no GPU waits for a download"
+    print(f"missing Secret and wrong token told after {time.monotonic() - applied:.0f} s")
+    kube.apply(hub.secret(hub.TOKEN), hub.secret(hub.TOKEN, NODES))
+    wait_ready(kube, "shared")
+    assert fetched(kube, "shared")["status"] == "True"
+    wait_serving(kube, 1)
+    wait_for("the node's copy", lambda: fetched(kube, "local", NODES).get("status") == "True", timeout_s=30,
+             story=lambda: kube.story(NODES))  # fmt: skip
+    (copy,) = [path for path in claim.iterdir() if not path.name.startswith(".")]
+    assert {path.name for path in copy.iterdir() if path.is_file()} >= {"config.json", "model.safetensors"}
+    assert (node / copy.name / "model.safetensors").exists()
+    (daemons,) = kube.list("daemonsets", NODES)
+    assert daemons["status"]["numberReady"] == 1
+    wait_routed(gateway_url, "shared")
+    with client(gateway_url) as api:
+        assert api.completions.create(model="shared", prompt="Hi", max_tokens=3).usage.completion_tokens == 3
+
+
+def test_a_new_replica_starts_from_the_nodes_disk(kube: Kube, folders) -> None:
+    """With the hub away, another replica starts: nothing is asked for that is there."""
+    kube.delete("pod", "hub")
+    kube.run("scale", "mis", "local", "-n", NODES, "--replicas=2")
+    wait_serving(kube, 2)
