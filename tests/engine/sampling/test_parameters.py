@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from mainsail_engine.request import Request, SamplingParams
+from mainsail_engine.runner.uploads import Uploads
 from mainsail_engine.sampling.logprobs import PIECE, logprob_rows, prompt_logprob_rows
 from mainsail_engine.sampling.penalties import penalize
 from mainsail_engine.sampling.sampler import Sampler
@@ -34,7 +35,7 @@ def request(slot: int = 0, output: list[int] | None = None, **params) -> Request
 
 
 def sampler(num_slots: int) -> Sampler:
-    return Sampler(num_slots, VOCAB, frozenset({EOS}), CPU)
+    return Sampler(num_slots, VOCAB, frozenset({EOS}), CPU, Uploads(CPU).send)
 
 
 def draw(params: dict, draws: int, slots: int = 500) -> np.ndarray:
