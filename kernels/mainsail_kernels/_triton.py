@@ -79,7 +79,7 @@ def card_name(device: torch.device) -> str:
 
 
 @triton.jit
-def wait_for_inputs(DEPENDENT: tl.constexpr):
+def wait_for_inputs(DEPENDENT: tl.constexpr):  # pyright: ignore[reportInvalidTypeForm]
     """From here on the results of the kernel before may be read, and the next one's programs may start."""
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
