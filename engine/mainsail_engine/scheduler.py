@@ -208,9 +208,9 @@ class Scheduler:
             self._admit(plan, budget)
         if not plan.chunks and not self._plans_in_flight and not self.kv.host.is_loading:
             self._unblock(plan)
-        self.kv.unpin()
         if self._residency is not None and not self._waiting:
             self._fetch_ahead(self._residency)
+        self.kv.unpin()  # not before: what is fetched would be loaded over the sources of this plan's copies
         plan.stores = self.kv.host.take_stores()
         if not self.kv.host.is_on_bus:
             self._loading_since_s = now

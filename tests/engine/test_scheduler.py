@@ -719,6 +719,11 @@ def test_random_traffic_for_a_million_steps():
             print(f"{steps:,} steps, {seed} lives", flush=True)
 
 
+def test_nothing_is_fetched_over_the_source_of_a_copy():
+    """A life that once loaded a returning session's block over the tail that the same plan was to copy."""
+    live_randomly(88, 4000)
+
+
 def live_randomly(seed: int, steps: int) -> None:
     """One engine, random settings: arrivals, next turns, aborts, failing rows, pauses; integrity after each step."""
     rng = random.Random(seed)
