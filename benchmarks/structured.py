@@ -6,7 +6,7 @@
 Masks are filled for JSON in the middle of its text, by xgrammar over a vocabulary of the given size that is made here
 (single bytes, and words as tokenizers have them). Steps use real shapes with dummy weights, greedy, prompts of random
 token ids; every row is constrained by the same schema, each at a place of its own. A step's ratio is the median over
-rounds that alternate between free and JSON. Peer, on an H100: 5.9 times slower steps at batch 256, 3.0 at 64.
+rounds that alternate between free and JSON. Peer, on an H200: 5.9 times slower steps at batch 256, 3.0 at 64.
 """
 
 from __future__ import annotations
