@@ -32,6 +32,8 @@ SPREAD_ROWS = 256
 """Rows of a step up to which its linears cost little more than reading the weights (180 to 250 on Hopper)."""
 SPREAD_STEPS = 4
 """A backlog of prompts is spread over at least so many steps while requests decode."""
+STEP_ROWS = (64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1280, 1536)
+"""What small mixed steps are padded to on CUDA (runner/cuda_graphs.py)."""
 SWEEPS = 8
 """Rounds of coordinate descent before a prediction: it starts where it ended the last time."""
 SCALES = (1.0, 1e2, 1e5, 1e3, 1e7)
@@ -68,6 +70,16 @@ def spread(backlog: int, num_decodes: int) -> int:
     some steps of the decodes rather than holding them all up in one; a long backlog is worked off at full chunks.
     """
     return max(SPREAD_ROWS - num_decodes, SPREAD_ROWS // 2, -(-backlog // SPREAD_STEPS))
+
+
+def filled(budget: int, num_decodes: int) -> int:
+    """The budget, cut so that decodes and prompts together fill one of STEP_ROWS: padding is work for nothing.
+
+    A step beyond the largest of them is not padded.
+    """
+    rows = num_decodes + budget
+    full = max((size for size in STEP_ROWS if num_decodes + MIN_CHUNK <= size <= rows), default=rows)
+    return budget if rows > STEP_ROWS[-1] else full - num_decodes
 
 
 class _Moments:

@@ -29,7 +29,7 @@ from heapq import heappop, heappush
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from mainsail_engine.chunking import ChunkController, StepWork, attention_pairs, spread
+from mainsail_engine.chunking import ChunkController, StepWork, attention_pairs, filled, spread
 from mainsail_engine.config import BLOCK_SIZE, EngineConfig
 from mainsail_engine.errors import RequestError
 from mainsail_engine.kv.cache import KVCache, blocks_for
@@ -261,7 +261,9 @@ class Scheduler:
         plan.decode_context = sum(chunk.start for chunk in plan.chunks)
         start = self._prefilling[0].num_computed_tokens if self._prefilling else 0
         latency = self._chunking.budget(StepWork(plan.num_decodes, plan.decode_context), start)
-        return min(left, latency, spread(self._backlog(), plan.num_decodes))
+        backlog = self._backlog()
+        budget = min(left, latency, spread(backlog, plan.num_decodes))
+        return filled(budget, plan.num_decodes) if budget < backlog else budget
 
     def _backlog(self) -> int:
         """Prompt tokens that could be computed now, or nearly: what is begun, and what waits if there is a place."""

@@ -9,7 +9,7 @@ from benchmarks.simulated import SimulatedEngine
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mainsail_engine.chunking import MIN_CHUNK, ChunkController, StepWork, attention_pairs, spread
+from mainsail_engine.chunking import MIN_CHUNK, STEP_ROWS, ChunkController, StepWork, attention_pairs, filled, spread
 from mainsail_engine.request import Request, SamplingParams
 
 # (per step, per decode, per token of context, per prefill token, per attention pair), in seconds
@@ -160,3 +160,11 @@ def test_without_a_target_a_step_takes_the_whole_budget():
                                                               (100, 250, 128), (30_000, 64, 7500)])  # fmt: skip
 def test_a_small_backlog_is_spread_and_a_long_one_is_not(backlog, decodes, expected):
     assert spread(backlog, decodes) == expected
+
+
+@given(st.integers(MIN_CHUNK, 9000), st.integers(0, 1024))
+def test_a_filled_step_wastes_no_row_and_goes_on(budget, decodes):
+    tokens = filled(budget, decodes)
+    assert MIN_CHUNK <= tokens <= budget
+    rows = decodes + tokens
+    assert rows in STEP_ROWS or tokens == budget

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from mainsail_engine.chunking import STEP_ROWS
 from mainsail_engine.model.architecture import Architecture
 from mainsail_engine.model.attention import Attention
 from mainsail_engine.runner.batch import StepArrays
@@ -35,7 +36,7 @@ from mainsail_kernels.tokens import note, resolve
 
 log = logging.getLogger(__name__)
 LARGEST_DECODE = 1024
-LARGEST_MIXED = 1536
+LARGEST_MIXED = STEP_ROWS[-1]
 """Tokens. Larger steps keep the device busy for longer than it takes to launch them."""
 MOST_CHUNKS = 32
 """Prompts in a mixed step that is replayed."""
@@ -65,17 +66,11 @@ def decode_sizes(largest: int) -> list[int]:
     return [size for size in sizes if size < largest] + [min(largest, LARGEST_DECODE)]
 
 
-def mixed_sizes() -> list[int]:
-    """Steps of an eighth between one and the next: padding costs a few percent."""
-    return [64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1280, LARGEST_MIXED]
-
-
 def shapes_of(max_num_seqs: int) -> list[StepShape]:
     """Every shape, from small to large within its kind; decodes first."""
     decodes = [StepShape(n, n, 0, n) for n in decode_sizes(max_num_seqs)]
     mixed = [
-        StepShape(n, min(n, max_num_seqs), min(n, max_num_seqs, MOST_CHUNKS), min(n, max_num_seqs))
-        for n in mixed_sizes()
+        StepShape(n, min(n, max_num_seqs), min(n, max_num_seqs, MOST_CHUNKS), min(n, max_num_seqs)) for n in STEP_ROWS
     ]
     return decodes + mixed
 

@@ -17,6 +17,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+FIRST_BUFFERS = 12
+"""Twice what two steps in flight send when their sampling is elaborate."""
 ALIGNMENT = 16
 """Bytes. Kernels read their inputs in words of up to 16 bytes."""
 
@@ -57,8 +59,9 @@ class Uploads:
         """num_bytes: the least size of a buffer."""
         self._device = device
         self._least = num_bytes
-        self._stagings: deque[Staging] = deque()
-        """The one used longest ago first."""
+        first = FIRST_BUFFERS if device.type == "cuda" else 0
+        self._stagings = deque(Staging(num_bytes) for _ in range(first))
+        """The one used longest ago first. More are taken as needed; pinning them waits for the device."""
 
     def staging(self, num_bytes: int) -> Staging:
         """A buffer of at least num_bytes, free to be written. Copy from it before asking for the next."""

@@ -2,11 +2,12 @@
 
 Queued means: accepted, and no first token yet. The rate at which prompt tokens leave the queue, while there is one, is
 measured; a refused client is told to come back when, at that rate, there is room for it. Where more comes than can be
-served, a queue only makes everybody late, so that work is done of which nobody waits for the end any more: beyond a
-wait of max_wait_s newcomers are refused at once. A burst is no overload: the queue must have stood for BURST_S (the
-idea is CoDel's: Nichols and Jacobson, 2012), and the first FREE_REQUESTS at a time are always let in, so that a few
-clients with long prompts are served however long that takes. Where several API processes serve one engine, what waits
-in all of them counts (`Board`). The clock is an argument.
+served, a queue only makes everybody late, so that work is done of which nobody waits for the end any more: while at
+least OVERLOAD times what leaves comes in, newcomers are refused at once if their first token would take over
+max_wait_s. A burst is no overload, nor is a fixed number of clients of whom each comes again when it is served: the
+queue must have stood for BURST_S (the idea is CoDel's: Nichols and Jacobson, 2012), and FREE_REQUESTS at a time are
+always let in, so that a few clients with long prompts are served however long that takes. Where several API processes
+serve one engine, what waits in all of them counts (`Board`). The clock is an argument.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from mainsail_engine.server.board import Board
 
 RATE_HALF_LIFE_S = 5.0
 MIN_RETRY_S, MAX_RETRY_S = 1.0, 60.0
+ARRIVAL_HALF_LIFE_S = 2.0
+OVERLOAD = 2.0
+"""Prompt tokens that come in, over those that leave."""
 BURST_S = 1.0
 """How long a queue may stand before its length counts as an overload."""
 RESERVED_S = 1.0
@@ -61,6 +65,21 @@ class DrainRate:
         return self._tokens / self._seconds if self._seconds > 0 else None
 
 
+class ArrivalRate:
+    """Tokens per second that ask to be let in, refused or not, over the last few seconds."""
+
+    def __init__(self) -> None:
+        self._rate = 0.0
+        self._at_s = 0.0
+
+    def add(self, tokens: int, now: float) -> float:
+        """The rate with these."""
+        self._rate *= 0.5 ** (max(now - self._at_s, 0.0) / ARRIVAL_HALF_LIFE_S)
+        self._rate += tokens * math.log(2) / ARRIVAL_HALF_LIFE_S
+        self._at_s = now
+        return self._rate
+
+
 class Admission:
     """`check` and `reserve` before answering, `enter` when the request goes to the core, `leave` at its first token or
     its end.
@@ -78,6 +97,7 @@ class Admission:
         self._max_wait_s = max_wait_s
         self._stands_since_s = 0.0
         self._rate = DrainRate()
+        self._arrivals = ArrivalRate()
         self._board = board or Board()
         self._reserved: deque[tuple[float, int]] = deque()
         """(when it is too old, prompt tokens), oldest first."""
@@ -90,6 +110,7 @@ class Admission:
         queued = self.num_requests + len(self._reserved) + int(self._board.others("queued_requests"))
         reserved = sum(tokens for _, tokens in self._reserved)
         waiting = self.num_tokens + reserved + int(self._board.others("queued_tokens"))
+        arriving = self._arrivals.add(tokens, now)
         if queued == 0:
             return None
         if queued + requests > self._max_requests:
@@ -102,7 +123,11 @@ class Admission:
         if not rate or not self._max_wait_s or queued + requests <= FREE_REQUESTS:
             return None
         wait_s = (waiting + tokens) / rate
-        if wait_s <= self._max_wait_s or now - self._stands_since_s <= BURST_S:
+        if (
+            wait_s <= self._max_wait_s
+            or arriving < OVERLOAD * self.own_tokens_per_s
+            or now - self._stands_since_s <= BURST_S
+        ):
             return None
         return self._reject(
             "max_queue_wait", f"the first token would take {wait_s:.1f} s", rate * (wait_s - self._max_wait_s)

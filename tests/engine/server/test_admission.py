@@ -80,8 +80,15 @@ def overloaded(*, max_wait_s: float, requests: int = 200) -> Admission:
     return admission
 
 
+def arrive(admission: Admission, requests: int, begin_s: float, end_s: float) -> None:
+    """Requests of 100 tokens ask, evenly in time; the queue is left as it is."""
+    for i in range(requests):
+        admission.check(1, 100, begin_s + (end_s - begin_s) * i / requests)
+
+
 def test_a_standing_queue_that_would_take_too_long_refuses() -> None:
     admission = overloaded(max_wait_s=4.0)
+    arrive(admission, 160, 8.0, 10.0)
     rejection = admission.check(1, 100, 10.0)
     assert rejection is not None
     assert rejection.reason == "max_queue_wait"
@@ -98,12 +105,20 @@ def test_a_burst_is_let_in_and_so_are_a_few_with_long_prompts() -> None:
     assert overloaded(max_wait_s=4.0, requests=50).check(1, 10**6, 10.0) is None
 
 
+def test_clients_who_come_as_others_leave_are_no_overload() -> None:
+    admission = overloaded(max_wait_s=4.0)
+    arrive(admission, 100, 0.0, 10.0)
+    assert admission.check(1, 100, 10.0) is None
+
+
 def test_every_reason_is_counted() -> None:
     by_requests, by_tokens = Admission(max_requests=1, max_tokens=1000), Admission(max_requests=9, max_tokens=10)
     by_requests.enter(10, 0.0)
     by_tokens.enter(10, 0.0)
     metrics = Metrics("m", 100)
-    for admission in (by_requests, by_tokens, overloaded(max_wait_s=4.0)):
+    by_wait = overloaded(max_wait_s=4.0)
+    arrive(by_wait, 160, 8.0, 10.0)
+    for admission in (by_requests, by_tokens, by_wait):
         rejection = admission.check(1, 10, 10.0)
         assert rejection is not None
         metrics.rejected(rejection.reason)
