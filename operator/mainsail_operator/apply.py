@@ -8,6 +8,7 @@ What exists and belongs to somebody else is never taken over.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -26,6 +27,8 @@ from mainsail_operator.types.route import ROUTE_PLURAL, ModelRouteStatus
 log = logging.getLogger(__name__)
 
 FIELD_MANAGER = "mainsail-operator"
+MAX_CONCURRENT = 24
+"""Writes at a time: with a thousand at once, the Lease's renewal would wait behind them until it is lost."""
 _PATHS: dict[str, tuple[str, str]] = {
     "ServiceAccount": ("/api/v1", "serviceaccounts"),
     "Service": ("/api/v1", "services"),
@@ -71,9 +74,14 @@ class Writer:
         self._may_write = may_write
         self._identity = identity
         self._heard: Heard = heard or (lambda _plural, _obj: None)
+        self._slots = asyncio.Semaphore(MAX_CONCURRENT)
 
     async def execute(self, owner: Owner, action: Action) -> None:
         """Raises RefusedError and WriteError with the server's message, StaleError, NotLeaderError."""
+        async with self._slots:
+            await self._execute(owner, action)
+
+    async def _execute(self, owner: Owner, action: Action) -> None:
         match action:
             case Apply(manifest):
                 name = f"{manifest['kind']} {manifest['metadata']['name']}"
@@ -91,7 +99,8 @@ class Writer:
         """version: the resourceVersion of the object that the status was decided on."""
         path = f"/apis/{GROUP}/{VERSION}/namespaces/{owner.namespace}/{PLURAL}/{owner.name}/status"
         body = {"metadata": _at(version), "status": status.model_dump(mode="json", by_alias=True)}
-        self._heard(PLURAL, await self._merge(path, body, f"status of {owner.name}"))
+        async with self._slots:
+            self._heard(PLURAL, await self._merge(path, body, f"status of {owner.name}"))
 
     async def tell(self, owner: Owner, event: Event, now: float) -> None:
         """Post an event. One that is lost is not worth a failed pass."""
