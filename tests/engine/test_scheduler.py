@@ -83,7 +83,9 @@ class Device:
             self.loaded += 1
 
     def launch(self, plan, fail=frozenset()) -> StepResult:
-        assert not {c.src for c in plan.copies} & {device for _, device, _, _ in self.loading}
+        blocks = {c.src for c in plan.copies} | {c.dst for c in plan.copies}
+        assert not blocks & {device for _, device, _, _ in self.loading}
+        assert not blocks & {move.device for move in plan.loads}
         self.move(plan)
         sources, targets = {c.src for c in plan.copies}, [c.dst for c in plan.copies]
         assert not sources & set(targets)

@@ -235,7 +235,10 @@ class KVCache:
 
     def discard(self, request: Request) -> None:
         """Give up all blocks of a request whose step failed; nothing of it may be used again."""
-        self.tree.forget(request.tree_node or request.resume_node)
+        if request.tree_node is not None:
+            self.tree.forget(request.tree_node, owned=1)
+        else:  # it was preempted: others may own what it left by now
+            self.tree.forget(request.resume_node, owned=0)
         self._forfeit(request)
         self.forget_tenant(request)
 

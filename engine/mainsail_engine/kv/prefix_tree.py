@@ -440,13 +440,14 @@ class PrefixTree:
         for each in reversed(order):
             self._detach(each)
 
-    def forget(self, node: Node | None) -> None:
-        """Take the path that ends here out of the tree, as far up as only one request owns it.
+    def forget(self, node: Node | None, *, owned: int = 1) -> None:
+        """Take the path that ends here out of the tree, as far up as nobody owns it besides the caller.
 
-        For KV that must not be used again: it made a step fail. What continues it goes as well.
+        For KV that must not be used again: it made a step fail. What continues it goes as well. `owned`: how many
+        references to each of its blocks the caller holds.
         """
         while node is not None and node.parent is not None:
-            if (node.block >= 0 and self._pool.ref_counts[node.block] > 1) or self._owned_below(node):
+            if (node.block >= 0 and self._pool.ref_counts[node.block] > owned) or self._owned_below(node):
                 return
             parent = node.parent
             self._drop_subtree(node)

@@ -150,3 +150,14 @@ def test_many_uses_do_not_make_the_heap_grow():
     for _ in range(1000):
         cached.put(list(range(40)))
     assert len(cached.tree._leaves) < 100
+
+
+def test_a_request_that_left_its_path_forgets_nothing_that_another_one_owns():
+    cached = Cached(16)
+    table = cached.put(list(range(48)))
+    node = cached.tree._nodes[table[2]]
+    cached.pool.acquire(table[:2])
+    cached.tree.forget(node, owned=0)
+    assert cached.hit(list(range(48))) == 32
+    cached.tree.mark_idle(cached.pool.release(table[:2]))
+    cached.check()
