@@ -1,8 +1,13 @@
-"""`mainsail-engine serve`: flags to configuration, and errors to exit codes. The flags' names are the field's."""
+"""`mainsail-engine serve | run-batch | bench`: flags to configuration, and errors to exit codes.
+
+The flags' names are the field's.
+"""
 
 from __future__ import annotations
 
 import argparse
+import asyncio
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -32,6 +37,14 @@ from mainsail_engine.errors import (
 )
 from mainsail_engine.version import version
 
+PROFILES: dict[str, dict[str, int]] = {
+    "": {},
+    "latency": {"max_num_seqs": 64, "max_num_batched_tokens": 2048},
+    "throughput": {"max_num_seqs": 512, "max_num_batched_tokens": 16384},
+}
+"""What --profile sets where the flag itself is not given. latency: a step that few share is a short one; throughput: as
+many as the KV pool feeds share each reading of the weights, and prompts go in large pieces."""
+
 
 class _Parser(argparse.ArgumentParser):
     """A wrong flag is an invalid configuration like any other, and reported the same way."""
@@ -54,7 +67,33 @@ def build_parser() -> argparse.ArgumentParser:
     _add_model_flags(serve)
     _add_engine_flags(serve)
     _add_server_flags(serve)
+    batch = commands.add_parser(
+        "run-batch",
+        help="answer a file of OpenAI requests",
+        description="Answer every line of an OpenAI batch file with the model, without HTTP.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    batch.add_argument("-i", "--input-file", required=True, type=Path, help="JSON lines: custom_id, url, body")
+    batch.add_argument("-o", "--output-file", required=True, type=Path, help="JSON lines, in the input's order")
+    _add_model_flags(batch)
+    _add_engine_flags(batch)
+    _add_bench(commands.add_parser("bench", help="load on a running server, and what its clients saw"))
     return parser
+
+
+def _add_bench(bench: argparse.ArgumentParser) -> None:
+    bench.add_argument("--base-url", default="http://127.0.0.1:8000", help="of a server that is running, of any make")
+    bench.add_argument("--model", required=True, help="the name to ask for")
+    bench.add_argument("--num-prompts", type=int, default=100)
+    bench.add_argument("--random-input-len", type=int, default=512, help="tokens of a prompt (random ids)")
+    bench.add_argument("--random-output-len", type=int, default=128, help="tokens of an answer")
+    bench.add_argument("--max-concurrency", type=int, default=64, help="requests at a time")
+    bench.add_argument("--request-rate", type=float, default=0.0, help="per second, as a Poisson process; 0: at once")
+    bench.add_argument("--vocab-size", type=int, default=32000, help="random ids are below this")
+    bench.add_argument("--seed", type=int, default=0)
+    bench.add_argument("--api-key", default=os.environ.get("OPENAI_API_KEY"))
+    bench.add_argument("--output-json", type=Path, help="write the figures here too")
 
 
 def _add_model_flags(serve: argparse.ArgumentParser) -> None:
@@ -87,7 +126,10 @@ def _add_engine_flags(serve: argparse.ArgumentParser) -> None:
         help="devices that share the model, one process each",
     )
     group.add_argument(
-        "--max-num-seqs", type=int, default=SchedulerConfig().max_num_seqs, help="requests that run at once"
+        "--profile", choices=("latency", "throughput"), help="sets what follows, where it is not given, for that end"
+    )
+    group.add_argument(
+        "--max-num-seqs", type=int, help=f"requests that run at once; default: {SchedulerConfig().max_num_seqs}"
     )
     group.add_argument(
         "--max-num-batched-tokens", type=int, help="tokens per step; default: 8192 on CUDA, 512 on the CPU"
@@ -187,6 +229,11 @@ def kv_events_config(text: str | None) -> KVEventsConfig | None:
 
 def engine_config(flags: argparse.Namespace) -> EngineConfig:
     """Raises InvalidConfigurationError."""
+    profile = PROFILES[getattr(flags, "profile", "")]
+
+    def chosen(name: str) -> int | None:
+        return getattr(flags, name, None) or profile.get(name)
+
     return EngineConfig(
         model=ModelConfig(
             path=flags.model,
@@ -202,8 +249,8 @@ def engine_config(flags: argparse.Namespace) -> EngineConfig:
         ),
         kv_events=kv_events_config(getattr(flags, "kv_events_config", None)),
         scheduler=SchedulerConfig(
-            max_num_seqs=flags.max_num_seqs,
-            max_num_batched_tokens=getattr(flags, "max_num_batched_tokens", None),
+            max_num_seqs=chosen("max_num_seqs") or SchedulerConfig().max_num_seqs,
+            max_num_batched_tokens=chosen("max_num_batched_tokens"),
             max_inter_token_latency_ms=getattr(flags, "max_inter_token_latency_ms", None),
         ),
         tensor_parallel_size=flags.tensor_parallel_size,
@@ -247,14 +294,54 @@ def check_model_path(config: ModelConfig) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     try:
         flags = build_parser().parse_args(arguments)
-        engine, server = engine_config(flags), server_config(flags)
-        check_model_path(engine.model)
-        from mainsail_engine.server.run import run_server
-
-        run_server(engine, server)
+        {"serve": _serve, "run-batch": _run_batch, "bench": _bench}[flags.command](flags)
     except StartupError as error:
         report_startup_error(error)
         sys.exit(1)
+
+
+def _serve(flags: argparse.Namespace) -> None:
+    engine, server = engine_config(flags), server_config(flags)
+    check_model_path(engine.model)
+    from mainsail_engine.server.run import run_server
+
+    run_server(engine, server)
+
+
+def _run_batch(flags: argparse.Namespace) -> None:
+    engine = engine_config(flags)
+    check_model_path(engine.model)
+    from mainsail_engine.batch import run_batch
+
+    server = ServerConfig(
+        served_model_names=tuple(getattr(flags, "served_model_name", ())),
+        max_num_queued_reqs=2**31,
+        max_num_queued_tokens=2**62,
+        max_queue_wait_s=0.0,
+    )
+    run_batch(engine, server, input_path=flags.input_file, output_path=flags.output_file)
+
+
+def _bench(flags: argparse.Namespace) -> None:
+    from mainsail_engine.bench import Load, check_reachable, run
+
+    check_reachable(flags.base_url)
+    load = Load(
+        base_url=flags.base_url,
+        model=flags.model,
+        num_prompts=flags.num_prompts,
+        input_len=flags.random_input_len,
+        output_len=flags.random_output_len,
+        max_concurrency=flags.max_concurrency,
+        request_rate=flags.request_rate,
+        vocab_size=flags.vocab_size,
+        seed=flags.seed,
+        api_key=flags.api_key,
+    )
+    figures = json.dumps(asyncio.run(run(load)), indent=2)
+    print(figures)
+    if flags.output_json is not None:
+        flags.output_json.write_text(figures + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

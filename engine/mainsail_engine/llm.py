@@ -26,11 +26,15 @@ from mainsail_engine.cli import check_model_path
 from mainsail_engine.client import EngineClient
 from mainsail_engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from mainsail_engine.metrics import Metrics
-from mainsail_engine.protocol import FirstScheduled, StepOutputs
+from mainsail_engine.protocol import FirstScheduled, StepOutputs, TokenLogprobs
+from mainsail_engine.request import Pooling
+from mainsail_engine.request import SamplingParams as CoreParams
 from mainsail_engine.server.admission import Admission
 from mainsail_engine.server.answers import Answer, collect
 from mainsail_engine.server.chat import as_template_messages
+from mainsail_engine.server.embeddings import unit_vector
 from mainsail_engine.server.errors import from_validation
+from mainsail_engine.server.logprobs import TokenTexts
 from mainsail_engine.server.schemas import ChatCompletionRequest, CompletionRequest
 from mainsail_engine.server.serving import Job, Serving
 from mainsail_engine.text.tokenizer import load_tokenizer
@@ -64,6 +68,23 @@ class SamplingParams:
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[int, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    logprobs: int | None = None
+    """With each token its log-probability and those of so many best ones."""
+    prompt_logprobs: int | None = None
+    truncate_prompt_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    logprob: float
+    rank: int
+    decoded_token: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +94,8 @@ class CompletionOutput:
     token_ids: list[int]
     finish_reason: str | None
     stop_reason: int | str | None
+    logprobs: list[dict[int, Logprob]] | None = None
+    """For each token: its own log-probability and those of the best, by token id."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +107,16 @@ class RequestOutput:
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     num_cached_tokens: int
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    """For each prompt position; the first has none."""
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingOutput:
+    """One prompt's embedding, of length 1."""
+
+    prompt_token_ids: list[int]
+    embedding: list[float]
 
 
 class LLM:
@@ -170,6 +203,18 @@ class LLM:
         prompts: list[Prompt] = [{"prompt_token_ids": ids} for ids in self._call(self._render(many))]
         return self._call(self._generate(prompts, each, _Progress(len(many), shown=use_tqdm)))
 
+    def embed(self, prompts: Prompt | Sequence[Prompt], *, pooling: str = "mean") -> list[EmbeddingOutput]:
+        """One vector of length 1 for each prompt: the mean of its last hidden states, or the last one ("last")."""
+        many: list[Prompt] = [prompts] if isinstance(prompts, str | dict) else list(prompts)
+        return self._call(self._embed(many, Pooling(pooling)))
+
+    def sleep(self) -> None:
+        """Weights to the host, KV dropped: the device's memory is free until `wake_up`."""
+        self._call(self._started.sleep())
+
+    def wake_up(self) -> None:
+        self._call(self._started.wake_up())
+
     def _call(self, work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
@@ -210,7 +255,7 @@ class LLM:
         async def one(prompt: Prompt, own: list[Job]) -> RequestOutput:
             answers = await collect(self._started, own, arrival_s)
             progress.add(sum(len(answer.token_ids) for answer in answers))
-            return _output(prompt, own[0], answers)
+            return _output(prompt, own[0], answers, TokenTexts(self._started.tokenizer))
 
         tasks = [asyncio.create_task(one(prompt, own)) for prompt, own in zip(prompts, jobs, strict=True)]
         try:
@@ -221,13 +266,33 @@ class LLM:
             await asyncio.gather(*tasks, return_exceptions=True)
             progress.end()
 
+    async def _embed(self, prompts: list[Prompt], pooling: Pooling) -> list[EmbeddingOutput]:
+        params = CoreParams(max_tokens=1, temperature=0.0, pooling=pooling)
+        jobs = [Job(await self._token_ids(prompt), params) for prompt in prompts]
+        for job in jobs:
+            self._started.check_prompt(job.prompt_token_ids, param="prompt")
+        answers = await collect(self._started, jobs, time.monotonic())
+        return [
+            EmbeddingOutput(job.prompt_token_ids, [float(value) for value in unit_vector(answer)])
+            for job, answer in zip(jobs, answers, strict=True)
+        ]
+
+    async def _token_ids(self, prompt: Prompt) -> list[int]:
+        if not isinstance(prompt, str):
+            return prompt["prompt_token_ids"]
+        return await self._started.encode(prompt, add_special_tokens=True, param="prompt")
+
     async def _jobs(self, prompt: Prompt, params: SamplingParams) -> list[Job]:
         given = prompt if isinstance(prompt, str) else prompt["prompt_token_ids"]
-        body = _validated(CompletionRequest, {"model": "", "prompt": given, **asdict(params)})
-        serving = self._started
-        ids = given if isinstance(given, list) else await serving.encode(given, add_special_tokens=True, param="prompt")
+        fields = asdict(params)
+        if params.logit_bias is not None:
+            fields["logit_bias"] = {str(token): value for token, value in params.logit_bias.items()}
+        body = _validated(CompletionRequest, {"model": "", "prompt": given, **fields})
+        ids, serving = await self._token_ids(prompt), self._started
+        if body.truncate_prompt_tokens is not None:
+            ids = ids[-body.truncate_prompt_tokens :]
         max_tokens = serving.check_length(ids, body.max_tokens, param="prompt", max_tokens_param="max_tokens")
-        return serving.make_jobs(body, ids, max_tokens)
+        return serving.make_jobs(body, ids, max_tokens, logprobs=body.logprobs, prompt_logprobs=body.prompt_logprobs)
 
     def _on_step(self, step: StepOutputs) -> None:
         if self._serving is not None:
@@ -258,13 +323,25 @@ def _spread(params: SamplingParams | Sequence[SamplingParams] | None, count: int
     return list(params)
 
 
-def _output(prompt: Prompt, job: Job, answers: list[Answer]) -> RequestOutput:
+def _output(prompt: Prompt, job: Job, answers: list[Answer], texts: TokenTexts) -> RequestOutput:
     outputs = [
-        CompletionOutput(index, answer.text, answer.token_ids, answer.finish_reason, answer.stop_reason)
+        CompletionOutput(
+            index, answer.text, answer.token_ids, answer.finish_reason, answer.stop_reason,
+            [_logprobs(entry, texts) for entry in answer.logprobs] if job.params.logprobs is not None else None,
+        )
         for index, answer in enumerate(answers)
-    ]
+    ]  # fmt: skip
     text = prompt if isinstance(prompt, str) else None
-    return RequestOutput(text, job.prompt_token_ids, outputs, answers[0].num_cached_tokens)
+    of_prompt: list[dict[int, Logprob] | None] | None = None
+    if job.params.prompt_logprobs is not None:
+        of_prompt = [None, *(_logprobs(entry, texts) for entry in answers[0].prompt_logprobs)]
+    return RequestOutput(text, job.prompt_token_ids, outputs, answers[0].num_cached_tokens, of_prompt)
+
+
+def _logprobs(entry: TokenLogprobs, texts: TokenTexts) -> dict[int, Logprob]:
+    own, *best = zip(entry.token_ids, entry.logprobs, strict=True)
+    table = {token: Logprob(value, rank, texts.text(token)) for rank, (token, value) in enumerate(best, 1)}
+    return table | {own[0]: Logprob(own[1], entry.rank, texts.text(own[0]))}
 
 
 class _Progress:

@@ -17,6 +17,7 @@ from mainsail_engine.errors import RequestError
 from mainsail_engine.server import schemas
 from mainsail_engine.server.chat import as_template_messages, chat_completion
 from mainsail_engine.server.completions import completion
+from mainsail_engine.server.embeddings import embeddings
 from mainsail_engine.server.errors import error_response, from_validation
 from mainsail_engine.server.handover import ResumedBody
 from mainsail_engine.server.health import Verdict, body
@@ -78,6 +79,10 @@ def _add_generation(app: FastAPI, serving: Serving) -> None:
     async def create_model_response(body: ResponsesRequest, request: Request) -> Response:
         return await create_response(serving, body, request)
 
+    @app.post("/v1/embeddings", responses={200: {"model": schemas.EmbeddingList}, **ERRORS})
+    async def create_embeddings(body: schemas.EmbeddingRequest, request: Request) -> Response:
+        return await embeddings(serving, body, request)
+
     @app.get("/v1/models")
     async def list_models() -> schemas.ModelList:
         return schemas.ModelList(data=[_card(serving, name) for name in serving.model_names])
@@ -87,7 +92,7 @@ def _add_generation(app: FastAPI, serving: Serving) -> None:
         serving.check_model(name)
         return _card(serving, name)
 
-    del create_chat_completion, create_completion, create_model_response, list_models, get_model
+    del create_chat_completion, create_completion, create_embeddings, create_model_response, list_models, get_model
 
 
 def _card(serving: Serving, name: str) -> schemas.ModelCard:

@@ -378,6 +378,44 @@ class CompletionRequest(GenerationRequest):
         return self
 
 
+class EmbeddingRequest(Strict):
+    model: str
+    input: Annotated[
+        str | Annotated[TokenIds, Field(min_length=1)]
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[Annotated[TokenIds, Field(min_length=1)]], Field(min_length=1, max_length=MAX_PROMPTS)],
+        Field(description="A text, token ids, or a list of either."),
+    ]  # fmt: skip
+    encoding_format: Literal["float", "base64"] | None = None
+    pooling: Literal["mean", "last"] | None = None
+    """How the hidden states of an input become one vector; mean is the default."""
+    dimensions: Annotated[Any, neutral()] = None
+    add_special_tokens: bool | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
+    cache_salt: Annotated[str, Field(max_length=256), AfterValidator(_unicode)] | None = None
+    user: Annotated[str, Field(max_length=256), AfterValidator(_unicode)] | None = None
+    timeout: Annotated[float, Field(gt=0)] | None = None
+
+
+class Embedding(BaseModel):
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingUsage(BaseModel):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingList(BaseModel):
+    object: Literal["list"]
+    model: str
+    data: list[Embedding]
+    usage: EmbeddingUsage
+
+
 class TokenizeRequest(Strict):
     model: str | None = None
     prompt: str | None = None

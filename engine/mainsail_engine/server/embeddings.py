@@ -1,0 +1,78 @@
+"""/v1/embeddings: one vector for each input, from the loaded model's last hidden states, of length 1.
+
+A language model was not trained for this; the mean over the prompt's tokens is the useful default, the last token's
+state the choice for models that were fine-tuned so (`pooling`).
+"""
+
+from __future__ import annotations
+
+import base64
+import time
+from typing import Any
+
+import msgspec
+import numpy as np
+from starlette.requests import Request
+from starlette.responses import Response
+
+from mainsail_engine.request import Pooling, SamplingParams
+from mainsail_engine.server.answers import Answer, collect
+from mainsail_engine.server.completions import split_prompts
+from mainsail_engine.server.schemas import EmbeddingRequest
+from mainsail_engine.server.serving import Job, Serving
+from mainsail_engine.server.streaming import unless_disconnected
+
+
+async def embeddings(serving: Serving, body: EmbeddingRequest, request: Request) -> Response:
+    arrival_s = time.monotonic()
+    serving.check_model(body.model)
+    serving.check_open()
+    serving.check_room()
+    jobs = [await _job(serving, body, given) for given in split_prompts(body.input)]
+    serving.admit(jobs, 1)
+    return await unless_disconnected(request, _answer(serving, body, jobs, arrival_s))
+
+
+async def _job(serving: Serving, body: EmbeddingRequest, given: str | list[int]) -> Job:
+    special = body.add_special_tokens is not False
+    ids = given if isinstance(given, list) else await serving.encode(given, add_special_tokens=special, param="input")
+    if body.truncate_prompt_tokens is not None:
+        ids = ids[-body.truncate_prompt_tokens :]
+    serving.check_prompt(ids, param="input")
+    params = SamplingParams(max_tokens=1, temperature=0.0, pooling=Pooling(body.pooling or "mean"))
+    return Job(
+        prompt_token_ids=ids,
+        params=params,
+        priority=body.priority or 0,
+        cache_salt=body.cache_salt or "",
+        user=body.user or "",
+        timeout_s=body.timeout,
+    )
+
+
+async def _answer(serving: Serving, body: EmbeddingRequest, jobs: list[Job], arrival_s: float) -> Response:
+    answers = await collect(serving, jobs, arrival_s)
+    num_tokens = sum(len(job.prompt_token_ids) for job in jobs)
+    shown: dict[str, Any] = {
+        "object": "list",
+        "model": body.model,
+        "data": [
+            {"object": "embedding", "index": index, "embedding": encoded(unit_vector(answer), body.encoding_format)}
+            for index, answer in enumerate(answers)
+        ],
+        "usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens},
+    }
+    return Response(msgspec.json.encode(shown), media_type="application/json")
+
+
+def unit_vector(answer: Answer) -> np.ndarray:
+    """The answer's embedding as float32 of length 1."""
+    vector = np.frombuffer(answer.embedding or b"", np.float32)
+    return vector / max(float(np.linalg.norm(vector)), 1e-12)
+
+
+def encoded(vector: np.ndarray, encoding_format: str | None) -> str | list[float]:
+    """base64 of little-endian float32, as OpenAI's clients ask for, or numbers."""
+    if encoding_format == "base64":
+        return base64.b64encode(vector.astype("<f4").tobytes()).decode()
+    return [float(value) for value in vector]

@@ -1,0 +1,284 @@
+"""The API's forms, on a model of random weights: log-probabilities, echo, embeddings, answers in several ways."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from itertools import chain, pairwise
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import openai
+import pytest
+from tests.engine.server.conftest import ROOT, Engine
+
+PROMPT = "the abyss of a quiet sea"
+GREEDY: dict[str, Any] = {"model": "smol", "temperature": 0, "max_tokens": 12, "ignore_eos": True}
+CHAT: list[Any] = [{"role": "user", "content": PROMPT}]
+
+
+@pytest.fixture(scope="module")
+def client(tiny_engine: Engine) -> openai.OpenAI:
+    return openai.OpenAI(base_url=tiny_engine.url + "/v1", api_key="none", max_retries=0, timeout=60)
+
+
+def events(engine: Engine, path: str, **body: Any) -> list[dict[str, Any]]:
+    with engine.http.stream("POST", engine.url + path, json={**body, "stream": True}) as answer:
+        assert answer.status_code == 200, answer.read()
+        return [json.loads(line[6:]) for line in answer.iter_lines() if line.startswith("data: {")]
+
+
+def joined(lists: Iterable[list[Any]]) -> list[Any]:
+    return list(chain.from_iterable(lists))
+
+
+def rounded(value: Any) -> Any:
+    """Two batches of different shapes may differ in a float32's last bits."""
+    if isinstance(value, list):
+        return [rounded(item) for item in value]
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    return round(value, 3) if isinstance(value, float) else value
+
+
+def complete(engine: Engine, **body: Any) -> dict[str, Any]:
+    response = engine.post("/v1/completions", **{**GREEDY, "prompt": PROMPT, **body})
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+# -- log-probabilities -------------------------------------------------------------------------------------------------
+
+
+def test_chat_logprobs(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model="smol", messages=CHAT, temperature=0, max_tokens=9, logprobs=True, top_logprobs=3,
+        extra_body={"ignore_eos": True, "return_token_ids": True},
+    )  # fmt: skip
+    choice = answer.choices[0]
+    assert choice.logprobs is not None
+    entries = choice.logprobs.content
+    assert entries is not None
+    assert len(entries) == 9
+    spelled = b"".join(bytes(entry.bytes or []) for entry in entries)
+    assert spelled.decode(errors="replace").replace("<|im_end|>", "") == choice.message.content
+    for entry in entries:
+        assert [top.logprob for top in entry.top_logprobs] == sorted(
+            (t.logprob for t in entry.top_logprobs), reverse=True
+        )
+        assert (entry.top_logprobs[0].token, entry.top_logprobs[0].logprob) == (entry.token, entry.logprob)
+        assert sum(np.exp(top.logprob) for top in entry.top_logprobs) <= 1
+
+
+def test_streamed_logprobs_are_those_of_the_whole(tiny_engine: Engine) -> None:
+    body = {"messages": CHAT, **GREEDY, "logprobs": True, "top_logprobs": 2, "return_token_ids": True}
+    whole = tiny_engine.post("/v1/chat/completions", **body).json()["choices"][0]
+    choices = [e["choices"][0] for e in events(tiny_engine, "/v1/chat/completions", **body)]
+    assert joined(c["logprobs"]["content"] for c in choices if c["logprobs"]) == whole["logprobs"]["content"]
+    assert joined(c.get("token_ids", []) for c in choices) == whole["token_ids"]
+    assert "".join(c["delta"].get("content", "") for c in choices) == whole["message"]["content"]
+
+
+@pytest.mark.parametrize("logprobs", [None, 0, 2])
+@pytest.mark.parametrize("echo", [False, True])
+def test_completions_streamed_are_as_whole(tiny_engine: Engine, logprobs: int | None, echo: bool) -> None:
+    body = {"prompt": [PROMPT, "x"], **GREEDY, "n": 2, "seed": 3, "temperature": 1, "logprobs": logprobs, "echo": echo}
+    whole = tiny_engine.post("/v1/completions", **body).json()
+    streamed = events(tiny_engine, "/v1/completions", **body, stream_options={"include_usage": True})
+    assert streamed[-1]["usage"]["total_tokens"] == whole["usage"]["total_tokens"]
+    for index, expected in enumerate(whole["choices"]):
+        mine = [e["choices"][0] for e in streamed if e["choices"] and e["choices"][0]["index"] == index]
+        assert "".join(choice["text"] for choice in mine) == expected["text"]
+        assert expected["text"].startswith([PROMPT, "x"][index // 2] if echo else "")
+        for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+            gathered = joined(choice["logprobs"][name] for choice in mine if choice["logprobs"])
+            assert rounded(gathered) == rounded([] if logprobs is None else expected["logprobs"][name])
+
+
+def test_echo_scores_a_text(tiny_engine: Engine) -> None:
+    """As evaluation harnesses ask: nothing generated, the prompt's own log-probabilities."""
+    scored = complete(tiny_engine, max_tokens=0, echo=True, logprobs=1)
+    choice = scored["choices"][0]
+    assert (choice["text"], choice["finish_reason"], scored["usage"]["completion_tokens"]) == (PROMPT, "length", 0)
+    logprobs = choice["logprobs"]
+    assert "".join(logprobs["tokens"]) == PROMPT
+    assert logprobs["token_logprobs"][0] is None
+    assert all(value < 0 for value in logprobs["token_logprobs"][1:])
+    assert [
+        PROMPT[at:][: len(t)] for at, t in zip(logprobs["text_offset"], logprobs["tokens"], strict=True)
+    ] == logprobs["tokens"]
+    table = complete(tiny_engine, prompt_logprobs=2)["choices"][0]["prompt_logprobs"]
+    assert table[0] is None
+    ids = tiny_engine.post("/tokenize", prompt=PROMPT).json()["tokens"]
+    for token, entry, value in zip(ids[1:], table[1:], logprobs["token_logprobs"][1:], strict=True):
+        assert entry[str(token)]["logprob"] == pytest.approx(value, abs=1e-4)
+        assert min(e["rank"] for e in entry.values()) == 1
+
+
+def test_the_models_own_probabilities_whatever_the_parameters(tiny_engine: Engine) -> None:
+    plain = complete(tiny_engine, logprobs=1, max_tokens=1, return_token_ids=True)["choices"][0]
+    best = plain["token_ids"][0]
+    biased = complete(
+        tiny_engine, logprobs=1, max_tokens=1, return_token_ids=True, logit_bias={str(best): -100},
+        return_tokens_as_token_ids=True,
+    )["choices"][0]  # fmt: skip
+    assert biased["token_ids"] != [best]
+    assert biased["logprobs"]["top_logprobs"][0][f"token_id:{best}"] == plain["logprobs"]["token_logprobs"][0]
+
+
+# -- parameters --------------------------------------------------------------------------------------------------------
+
+
+def test_n_is_as_repeated(tiny_engine: Engine) -> None:
+    body = {"temperature": 1.0, "max_tokens": 10}
+    together = complete(tiny_engine, **body, n=4, seed=11)
+    alone = [complete(tiny_engine, **body, seed=11 + index)["choices"][0]["text"] for index in range(4)]
+    assert [choice["text"] for choice in together["choices"]] == alone
+    assert len(set(alone)) > 1
+    assert together["usage"]["prompt_tokens"] * 4 > together["usage"]["prompt_tokens"]
+
+
+def test_allowed_tokens_and_bad_words(tiny_engine: Engine) -> None:
+    letters = tiny_engine.post("/tokenize", prompt="xmkow").json()["tokens"]
+    text = complete(tiny_engine, allowed_token_ids=letters, temperature=1.5, max_tokens=60, seed=1)["choices"][0][
+        "text"
+    ]
+    assert set(text) == set("xmkow")
+    bad = {"allowed_token_ids": letters, "temperature": 1.5, "max_tokens": 200, "bad_words": ["xm", "kow", "w"]}
+    text = complete(tiny_engine, **bad, seed=1)["choices"][0]["text"]
+    assert not any(word in text for word in ("xm", "kow", "w"))
+    assert {"x", "m", "k", "o"} == set(text)
+
+
+def test_what_forbids_everything_fails_alone(tiny_engine: Engine) -> None:
+    tokens = tiny_engine.post("/tokenize", prompt="x").json()["tokens"]
+    refused = tiny_engine.post("/v1/completions", prompt="a", **GREEDY, allowed_token_ids=tokens, bad_words=["x"])
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "allowed_token_ids")
+    later = tiny_engine.post("/v1/completions", prompt="a", **GREEDY, allowed_token_ids=tokens, bad_words=["xx"])
+    assert (later.status_code, later.json()["error"]["code"]) == (400, "no_token_allowed")
+    assert complete(tiny_engine)["choices"][0]["finish_reason"] == "length"
+
+
+def test_truncated_prompts_and_usage_on_the_way(tiny_engine: Engine) -> None:
+    answer = complete(tiny_engine, truncate_prompt_tokens=5, return_token_ids=True)
+    ids = tiny_engine.post("/tokenize", prompt=PROMPT).json()["tokens"]
+    assert answer["choices"][0]["prompt_token_ids"] == ids[-5:]
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = events(tiny_engine, "/v1/completions", prompt=PROMPT, **GREEDY, stream_options=options)
+    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert counts == sorted(counts)
+    assert counts[-1] == 12
+
+
+# -- embeddings --------------------------------------------------------------------------------------------------------
+
+
+def test_embeddings(client: openai.OpenAI, tiny_engine: Engine) -> None:
+    texts = [PROMPT, "another", PROMPT]
+    answer = client.embeddings.create(model="smol", input=texts)
+    vectors = np.array([item.embedding for item in answer.data])
+    assert np.linalg.norm(vectors, axis=1) == pytest.approx(np.ones(3), abs=1e-5)
+    assert vectors[0] == pytest.approx(vectors[2], abs=1e-6)
+    assert vectors[0] @ vectors[1] < 0.999
+    assert answer.usage.prompt_tokens == sum(
+        tiny_engine.post("/tokenize", prompt=text).json()["count"] for text in texts
+    )
+    raw = tiny_engine.post("/v1/embeddings", model="smol", input=PROMPT, encoding_format="base64").json()
+    decoded = np.frombuffer(base64.b64decode(raw["data"][0]["embedding"]), "<f4")
+    assert decoded == pytest.approx(vectors[0], abs=1e-6)
+    last = tiny_engine.post("/v1/embeddings", model="smol", input=PROMPT, pooling="last").json()
+    assert last["data"][0]["embedding"] != pytest.approx(vectors[0], abs=1e-3)
+    refused = tiny_engine.post("/v1/embeddings", model="smol", input=PROMPT, dimensions=8)
+    assert refused.json()["error"]["param"] == "dimensions"
+
+
+# -- metrics against what clients see ----------------------------------------------------------------------------------
+
+
+async def test_metrics_are_what_the_clients_measured(tiny_engine: Engine) -> None:
+    """Tokens exactly; times of the same run within what HTTP adds to them."""
+    names = ("vllm:time_to_first_token_seconds", "vllm:inter_token_latency_seconds", "vllm:e2e_request_latency_seconds")
+    every = [f"{name}_{kind}" for name in names for kind in ("sum", "count")]
+    every += ["vllm:generation_tokens_total", "vllm:prompt_tokens_total", "vllm:request_success_total"]
+    before = {name: tiny_engine.metric(name) for name in every}
+    seen: list[tuple[float, list[float]]] = []
+
+    async def one(http: httpx.AsyncClient, index: int) -> None:
+        body = {**GREEDY, "prompt": [index + 1] * 300, "max_tokens": 50, "stream": True, "return_token_ids": True}
+        sent_s, arrivals = time.monotonic(), list[float]()
+        async with http.stream("POST", tiny_engine.url + "/v1/completions", json=body) as answer:
+            async for line in answer.aiter_lines():
+                if line.startswith("data: {"):
+                    arrivals.extend([time.monotonic()] * len(json.loads(line[6:])["choices"][0]["token_ids"]))
+        seen.append((sent_s, arrivals))
+
+    async with httpx.AsyncClient(timeout=120) as http:
+        running = asyncio.gather(*(one(http, index) for index in range(24)))
+        await running
+    grown = {name: tiny_engine.metric(name) - old for name, old in before.items()}
+    assert grown["vllm:request_success_total"] == 24
+    assert grown["vllm:generation_tokens_total"] == sum(len(arrivals) for _, arrivals in seen) == 24 * 50
+    assert grown["vllm:prompt_tokens_total"] == 24 * 300
+    spans = {
+        "vllm:time_to_first_token_seconds": [arrivals[0] - sent_s for sent_s, arrivals in seen],
+        "vllm:inter_token_latency_seconds": [b - a for _, t in seen for a, b in pairwise(t)],
+        "vllm:e2e_request_latency_seconds": [arrivals[-1] - sent_s for sent_s, arrivals in seen],
+    }
+    for name, values in spans.items():
+        assert grown[f"{name}_count"] == len(values)
+        mine, theirs = sum(values) / len(values), grown[f"{name}_sum"] / grown[f"{name}_count"]
+        assert 0.4 * mine < theirs < 1.25 * mine, name
+
+
+# -- the other commands ------------------------------------------------------------------------------------------------
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {"PYTHONPATH": f"{ROOT / 'engine'}:{ROOT / 'kernels'}", "PATH": "/usr/bin:/bin"}
+    return subprocess.run(
+        [sys.executable, "-m", "mainsail_engine.cli", *arguments],
+        env=environment, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+
+
+def test_bench_counts_what_the_server_counts(tiny_engine: Engine) -> None:
+    before = tiny_engine.metric("vllm:generation_tokens_total")
+    done = command(
+        "bench", "--base-url", tiny_engine.url, "--model", "smol", "--num-prompts", "20", "--random-input-len", "40",
+        "--random-output-len", "10", "--max-concurrency", "8", "--vocab-size", "200",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    assert (figures["completed"], figures["failed"], figures["output_tokens"]) == (20, 0, 200)
+    assert tiny_engine.metric("vllm:generation_tokens_total") - before == 200
+
+
+def test_run_batch(tiny_engine: Engine, tiny_model: Path, tmp_path: Path) -> None:
+    lines = [
+        {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {**GREEDY, "prompt": PROMPT}},
+        {"custom_id": "b", "method": "POST", "url": "/v1/chat/completions", "body": {**GREEDY, "messages": CHAT}},
+        {"custom_id": "c", "method": "POST", "url": "/v1/completions", "body": {**GREEDY, "prompt": PROMPT, "n": 0}},
+        {"custom_id": "d", "method": "GET", "url": "/v1/models", "body": {}},
+        {"custom_id": "e", "method": "POST", "url": "/v1/embeddings", "body": {"model": "smol", "input": "x"}},
+    ]
+    given, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    given.write_text("".join(json.dumps(line) + "\n" for line in lines) + "no json\n")
+    done = command(
+        "run-batch", "-i", str(given), "-o", str(out), "--model", str(tiny_model), "--served-model-name", "smol",
+        "--kv-cache-blocks", "256",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    answers = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [answer["custom_id"] for answer in answers] == ["a", "b", "c", "d", "e", None]
+    assert answers[0]["response"]["body"]["choices"] == complete(tiny_engine)["choices"]
+    assert answers[1]["response"]["body"]["choices"][0]["message"]["role"] == "assistant"
+    assert (answers[2]["response"]["status_code"], answers[2]["response"]["body"]["error"]["param"]) == (400, "n")
+    assert answers[3]["error"]["code"] == answers[5]["error"]["code"] == "invalid_line"
+    assert len(answers[4]["response"]["body"]["data"][0]["embedding"]) == 32
