@@ -232,7 +232,10 @@ def engine_config(flags: argparse.Namespace) -> EngineConfig:
     profile = PROFILES[getattr(flags, "profile", "")]
 
     def chosen(name: str) -> int | None:
-        return getattr(flags, name, None) or profile.get(name)
+        given: int | None = getattr(flags, name, None)
+        return profile.get(name) if given is None else given
+
+    max_num_seqs = chosen("max_num_seqs")
 
     return EngineConfig(
         model=ModelConfig(
@@ -249,7 +252,7 @@ def engine_config(flags: argparse.Namespace) -> EngineConfig:
         ),
         kv_events=kv_events_config(getattr(flags, "kv_events_config", None)),
         scheduler=SchedulerConfig(
-            max_num_seqs=chosen("max_num_seqs") or SchedulerConfig().max_num_seqs,
+            max_num_seqs=SchedulerConfig().max_num_seqs if max_num_seqs is None else max_num_seqs,
             max_num_batched_tokens=chosen("max_num_batched_tokens"),
             max_inter_token_latency_ms=getattr(flags, "max_inter_token_latency_ms", None),
         ),

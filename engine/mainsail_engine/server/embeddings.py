@@ -7,11 +7,13 @@ state the choice for models that were fine-tuned so (`pooling`).
 from __future__ import annotations
 
 import base64
+import math
+import sys
 import time
+from array import array
 from typing import Any
 
 import msgspec
-import numpy as np
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -65,14 +67,18 @@ async def _answer(serving: Serving, body: EmbeddingRequest, jobs: list[Job], arr
     return Response(msgspec.json.encode(shown), media_type="application/json")
 
 
-def unit_vector(answer: Answer) -> np.ndarray:
-    """The answer's embedding as float32 of length 1."""
-    vector = np.frombuffer(answer.embedding or b"", np.float32)
-    return vector / max(float(np.linalg.norm(vector)), 1e-12)
+def unit_vector(answer: Answer) -> array[float]:
+    """The answer's embedding as float32 of length 1. Without NumPy, which the API process does not need else."""
+    vector = array("f", answer.embedding or b"")
+    length = max(math.hypot(*vector), 1e-12)
+    return array("f", (value / length for value in vector))
 
 
-def encoded(vector: np.ndarray, encoding_format: str | None) -> str | list[float]:
+def encoded(vector: array[float], encoding_format: str | None) -> str | list[float]:
     """base64 of little-endian float32, as OpenAI's clients ask for, or numbers."""
     if encoding_format == "base64":
-        return base64.b64encode(vector.astype("<f4").tobytes()).decode()
-    return [float(value) for value in vector]
+        ordered = array("f", vector)
+        if sys.byteorder == "big":
+            ordered.byteswap()
+        return base64.b64encode(ordered.tobytes()).decode()
+    return vector.tolist()
