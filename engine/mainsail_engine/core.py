@@ -26,7 +26,6 @@ import logging
 import os
 import queue
 import secrets
-import signal
 import sys
 import threading
 import time
@@ -38,6 +37,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 import msgspec
 import zmq
 
+from mainsail_engine.child import take_orders
 from mainsail_engine.config import BLOCK_SIZE, EngineConfig
 from mainsail_engine.errors import RequestError, StartupError
 from mainsail_engine.protocol import (
@@ -579,18 +579,9 @@ def describe(error: BaseException) -> Failed:
     return Failed("EngineFailed", f"{type(error).__name__}: {error}")
 
 
-def _end_with_parent() -> None:
-    """Standard input ends when the parent does. A step that hangs cannot hold this up."""
-    sys.stdin.buffer.read()
-    os._exit(1)
-
-
 def main() -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    start = take_orders(CoreStart)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s core: %(message)s", stream=sys.stderr)
-    start = msgspec.json.decode(sys.stdin.buffer.readline(), type=CoreStart)
-    threading.Thread(target=_end_with_parent, name="parent-watch", daemon=True).start()
     mailbox = Mailbox(start)
     try:
         core, ready = build(start.config, lambda message: _die(mailbox, Failed("RankLost", message)))

@@ -87,7 +87,7 @@ class LlamaForCausalLM:
         mlp = self._mlp(index, weights)
         if a.residual_scale != 1.0:
             output *= a.residual_scale
-            mlp.scale(a.residual_scale)
+            mlp.down *= a.residual_scale
         rotation = self._none if index in a.no_rope_layers else self._local if a.window(index) else self._global
         return Layer(
             input_norm=self._input_norm(weights, at),

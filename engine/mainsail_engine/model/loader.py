@@ -56,24 +56,24 @@ class Weights:
     def fused(self, parts: Sequence[Part], *, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Parts of tensors, one below the other, as one parameter."""
         out = self._empty((sum(part.part_shape[0] for part in parts), *parts[0].part_shape[1:]), dtype)
-        first = 0
-        for part in parts:
-            count = part.part_shape[0]
-            self._fill(out[first : first + count], part)
-            first += count
+        self._fill_rows(out, parts)
         return out
 
     def stacked(self, stack: Sequence[Sequence[Part]]) -> torch.Tensor:
         """One `fused` parameter for each member of the stack (each expert), in a new first dimension."""
         rows = sum(part.part_shape[0] for part in stack[0])
         out = self._empty((len(stack), rows, *stack[0][0].part_shape[1:]), None)
-        for index, parts in enumerate(stack):
-            first = 0
-            for part in parts:
-                count = part.part_shape[0]
-                self._fill(out[index, first : first + count], part)
-                first += count
+        for member, parts in zip(out, stack, strict=True):
+            self._fill_rows(member, parts)
         return out
+
+    def _fill_rows(self, out: torch.Tensor, parts: Sequence[Part]) -> None:
+        """Each part in its rows of out, one below the other."""
+        first = 0
+        for part in parts:
+            count = part.part_shape[0]
+            self._fill(out[first : first + count], part)
+            first += count
 
     def _empty(self, shape: tuple[int, ...], dtype: torch.dtype | None) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)

@@ -19,12 +19,11 @@ from mainsail_kernels.silu_mul import gelu_tanh_mul
 
 
 class Mlp(Protocol):
+    down: torch.Tensor
+    """The last matrix: what comes out is linear in it."""
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[num_tokens, hidden_size] to the same."""
-        ...
-
-    def scale(self, factor: float) -> None:
-        """Multiply what comes out by `factor`, once and for all."""
         ...
 
 
@@ -41,9 +40,6 @@ class DenseMlp:
             return linear(silu_gated(x, self.gate_up), self.down)
         return linear(gelu_tanh_mul(linear(x, self.gate_up)), self.down)
 
-    def scale(self, factor: float) -> None:
-        self.down *= factor
-
 
 @dataclass(slots=True)
 class ExpertMlp:
@@ -59,9 +55,6 @@ class ExpertMlp:
         e = self.experts
         weights, chosen = route(linear(x, self.router), e.experts_per_token, normalized=e.normalized)
         return grouped_mlp(x, weights, chosen, self.gate_up, self.down)
-
-    def scale(self, factor: float) -> None:
-        self.down *= factor
 
 
 def dense_mlp(a: Architecture, weights: Weights, at: str, parallel: Parallel) -> DenseMlp:

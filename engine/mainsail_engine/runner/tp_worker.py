@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
 import threading
 from collections import deque
@@ -18,6 +17,7 @@ import msgspec
 import numpy as np
 import zmq
 
+from mainsail_engine.child import take_orders
 from mainsail_engine.errors import StartupError
 from mainsail_engine.runner.replicate import MasksMessage, PlanReceiver, decode
 from mainsail_engine.runner.workers import Beat, WorkerStart
@@ -93,19 +93,11 @@ def run(start: WorkerStart) -> None:
     follow(runner, plans, Progress(start.rank, context, start.beats_address))
 
 
-def _end_with_parent() -> None:
-    sys.stdin.buffer.read()
-    os._exit(1)
-
-
 def main() -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    start = msgspec.json.decode(sys.stdin.buffer.readline(), type=WorkerStart)
+    start = take_orders(WorkerStart)
     logging.basicConfig(
         level=logging.INFO, format=f"%(asctime)s %(levelname)s rank {start.rank}: %(message)s", stream=sys.stderr
     )
-    threading.Thread(target=_end_with_parent, name="parent-watch", daemon=True).start()
     try:
         run(start)
     except StartupError as error:

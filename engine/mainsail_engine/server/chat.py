@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +15,7 @@ from mainsail_engine.request import FinishReason
 from mainsail_engine.server.answer_format import AnswerReader
 from mainsail_engine.server.answers import Answer, collect, usage
 from mainsail_engine.server.constraints import chat_grammar, content_grammar
-from mainsail_engine.server.handover import Identity, Ledger, is_resumed, take_over
+from mainsail_engine.server.handover import Identity, Ledger, is_resumed, pieces, take_over
 from mainsail_engine.server.logprobs import TokenTexts, chat_logprobs, prompt_logprobs
 from mainsail_engine.server.message import MessageDeltas, message_of
 from mainsail_engine.server.schemas import ChatCompletionRequest, Message, NamedChoice, ToolChoice
@@ -97,7 +96,7 @@ async def chat_completion(serving: Serving, body: ChatCompletionRequest, request
     head = {"id": answer.id, "created": answer.created, "model": body.model}
     if body.stream:
         ledger = Ledger.of(request, jobs)
-        events = _events(serving, body, plan, head, arrival_s, ledger)
+        events = pieces(serving, plan.jobs, _Chunks(serving, body, plan, head), arrival_s, ledger)
         return EventStream(ledger.frames(events), ledger.headers(answer))
     return await unless_disconnected(request, _whole(serving, body, plan, head, arrival_s))
 
@@ -235,22 +234,6 @@ class _Chunks:
         if options is None or not options.include_usage:
             return DONE
         return self._writer.no_choice(usage=usage([self._jobs[0]], self._answers)) + DONE
-
-
-async def _events(
-    serving: Serving, body: ChatCompletionRequest, plan: Plan, head: dict[str, Any], arrival_s: float,
-    ledger: Ledger,
-) -> AsyncGenerator[bytes, None]:  # fmt: skip
-    """What a step brought all answers leaves as one piece."""
-    chunks = _Chunks(serving, body, plan, head)
-    async with serving.answer(plan.jobs, arrival_s) as answering:
-        for index, delta in answering.replayed:
-            chunks.of(index, delta)
-        while deltas := ledger.note(await answering.next()):
-            data = b"".join([chunks.of(index, delta) for index, delta in deltas])
-            if data:
-                yield data
-    yield chunks.last()
 
 
 def _first_choice(index: int) -> dict[str, Any]:

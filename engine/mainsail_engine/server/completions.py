@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -16,7 +16,7 @@ from mainsail_engine.errors import RequestError
 from mainsail_engine.protocol import TokenLogprobs
 from mainsail_engine.server.answers import Answer, collect, usage
 from mainsail_engine.server.constraints import content_grammar
-from mainsail_engine.server.handover import Identity, Ledger, is_resumed, take_over
+from mainsail_engine.server.handover import Identity, Ledger, is_resumed, pieces, take_over
 from mainsail_engine.server.logprobs import TokenTexts, completion_logprobs, prompt_logprobs
 from mainsail_engine.server.schemas import MAX_PROMPTS, CompletionRequest
 from mainsail_engine.server.serving import Delta, Job, Serving
@@ -56,7 +56,7 @@ async def completion(serving: Serving, body: CompletionRequest, request: Request
     head = {"id": answer.id, "object": "text_completion", "created": answer.created, "model": body.model}
     if body.stream:
         ledger = Ledger.of(request, jobs)
-        events = _events(serving, body, jobs, head, arrival_s, ledger)
+        events = pieces(serving, jobs, _Chunks(_shape(serving, body, jobs), head), arrival_s, ledger)
         return EventStream(ledger.frames(events), ledger.headers(answer))
     return await unless_disconnected(request, _whole(serving, body, jobs, head, arrival_s))
 
@@ -242,19 +242,3 @@ class _Chunks:
         if options is None or not options.include_usage:
             return DONE
         return self._writer.no_choice(usage=_usage(self._shape, self._answers)) + DONE
-
-
-async def _events(
-    serving: Serving, body: CompletionRequest, jobs: list[Job], head: dict[str, Any], arrival_s: float,
-    ledger: Ledger,
-) -> AsyncGenerator[bytes, None]:  # fmt: skip
-    """What a step brought all answers leaves as one piece."""
-    chunks = _Chunks(_shape(serving, body, jobs), head)
-    async with serving.answer(jobs, arrival_s) as answering:
-        for index, delta in answering.replayed:
-            chunks.of(index, delta)
-        while deltas := ledger.note(await answering.next()):
-            data = b"".join([chunks.of(index, delta) for index, delta in deltas])
-            if data:
-                yield data
-    yield chunks.last()

@@ -28,6 +28,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import msgspec
 from starlette.requests import Request
@@ -35,7 +36,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mainsail_engine.errors import RequestError
 from mainsail_engine.server.errors import error_body, error_response
-from mainsail_engine.server.serving import Delivered, Delta, Job
+from mainsail_engine.server.serving import Delivered, Delta, Job, Serving
 from mainsail_engine.server.streaming import DONE, event
 
 STREAM_HEADER = "x-mainsail-stream"
@@ -211,3 +212,29 @@ class Ledger:
             return data
         notes, self._notes = "".join(self._notes), []
         return f":ids {len(data)}{notes}\n".encode() + data
+
+
+class Chunks(Protocol):
+    """How an API writes its answers as events."""
+
+    def of(self, index: int, delta: Delta) -> bytes:
+        """What a delta of that choice shows; nothing, if it shows nothing yet."""
+        ...
+
+    def last(self) -> bytes:
+        """The end of the stream."""
+        ...
+
+
+async def pieces(
+    serving: Serving, jobs: list[Job], chunks: Chunks, arrival_s: float, ledger: Ledger
+) -> AsyncGenerator[bytes, None]:
+    """A stream's events. What a step brought all answers leaves as one piece; what was delivered is not repeated."""
+    async with serving.answer(jobs, arrival_s) as answering:
+        for index, delta in answering.replayed:
+            chunks.of(index, delta)
+        while deltas := ledger.note(await answering.next()):
+            data = b"".join([chunks.of(index, delta) for index, delta in deltas])
+            if data:
+                yield data
+    yield chunks.last()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mainsail_engine.server.tools.events import Content, Event, Reasoning, held_back
+from mainsail_engine.server.tools.events import Content, Event, Reasoning, up_to
 from mainsail_engine.server.tools.json_call import SPACE
 
 
@@ -77,14 +77,10 @@ class ReasoningSplitter:
             self._at_start, self._shown = False, True  # no reasoning: the answer as it is
 
     def _reason(self, events: list[Event]) -> None:
-        before, closing, rest = self._buffer.partition(self._tags.closing)
-        if closing:
-            events += self._reasoning(before)
-            self._buffer, self.reasons, self._shown, self._blank = rest, False, False, ""
-            return
-        shown = len(before) - held_back(before, closing or self._tags.closing)
-        events += self._reasoning(before[:shown])
-        self._buffer = before[shown:]
+        before, found, self._buffer = up_to(self._buffer, self._tags.closing)
+        events += self._reasoning(before)
+        if found:
+            self.reasons, self._shown, self._blank = False, False, ""
 
     def _reasoning(self, text: str) -> list[Event]:
         whole = self._blank + text

@@ -70,7 +70,19 @@ def joined(events: list[Event]) -> list[Event]:
     return merged
 
 
-def held_back(text: str, marker: str) -> int:
+def up_to(text: str, marker: str) -> tuple[str, bool, str]:
+    """(the text before the marker, whether it is there, what follows it).
+
+    Without it, what follows is the longest end of the text that may be the marker's beginning: wait for more.
+    """
+    before, found, rest = text.partition(marker)
+    if found:
+        return before, True, rest
+    shown = len(text) - _held_back(text, marker)
+    return text[:shown], False, text[shown:]
+
+
+def _held_back(text: str, marker: str) -> int:
     """Length of the longest end of the text that may be the beginning of the marker."""
     for length in range(min(len(text), len(marker) - 1), 0, -1):
         if marker.startswith(text[-length:]):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mainsail_engine.server.tools.content import ContentGate
-from mainsail_engine.server.tools.events import Event, held_back
+from mainsail_engine.server.tools.events import Event, up_to
 from mainsail_engine.server.tools.json_call import SPACE, JsonCall
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
@@ -46,15 +46,11 @@ class HermesParser:
         return self._in_text(events)
 
     def _in_text(self, events: list[Event]) -> bool:
-        before, marker, rest = self._buffer.partition(OPEN)
-        if marker:
-            events += self._gate.text(before)
-            self._buffer, self._call = rest, JsonCall()
-            return True
-        shown = len(self._buffer) - held_back(self._buffer, OPEN)
-        events += self._gate.text(self._buffer[:shown])
-        self._buffer = self._buffer[shown:]
-        return False
+        before, found, self._buffer = up_to(self._buffer, OPEN)
+        events += self._gate.text(before)
+        if found:
+            self._call = JsonCall()
+        return found
 
     def _in_call(self, call: JsonCall, events: list[Event]) -> bool:
         for index, char in enumerate(self._buffer):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 
 from mainsail_engine.server.tools.content import ContentGate
-from mainsail_engine.server.tools.events import Event, held_back
+from mainsail_engine.server.tools.events import Event, up_to
 from mainsail_engine.server.tools.json_call import SPACE, JsonCall
 
 TAG = "<|python_tag|>"
@@ -69,15 +69,11 @@ class LlamaJsonParser:
         self._skipped, self._step = "", self._in_text
 
     def _in_text(self, events: list[Event]) -> bool:
-        before, tag, rest = self._buffer.partition(TAG)
-        if tag:
-            events += self._gate.text(before)
-            self._skipped, self._buffer, self._step = tag, rest, self._between
-            return True
-        shown = len(before) - held_back(before, TAG)
-        events += self._gate.text(before[:shown])
-        self._buffer = before[shown:]
-        return False
+        before, found, self._buffer = up_to(self._buffer, TAG)
+        events += self._gate.text(before)
+        if found:
+            self._skipped, self._step = TAG, self._between
+        return found
 
     def _in_call(self, events: list[Event]) -> bool:
         call = self._call

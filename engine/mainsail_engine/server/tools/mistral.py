@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 
 from mainsail_engine.server.tools.content import ContentGate
-from mainsail_engine.server.tools.events import Arguments, CallEnd, CallStart, Event, held_back
+from mainsail_engine.server.tools.events import Arguments, CallEnd, CallStart, Event, up_to
 from mainsail_engine.server.tools.json_call import SPACE, JsonCall, ValueScanner
 
 MARKER = "[TOOL_CALLS]"
@@ -52,15 +52,11 @@ class MistralParser:
     # -- the states: each consumes from the buffer; False: more text is needed -----------------------------------------
 
     def _in_text(self, events: list[Event]) -> bool:
-        before, marker, rest = self._buffer.partition(MARKER)
-        if marker:
-            events += self._gate.text(before)
-            self._buffer, self._step = rest, self._after_marker
-            return True
-        shown = len(self._buffer) - held_back(self._buffer, MARKER)
-        events += self._gate.text(self._buffer[:shown])
-        self._buffer = self._buffer[shown:]
-        return False
+        before, found, self._buffer = up_to(self._buffer, MARKER)
+        events += self._gate.text(before)
+        if found:
+            self._step = self._after_marker
+        return found
 
     def _after_marker(self, events: list[Event]) -> bool:
         """A list, an object, or a name up to the arguments."""
