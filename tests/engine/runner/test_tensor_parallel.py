@@ -74,18 +74,18 @@ def test_a_size_that_does_not_divide_is_refused_with_those_that_do(folder: Path)
         LLM(str(folder / "Llama"), tensor_parallel_size=3, device="cpu")
 
 
-def child(parent: psutil.Process, module: str) -> psutil.Process:
-    (found,) = [p for p in parent.children(recursive=True) if module in " ".join(p.cmdline())]
-    return found
+def children(module: str) -> set[psutil.Process]:
+    return {p for p in psutil.Process().children(recursive=True) if module in " ".join(p.cmdline())}
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_lost_rank_is_noticed_and_ends_the_engine(folder: Path, number: signal.Signals) -> None:
     """In the middle of an answer: it ends with an error within 10 s, and the core process is gone."""
     endless = SamplingParams(max_tokens=450, temperature=0.0, ignore_eos=True)
+    others = children("mainsail_engine.core") | children("tp_worker")
     llm = LLM(str(folder / "Llama"), tensor_parallel_size=2, kv_cache_blocks=250, device="cpu")
-    core = child(psutil.Process(), "mainsail_engine.core")
-    rank = child(core, "tp_worker")
+    (core,) = children("mainsail_engine.core") - others
+    (rank,) = children("tp_worker") - others
 
     def lose_a_rank() -> None:
         threading.Timer(0.3, rank.send_signal, (number,)).start()
