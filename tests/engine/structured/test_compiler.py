@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import queue
-import signal
-import subprocess
 import time
 from typing import Any
 
+import psutil
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -77,19 +75,17 @@ def test_random_texts_never_end_the_compiler(grammars: Any, kind: Kind, text: st
     grammars.compile(GOOD)
 
 
-def workers() -> list[int]:
+def workers() -> set[psutil.Process]:
     """Processes of compilers that this process started."""
-    command = ["ps", "-o", "pid=,args=", "--ppid", str(os.getpid())]
-    children = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return [int(line.split()[0]) for line in children.splitlines() if "structured.worker" in line]
+    return {child for child in psutil.Process().children() if "mainsail_engine.structured.worker" in child.cmdline()}
 
 
 def test_when_the_process_is_killed_another_one_starts(make_grammars: Any) -> None:
-    others = set(workers())
+    others = workers()
     grammars = make_grammars()
     grammars.compile(GOOD)
-    (mine,) = set(workers()) - others
-    os.kill(mine, signal.SIGKILL)
+    (mine,) = workers() - others
+    mine.kill()
     deadline = time.monotonic() + 30
     while error := grammars.verdict(g.regex("[a-z]{7}")):  # until it is handed to the new one
         assert "try again" in error
