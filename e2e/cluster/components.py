@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from e2e.cluster.configuration import Configuration
 from e2e.cluster.network import API_PORT, NODE, NODE_IP, POD_RANGE, SERVICE_RANGE
 
 ETCD_URL = "http://127.0.0.1:2379"
 ETCD_PEER_URL = "http://127.0.0.1:2380"
+KUBELET_ROOT = Path("/var/lib/kubelet")
+"""In the mount namespace of the cluster, whatever the checkout's path: a socket's path has 107 bytes at most."""
 
 
 def etcd(it: Configuration) -> list[str]:
@@ -81,7 +85,7 @@ def kubelet(it: Configuration) -> list[str]:
     it.fill("resolv.conf")
     return [
         str(it.kubeall), "kubelet", f"--config={it.fill('kubelet.yaml')}", f"--kubeconfig={it.pki}/kubelet.conf",
-        f"--hostname-override={NODE}", f"--node-ip={NODE_IP}", f"--root-dir={it.state}/kubelet", "--v=2",
+        f"--hostname-override={NODE}", f"--node-ip={NODE_IP}", f"--root-dir={KUBELET_ROOT}", "--v=2",
     ]  # fmt: skip
 
 

@@ -8,7 +8,8 @@ cluster, containers too, and with the mount namespace go all mounts. It writes o
 file and restarts nothing: a component that ended is reported, not hidden.
 
     /run         a private tmpfs                   (containerd's socket, the shims)
-    /var         an overlay over the host's        (paths that the kubelet hard-codes never touch the host)
+    /var         an overlay over the host's        (paths that the kubelet hard-codes never touch the host), but
+                 /var/lib/kubelet is the cluster's own folder: the paths of the kubelet's sockets may not be long
     /sys         fresh: this network namespace's devices, with the cgroup hierarchies mounted again below it
 """
 
@@ -148,6 +149,10 @@ def _mount(it: Configuration) -> None:
     upper.mkdir(parents=True)
     work.mkdir()
     _run("mount", "-t", "overlay", "-o", f"lowerdir=/var,upperdir={upper},workdir={work}", "overlay", "/var")
+    own = it.state / "kubelet"
+    own.mkdir()
+    components.KUBELET_ROOT.mkdir(parents=True, exist_ok=True)
+    _run("mount", "--bind", str(own), str(components.KUBELET_ROOT))
     _run("mount", "--make-rshared", "/")
 
 
