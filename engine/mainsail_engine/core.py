@@ -61,6 +61,7 @@ from mainsail_engine.protocol import (
 )
 from mainsail_engine.request import FinishReason, Request, SamplingParams
 from mainsail_engine.step import PendingLogits, PendingStep, Runner, StepPlan, StepResult
+from mainsail_engine.structured.grammar import TRY_AGAIN
 from mainsail_engine.structured.masks import MaskFiller, Row, constrained_rows
 
 if TYPE_CHECKING:
@@ -209,7 +210,11 @@ class EngineCore:
             output_token_ids=list(add.output_token_ids),
         )
         if add.grammar is not None:
-            request.constraint = self._constraint(add, add.grammar, now)
+            try:
+                request.constraint = self._constraint(add, add.grammar, now)
+            except Exception:
+                log.exception("no place could be made in the grammar of request %s", add.request_id)
+                self._refuse(add.request_id, "the grammar failed before it began", "grammar")
             if request.constraint is None:
                 return
             if not all(map(request.constraint.accept, add.output_token_ids)):
@@ -264,11 +269,11 @@ class EngineCore:
         if self._unsampled is None or len(self._in_flight) > 1:
             return
         (plan, pending), self._unsampled = self._unsampled, None
-        rows, slow = constrained_rows(plan), list[Row]()
+        rows, lost = constrained_rows(plan), list[tuple[Row, str]]()
         filler = self._filler = self._filler or MaskFiller()
-        pending.sample([row.index for row in rows], lambda masks: slow.extend(filler.fill(rows, masks)))
-        for row in slow:
-            self._scheduler.fail(row.request, "the grammar is too ambiguous: its masks take too long")
+        pending.sample([row.index for row in rows], lambda masks: lost.extend(filler.fill(rows, masks)))
+        for row, why in lost:
+            self._scheduler.fail(row.request, why)
 
     # -- steps -----------------------------------------------------------------------------------------------------
 
@@ -378,9 +383,11 @@ class Mailbox:
         self.commands: queue.SimpleQueue[Add | Abort | Control] = queue.SimpleQueue()
         self.compiler: Compiler | None = None
         self._outgoing: queue.SimpleQueue[FromCore | None] = queue.SimpleQueue()
-        reader = threading.Thread(target=self._read, args=(start.commands_addresses,), name="commands", daemon=True)
+        reader = threading.Thread(
+            target=_vital, args=(self._read, start.commands_addresses), name="commands", daemon=True
+        )
         self._writer = threading.Thread(
-            target=self._write, args=(start.outputs_addresses,), name="outputs", daemon=True
+            target=_vital, args=(self._write, start.outputs_addresses), name="outputs", daemon=True
         )
         reader.start()
         self._writer.start()
@@ -410,8 +417,12 @@ class Mailbox:
         number, compiler = command.compile_id, self.compiler
         if compiler is None:
             self.send(Compiled(number, "this engine cannot constrain its output"))
-        else:
+            return
+        try:
             compiler.submit(command.grammar, lambda error: self.send(Compiled(number, error)))
+        except Exception as error:
+            log.exception("a grammar could not be handed to the compiler")
+            self.send(Compiled(number, f"the grammar compiler failed ({type(error).__name__}); {TRY_AGAIN}"))
 
     def _write(self, addresses: list[str]) -> None:
         context = zmq.Context()  # of its own: its end waits until everything has left
@@ -426,6 +437,15 @@ class Mailbox:
         for socket in sockets:
             socket.close()
         context.term()
+
+
+def _vital(work: Callable[[list[str]], None], addresses: list[str]) -> None:
+    """Run a thread without which the core would only look alive: if it fails, the process ends."""
+    try:
+        work(addresses)
+    except BaseException:
+        log.exception("the core's %s thread failed", threading.current_thread().name)
+        os._exit(1)
 
 
 def addressed(message: FromCore, num_processes: int) -> list[tuple[int, FromCore]]:

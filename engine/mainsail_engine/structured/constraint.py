@@ -2,15 +2,21 @@
 
 A preempted request keeps its place; n answers to one prompt have one each. It ends by accepting a stop token, which
 the grammar allows once the text is complete (and only that, once nothing can follow).
+
+A matcher that raises has lost its place: from then on it accepts nothing, which ends its request and no other.
 """
 
 from __future__ import annotations
+
+import logging
 
 import numpy as np
 
 from mainsail_engine.structured import bindings
 from mainsail_engine.structured.jump_forward import JumpForward
 from mainsail_engine.structured.vocabulary import Vocabulary
+
+log = logging.getLogger(__name__)
 
 
 class Constraint:
@@ -26,13 +32,24 @@ class Constraint:
         """A stop token was accepted."""
         self.slow_fills = 0
         """How often this grammar's mask took too long (masks.py)."""
+        self._lost = False
 
     def accept(self, token: int) -> bool:
         """Move on by this token. False: the grammar does not allow it, and the request cannot go on."""
-        if self.ended or not self.matcher.accept_token(token, False):
+        if self.ended or self._lost:
             return False
-        self.ended = token in self.stop_token_ids and bool(self.matcher.is_terminated())
+        try:
+            if not self.matcher.accept_token(token, False):
+                return False
+            self.ended = token in self.stop_token_ids and bool(self.matcher.is_terminated())
+        except Exception:
+            self._lose()
+            return False
         return True
+
+    def _lose(self) -> None:
+        log.exception("a grammar's matcher failed: its request cannot go on")
+        self._lost = True
 
     def forced(self, most: int, *, least: int = 1, may_end: bool = True) -> list[int]:
         """The tokens that must come next; they are accepted. Empty where the model has a choice.
@@ -40,9 +57,16 @@ class Constraint:
         Not more than `most`; fewer than `least` are none, unless the last one ends the text. may_end: the stop token
         may be among them, where nothing else can follow.
         """
-        if self._jump_forward is None or self.ended or most < 1:
+        if self._jump_forward is None or self.ended or self._lost or most < 1:
             return []
-        whole, stable = self._jump_forward.tokens(self._forced_text())
+        try:
+            return self._forced(self._jump_forward, most, least, may_end=may_end)
+        except Exception:
+            self._lose()
+            return []
+
+    def _forced(self, jump_forward: JumpForward, most: int, least: int, *, may_end: bool) -> list[int]:
+        whole, stable = jump_forward.tokens(self._forced_text())
         taken = self._take(whole[:most])
         if may_end and len(taken) == len(whole) and len(taken) < most and (stop := self._only_stop()) is not None:
             self.accept(stop)

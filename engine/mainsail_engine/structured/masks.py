@@ -3,11 +3,12 @@
 All masks of a step are filled in one call, by several threads where there are many, while the device computes the
 step's forward pass (core.py says when). A mask takes microseconds; a grammar may still turn out slow late in a text,
 beyond what the compiler tried. Then the rows of the next steps are filled one at a time until the slow one is known,
-and its request fails alone.
+and its request fails alone. So does one whose mask cannot be filled at all.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from dataclasses import dataclass
@@ -19,12 +20,17 @@ from mainsail_engine.step import StepPlan
 from mainsail_engine.structured import bindings
 from mainsail_engine.structured.constraint import Constraint
 
+log = logging.getLogger(__name__)
 ROWS_PER_THREAD = 64
 MAX_THREADS = 8
 SLOW_STEP_S = 0.1
 """All masks of a step. Beyond it, the rows are looked at one by one."""
 SLOW_ROW_S = 0.05
 MAX_SLOW_FILLS = 3
+ALL_ALLOWED = -1
+"""A mask word with every bit set."""
+TOO_SLOW = "the grammar is too ambiguous: its masks take too long"
+FAILED = "the grammar failed: it could not tell which tokens may come next"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,31 +69,42 @@ class MaskFiller:
         self._together = bindings.batch_matcher(threads) if threads > 1 else self._alone
         self._suspicious = False
 
-    def fill(self, rows: list[Row], masks: np.ndarray) -> list[Row]:
-        """Write each row's mask: masks is [len(rows), words] int32. Returns the rows that are too slow to go on."""
+    def fill(self, rows: list[Row], masks: np.ndarray) -> list[tuple[Row, str]]:
+        """Write each row's mask: masks is [len(rows), words] int32. Returns the rows that cannot go on, and why."""
         started = time.perf_counter()
-        if self._suspicious:
-            slow = self._one_by_one(rows, masks)
-        else:
-            batch = self._together if len(rows) >= ROWS_PER_THREAD else self._alone
-            batch.batch_fill_next_token_bitmask([row.constraint.matcher for row in rows], masks, None, False)
-            slow = []
+        lost = self._one_by_one(rows, masks) if self._suspicious or not self._all_at_once(rows, masks) else []
         self._suspicious = time.perf_counter() - started > SLOW_STEP_S
         for place, row in enumerate(rows):
             if row.no_stop:
                 _forbid(masks[place], row.no_stop)
-        return slow
+        return lost
 
-    def _one_by_one(self, rows: list[Row], masks: np.ndarray) -> list[Row]:
-        slow: list[Row] = []
+    def _all_at_once(self, rows: list[Row], masks: np.ndarray) -> bool:
+        """False: one of them failed, and nobody knows which."""
+        batch = self._together if len(rows) >= ROWS_PER_THREAD else self._alone
+        try:
+            batch.batch_fill_next_token_bitmask([row.constraint.matcher for row in rows], masks, None, False)
+        except Exception:
+            log.exception("the masks of %d rows failed; they are filled one by one", len(rows))
+            return False
+        return True
+
+    def _one_by_one(self, rows: list[Row], masks: np.ndarray) -> list[tuple[Row, str]]:
+        lost: list[tuple[Row, str]] = []
         for place, row in enumerate(rows):
             started = time.thread_time()
-            row.constraint.matcher.fill_next_token_bitmask(masks, place, False)
+            try:
+                row.constraint.matcher.fill_next_token_bitmask(masks, place, False)
+            except Exception:
+                log.exception("the mask of request %s failed", row.request.request_id)
+                masks[place] = ALL_ALLOWED
+                lost.append((row, FAILED))
+                continue
             if time.thread_time() - started > SLOW_ROW_S:
                 row.constraint.slow_fills += 1
                 if row.constraint.slow_fills >= MAX_SLOW_FILLS:
-                    slow.append(row)
-        return slow
+                    lost.append((row, TOO_SLOW))
+        return lost
 
 
 def _forbid(mask: np.ndarray, tokens: tuple[int, ...]) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import httpx
 import jsonschema
 import openai
+import psutil
 import pytest
 from pydantic import BaseModel, Field
 
@@ -167,6 +168,40 @@ def test_a_hanging_grammar_costs_only_its_request(engine: Any) -> None:
     assert response.status_code in (400, 504), response.text
     assert time.monotonic() - began < 60
     assert content_of(engine.chat(messages=USER, max_tokens=60, response_format=STRICT))
+
+
+def test_when_the_grammar_process_is_killed_nobody_else_notices(engine: Any) -> None:
+    """Under way: streams that need no grammar go on, and the next grammar is compiled by another process."""
+
+    def constrained(number: int) -> httpx.Response:
+        form = {"structured_outputs": {"regex": f"[a-c]{{{number}}}"}}
+        return engine.chat(messages=USER, max_tokens=40, temperature=0, **form)
+
+    def free() -> httpx.Response:
+        return engine.chat(messages=USER, max_tokens=60, temperature=0, ignore_eos=True, stream=True)
+
+    assert constrained(3).status_code == 200
+    before = grammar_processes(engine)
+    assert len(before) == 1
+    with ThreadPoolExecutor(6) as threads:
+        streams = [threads.submit(free) for _ in range(3)]
+        for process in before:
+            process.kill()
+        deadline = time.monotonic() + 60
+        while (answer := constrained(4)).status_code != 200:
+            assert answer.status_code == 503, answer.text
+            assert int(answer.headers["retry-after"]) >= 1
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert re.fullmatch("[a-c]{4}", answer.json()["choices"][0]["message"]["content"])
+        for stream in streams:
+            assert streamed(stream.result())[-1]["choices"][0]["finish_reason"] == "length"
+    assert grammar_processes(engine) != before
+
+
+def grammar_processes(engine: Any) -> list[psutil.Process]:
+    children = psutil.Process(engine.core_pid()).children()
+    return [child for child in children if "mainsail_engine.structured.worker" in child.cmdline()]
 
 
 def test_a_client_that_leaves_while_its_grammar_is_compiled(engine: Any) -> None:

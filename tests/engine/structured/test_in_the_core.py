@@ -109,6 +109,11 @@ class Engine:
     def text(self, tokens: list[int]) -> str:
         return b"".join(self.vocabulary.tokens[token] for token in tokens).decode()
 
+    def constraint_of(self, name: str) -> Any:
+        """Once it is compiled."""
+        request = self.scheduler._requests.get(name)
+        return request and request.constraint
+
     def ends(self) -> dict[str, RequestOutput]:
         return {output.request_id: output for output in self.outputs if output.finish_reason}
 
@@ -309,3 +314,45 @@ def test_a_grammar_that_turns_out_slow_fails_its_request_alone(
     end = made.ends()["slow"]
     assert (end.finish_reason, end.stop_reason) == (FinishReason.ERROR, "grammar")
     assert len(tokens["free"]) == 20
+
+
+class Broken:
+    """A matcher of which one method raises, as a bug in the library would."""
+
+    def __init__(self, matcher: Any, broken: str) -> None:
+        for name in ("accept_token", "find_jump_forward_string", "rollback", "is_terminated", "is_completed"):
+            setattr(self, name, getattr(matcher, name))
+        self.fill_next_token_bitmask = matcher.fill_next_token_bitmask
+        setattr(self, broken, self._raise)
+
+    def _raise(self, *_: object) -> None:
+        raise RuntimeError("broken")
+
+
+class BrokenBatch:
+    """The library fills masks of its own matchers only: what it would say of the batch, were one of them broken."""
+
+    def batch_fill_next_token_bitmask(self, *_: object) -> None:
+        raise RuntimeError("broken")
+
+
+@pytest.mark.parametrize("name", ["fill_next_token_bitmask", "accept_token", "find_jump_forward_string"])
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_matcher_that_raises_fails_its_request_alone(engine: Callable[..., Engine], name: str, depth: int) -> None:
+    busy = engine(depth=depth, jump_forward=True)
+    mixed(busy)
+    tokens = busy.run()
+    again = engine(depth=depth, jump_forward=True)
+    mixed(again)
+    while not (constraint := again.constraint_of("04")):
+        again.step()
+    constraint.matcher = Broken(constraint.matcher, name)
+    filler = again.core._filler = masks.MaskFiller()
+    filler._alone = filler._together = BrokenBatch()
+    after = again.run()
+    failed = again.ends()["04"]
+    assert (failed.finish_reason, failed.stop_reason) == (FinishReason.ERROR, "grammar")
+    assert failed.error
+    assert {name: ids for name, ids in after.items() if name != "04"} == {
+        name: ids for name, ids in tokens.items() if name != "04"
+    }
