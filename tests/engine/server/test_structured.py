@@ -16,7 +16,7 @@ import pytest
 from pydantic import BaseModel, Field
 
 pytestmark = pytest.mark.model
-USER = [{"role": "user", "content": "Tell me about a person, as JSON."}]
+USER: Any = [{"role": "user", "content": "Tell me about a person, as JSON."}]
 SCHEMA = {
     "type": "object",
     "properties": {
@@ -279,7 +279,7 @@ def test_content_or_calls_when_both_are_constrained(engine: Any) -> None:
 
 
 def test_openai_parse_gives_the_model(client: openai.OpenAI) -> None:
-    done = client.chat.completions.parse(model="smol", messages=USER, response_format=Person, max_tokens=100, seed=1)  # type: ignore[arg-type]
+    done = client.chat.completions.parse(model="smol", messages=USER, response_format=Person, max_tokens=100, seed=1)
     assert isinstance(done.choices[0].message.parsed, Person)
 
 

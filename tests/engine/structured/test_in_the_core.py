@@ -57,7 +57,7 @@ def runner(tmp_path_factory: pytest.TempPathFactory) -> ModelRunner:
 
 
 def config(path: Path | str = "none", **scheduler: int) -> EngineConfig:
-    settings: dict[str, int] = {"max_num_seqs": 48, "max_num_batched_tokens": 128} | scheduler
+    settings: dict[str, Any] = {"max_num_seqs": 48, "max_num_batched_tokens": 128} | scheduler
     return EngineConfig(
         model=ModelConfig(path=str(path), load_format="dummy"),
         cache=CacheConfig(num_blocks=512),
