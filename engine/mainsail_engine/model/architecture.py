@@ -96,6 +96,8 @@ class Architecture:
     dtype: str = "float32"
     """The checkpoint's own."""
     eos_token_ids: frozenset[int] = frozenset()
+    generic: bool = False
+    """Not one of ours: computed by transformers' modules with our attention (generic.py)."""
 
     def window(self, layer: int) -> int:
         return self.windows[layer] if self.windows else 0
@@ -129,7 +131,10 @@ def _json(path: Path) -> dict[str, Any]:
 def refuse(what: str) -> UnsupportedModelError:
     from mainsail_engine.model.families import FAMILIES
 
-    return UnsupportedModelError(f"{what} is not supported; supported architectures: {', '.join(FAMILIES)}")
+    return UnsupportedModelError(
+        f"{what} is not supported; supported architectures: {', '.join(FAMILIES)}, "
+        "and others of transformers that have keys and values in every layer"
+    )
 
 
 def _ids(value: Any) -> frozenset[int]:
@@ -142,10 +147,15 @@ def from_config(config: dict[str, Any], generation: dict[str, Any]) -> Architect
     """From Hugging Face's config.json (version 4 and 5 spellings) and generation_config.json."""
     from mainsail_engine.model.families import FAMILIES
 
-    names: list[str] = config.get("architectures") or ["(no architectures in config.json)"]
+    names: list[str] = config.get("architectures") or []
+    if not names:
+        raise refuse("a config.json without architectures")
+    eos_token_ids = _ids(generation.get("eos_token_id", config.get("eos_token_id")))
     family = FAMILIES.get(names[0])
     if family is None:
-        raise refuse(f"architecture {names[0]}")
+        from mainsail_engine.model.generic import architecture_of
+
+        return architecture_of(config, eos_token_ids)
     try:
         common: dict[str, Any] = {
             "name": names[0],
@@ -155,7 +165,7 @@ def from_config(config: dict[str, Any], generation: dict[str, Any]) -> Architect
             "tie_word_embeddings": bool(config.get("tie_word_embeddings", False)),
             "attention_bias": bool(config.get("attention_bias", False)),
             "dtype": str(config.get("dtype") or config.get("torch_dtype") or "float32"),
-            "eos_token_ids": _ids(generation.get("eos_token_id", config.get("eos_token_id"))),
+            "eos_token_ids": eos_token_ids,
         }
         return Architecture(**{**common, **family(config)})
     except KeyError as error:

@@ -48,6 +48,9 @@ class Layer:
 
 
 class LlamaForCausalLM:
+    captures_graphs = True
+    """Nothing in a step waits for the device, so CUDA graphs may hold it."""
+
     def __init__(
         self, architecture: Architecture, weights: Weights, *, max_positions: int, device: torch.device,
         parallel: Parallel = SINGLE,

@@ -55,6 +55,10 @@ def check_divides(a: Architecture, size: int) -> None:
     """Raises InvalidConfigurationError, naming the sizes that do, when the model cannot be split over `size` ranks."""
     if size == 1 or _divides(a, size):
         return
+    if a.generic:
+        raise InvalidConfigurationError(
+            f"--tensor-parallel-size {size}: {a.name} is computed by transformers' modules, which run on one device"
+        )
     good = ", ".join(str(n) for n in (1, 2, 4, 8, 3, 5, 6, 7) if n == 1 or _divides(a, n))
     raise InvalidConfigurationError(
         f"--tensor-parallel-size {size} does not divide the model ({a.num_heads} query heads, "
@@ -65,4 +69,10 @@ def check_divides(a: Architecture, size: int) -> None:
 def _divides(a: Architecture, size: int) -> bool:
     kv = a.num_kv_heads % size == 0 or size % a.num_kv_heads == 0
     widths = [a.intermediate_size, *([a.experts.intermediate_size] if a.experts else [])]
-    return a.name != "Olmo2ForCausalLM" and kv and a.num_heads % size == 0 and all(w % size == 0 for w in widths)
+    return (
+        not a.generic
+        and a.name != "Olmo2ForCausalLM"
+        and kv
+        and a.num_heads % size == 0
+        and all(w % size == 0 for w in widths)
+    )

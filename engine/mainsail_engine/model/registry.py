@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import torch
+
+from mainsail_engine.model.architecture import Architecture
 from mainsail_engine.model.families import FAMILIES
 from mainsail_engine.model.gemma import Gemma2ForCausalLM, GemmaForCausalLM
+from mainsail_engine.model.generic import TransformersForCausalLM
 from mainsail_engine.model.llama import LlamaForCausalLM
+from mainsail_engine.model.loader import open_weights
 from mainsail_engine.model.olmo2 import Olmo2ForCausalLM
+from mainsail_engine.model.parallel import Parallel
+
+Model = LlamaForCausalLM | TransformersForCausalLM
 
 MODELS: dict[str, type[LlamaForCausalLM]] = dict.fromkeys(FAMILIES, LlamaForCausalLM) | {
     "GemmaForCausalLM": GemmaForCausalLM,
@@ -13,3 +23,17 @@ MODELS: dict[str, type[LlamaForCausalLM]] = dict.fromkeys(FAMILIES, LlamaForCaus
     "Gemma3ForCausalLM": Gemma2ForCausalLM,
     "Olmo2ForCausalLM": Olmo2ForCausalLM,
 }
+
+
+def load_model(
+    architecture: Architecture, path: Path, *, dummy: bool, dtype: torch.dtype, max_positions: int,
+    device: torch.device, parallel: Parallel,
+) -> Model:  # fmt: skip
+    """The model at a path that read_architecture took. Raises StartupError's kinds."""
+    if architecture.generic:
+        return TransformersForCausalLM(
+            architecture, path, dummy=dummy, dtype=dtype, max_positions=max_positions, device=device, parallel=parallel
+        )
+    weights = open_weights(path, architecture, dummy=dummy, device=device, dtype=dtype)
+    kind = MODELS[architecture.name]
+    return kind(architecture, weights, max_positions=max_positions, device=device, parallel=parallel)

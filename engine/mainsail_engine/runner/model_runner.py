@@ -19,9 +19,8 @@ from mainsail_engine.errors import InvalidConfigurationError, OutOfMemoryError
 from mainsail_engine.model.architecture import Architecture, read_architecture
 from mainsail_engine.model.attention import Attention
 from mainsail_engine.model.attention_cpu import CpuAttention
-from mainsail_engine.model.loader import open_weights
 from mainsail_engine.model.parallel import SINGLE, Parallel
-from mainsail_engine.model.registry import MODELS
+from mainsail_engine.model.registry import load_model
 from mainsail_engine.request import Request, SamplingParams
 from mainsail_engine.runner import memory
 from mainsail_engine.runner.batch import BlockTables, StepArrays, build
@@ -123,14 +122,13 @@ class ModelRunner:
             set_cpu_threads(parallel.size)
         else:
             torch.cuda.set_device(self.device)
-        dummy = config.model.load_format == "dummy"
-        weights = open_weights(path, self.architecture, dummy=dummy, device=self.device, dtype=self.dtype)
         self._uploads = Uploads(self.device)
         self._padded: PaddedSteps | None = None
         try:
-            self._model = MODELS[self.architecture.name](
-                self.architecture, weights, max_positions=self.max_model_len, device=self.device, parallel=parallel
-            )
+            self._model = load_model(
+                self.architecture, path, dummy=config.model.load_format == "dummy", dtype=self.dtype,
+                max_positions=self.max_model_len, device=self.device, parallel=parallel,
+            )  # fmt: skip
             self._take_pool(config)
         except torch.OutOfMemoryError as error:
             raise OutOfMemoryError(
@@ -167,7 +165,7 @@ class ModelRunner:
                 workspace=self._workspace,
                 max_num_seqs=config.scheduler.max_num_seqs,
                 max_blocks=self._tables.rows.shape[1],
-                capture=config.cuda_graphs,
+                capture=config.cuda_graphs and self._model.captures_graphs,
             )
 
     def _take_pool(self, config: EngineConfig) -> None:

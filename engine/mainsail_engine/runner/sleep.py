@@ -1,8 +1,8 @@
 """A model's tensors to the host and back: what /sleep and /wake_up do to weights.
 
-Tensors are found where a model keeps them (attributes, lists, dictionaries and dataclasses of this package, at any
-depth) and replaced one by one, so that the device never holds two copies of more than one. What was one tensor (a head
-tied to the embedding) stays one.
+Tensors are found where a model keeps them (attributes, lists, dictionaries and dataclasses of this package, torch's
+modules, at any depth) and replaced one by one, so that the device never holds two copies of more than one. What was
+one tensor (a head tied to the embedding) stays one.
 """
 
 from __future__ import annotations
@@ -68,6 +68,9 @@ def _parts(thing: Any) -> list[tuple[Any, Any, bool]]:
         return [(index, value, True) for index, value in enumerate(cast("list[Any]", thing))]
     if isinstance(thing, dict):
         return [(key, value, True) for key, value in cast("dict[Any, Any]", thing).items()]
+    if isinstance(thing, torch.nn.Module):
+        held = ("_parameters", "_buffers", "_modules")
+        return [(name, getattr(thing, name), False) for name in held]
     if not type(thing).__module__.startswith("mainsail_engine"):
         return []
     if is_dataclass(thing):
