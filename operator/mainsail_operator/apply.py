@@ -20,7 +20,7 @@ from lightkube.config.client_adapter import AsyncClient, ConnectionParams
 
 from mainsail_operator.events import Event
 from mainsail_operator.objects import DELETION_COST, Owner
-from mainsail_operator.plan import Action, Apply, Delete, Mark, Scale
+from mainsail_operator.plan import Action, Apply, Delete, Forget, Mark, Scale
 from mainsail_operator.types import API_VERSION, GROUP, JSON, KIND, PLURAL, VERSION, InferenceServiceStatus
 from mainsail_operator.types.route import ROUTE_PLURAL, ModelRouteStatus
 
@@ -91,6 +91,8 @@ class Writer:
                 await self._patch("Deployment", owner.namespace, name, patch)
             case Mark(name, cost):
                 await self._mark(owner.namespace, name, cost)
+            case Forget(name, uid, node):
+                await self._forget(owner.namespace, name, uid, node)
             case Delete(name, _, version, kind):
                 await self._delete(kind, owner.namespace, name, version)
         log.info("%s/%s: %s %s: %s", owner.namespace, owner.name, type(action).__name__.lower(), name, action.reason)
@@ -154,6 +156,20 @@ class Writer:
             await self._merge(f"/api/v1/namespaces/{namespace}/pods/{name}", patch, f"Pod {name}")
         except StaleError:
             log.info("%s/%s: the pod is gone", namespace, name)
+
+    async def _forget(self, namespace: str, name: str, uid: str, node: str) -> None:
+        """The API server has the last word on whether the node is gone: a watch may be behind."""
+        self._fence()
+        there = await self._client.get(f"/api/v1/nodes/{node}")
+        if there.status_code != 404:
+            _check(there, f"Node {node}")
+            raise StaleError(f"node {node} is there")
+        self._fence()
+        options: JSON = {"gracePeriodSeconds": 0, "preconditions": {"uid": uid}}
+        path = f"/api/v1/namespaces/{namespace}/pods/{name}"
+        answer = await self._client.request("DELETE", path, json=options)
+        if answer.status_code != 404:
+            _check(answer, f"Pod {name}")
 
     async def _merge(self, path: str, patch: JSON, what: str) -> JSON:
         self._fence()

@@ -37,6 +37,8 @@ DECISIVE = 4
 MIN_LATENCIES = 20
 """Fewer times than this say nothing about a 90th percentile."""
 RESOLUTION_S = 0.005
+_PROOF = 3
+"""Failures of one pod below which a RollingUpdate is not stopped."""
 _Z = 1.645
 """One-sided 95 %."""
 _CLIENTS_FAULT = 500
@@ -126,6 +128,18 @@ def judge(gate: RolloutGate, canary: Sequence[Evidence], stable: Evidence) -> Ve
     if unsure:
         return unsure
     return Verdict("Pass", "GatePassed", _summary(whole, stable))
+
+
+def judge_errors(gate: RolloutGate, canary: Sequence[Evidence], stable: Evidence) -> Verdict:
+    """What a RollingUpdate is judged by: whether a new pod clearly fails, by the gate's limit and beside the old ones.
+
+    It has no steps to wait in, and times say nothing while old pods drain and new ones are cold. A few failures are no
+    proof: there are requests that break whoever answers them."""
+    tolerated = max(gate.max_error_rate, stable.errors / stable.requests if stable.requests else 0.0)
+    for pod in canary:
+        if pod.errors >= _PROOF and wilson_lower(pod.errors, pod.requests) > tolerated:
+            return _errors(gate, pod, decisive=True)
+    return Verdict("Pass", "ErrorRate", "")
 
 
 def _first_token(evidence: Evidence) -> Distribution:

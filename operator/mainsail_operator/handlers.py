@@ -125,6 +125,14 @@ class Store:
         held = ((pod.node, pod.gpus) for owner in self.pods.owners() for pod in self.pods.of(owner) if pod.gpus)
         return gpus.room(spec, self.nodes.of(NODES), held)
 
+    def gone(self, node: str) -> bool:
+        """Whether there is no such node; where none at all is in sight, nothing is known."""
+        return len(self.nodes) > 0 and ("", node) not in self.nodes
+
+    def on_node(self, node: str) -> set[Key]:
+        """The services that have pods there."""
+        return {owner for owner in self.pods.owners() if any(pod.node == node for pod in self.pods.of(owner))}
+
     def heard(self, plural: str, obj: JSON) -> None:
         """What the API server answered to a write."""
         held = {PLURAL: self.services, "deployments": self.deployments, **self.fillers, **self.children}[plural]
@@ -138,8 +146,9 @@ class Store:
         fillers = [filler for collection in self.fillers.values() for filler in collection.of(key)]
         fetchers = [fetcher for fetcher in self.fetchers.of(key) if fetcher is not None]
         return Snapshot(
-            body[0], self.deployments.of(key), self.pods.of(key), children, self.endpoints.of(key), fillers, fetchers
-        )
+            body[0], self.deployments.of(key), self.pods.of(key), children, self.endpoints.of(key), fillers, fetchers,
+            self.gone,
+        )  # fmt: skip
 
 
 def register(registry: kopf.OperatorRegistry, store: Store, reconciler: Reconciler, relister: Relister) -> None:
@@ -147,7 +156,8 @@ def register(registry: kopf.OperatorRegistry, store: Store, reconciler: Reconcil
     kopf.on.login(registry=registry)(_login)
     for source in store.sources():
         group, _, version = source.base.removeprefix("/apis/").removeprefix("/api/").rpartition("/")
-        handler = _listener(source.collections, woken(reconciler), relister)
+        bereft = store.on_node if source.plural == "nodes" else _nobody
+        handler = _listener(source.collections, woken(reconciler), relister, bereft)
         name = f"event-{source.plural}-{group or 'core'}"
         kopf.on.event(group, version, source.plural, id=name, registry=registry)(handler)
 
@@ -156,8 +166,17 @@ async def _login(**kwargs: Any) -> kopf.ConnectionInfo | None:
     return kopf.login_with_service_account(**kwargs) or kopf.login_with_kubeconfig(**kwargs)
 
 
-def _listener(collections: Sequence[Collection[Any]], wake: Callable[[Key], None], relister: Relister) -> Any:
-    """Wakes whom an event concerns, and notices when kopf lists again."""
+def _nobody(name: str) -> set[Key]:
+    """Most objects that are deleted concern only those that they belong to."""
+    return set()
+
+
+def _listener(
+    collections: Sequence[Collection[Any]], wake: Callable[[Key], None], relister: Relister,
+    bereft: Callable[[str], set[Key]] = _nobody,
+) -> Any:  # fmt: skip
+    """Wakes whom an event concerns, and notices when kopf lists again. bereft: whom the end of an object of that name
+    concerns besides."""
     seen: set[str] = set()
 
     async def heard(body: kopf.Body, type: str | None, **_: Any) -> None:
@@ -169,6 +188,9 @@ def _listener(collections: Sequence[Collection[Any]], wake: Callable[[Key], None
             owner = collection.remove(obj["metadata"]) if type == "DELETED" else collection.put(obj)
             if owner is not None:
                 wake(owner)
+        if type == "DELETED":
+            for key in bereft(str(body.metadata.name)):
+                wake(key)
         (seen.discard if type == "DELETED" else seen.add)(uid)
 
     return heard

@@ -61,8 +61,11 @@ def labels(owner: Owner) -> dict[str, str]:
     }
 
 
-def url(owner: Owner) -> str:
-    return f"http://{owner.name}.{owner.namespace}.svc.cluster.local/v1"
+def url(owner: Owner, settings: Settings) -> str:
+    """Where a client in the cluster asks this service: its own name, which is one of the gateway's."""
+    scheme, usual = ("https", 443) if settings.gateway_tls else ("http", 80)
+    port = "" if settings.gateway_port == usual else f":{settings.gateway_port}"
+    return f"{scheme}://{owner.name}.{owner.namespace}.svc.cluster.local{port}/v1"
 
 
 def selector(owner: Owner) -> str:

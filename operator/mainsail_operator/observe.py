@@ -7,7 +7,8 @@ fit into little memory, and a pass over a service parses nothing.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, cast
@@ -17,6 +18,9 @@ from mainsail_operator.gpus import held_by
 from mainsail_operator.objects import APPLIED, CONTAINER, DELETION_COST, HTTP_PORT, REVISION_LABEL
 from mainsail_operator.scrape import Target
 from mainsail_operator.types import JSON, KIND
+
+NEW_NODE_S = 5.0
+"""A pod placed more recently may be on a node that is so new that we have not heard of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +56,13 @@ class Pod:
     progress: float = 0.0
     """Unix seconds of its last step forward: placed, or serving."""
     node: str = ""
-    """Where it holds GPUs; empty: nowhere."""
+    """Where it has been placed; empty: nowhere."""
     gpus: int = 0
+    """What it holds there."""
     deletion_cost: int = 0
     """What the ReplicaSet controller goes by when it chooses a victim: the lowest first."""
+    lost: bool = False
+    """Its node is gone, and with it the pod: only its record is left, which its ReplicaSet still counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +165,6 @@ def read_pod(pod: JSON) -> Pod:
     serving = ready.get("status") == "True"
     engine = _engine(pod)
     steps = [one for one in (unplaced, ready) if one.get("status") == "True"]
-    node, gpus = held_by(pod)
     cost = str(_get(pod, "metadata", "annotations", DELETION_COST, default="0"))
     return Pod(
         name=str(_get(pod, "metadata", "name", default="")),
@@ -173,8 +179,8 @@ def read_pod(pod: JSON) -> Pod:
         revision=str(_get(pod, "metadata", "labels", REVISION_LABEL, default="")),
         restarts=int(engine.get("restartCount") or 0),
         progress=max((_unix(str(one.get("lastTransitionTime", ""))) for one in steps), default=0.0),
-        node=node,
-        gpus=gpus,
+        node=sys.intern(str(_get(pod, "spec", "nodeName", default=""))),
+        gpus=held_by(pod)[1],
         deletion_cost=int(cost) if cost.lstrip("-").isdigit() else 0,
     )
 
@@ -289,17 +295,21 @@ def read_child(kind: str, obj: JSON) -> Child:
 
 def observe(
     deployments: Iterable[Deployment], pods: Iterable[Pod], children: Iterable[Child],
-    endpoints: Iterable[frozenset[str]], owner_uid: str,
+    endpoints: Iterable[frozenset[str]], owner_uid: str, *, now: float = 0.0,
+    gone: Callable[[str], bool] = lambda node: False,
 ) -> Observed:  # fmt: skip
     """Only what this very InferenceService owns counts: a namesake's leftovers belong to the garbage collector.
 
-    A pod that is ready but no endpoint yet does not serve: no gateway knows it."""
+    A pod that is ready but no endpoint yet does not serve: no gateway knows it. One whose node is gone does not either,
+    whatever its last status says: nobody is left to correct that. gone: whether there is no such node."""
     routed = frozenset[str]().union(*endpoints)
     by_revision: dict[str, list[Pod]] = {}
     for pod in pods:
         if pod.ended:
             continue
-        if pod.serving and pod.uid not in routed:
+        if pod.node and now - pod.progress > NEW_NODE_S and gone(pod.node):
+            pod = replace(pod, serving=False, lost=not pod.ending, ending=True)
+        elif pod.serving and pod.uid not in routed:
             pod = replace(pod, serving=False)
         by_revision.setdefault(pod.revision, []).append(pod)
     revisions = [

@@ -55,7 +55,19 @@ class Delete:
     kind: str = "Deployment"
 
 
-Action = Apply | Scale | Mark | Delete
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """Delete the record of a pod whose node is gone, so that its ReplicaSet makes another one now.
+
+    Kubernetes' own collector does so after a minute."""
+
+    name: str
+    uid: str
+    node: str
+    reason: str
+
+
+Action = Apply | Scale | Mark | Delete | Forget
 
 _OPTIONAL = frozenset({"NetworkPolicy"})
 """Kinds of children that a setting may take away again."""
@@ -89,6 +101,12 @@ def plan(
         actions.append(Apply(manifest, "new revision"))
     rests = decision.status.phase in ("Complete", "RolledBack")
     why = f"{spec.replicas} replicas are wanted" if rests else decision.status.message or decision.status.reason
+    actions += [
+        Forget(pod.name, pod.uid, pod.node, f"its node {pod.node} is gone")
+        for revision in observed.revisions
+        for pod in revision.pods
+        if pod.lost
+    ]
     # Growth first: what takes over is under way before what it replaces ends.
     growth = {r.name: decision.replicas.get(r.name, -1) - r.replicas for r in observed.revisions}
     for revision in sorted(observed.revisions, key=lambda r: growth[r.name], reverse=True):

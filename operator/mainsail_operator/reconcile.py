@@ -21,12 +21,12 @@ from mainsail_operator.events import events
 from mainsail_operator.fetched import Fetch, Fetcher, Filler, progress_of
 from mainsail_operator.fetched import judge as judge_fetch
 from mainsail_operator.fetching import copy_name, is_fetched
-from mainsail_operator.gate import Verdict, collect, judge, together
+from mainsail_operator.gate import Verdict, collect, judge, judge_errors, together
 from mainsail_operator.lease import Lease
 from mainsail_operator.objects import PAUSED, Owner, deployment_name, filler, revision_of
 from mainsail_operator.observe import Child, Deployment, Observed, Pod, observe
 from mainsail_operator.plan import Plan, plan
-from mainsail_operator.rollout import COMMAND, Decision, Situation, decide, since
+from mainsail_operator.rollout import COMMAND, Decision, Situation, decide, judged, since
 from mainsail_operator.scrape import Target
 from mainsail_operator.settings import Settings
 from mainsail_operator.signals import PodLoad, Signals
@@ -60,6 +60,8 @@ class Snapshot:
     """UIDs of the pods that gateways route to, by EndpointSlice."""
     fillers: Sequence[Filler] = ()
     fetchers: Sequence[Fetcher] = ()
+    gone: Callable[[str], bool] = lambda node: False
+    """Whether there is no such node."""
 
 
 Read = Callable[[Key], Snapshot | None]
@@ -169,11 +171,14 @@ class Reconciler:
         try:
             spec = InferenceServiceSpec.model_validate(body.get("spec", {}))
         except ValidationError as error:
-            told = invalid(owner, int(metadata.get("generation", 0)), str(error), before, now)
+            told = invalid(owner, int(metadata.get("generation", 0)), str(error), before, now, self._settings)
             if told != before:
                 await self._writer.status(owner, told, str(metadata.get("resourceVersion", "")))
             return TICK_S
-        seen = observe(snapshot.deployments, snapshot.pods, snapshot.children, snapshot.endpoints, owner.uid)
+        seen = observe(
+            snapshot.deployments, snapshot.pods, snapshot.children, snapshot.endpoints, owner.uid, now=now,
+            gone=snapshot.gone,
+        )  # fmt: skip
         # Two revisions: the newest is judged beside the one before it.
         wanted = spec.scaling is not None or len(seen.revisions) > 1
         fetchers = [one for one in snapshot.fetchers if is_fetched(spec) and one.model == copy_name(spec)]
@@ -190,7 +195,7 @@ class Reconciler:
         paused, fetch = it.annotation(PAUSED) == "true", self._fetch(it)
         told = status(
             it.owner, it.spec, it.generation, it.seen, decision, it.before.conditions, it.now,
-            refusal=self._refusals.get(it.key, ""), paused=paused, fetch=fetch,
+            settings=self._settings, refusal=self._refusals.get(it.key, ""), paused=paused, fetch=fetch,
         )  # fmt: skip
         told = sized.told(told, it.generation, it.before.conditions, it.now)
         if told != it.before:
@@ -202,7 +207,7 @@ class Reconciler:
                 await self._writer.execute(it.owner, action)
         soon = self._sizer.watches(it.key) or (fetch is not None and not fetch.done)
         tick = SCALED_TICK_S if soon else TICK_S
-        if decision.status.phase == "Gating":
+        if judged(decision.status, it.spec.rollout, decision.status.target) != "Nothing":
             tick = GATING_TICK_S
         return min(tick, max(decision.check_at - it.now, 0.1)) if decision.check_at else tick
 
@@ -230,14 +235,15 @@ class Reconciler:
     def _verdict(self, it: _Pass, target: str) -> Verdict | None:
         """The gate's word on the step that is under way."""
         rollout = it.before.rollout
-        if rollout is None or rollout.phase != "Gating" or rollout.target != target or not self._signals.gateways:
+        asked = judged(rollout, it.spec.rollout, target)
+        if rollout is None or asked == "Nothing" or not self._signals.gateways:
             return None
         began = since(rollout)
         # Beside a revision that has all the requests, the old one is known only from before.
         long_ago = 0.0 if it.spec.rollout.strategy == "BlueGreen" else began
         canary = collect(self._signals, *it.key, target, began)
         stable = together(collect(self._signals, *it.key, rollout.stable, long_ago), rollout.stable)
-        return judge(it.spec.rollout.gate, canary, stable)
+        return (judge if asked == "Everything" else judge_errors)(it.spec.rollout.gate, canary, stable)
 
     def _loads(self, it: _Pass) -> dict[str, float]:
         pods = [pod for revision in it.seen.revisions for pod in revision.alive]

@@ -8,9 +8,10 @@
                                                              ▼
                                           RollingBack ──▶ RolledBack        (nothing older: Stalled)
 
-RollingUpdate has no gate: Starting ends with the first pod that serves. The order of proof is scheduled → loaded →
-serves (has generated a token and is an endpoint of the gateway) → share of the requests → enough of them → errors and
-times within the gate → next step. Going back: the weight first, then the pods.
+The order of proof is scheduled → loaded → serves (has generated a token and is an endpoint of the gateway) → share of
+the requests → enough of them → errors and times within the gate → next step. RollingUpdate has no steps to wait in:
+Starting ends with the first pod that serves, and each further one has to serve before an old one ends; new pods that
+clearly fail their requests meanwhile take the revision back. Going back: the weight first, then the pods.
 
 `decide` is called with the state as it was last written, and says what the state is now, how many replicas each
 revision gets and which share of the requests. The state is written before anything is done about it, so whoever comes
@@ -38,6 +39,8 @@ DEFAULT_STEPS = (RolloutStep(weight=10, hold="2m"), RolloutStep(weight=50, hold=
 COMMAND = "mainsail.dev/rollout"
 """Annotation: pause (for as long as it is there), promote, rollback or retry (once; see `verb`)."""
 _ONCE = ("promote", "rollback", "retry")
+_TRUSTED = ("PromotedByHand", "Reverted")
+"""Reasons of a way forward that nothing is asked of: somebody said so, or it was proven before."""
 _STABLE_FAILS, _ASLEEP, _PAUSED = "StableFails", "ScaledToZero", "Paused"
 
 
@@ -189,7 +192,7 @@ def _advanced(state: RolloutStatus, it: Situation) -> RolloutStatus:
     """The state after what is observed now: at most one transition."""
     match state.phase:
         case "Starting" | "Promoting":
-            return _failed(state, it) or _grown(state, it)
+            return _failed(state, it) or _unfit(state, it) or _grown(state, it)
         case "Gating":
             return _failed(state, it) or _judged(state, it)
         case "RollingBack":
@@ -236,6 +239,26 @@ def _failed(state: RolloutStatus, it: Situation) -> RolloutStatus | None:
     deadline_s = float("inf") if paused or it.desired == 0 else seconds(it.spec.progress_deadline)
     found = failure(it.named(it.target), _wanted(state, it), since(state), deadline_s, it.now)
     return _give_up(state, it, found.reason, found.message) if found else None
+
+
+Judged = Literal["Nothing", "Errors", "Everything"]
+
+
+def judged(state: RolloutStatus | None, spec: RolloutSpec, target: str) -> Judged:
+    """What of the gate is asked in this state."""
+    if state is None or state.target != target:
+        return "Nothing"
+    if state.phase == "Gating":
+        return "Everything"
+    beside = state.phase in ("Starting", "Promoting") and state.stable not in ("", target)
+    return "Errors" if spec.strategy == "RollingUpdate" and beside and state.reason not in _TRUSTED else "Nothing"
+
+
+def _unfit(state: RolloutStatus, it: Situation) -> RolloutStatus | None:
+    """A RollingUpdate whose new pods serve, and fail."""
+    if it.verdict is None or it.verdict.outcome != "Fail" or judged(state, it.spec, it.target) != "Errors":
+        return None
+    return _give_up(state, it, "GateFailed", it.verdict.message)
 
 
 def _give_up(state: RolloutStatus, it: Situation, reason: str, message: str) -> RolloutStatus:
@@ -387,6 +410,8 @@ def _replicas(state: RolloutStatus, it: Situation) -> capacity.Replicas:
             held[state.stable] = it.desired
         if held:
             return held
+    if state.phase == "Stalled" and state.reason == "GateFailed" and not state.step and stable is not None:
+        return {revision.name: revision.replicas for revision in it.observed.revisions}  # autoRollback is off
     if _goes_back(state) and stable is not None:
         others = [revision for revision in _rest(it, state.stable) if revision.serving]
         return capacity.roll(state.stable, stable, others, it.desired, drain_first=state.drain_first, proven=True)

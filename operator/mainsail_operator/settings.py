@@ -24,6 +24,10 @@ class Settings:
     """MAINSAIL_IDENTITY: who holds the Lease; the pod's name."""
     gateway_service: str = "mainsail-gateway"
     """MAINSAIL_GATEWAY_SERVICE: the gateway's Service in the operator's namespace."""
+    gateway_port: int = 80
+    """MAINSAIL_GATEWAY_PORT: the port of that Service; part of status.url."""
+    gateway_tls: bool = False
+    """MAINSAIL_GATEWAY_TLS=true: the gateway speaks HTTPS there."""
     network_policy: bool = True
     """MAINSAIL_NETWORK_POLICY=false: no NetworkPolicy; whoever reaches a pod's address reaches its engine."""
     metrics_namespaces: tuple[str, ...] = ()
@@ -39,12 +43,6 @@ class Settings:
 def from_environment(environment: Mapping[str, str] = os.environ) -> Settings:
     """Raises ValueError naming the variable when a value cannot be read."""
     default = Settings()
-    port = environment.get("MAINSAIL_HEALTH_PORT", str(default.health_port))
-    if not port.isdigit():
-        raise ValueError(f"MAINSAIL_HEALTH_PORT must be a port number, not {port!r}")
-    policy = environment.get("MAINSAIL_NETWORK_POLICY", "true").lower()
-    if policy not in ("true", "false"):
-        raise ValueError(f"MAINSAIL_NETWORK_POLICY must be true or false, not {policy!r}")
     return Settings(
         engine_image=environment.get("MAINSAIL_ENGINE_IMAGE", default.engine_image),
         engine_image_pull_policy=environment.get("MAINSAIL_ENGINE_IMAGE_PULL_POLICY", default.engine_image_pull_policy),
@@ -53,11 +51,27 @@ def from_environment(environment: Mapping[str, str] = os.environ) -> Settings:
         namespace=environment.get("MAINSAIL_NAMESPACE", default.namespace),
         watch_namespaces=_names(environment.get("MAINSAIL_WATCH_NAMESPACES", "")),
         gateway_service=environment.get("MAINSAIL_GATEWAY_SERVICE", default.gateway_service),
-        network_policy=policy == "true",
+        gateway_port=_port(environment, "MAINSAIL_GATEWAY_PORT", default.gateway_port),
+        gateway_tls=_truth(environment, "MAINSAIL_GATEWAY_TLS", default=default.gateway_tls),
+        network_policy=_truth(environment, "MAINSAIL_NETWORK_POLICY", default=default.network_policy),
         metrics_namespaces=_names(environment.get("MAINSAIL_METRICS_NAMESPACES", "")),
         identity=environment.get("MAINSAIL_IDENTITY", socket.gethostname()),
-        health_port=int(port),
+        health_port=_port(environment, "MAINSAIL_HEALTH_PORT", default.health_port),
     )
+
+
+def _port(environment: Mapping[str, str], name: str, default: int) -> int:
+    text = environment.get(name, str(default))
+    if not text.isdigit() or not 0 < int(text) < 65_536:
+        raise ValueError(f"{name} must be a port number, not {text!r}")
+    return int(text)
+
+
+def _truth(environment: Mapping[str, str], name: str, *, default: bool) -> bool:
+    text = environment.get(name, str(default)).lower()
+    if text not in ("true", "false"):
+        raise ValueError(f"{name} must be true or false, not {text!r}")
+    return text == "true"
 
 
 def _names(text: str) -> tuple[str, ...]:

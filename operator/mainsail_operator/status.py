@@ -16,6 +16,7 @@ from mainsail_operator.fetched import Fetch
 from mainsail_operator.objects import Owner, revision_of
 from mainsail_operator.observe import Observed, Revision, Trouble
 from mainsail_operator.rollout import Decision
+from mainsail_operator.settings import Settings
 from mainsail_operator.types import (
     Condition,
     InferenceServiceSpec,
@@ -39,7 +40,8 @@ class Finding:
 
 def status(
     owner: Owner, spec: InferenceServiceSpec, generation: int, observed: Observed, decision: Decision,
-    old: Sequence[Condition], now: float, *, refusal: str = "", paused: bool = False, fetch: Fetch | None = None,
+    old: Sequence[Condition], now: float, *, settings: Settings, refusal: str = "", paused: bool = False,
+    fetch: Fetch | None = None,
 ) -> InferenceServiceStatus:  # fmt: skip
     """The status after this pass. old: the conditions that are there, whose times stay where nothing changed.
 
@@ -56,7 +58,7 @@ def status(
     ]
     return InferenceServiceStatus(
         observed_generation=generation,
-        url=objects.url(owner),
+        url=objects.url(owner, settings),
         replicas=sum(len(revision.alive) for revision in observed.revisions),
         serving_replicas=view.serving,
         selector=objects.selector(owner),
@@ -107,7 +109,7 @@ def _trouble(revision: Revision | None) -> Trouble | None:
 
 
 def invalid(
-    owner: Owner, generation: int, message: str, before: InferenceServiceStatus, now: float
+    owner: Owner, generation: int, message: str, before: InferenceServiceStatus, now: float, settings: Settings
 ) -> InferenceServiceStatus:
     """The status of an object that this operator cannot read: nothing is touched, and the condition says why."""
     findings = (
@@ -115,7 +117,7 @@ def invalid(
         Finding("Stalled", "True", "InvalidSpec", message[:2000]),
     )
     conditions = [timed(finding, generation, before.conditions, now) for finding in findings]
-    return before.model_copy(update={"observed_generation": generation, "url": objects.url(owner),
+    return before.model_copy(update={"observed_generation": generation, "url": objects.url(owner, settings),
                                      "selector": objects.selector(owner), "conditions": conditions})  # fmt: skip
 
 

@@ -42,6 +42,10 @@ class Collection(Generic[T]):
     def __len__(self) -> int:
         return len(self._held)
 
+    def __contains__(self, key: Key) -> bool:
+        """Whether there is an object of that namespace and name."""
+        return key in self._held
+
     def of(self, owner: Key) -> list[T]:
         return list(self._groups.get(owner, {}).values())
 

@@ -12,15 +12,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mainsail_operator import objects
-from mainsail_operator.gate import Evidence, judge, together
+from mainsail_operator.gate import Evidence, judge, judge_errors, together
 from mainsail_operator.objects import Owner, deployment_name, revision_of
 from mainsail_operator.observe import Observed, Pod, Revision, Trouble
 from mainsail_operator.plan import Apply, Delete, Plan, Scale, plan
-from mainsail_operator.rollout import Decision, Situation, decide
+from mainsail_operator.rollout import Decision, Situation, decide, judged
 from mainsail_operator.settings import Settings
 from mainsail_operator.signals import Distribution
 from mainsail_operator.status import status
-from mainsail_operator.types import InferenceServiceSpec, InferenceServiceStatus
+from mainsail_operator.types import InferenceServiceSpec, InferenceServiceStatus, RolloutStatus
 
 OWNER = Owner("demo", "default", "uid-1")
 SETTINGS = Settings(engine_image="engine:1")
@@ -79,11 +79,13 @@ class Cluster:
 
     def verdict(self, spec: InferenceServiceSpec):
         rollout = self.written.rollout
-        if rollout is None or rollout.phase != "Gating" or rollout.target != name_of(spec):
+        asked = judged(rollout, spec.rollout, name_of(spec))
+        if rollout is None or asked == "Nothing":
             return None
         canary = [self.evidence(rollout.target)]
         ever = spec.rollout.strategy == "BlueGreen"
-        return judge(spec.rollout.gate, canary, together([self.evidence(rollout.stable, ever=ever)], "stable"))
+        stable = together([self.evidence(rollout.stable, ever=ever)], "stable")
+        return (judge if asked == "Everything" else judge_errors)(spec.rollout.gate, canary, stable)
 
     def evidence(self, name: str, *, ever: bool = False) -> Evidence:
         requests, like = (self.ever if ever else self.seen).get(name, 0.0), self.like.get(name, "good")
@@ -102,7 +104,7 @@ class Cluster:
         """One pass of the operator. killed_after: writes that it still gets to do, the status being the first."""
         seen, decision = self.observed(), self.decision(spec)
         todo = plan(OWNER, spec, seen, SETTINGS, decision, {})
-        told = status(OWNER, spec, 1, seen, decision, self.written.conditions, self.now)
+        told = status(OWNER, spec, 1, seen, decision, self.written.conditions, self.now, settings=SETTINGS)
         writes = len(todo.actions) + 1 if killed_after is None else killed_after
         if writes > 0 and told != self.written:
             before, after = self.written.rollout, told.rollout
@@ -189,6 +191,12 @@ class Cluster:
             self.revisions[name] = replace(revision, pods=tuple(pods))
 
     # --- what is looked at
+
+    @property
+    def rollout(self) -> RolloutStatus:
+        """Once the operator has written one."""
+        assert self.written.rollout is not None
+        return self.written.rollout
 
     @property
     def phase(self) -> str:

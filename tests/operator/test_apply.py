@@ -15,7 +15,7 @@ from mainsail_operator import objects
 from mainsail_operator.apply import NotLeaderError, RefusedError, StaleError, WriteError, Writer
 from mainsail_operator.events import Event
 from mainsail_operator.objects import Owner
-from mainsail_operator.plan import Apply, Delete, Mark, Scale
+from mainsail_operator.plan import Apply, Delete, Forget, Mark, Scale
 from mainsail_operator.types import InferenceServiceStatus
 
 OWNER = Owner("demo", "ns", "uid-1")
@@ -69,6 +69,7 @@ async def writer(api: Api):
 
 
 APPLY = Apply(objects.endpoints(OWNER), "missing")
+FORGET = Forget("pod", "uid-p", "node-7", "its node is gone")
 
 
 async def test_a_new_object_is_applied_and_what_is_ours_is_applied_again(api: Api, writer: Writer) -> None:
@@ -133,6 +134,18 @@ async def test_a_mark_on_a_pod_that_is_gone_is_no_failure(api: Api, writer: Writ
     await writer.execute(OWNER, Mark("pod", 100, "busy"))
 
 
+async def test_a_pod_is_forgotten_only_when_its_node_is_gone(api: Api, writer: Writer) -> None:
+    with pytest.raises(StaleError, match="is there"):
+        await writer.execute(OWNER, FORGET)
+    api.answers["GET"] = (503, {"message": "etcd is away"})
+    with pytest.raises(WriteError):
+        await writer.execute(OWNER, FORGET)
+    assert {method for method, *_ in api.asked} == {"GET"}
+    api.answers["GET"] = (404, {"message": "not found"})
+    await writer.execute(OWNER, FORGET)
+    assert api.sent("DELETE") == {"gracePeriodSeconds": 0, "preconditions": {"uid": "uid-p"}}
+
+
 async def test_an_event_that_cannot_be_told_is_no_failure(api: Api, writer: Writer) -> None:
     api.answers["POST"] = (500, {"message": "no"})
     await writer.tell(OWNER, Event("Normal", "RolloutStarted", "x"), 1_800_000_000.0)
@@ -142,7 +155,7 @@ async def test_an_event_that_cannot_be_told_is_no_failure(api: Api, writer: Writ
 async def test_nothing_is_written_without_the_lease(api: Api) -> None:
     async with httpx2.AsyncClient(base_url=api.url, trust_env=False) as client:
         follower = Writer(client, lambda: False)
-        for action in (APPLY, Scale("demo-1", 3, "why"), Mark("pod", 1, "why"), Delete("demo-0", "why")):
+        for action in (APPLY, Scale("demo-1", 3, "why"), Mark("pod", 1, "why"), Delete("demo-0", "why"), FORGET):
             with pytest.raises(NotLeaderError):
                 await follower.execute(OWNER, action)
         with pytest.raises(NotLeaderError):

@@ -222,6 +222,6 @@ def test_what_fetched_another_model_goes(owner, settings) -> None:
 def test_the_conditions_say_how_far_it_is(owner, settings, fetch: Fetch, expected) -> None:
     one = spec(cache={"claim": "c"})
     situation = Situation(one.rollout, objects.deployment_name(owner, objects.revision_of(one)), 1, Observed())
-    told = status(owner, one, 1, Observed(), decide(None, situation), [], 0.0, fetch=fetch)
+    told = status(owner, one, 1, Observed(), decide(None, situation), [], 0.0, settings=settings, fetch=fetch)
     found = {c.type: (c.status, c.reason) for c in told.conditions}
     assert expected.items() <= found.items()

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mainsail_operator.gate import Evidence, collect, judge, together, wilson_lower
+from mainsail_operator.gate import Evidence, collect, judge, judge_errors, together, wilson_lower
 from mainsail_operator.signals import Distribution, History, Signals
 from mainsail_operator.types import RolloutGate
 
@@ -54,6 +54,22 @@ STABLE = pod("stable", 900, seed=7)
 def test_verdicts(canary: list[Evidence], outcome: str, reason: str) -> None:
     verdict = judge(GATE, canary, STABLE)
     assert (verdict.outcome, verdict.reason) == (outcome, reason), verdict.message
+
+
+@pytest.mark.parametrize(
+    ("canary", "stable", "outcome"),
+    [
+        ([pod("a", 100)], STABLE, "Pass"),
+        ([pod("a", 3, errors=2)], STABLE, "Pass"),
+        ([pod("a", 30, errors=3)], STABLE, "Fail"),
+        ([pod("good", 400), pod("bad", 20, errors=10)], STABLE, "Fail"),
+        ([pod("a", 30, errors=3)], pod("stable", 900, errors=90), "Pass"),
+        ([pod("a", 100, first=3.0)], STABLE, "Pass"),
+    ],
+    ids=["good", "too few", "fails", "worst pod", "as the old one does", "times do not count"],
+)
+def test_what_stops_a_rolling_update(canary: list[Evidence], stable: Evidence, outcome: str) -> None:
+    assert judge_errors(GATE, canary, stable).outcome == outcome
 
 
 def test_the_worst_pod_is_named_with_its_figures() -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
-from mainsail_operator.observe import observe, read_deployment, read_endpoints, read_pod
+from mainsail_operator.observe import Pod, Revision, observe, read_deployment, read_endpoints, read_pod
 
 
 def pod(*, ready="False", state=None, last=None, scheduled=True, reason=None, **metadata):
@@ -72,6 +73,22 @@ def test_a_ready_pod_that_no_gateway_knows_does_not_serve() -> None:
     seen = observe([one], [read_pod(pod(ready="True", uid="p2"))], [], [read_endpoints(SLICE)], "u")
     assert seen.revisions[0].serving == 0
     assert seen.revisions[0].trouble is None
+
+
+def test_what_was_on_a_node_that_is_gone_does_not_serve() -> None:
+    one = read_deployment(deployment("a", "r", "2026-01-01T00:00:00Z"))
+    there, ending = read_pod(pod(ready="True", uid="p1")), read_pod(pod(ready="True", uid="p1", deletionTimestamp="x"))
+    new = replace(there, progress=96.0)
+
+    def seen(found: Pod, *, gone: bool) -> Revision:
+        only = observe([one], [found], [], [read_endpoints(SLICE)], "u", now=100.0, gone=lambda node: gone)
+        return only.revisions[0]
+
+    assert seen(there, gone=False).serving == 1
+    lost = seen(there, gone=True)
+    assert (lost.serving, lost.alive, lost.pods[0].lost) == (0, (), True)
+    assert seen(new, gone=True).serving == 1, "we may not have heard of so new a node"
+    assert not seen(ending, gone=True).pods[0].lost, "it has been replaced already"
 
 
 def deployment(name: str, revision: str, created: str, uid: str = "u"):

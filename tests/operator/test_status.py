@@ -6,6 +6,7 @@ from mainsail_operator.events import events
 from mainsail_operator.objects import deployment_name, revision_of
 from mainsail_operator.observe import Observed, Pod, Revision, Trouble
 from mainsail_operator.rollout import Situation, decide
+from mainsail_operator.settings import Settings
 from mainsail_operator.status import invalid, status
 from mainsail_operator.types import InferenceServiceStatus
 
@@ -23,7 +24,10 @@ def told(owner, spec, *revisions: Revision, before: InferenceServiceStatus | Non
     for _ in range(3):
         it = Situation(spec=spec.rollout, target=deployment_name(owner, revision_of(spec)), desired=spec.replicas,
                        observed=Observed(revisions), now=now)  # fmt: skip
-        found = status(owner, spec, 3, Observed(revisions), decide(found.rollout, it), found.conditions, now, **more)
+        found = status(
+            owner, spec, 3, Observed(revisions), decide(found.rollout, it), found.conditions, now,
+            **{"settings": Settings(), **more},
+        )  # fmt: skip
     return found
 
 
@@ -45,6 +49,17 @@ def test_all_well(owner, make_spec) -> None:
     assert (found.replicas, found.serving_replicas, found.observed_generation) == (1, 1, 3)
     assert found.url == "http://demo.default.svc.cluster.local/v1"
     assert found.revisions[0].weight == 100
+
+
+def test_the_url_is_the_gateways(owner, make_spec) -> None:
+    spec = make_spec()
+
+    def url(settings: Settings) -> str:
+        return told(owner, spec, revision(owner, spec, SERVING), settings=settings).url
+
+    assert url(Settings(gateway_port=8080)) == "http://demo.default.svc.cluster.local:8080/v1"
+    assert url(Settings(gateway_tls=True, gateway_port=443)) == "https://demo.default.svc.cluster.local/v1"
+    assert url(Settings(gateway_tls=True)) == "https://demo.default.svc.cluster.local:80/v1"
 
 
 def test_first_start(owner, make_spec) -> None:
@@ -135,7 +150,7 @@ def test_events_tell_the_turns_of_a_rollout(owner, make_spec) -> None:
 def test_an_unreadable_spec_touches_nothing(owner, make_spec) -> None:
     spec = make_spec()
     before = told(owner, spec, revision(owner, spec, SERVING))
-    found = invalid(owner, 4, "spec.model: missing", before, NOW)
+    found = invalid(owner, 4, "spec.model: missing", before, NOW, Settings())
     assert conditions(found)["Stalled"] == ("True", "InvalidSpec")
     assert found.observed_generation == 4
     assert (found.revisions, found.rollout) == (before.revisions, before.rollout), "the gateway routes on"

@@ -107,7 +107,8 @@ class RolloutSpec(Model):
         default="RollingUpdate",
         description="RollingUpdate replaces replicas as new ones serve. Canary gives the new revision a share of the "
         "requests, step by step, each behind the gate. BlueGreen starts all of the new revision beside the old one, "
-        "moves the requests at once, and keeps the old one until the gate has passed. Every strategy rolls back by "
+        "moves the requests at once, and keeps the old one until the gate has passed. RollingUpdate goes on as long as "
+        "new pods do not fail more of their requests than gate.maxErrorRate. Every strategy rolls back by "
         "itself when the new revision cannot load, keeps crashing or makes no progress.",
     )
     gpu_policy: Literal["Auto", "Surge", "DrainFirst"] = Field(
@@ -129,7 +130,8 @@ class RolloutSpec(Model):
         "until then is immediate.",
     )
     gate: RolloutGate = Field(
-        default_factory=RolloutGate, description="What a new revision must show (Canary and BlueGreen)."
+        default_factory=RolloutGate,
+        description="What a new revision must show (Canary and BlueGreen; of RollingUpdate, maxErrorRate alone).",
     )
     progress_deadline: ProgressDeadline = Field(
         default="15m",
