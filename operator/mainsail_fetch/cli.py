@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from mainsail_fetch.errors import FetchError
+from mainsail_fetch.evict import Rules, make_room
 from mainsail_fetch.place import Place, of_disk, told
 from mainsail_fetch.progress import Progress
 from mainsail_fetch.remote import Remote
@@ -39,6 +40,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("folder", type=Path, help="where the model's files are to lie; made when it is complete")
     parser.add_argument("--revision", default="main", help="branch, tag or commit of a repository on the Hub")
     parser.add_argument("--port", type=int, default=0, help="serve /metrics with the progress on this port")
+    parser.add_argument("--limit", type=int, help="bytes that all copies beside the folder may take together")
+    parser.add_argument("--keep", action="append", default=[], metavar="NAME", help="a copy that is in use; repeatable")
+    parser.add_argument("--decided-at", type=float, help="Unix seconds at which --keep was the whole truth; without it "
+                        "no copy is deleted to make room")  # fmt: skip
     parser.add_argument("--stay", action="store_true", help="go on running when the model is there")
     return parser
 
@@ -58,24 +63,26 @@ def remote_of(source: Source) -> Remote:
     return Registry(source)
 
 
-def fetch(uri: str, revision: str, place: Place, progress: Progress) -> None:
-    """Raises FetchError."""
+def fetch(uri: str, revision: str, place: Place, progress: Progress, rules: Rules | None = None) -> None:
+    """rules: which other copies may be deleted to make room; None: none. Raises FetchError."""
     source = parse(uri, revision)
     if source is None:
         raise FetchError("InvalidSource", f"{uri!r} is none of hf://, s3:// and oci://")
     with place.locked():
         if not place.complete:
             try:
-                _fill(remote_of(source), place, progress)
+                _fill(remote_of(source), place, progress, rules)
             except OSError as error:
                 raise of_disk(error, place.folder.parent) from error
     progress.done = True
 
 
-def _fill(remote: Remote, place: Place, progress: Progress) -> None:
+def _fill(remote: Remote, place: Place, progress: Progress, rules: Rules | None) -> None:
     began, before = time.monotonic(), place.size()
     files = remote.files()
     progress.total = sum(file.size for file in files)
+    if rules is not None:
+        make_room(place, progress.total, rules)
     place.check_room(progress.total)
     log.info("%d files, %s", len(files), told(progress.total))
     with ThreadPoolExecutor(PARALLEL) as pool:
@@ -94,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if flags.port:
         progress.serve(flags.port)
     try:
-        fetch(flags.uri, flags.revision, place, progress)
+        fetch(flags.uri, flags.revision, place, progress, _rules(flags))
     except FetchError as error:
         _tell(error)
         return 1
@@ -104,6 +111,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             signal.signal(number, lambda number, frame: ended.set())
         ended.wait()
     return 0
+
+
+def _rules(flags: argparse.Namespace) -> Rules | None:
+    return None if flags.decided_at is None else Rules(frozenset(flags.keep), flags.decided_at, flags.limit)
 
 
 def _tell(error: FetchError) -> None:

@@ -2,11 +2,13 @@
 
 FOLDER.partial/     while it is fetched; what is there already is not fetched again
 FOLDER/             complete: the partial folder, renamed
-.FOLDER.lock        held by the writer; others wait for it, and find the work done
+.FOLDER.lock        held by the writer; others wait for it, and find the work done. Its time of modification is when the
+                    copy was last asked for (see `evict`)
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -43,6 +45,8 @@ class Place:
         except OSError as error:
             raise of_disk(error, self.folder.parent) from error
         try:
+            with contextlib.suppress(PermissionError):  # somebody else's file: it is as old as it looks
+                os.utime(lock)
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
         finally:
@@ -50,7 +54,7 @@ class Place:
 
     def size(self) -> int:
         """Bytes of what has been fetched so far, or of the complete folder."""
-        return _size(self.folder if self.complete else self.partial)
+        return size_of(self.folder if self.complete else self.partial)
 
     def check_room(self, total: int) -> None:
         """Raises FetchError when what is missing does not fit on the disk."""
@@ -65,7 +69,8 @@ class Place:
         self.partial.rename(self.folder)
 
 
-def _size(folder: Path) -> int:
+def size_of(folder: Path) -> int:
+    """Bytes on the disk, of what is there at this moment."""
     total = 0
     for where, _, names in os.walk(folder):
         for name in names:

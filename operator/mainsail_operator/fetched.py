@@ -12,6 +12,7 @@ from typing import Literal, cast
 
 from mainsail_fetch.place import told
 from mainsail_fetch.progress import BYTES, TOTAL_BYTES
+from mainsail_fetch.source import folder, parse
 from mainsail_operator.fetching import CONTAINER, PORT
 from mainsail_operator.observe import words_of
 from mainsail_operator.scrape import Target
@@ -42,6 +43,13 @@ class Filler:
     name: str
     complete: bool
     owner: str
+
+
+def copied(service: JSON) -> str:
+    """The name of the copy that an InferenceService asks for; empty when its model is not fetched."""
+    model = cast(JSON, cast(JSON, service.get("spec") or {}).get("model") or {})
+    uri, revision = str(model.get("uri") or ""), str(model.get("revision") or "main")
+    return folder(uri, revision) if parse(uri, revision) is not None else ""
 
 
 def read_filler(kind: str, obj: JSON) -> Filler:

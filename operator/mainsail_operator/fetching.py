@@ -8,13 +8,17 @@ In each case the engine's pod has an init container `fetch` that does the same: 
 at once; where it is not (a cache that was emptied, a node that is new) it fetches it. One program does all three
 (`mainsail_fetch`), so a copy is complete or not there, whoever made it.
 
-A copy is named after the model, not after the revision: other settings of the engine fetch nothing.
+A copy is named after the model, not after the revision: other settings of the engine fetch nothing. The Job or
+DaemonSet may delete copies that nobody uses, to make room; an engine's own init container never does.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from typing import Any, cast
+
+from lightkube.utils.quantity import parse_quantity
 
 from mainsail_fetch.source import file_in, folder, parse
 from mainsail_operator.settings import Settings
@@ -86,6 +90,15 @@ def container(spec: InferenceServiceSpec, settings: Settings, *, stay: bool = Fa
         found["env"].append({"name": "OCI_DOCKER_CONFIG", "valueFrom": docker})
         found["envFrom"] = [{"secretRef": {"name": model.secret_ref.name}}]
     return found
+
+
+def eviction(spec: InferenceServiceSpec, kept: Collection[str], now: float) -> list[str]:
+    """Which other copies the fetcher may delete to make room (`mainsail_fetch.evict`)."""
+    cache = spec.model.cache
+    limit = parse_quantity(str(cache.limit)) if cache and cache.limit is not None else None
+    found = ["--decided-at", f"{now:.0f}"]
+    found += ["--limit", str(int(limit))] if limit is not None else []
+    return found + [word for name in sorted(kept) for word in ("--keep", name)]
 
 
 _SHARED = ("nodeSelector", "tolerations", "affinity", "imagePullSecrets", "hostAliases", "dnsConfig", "dnsPolicy",

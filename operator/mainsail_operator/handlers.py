@@ -15,7 +15,7 @@ from typing import Any, cast
 import kopf
 
 from mainsail_operator import gpus
-from mainsail_operator.fetched import read_fetcher, read_filler
+from mainsail_operator.fetched import copied, read_fetcher, read_filler
 from mainsail_operator.fetching import LABEL as FETCH_LABEL
 from mainsail_operator.gpus import read_node
 from mainsail_operator.objects import SERVICE_LABEL
@@ -133,6 +133,12 @@ class Store:
         """The services that have pods there."""
         return {owner for owner in self.pods.owners() if any(pod.node == node for pod in self.pods.of(owner))}
 
+    def copies(self) -> set[str]:
+        """The copies of models that any service asks for or any pod was made with, wherever they lie."""
+        asked = {copied(body) for owner in self.services.owners() for body in self.services.of(owner)}
+        fetchers = (one for owner in self.fetchers.owners() for one in self.fetchers.of(owner))
+        return {name for name in asked if name} | {one.model for one in fetchers if one is not None and one.model}
+
     def heard(self, plural: str, obj: JSON) -> None:
         """What the API server answered to a write."""
         held = {PLURAL: self.services, "deployments": self.deployments, **self.fillers, **self.children}[plural]
@@ -147,7 +153,7 @@ class Store:
         fetchers = [fetcher for fetcher in self.fetchers.of(key) if fetcher is not None]
         return Snapshot(
             body[0], self.deployments.of(key), self.pods.of(key), children, self.endpoints.of(key), fillers, fetchers,
-            self.gone,
+            self.gone, self.copies,
         )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -77,6 +78,7 @@ def revision_of(spec: InferenceServiceSpec) -> str:
     parts = spec.model_dump(mode="json", by_alias=True, exclude_defaults=True)
     for unrelated in ("replicas", "scaling", "rollout", "admission"):
         parts.pop(unrelated, None)
+    parts["model"].get("cache", {}).pop("limit", None)
     return digest(parts)
 
 
@@ -354,10 +356,13 @@ def _merged_list(key: str, old: list[Any], new: list[Any]) -> list[Any]:
     return list(found.values())
 
 
-def filler(owner: Owner, spec: InferenceServiceSpec, settings: Settings) -> JSON | None:
+def filler(
+    owner: Owner, spec: InferenceServiceSpec, settings: Settings, kept: Collection[str] = (), now: float = 0.0
+) -> JSON | None:
     """The Job or DaemonSet that fetches the model ahead of need; None where nothing does.
 
-    Its name is a hash of all of it but the images: made once, it is not made anew by a new version of the operator."""
+    Its name is a hash of all of it but the images and what it may delete: made once, it is not made anew by a new
+    version of the operator. kept, now: the copies that are in use, and when (Unix seconds) that was looked at."""
     cache = spec.model.cache
     if cache is None or not fetching.is_fetched(spec):
         return None
@@ -366,6 +371,7 @@ def filler(owner: Owner, spec: InferenceServiceSpec, settings: Settings) -> JSON
     pod = fetching.pod(spec, settings, base, stay=stay)
     nameless = {**pod, "containers": [{k: v for k, v in c.items() if "image" not in k} for c in pod["containers"]]}
     name = f"{owner.name}-fetch-{digest(nameless)}"
+    pod["containers"][0]["args"] += fetching.eviction(spec, kept, now)
     marks = {"app.kubernetes.io/name": fetching.NAME, "app.kubernetes.io/managed-by": "mainsail",
              fetching.LABEL: owner.name}  # fmt: skip
     template: JSON = {"metadata": {"labels": marks}, "spec": pod}

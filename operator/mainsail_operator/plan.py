@@ -7,7 +7,7 @@ the ReplicaSet controller beforehand, by Kubernetes' own annotation: the least l
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from mainsail_operator import objects
@@ -80,9 +80,11 @@ class Plan:
 
 def plan(
     owner: Owner, spec: InferenceServiceSpec, observed: Observed, settings: Settings, decision: Decision,
-    loads: Mapping[str, float], fillers: Sequence[Filler] = (),
+    loads: Mapping[str, float], fillers: Sequence[Filler] = (), kept: Callable[[], Collection[str]] = tuple,
+    now: float = 0.0,
 ) -> Plan:  # fmt: skip
-    """loads: running and waiting requests by pod UID, of the pods that tell them. fillers: what fetches models."""
+    """loads: running and waiting requests by pod UID, of the pods that tell them. fillers: what fetches models. kept:
+    the copies of models that anybody uses, asked when a model is to be fetched. now: Unix seconds."""
     wanted_children = {f"{m['kind']}/{m['metadata']['name']}": m for m in objects.children(owner, settings)}
     actions: list[Action] = [
         Apply(manifest, "missing or changed")
@@ -93,7 +95,7 @@ def plan(
         kind, _, name = child.partition("/")
         if kind in _OPTIONAL:
             actions.append(Delete(name, "no longer wanted", kind=kind))
-    filling = _fill(owner, spec, settings, fillers)
+    filling = _fill(owner, spec, settings, fillers, kept, now)
     actions += filling.actions
     target = deployment_name(owner, revision_of(spec))
     if filling.done and target in decision.replicas and all(revision.name != target for revision in observed.revisions):
@@ -126,7 +128,10 @@ class _Filling:
     """Pods may be made: no GPU waits for a download."""
 
 
-def _fill(owner: Owner, spec: InferenceServiceSpec, settings: Settings, fillers: Sequence[Filler]) -> _Filling:
+def _fill(
+    owner: Owner, spec: InferenceServiceSpec, settings: Settings, fillers: Sequence[Filler],
+    kept: Callable[[], Collection[str]], now: float,
+) -> _Filling:  # fmt: skip
     """The Job or DaemonSet that fetches the model ahead of need, and the end of those for other models."""
     mine = [filler for filler in fillers if filler.owner == owner.uid]
     manifest = objects.filler(owner, spec, settings)
@@ -136,7 +141,8 @@ def _fill(owner: Owner, spec: InferenceServiceSpec, settings: Settings, fillers:
         Delete(filler.name, "another model is asked for", kind=filler.kind) for filler in mine if filler.name != name
     ]
     if manifest is not None and there is None:
-        actions.append(Apply(manifest, "the model is to be fetched"))
+        whole = objects.filler(owner, spec, settings, kept(), now) or manifest
+        actions.append(Apply(whole, "the model is to be fetched"))
     waits = manifest is not None and manifest["kind"] == "Job" and not (there and there.complete)
     return _Filling(tuple(actions), not waits)
 

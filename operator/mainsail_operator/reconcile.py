@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -62,6 +62,8 @@ class Snapshot:
     fetchers: Sequence[Fetcher] = ()
     gone: Callable[[str], bool] = lambda node: False
     """Whether there is no such node."""
+    kept: Callable[[], Collection[str]] = tuple
+    """The copies of models that any service or pod uses."""
 
 
 Read = Callable[[Key], Snapshot | None]
@@ -186,7 +188,8 @@ class Reconciler:
         self._want((owner.namespace, owner.name), fetching + (seen.targets if wanted else []))
         sized = self._sizer.size(owner, spec, seen, metadata.get("annotations") or {}, before.scaling, now)
         return await self._carry_out(
-            _Pass(owner, sized.effective(spec), metadata, seen, before, now, snapshot.fillers, fetchers), sized
+            _Pass(owner, sized.effective(spec), metadata, seen, before, now, snapshot.fillers, fetchers, snapshot.kept),
+            sized,
         )
 
     async def _carry_out(self, it: _Pass, sized: Sized) -> float:
@@ -212,7 +215,9 @@ class Reconciler:
         return min(tick, max(decision.check_at - it.now, 0.1)) if decision.check_at else tick
 
     def _plan(self, it: _Pass, decision: Decision) -> Plan:
-        return plan(it.owner, it.spec, it.seen, self._settings, decision, self._loads(it), it.fillers)
+        return plan(
+            it.owner, it.spec, it.seen, self._settings, decision, self._loads(it), it.fillers, it.kept, it.now
+        )  # fmt: skip
 
     def _fetch(self, it: _Pass) -> Fetch | None:
         """How far the model is, where it is fetched and anybody is to do so."""
@@ -272,6 +277,7 @@ class _Pass:
     fillers: Sequence[Filler]
     fetchers: Sequence[Fetcher]
     """Those that fetch the model that the spec names."""
+    kept: Callable[[], Collection[str]]
 
     @property
     def key(self) -> Key:

@@ -9,6 +9,7 @@ import pytest
 
 from mainsail_operator import fetching, objects
 from mainsail_operator.fetched import FETCHED, Bytes, Fetch, Fetcher, Filler, judge, read_fetcher, read_filler
+from mainsail_operator.handlers import Store
 from mainsail_operator.observe import Observed
 from mainsail_operator.plan import Apply, plan
 from mainsail_operator.rollout import Situation, decide
@@ -165,6 +166,31 @@ def test_another_image_makes_no_other_job_and_another_secret_does(owner, setting
     cached = spec(cache={"claim": "c"})
     assert name(cached) == name(cached, "a:2")
     assert name(cached) != name(spec(cache={"claim": "c"}, secretRef={"name": "s"}))
+
+
+def test_what_may_make_room_is_said_when_it_is_made_and_makes_no_other_job(owner, settings) -> None:
+    def made(one: InferenceServiceSpec, *kept: str, now: float = 0.0):
+        found = objects.filler(owner, one, settings, kept, now)
+        assert found is not None
+        return found["metadata"]["name"], found["spec"]["template"]["spec"]["containers"][0]["args"]
+
+    cached, limited = spec(cache={"claim": "c"}), spec(cache={"claim": "c", "limit": "2Gi"})
+    name, arguments = made(limited, "b", "a", now=1000.4)
+    assert arguments[-7:] == ["--decided-at", "1000", "--limit", str(2 << 30), "--keep", "a", "--keep", "b"][-7:]
+    assert name == made(cached)[0] == made(cached, "c", now=2.0)[0]
+    assert objects.revision_of(limited) == objects.revision_of(cached), "another limit restarts nothing"
+    engine = objects.deployment(owner, limited, 1, settings)["spec"]["template"]["spec"]
+    assert "--decided-at" not in engine["initContainers"][0]["args"], "it would be out of date"
+
+
+def test_the_copies_in_use_are_those_of_services_and_of_pods() -> None:
+    store, model = Store(), {"uri": "hf://org/name", "revision": "v2"}
+    for number, body in enumerate(({"model": model}, {"model": {"uri": "pvc://c/x"}})):
+        store.services.put({"metadata": {"namespace": "n", "name": str(number), "uid": str(number)}, "spec": body})
+    old = pod(ENDED_WELL)
+    old["metadata"] |= {"namespace": "n", "name": "p", "labels": {objects.SERVICE_LABEL: "0"}}
+    store.fetchers.put(old)
+    assert store.copies() == {fetching.copy_name(spec(revision="v2")), "copy"}
 
 
 def test_the_engine_finds_the_copy(owner, settings) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, NamedTuple
 from pydantic import AfterValidator, ConfigDict, Field
 
 from mainsail_fetch import source
-from mainsail_operator.types.schema import JSON, Model, rule, rules
+from mainsail_operator.types.schema import JSON, Model, Quantity, rule, rules
 
 _PVC = re.compile(r"pvc://(?P<claim>[a-z0-9](?:[-a-z0-9.]{0,251}[a-z0-9])?)/(?P<path>[^/].*)")
 
@@ -146,6 +146,12 @@ class CacheSpec(Model):
         description="A folder on the nodes, best on a local NVMe disk, that user 65534 can write. A DaemonSet fetches "
         "the model to every node that replicas may run on, ahead of need. The namespace must allow hostPath volumes "
         "(Pod Security `privileged`).",
+    )
+    limit: Quantity | None = Field(
+        default=None,
+        description="How much all models together may take there, as 500Gi. Before another one is fetched, those that "
+        "no revision uses any more go, the least recently used first, until it fits. Changing it restarts nothing. "
+        "Default: as much as the disk holds; what is in nobody's use goes when the disk is full.",
     )
 
 
