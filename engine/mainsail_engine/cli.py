@@ -157,6 +157,15 @@ def _add_engine_flags(serve: argparse.ArgumentParser) -> None:
         help="GiB of host memory for KV; default: on CUDA a quarter of what is free, at most the pool's size",
     )
     group.add_argument(
+        "--kv-cache-metrics", action="store_true", default=True, help="always on; accepted for compatibility"
+    )
+    group.add_argument(
+        "--kv-cache-metrics-sample",
+        type=float,
+        default=CacheConfig().metrics_sample,
+        help="share of the KV blocks whose time in the cache is measured; 0: none",
+    )
+    group.add_argument(
         "--enable-prefix-caching",
         action=argparse.BooleanOptionalAction,
         default=True,
@@ -249,6 +258,7 @@ def engine_config(flags: argparse.Namespace) -> EngineConfig:
             memory_utilization=flags.gpu_memory_utilization,
             enable_prefix_caching=flags.enable_prefix_caching,
             offloading_size_gib=getattr(flags, "kv_offloading_size", None),
+            metrics_sample=flags.kv_cache_metrics_sample,
         ),
         kv_events=kv_events_config(getattr(flags, "kv_events_config", None)),
         scheduler=SchedulerConfig(

@@ -49,6 +49,8 @@ class CacheConfig(msgspec.Struct, frozen=True, kw_only=True):
     offloading_size_gib: float | None = None
     """Host memory for KV that the device has no room for (--kv-offloading-size, GiB; pinned on CUDA). 0: none. None: on
     CUDA a quarter of the memory that this process may still take, at most as much as the pool; on the CPU none."""
+    metrics_sample: float = 0.01
+    """Share of the KV blocks whose time in the cache is measured (--kv-cache-metrics-sample). 0: none."""
 
     def __post_init__(self) -> None:
         _require(self.num_blocks is None or self.num_blocks >= 2, "--kv-cache-blocks must be at least 2")
@@ -57,6 +59,7 @@ class CacheConfig(msgspec.Struct, frozen=True, kw_only=True):
             "--kv-offloading-size must not be negative",
         )
         _require(0 < self.memory_utilization <= 1, "--gpu-memory-utilization must be above 0 and at most 1")
+        _require(0 <= self.metrics_sample <= 1, "--kv-cache-metrics-sample must be from 0 to 1")
 
 
 class KVEventsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

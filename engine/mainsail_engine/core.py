@@ -43,6 +43,7 @@ from mainsail_engine.errors import RequestError, StartupError
 from mainsail_engine.protocol import (
     Abort,
     Add,
+    BlockLife,
     Compile,
     Compiled,
     Control,
@@ -95,6 +96,7 @@ class SchedulerLike(Protocol):
     def set_host_blocks(self, num_blocks: int) -> None: ...
     def fail(self, request: Request, message: str) -> None: ...
     def stats(self) -> SchedulerStats: ...
+    def take_block_lives(self) -> list[BlockLife]: ...
     @property
     def has_work(self) -> bool: ...
 
@@ -314,6 +316,7 @@ class EngineCore:
             step_time_s=step_time_s,
             host_time_s=host_time_s,
             first_scheduled=first_scheduled,
+            block_lives=self._scheduler.take_block_lives(),
         )
 
     def _launch(self, now: float) -> None:
@@ -526,7 +529,7 @@ class _Engine:
         )
         if self.events is not None:
             self.events.cleared()
-            scheduler.kv.tree.watcher = self.events
+            scheduler.kv.tree.watchers += (self.events,)
         if self._workers:
             return scheduler, self._workers.all_ranks(runner)
         host_bytes = offloading_bytes(

@@ -1,7 +1,12 @@
 """Every metric of the engine, in a few tables.
 
 Names, labels and bucket bounds are vLLM's, so that dashboards, KEDA scalers and endpoint pickers made for it work
-unchanged; low bounds are added where its own are too coarse to see a fast model. Our own go under `mainsail:`.
+unchanged; low bounds are added where its own are too coarse to see a fast model. Our own go under `mainsail:`. What
+this engine cannot do (images, LoRA) has no series: none is there that no event feeds.
+
+Tokens are counted when they come from the core. Times are the client's, as near as a server can know them: a request
+arrives when its HTTP head has been read, a token of a stream is there when its event was handed to the socket (of an
+answer sent whole, when the token came from the core).
 
 Values live in cells that all API processes share (`cells.py`): each writes its own, and a scrape of any one shows the
 sums. That also makes an observation one look-up and two additions, which a stream of tokens can afford. The exposition
@@ -14,6 +19,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -51,6 +57,10 @@ STEP_BUCKETS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2,
 PREEMPTION_BUCKETS = (1, 2, 3, 4, 5, 10, 20)
 # A loop that lags 10 ms delays every stream's token by so much.
 LAG_BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0)
+# vLLM's, for how long a cached block stays: from the next step to half an hour.
+RESIDENCY_BUCKETS = (
+    *(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800),
+)
 # The instrumentator's own three are too coarse; long streams take minutes.
 HTTP_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 THROUGHPUT_WINDOW_S = 5.0
@@ -88,7 +98,8 @@ GAUGES = {
 COUNTERS = {
     "vllm:num_preemptions": "Requests that lost their place to others.",
     "vllm:prefix_cache_queries": "Prompt tokens looked up in the prefix cache.",
-    "vllm:prefix_cache_hits": "Prompt tokens found in the prefix cache.",
+    "vllm:prefix_cache_hits": "Prompt tokens found in the prefix cache, on the device or in host memory.",
+    "vllm:external_prefix_cache_queries": "Tokens not on the device, looked up in host memory: of prompts and resumes.",
     "vllm:external_prefix_cache_hits": "Tokens found in host memory: of prompts, and of requests that resume.",
     "mainsail:swapped_out_blocks": "KV blocks copied to host memory.",
     "mainsail:swapped_in_blocks": "KV blocks copied back to the device.",
@@ -96,9 +107,6 @@ COUNTERS = {
     "vllm:prompt_tokens": "Prompt tokens of requests that got a first token.",
     "vllm:prompt_tokens_cached": "… of which the prefix cache held the KV.",
     "vllm:generation_tokens": "Tokens generated.",
-    "vllm:external_prefix_cache_queries": "Prompt tokens looked up in host memory.",
-    "vllm:mm_cache_queries": "Always 0: no model here takes images.",
-    "vllm:mm_cache_hits": "Always 0: no model here takes images.",
     "vllm:corrupted_requests": "Requests whose logits were not numbers.",
     "mainsail:steps": "Forward passes.",
     "mainsail:admitted": "Requests let in by admission.",
@@ -129,12 +137,12 @@ LABELLED_COUNTERS = {
         "Prompt tokens by where their KV came from.",
         "source",
         ("local_compute", "local_cache_hit", "external_kv_transfer"),
-    ),
+    ),  # external: from host memory
     "vllm:prompt_tokens_cached_by_source": ("Cached prompt tokens by tier.", "source", ("device", "host")),
     "vllm:request_success": (
         "Finished requests.",
         "finished_reason",
-        ("stop", "length", "abort", "error", "repetition"),
+        ("stop", "length", "abort", "error"),
     ),
 }
 HANDLERS = (
@@ -142,12 +150,17 @@ HANDLERS = (
     *("/tokenize", "/detokenize", "other"),
 )
 """What http_* metrics tell apart. Probes and scrapes do not count."""
+METHODS = ("GET", "POST", "other")
+PARSED_MODES = ("streaming", "non_streaming")
+PARSED_OUTCOMES = ("tool_call", "no_tool_call")
+PARSED_FOR = ("chat_completions", "responses")
 REJECTIONS = ("max_num_queued_reqs", "max_num_queued_tokens", "max_queue_wait")
 STATUSES = ("2xx", "3xx", "4xx", "5xx")
 STATS_COUNTERS = {
     "vllm:num_preemptions": "num_preemptions",
     "vllm:prefix_cache_queries": "prefix_cache_queries",
     "vllm:prefix_cache_hits": "prefix_cache_hits",
+    "vllm:external_prefix_cache_queries": "host_cache_queries",
     "vllm:external_prefix_cache_hits": "host_cache_hits",
     "mainsail:swapped_out_blocks": "num_swapped_out",
     "mainsail:swapped_in_blocks": "num_swapped_in",
@@ -166,6 +179,9 @@ TIME_HISTOGRAMS = {
     "vllm:iteration_tokens_total": ("Tokens computed in a step.", ITERATION_BUCKETS),
     "vllm:request_params_n": ("The parameter n.", N_BUCKETS),
     "vllm:request_num_preemptions": ("How often a finished request was preempted.", PREEMPTION_BUCKETS),
+    "vllm:kv_block_lifetime_seconds": ("Of sampled KV blocks: in the prefix cache, until evicted.", RESIDENCY_BUCKETS),
+    "vllm:kv_block_idle_before_evict_seconds": ("Of sampled KV blocks: last use to eviction.", RESIDENCY_BUCKETS),
+    "vllm:kv_block_reuse_gap_seconds": ("Of sampled, evicted KV blocks: between two uses.", RESIDENCY_BUCKETS),
     "mainsail:event_loop_lag_seconds": ("How much later than asked for an API process's loop woke.", LAG_BUCKETS),
     "mainsail:step_time_seconds": ("Duration of a step.", STEP_BUCKETS),
     "mainsail:step_host_time_seconds": ("A step without its wait for the device.", STEP_BUCKETS),
@@ -189,8 +205,10 @@ class RequestTimes:
     queue_time_s: float | None = None
     num_cached_tokens: int = 0
     first_token_s: float | None = None
+    """When it was there for the client; last_token_s likewise."""
     last_token_s: float | None = None
     num_tokens: int = 0
+    """Generated so far."""
     num_preemptions: int = 0
 
     def in_words(self, reason: str) -> str:
@@ -263,8 +281,11 @@ class Metrics(Collector):
         self._tables = TIME_HISTOGRAMS | {name: (doc, tokens) for name, doc in TOKEN_HISTOGRAMS.items()}
         self._histograms = {name: _Histogram(cells, bounds) for name, (_, bounds) in self._tables.items()}
         self._rejections = {r: _Value(cells) for r in REJECTIONS}
-        self._http_requests = {(h, s): _Value(cells) for h in HANDLERS for s in STATUSES}
+        self._http_requests = {(h, m, s): _Value(cells) for h in HANDLERS for m in METHODS for s in STATUSES}
         self._http_durations = {handler: _Histogram(cells, HTTP_BUCKETS) for handler in HANDLERS}
+        self._tool_parser: dict[tuple[str, str, str], _Value] = {
+            labels: _Value(cells) for labels in product(PARSED_MODES, PARSED_OUTCOMES, PARSED_FOR)
+        }
         self._cache_info: dict[str, str] = {}
         self.is_asleep: Callable[[], bool] = lambda: False
         self._last_stats = SchedulerStats()
@@ -300,6 +321,11 @@ class Metrics(Collector):
         for name, field_name in STATS_COUNTERS.items():
             self._counters[name].inc(getattr(stats, field_name) - getattr(last, field_name))
         self._last_stats = stats
+        for life in step.block_lives:
+            self._histograms["vllm:kv_block_lifetime_seconds"].observe(life.lifetime_s)
+            self._histograms["vllm:kv_block_idle_before_evict_seconds"].observe(life.idle_s)
+            for gap_s in life.reuse_gaps_s:
+                self._histograms["vllm:kv_block_reuse_gap_seconds"].observe(gap_s)
         if step.num_step_tokens == 0:
             return
         self._counters["mainsail:steps"].inc()
@@ -326,31 +352,43 @@ class Metrics(Collector):
     def lagged(self, seconds: float) -> None:
         self._histograms["mainsail:event_loop_lag_seconds"].observe(seconds)
 
-    def http(self, path: str, status: int, seconds: float) -> None:
+    def http(self, path: str, method: str, status: int, seconds: float) -> None:
         handler = path if path in self._http_durations else "other"
-        self._http_requests[handler, f"{min(max(status // 100, 2), 5)}xx"].inc()
+        verb = method if method in METHODS else "other"
+        self._http_requests[handler, verb, f"{min(max(status // 100, 2), 5)}xx"].inc()
         self._http_durations[handler].observe(seconds)
 
-    def tokens(self, times: RequestTimes, count: int, num_cached_tokens: int, now: float) -> None:
-        """A step brought a request `count` tokens."""
-        if times.first_token_s is None:
-            self._first_token(times, num_cached_tokens, now)
-        elif times.last_token_s is not None:
-            self._histograms["vllm:inter_token_latency_seconds"].observe(now - times.last_token_s)
-        times.last_token_s = now
+    def tools_parsed(self, *, mode: str, called: bool, request_type: str) -> None:
+        """A tool parser was fed: once for each whole answer, or each delta of a stream."""
+        self._tool_parser[mode, "tool_call" if called else "no_tool_call", request_type].inc()
+
+    def generated(self, times: RequestTimes, count: int, num_cached_tokens: int, num_host_tokens: int) -> None:
+        """A step brought a request `count` tokens. Of its prompt, so many were cached, so many of these on the host."""
+        if times.num_tokens == 0:
+            times.num_cached_tokens = num_cached_tokens
+            self._prompt(times.num_prompt_tokens, num_cached_tokens, num_host_tokens)
         times.num_tokens += count
         self._counters["vllm:generation_tokens"].inc(count)
 
-    def _first_token(self, times: RequestTimes, num_cached_tokens: int, now: float) -> None:
-        times.first_token_s = now
-        times.num_cached_tokens = num_cached_tokens
-        self._histograms["vllm:time_to_first_token_seconds"].observe(now - times.arrival_s)
-        self._counters["vllm:prompt_tokens"].inc(times.num_prompt_tokens)
-        self._counters["vllm:prompt_tokens_cached"].inc(num_cached_tokens)
+    def _prompt(self, num_tokens: int, num_cached: int, num_on_host: int) -> None:
+        self._counters["vllm:prompt_tokens"].inc(num_tokens)
+        self._counters["vllm:prompt_tokens_cached"].inc(num_cached)
         by_source = self._labelled["vllm:prompt_tokens_by_source"]
-        by_source["local_compute"].inc(times.num_prompt_tokens - num_cached_tokens)
-        by_source["local_cache_hit"].inc(num_cached_tokens)
-        self._labelled["vllm:prompt_tokens_cached_by_source"]["device"].inc(num_cached_tokens)
+        by_source["local_compute"].inc(num_tokens - num_cached)
+        by_source["local_cache_hit"].inc(num_cached - num_on_host)
+        by_source["external_kv_transfer"].inc(num_on_host)
+        cached = self._labelled["vllm:prompt_tokens_cached_by_source"]
+        cached["device"].inc(num_cached - num_on_host)
+        cached["host"].inc(num_on_host)
+
+    def delivered(self, times: RequestTimes, now: float) -> None:
+        """What a step brought a request is there for its client."""
+        if times.first_token_s is None:
+            times.first_token_s = now
+            self._histograms["vllm:time_to_first_token_seconds"].observe(now - times.arrival_s)
+        elif times.last_token_s is not None:
+            self._histograms["vllm:inter_token_latency_seconds"].observe(now - times.last_token_s)
+        times.last_token_s = now
 
     def finished(self, times: RequestTimes, reason: str) -> None:
         self._labelled["vllm:request_success"][reason].inc()
@@ -428,9 +466,17 @@ class Metrics(Collector):
         for reason, value in self._rejections.items():
             rejections.add_metric((self.model_name, reason), value.total(self._cells))
         yield rejections
+        parsed = CounterMetricFamily(
+            "vllm:tool_call_parser_invocations", "How often a tool parser was fed: whole answers, and deltas.",
+            labels=("model_name", "mode", "outcome", "request_type"),
+        )  # fmt: skip
+        for labels, value in self._tool_parser.items():
+            parsed.add_metric((self.model_name, *labels), value.total(self._cells))
+        yield parsed
 
     def _collect_http(self) -> Iterator[Metric]:
-        requests = CounterMetricFamily("http_requests", "HTTP requests answered.", labels=("handler", "status"))
+        labels = ("handler", "method", "status")
+        requests = CounterMetricFamily("http_requests", "HTTP requests answered.", labels=labels)
         for key, value in self._http_requests.items():
             requests.add_metric(key, value.total(self._cells))
         yield requests

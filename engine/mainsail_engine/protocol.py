@@ -112,6 +112,8 @@ class RequestOutput(msgspec.Struct, frozen=True, array_like=True):
     """The prompt's embedding: float32 numbers, not normalized."""
     num_preemptions: int = 0
     """How often the request has been preempted so far."""
+    num_host_tokens: int = 0
+    """Of num_cached_tokens, those that came from host memory."""
 
 
 class SchedulerStats(msgspec.Struct, frozen=True, array_like=True):
@@ -126,6 +128,8 @@ class SchedulerStats(msgspec.Struct, frozen=True, array_like=True):
     """Prompt tokens looked up."""
     prefix_cache_hits: int = 0
     """Prompt tokens found."""
+    host_cache_queries: int = 0
+    """Tokens that were not on the device, looked up in host memory: of prompts, and of requests that resume."""
     host_cache_hits: int = 0
     """Tokens found in host memory: of prompts, and of requests that resume."""
     host_usage: float = 0.0
@@ -150,6 +154,17 @@ class SchedulerStats(msgspec.Struct, frozen=True, array_like=True):
     """KV blocks of all live sessions together, wherever they are: more than the pool has is over-subscription."""
 
 
+class BlockLife(msgspec.Struct, frozen=True, array_like=True):
+    """A sampled KV block has left the device's prefix cache."""
+
+    lifetime_s: float
+    """Since it came."""
+    idle_s: float
+    """Since a request began with it last, or it came."""
+    reuse_gaps_s: list[float]
+    """Between its coming and the uses that followed: the last few."""
+
+
 class FirstScheduled(msgspec.Struct, frozen=True, array_like=True):
     """A request's first tokens were planned: its time in the queue is over."""
 
@@ -167,6 +182,7 @@ class StepOutputs(msgspec.Struct, frozen=True, tag=True, array_like=True):
     first_scheduled: list[FirstScheduled] = []
     host_time_s: float = 0.0
     """The step's time without the wait for the device."""
+    block_lives: list[BlockLife] = []
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True, array_like=True):

@@ -135,6 +135,8 @@ class Request:
     """Tokens that launched steps will sample and that are not in output_token_ids yet."""
     num_cached_tokens: int = 0
     """Prompt tokens that the prefix tree gave at the first admission (usage.prompt_tokens_details.cached_tokens)."""
+    num_host_tokens: int = 0
+    """… and those of them that came from host memory."""
     num_prompt_logprobs: int = 0
     """Prompt positions whose log-probabilities a finished step has brought."""
     num_preemptions: int = 0

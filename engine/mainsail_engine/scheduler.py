@@ -34,7 +34,7 @@ from mainsail_engine.config import BLOCK_SIZE, EngineConfig
 from mainsail_engine.errors import RequestError
 from mainsail_engine.kv.cache import KVCache, blocks_for
 from mainsail_engine.kv.prefix_tree import Match, Node, pack_tokens
-from mainsail_engine.protocol import RequestOutput, SchedulerStats
+from mainsail_engine.protocol import BlockLife, RequestOutput, SchedulerStats
 from mainsail_engine.request import FinishReason, Request, RequestStatus
 from mainsail_engine.residency import Residency
 from mainsail_engine.step import FORBIDDEN_TOKEN, Chunk, ChunkExtras, StepPlan, StepResult
@@ -80,7 +80,10 @@ class Scheduler:
                 *(num_blocks, num_blocks * BLOCK_SIZE, max_model_len, self.max_model_len),
             )
         self.kv = KVCache(
-            num_blocks, num_host_blocks=num_host_blocks, enable_prefix_caching=config.cache.enable_prefix_caching
+            num_blocks,
+            num_host_blocks=num_host_blocks,
+            enable_prefix_caching=config.cache.enable_prefix_caching,
+            sample=config.cache.metrics_sample,
         )
         default = max_num_batched_tokens or DEFAULT_BUDGET.get(config.device, CPU_BUDGET)
         self._budget = config.scheduler.max_num_batched_tokens or default
@@ -103,7 +106,7 @@ class Scheduler:
         """The first in the queue that did not fit: its place in the queue, the available blocks it needs, the step."""
         self._num_arrivals = self._num_steps = self._plans_in_flight = 0
         self._num_preemptions = self._prefix_queries = self._prefix_hits = 0
-        self._host_hits = self._num_recomputed = 0
+        self._host_queries = self._host_hits = self._num_recomputed = 0
         self._kv_waste = 0.0
         self._residency = Residency(self.kv) if self._sharing and config.scheduler.agent_sessions else None
         self._num_held = 0
@@ -197,6 +200,8 @@ class Scheduler:
         """The next step's plan. None: nothing to do before another request or the step in flight comes in."""
         self._num_steps += 1
         self._now = now
+        if self.kv.times is not None:
+            self.kv.times.now = now
         if self._residency is not None:
             self._residency.advance(now)
         plan, preempted_before = StepPlan(planned_s=now), self._num_preemptions
@@ -417,12 +422,16 @@ class Scheduler:
         request.slot = self._slots.pop()
         request.move(RequestStatus.RUNNING)
         self._prefilling.append(request)
-        self._host_hits += match.num_host_tokens
+        on_device = match.num_tokens - match.num_host_tokens
+        if self.kv.host.pool.num_blocks:
+            self._host_queries += request.num_tokens - on_device
+            self._host_hits += match.num_host_tokens
         if request.num_preemptions:
             self._note_resumed(request, match)
         else:
             prompt_len = len(request.prompt_token_ids)
             request.num_cached_tokens = min(match.num_tokens, prompt_len)  # the rest: forced output
+            request.num_host_tokens = max(0, request.num_cached_tokens - on_device)
             self._prefix_queries += prompt_len
             self._prefix_hits += request.num_cached_tokens
             uncached = prompt_len - request.num_cached_tokens
@@ -561,13 +570,14 @@ class Scheduler:
         stop, cached = request.stop_reason, request.num_cached_tokens
         if extras is None:
             return RequestOutput(
-                request.request_id, tokens, reason, stop, cached, num_preemptions=request.num_preemptions
-            )
+                request.request_id, tokens, reason, stop, cached, num_preemptions=request.num_preemptions,
+                num_host_tokens=request.num_host_tokens,
+            )  # fmt: skip
         logprobs = extras.logprobs and extras.logprobs[: len(tokens)]
         return RequestOutput(
             request.request_id, tokens, reason, stop, cached,
             logprobs=logprobs, prompt_logprobs=extras.prompt_logprobs, embedding=extras.embedding,
-            num_preemptions=request.num_preemptions,
+            num_preemptions=request.num_preemptions, num_host_tokens=request.num_host_tokens,
         )  # fmt: skip
 
     def _accept_with_extras(self, request: Request, token: int | None, extras: ChunkExtras) -> RequestOutput:
@@ -686,6 +696,7 @@ class Scheduler:
             num_preemptions=self._num_preemptions,
             prefix_cache_queries=self._prefix_queries,
             prefix_cache_hits=self._prefix_hits,
+            host_cache_queries=self._host_queries,
             host_cache_hits=self._host_hits,
             host_usage=host.pool.num_idle / host.pool.num_blocks if host.pool.num_blocks else 0.0,
             num_swapped_out=host.num_stored,
@@ -694,6 +705,10 @@ class Scheduler:
             kv_waste=self._kv_waste,
             **self._session_stats(),
         )
+
+    def take_block_lives(self) -> list[BlockLife]:
+        """Of the sampled blocks that have left the device's cache since the last call."""
+        return self.kv.times.take() if self.kv.times is not None else []
 
     def _session_stats(self) -> dict[str, int]:
         residency, pool = self._residency, self.kv.pool

@@ -620,6 +620,23 @@ def test_equal_users_are_served_equally_whatever_they_ask():
     assert 0.8 < got["prompts"] / got["answers"] < 1.25
 
 
+def test_where_a_prompts_kv_came_from_and_how_long_it_stayed():
+    engine = Engine(num_blocks=8, max_model_len=120, host=40, metrics_sample=1.0, sessions=False)
+    lives = []
+    for index, seed in enumerate((0, 1, 0, 0)):
+        request = engine.add(prompt(seed, 100), max_tokens=1, ignore_eos=True)
+        engine.run()
+        lives += engine.scheduler.take_block_lives()
+        engine.now += 10.0
+        expected = [(0, 0), (0, 0), (99, 99 - 16), (99, 0)][index]  # the first block was not in the other's way
+        assert (request.num_cached_tokens, request.num_host_tokens) == expected
+    stats = engine.scheduler.stats()
+    assert stats.host_cache_queries >= stats.host_cache_hits > 0
+    assert len(lives) >= 6
+    assert all(life.lifetime_s >= life.idle_s >= 0 for life in lives)
+    assert max(life.lifetime_s for life in lives) > 9
+
+
 STEMS = [prompt(100 + i, 90) for i in range(3)]
 
 

@@ -19,6 +19,7 @@ from collections.abc import Callable
 
 from mainsail_engine.config import BLOCK_SIZE
 from mainsail_engine.kv.block_pool import BlockPool, BlockPoolError
+from mainsail_engine.kv.block_times import BlockTimes
 from mainsail_engine.kv.host_tier import HostTier
 from mainsail_engine.kv.prefix_tree import Match, Node, PrefixTree, pack_tokens
 from mainsail_engine.request import Request
@@ -31,10 +32,16 @@ def blocks_for(num_tokens: int) -> int:
 
 
 class KVCache:
-    def __init__(self, num_blocks: int, *, num_host_blocks: int = 0, enable_prefix_caching: bool = True) -> None:
+    def __init__(
+        self, num_blocks: int, *, num_host_blocks: int = 0, enable_prefix_caching: bool = True, sample: float = 0.0
+    ) -> None:
+        """sample: share of the blocks whose time in the cache is measured."""
         self.pool = BlockPool(num_blocks)
         self.host = HostTier(num_host_blocks)
         self.tree = PrefixTree(self.pool, self.host)
+        self.times = BlockTimes(sample) if sample > 0 and enable_prefix_caching else None
+        if self.times is not None:
+            self.tree.watchers = (self.times,)
         self._sharing = enable_prefix_caching
         self.let_one_go: Callable[[], bool] = lambda: False
         """Gives up what is kept for one session. False: nothing is kept for any (set by residency.py)."""
@@ -73,6 +80,8 @@ class KVCache:
         What is on the host is on its way from now on: no chunk of the request may run before `is_loaded`.
         """
         self.pool.acquire(match.blocks)
+        if self.times is not None:
+            self.times.used(match.blocks)
         request.block_ids = list(match.blocks)
         request.tree_node = match.node
         request.num_tree_blocks = match.num_blocks

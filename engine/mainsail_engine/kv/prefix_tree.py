@@ -166,7 +166,7 @@ class PrefixTree:
         self._host_leaves: list[tuple[bool, int, int, Node]] = []
         """Heap of (it is the only copy, last_used, host block, node), stale likewise."""
         self._clock = 0
-        self.watcher: TreeWatcher | None = None
+        self.watchers: tuple[TreeWatcher, ...] = ()
 
     def match(self, token_ids: Sequence[int], salt: str, limit: int) -> Match:
         """The longest cached prefix of token_ids[:limit]. Changes nothing: acquire the blocks to keep them."""
@@ -253,8 +253,9 @@ class PrefixTree:
         node.block, node.load = block, load
         if node.kept:
             self._pool.keep(block, True)
-        if self.watcher is not None and node.is_full:
-            self.watcher.stored(node)
+        if self.watchers and node.is_full:
+            for watcher in self.watchers:
+                watcher.stored(node)
         if node.parent is not None:
             node.parent.device_children += 1
         self._queue_host(node)
@@ -350,8 +351,9 @@ class PrefixTree:
 
     def _leave_device(self, node: Node) -> None:
         block, parent = node.block, node.parent
-        if self.watcher is not None and node.is_full:
-            self.watcher.removed(node)
+        if self.watchers and node.is_full:
+            for watcher in self.watchers:
+                watcher.removed(node)
         self._nodes[block] = None
         self._pool.uncache(block)
         node.block = -1

@@ -18,9 +18,11 @@ from mainsail_engine.server.constraints import chat_grammar, content_grammar
 from mainsail_engine.server.handover import Identity, Ledger, is_resumed, pieces, take_over
 from mainsail_engine.server.logprobs import TokenTexts, chat_logprobs, prompt_logprobs
 from mainsail_engine.server.message import MessageDeltas, message_of
+from mainsail_engine.server.middleware import arrival_s
 from mainsail_engine.server.schemas import ChatCompletionRequest, Message, NamedChoice, ToolChoice
 from mainsail_engine.server.serving import Delta, Job, Serving
 from mainsail_engine.server.streaming import DONE, ChunkWriter, EventStream, unless_disconnected, while_connected
+from mainsail_engine.server.tools.events import tell_of_call
 from mainsail_engine.structured.grammar import Grammar
 
 PROMPT_END_CHARS = 64
@@ -79,7 +81,7 @@ class Plan:
 
 async def chat_completion(serving: Serving, body: ChatCompletionRequest, request: Request) -> Response:
     """Everything that can be refused is refused here, before the first byte of the answer."""
-    arrival_s = time.monotonic()
+    arrived_s = arrival_s(request.scope)
     serving.check_model(body.model)
     serving.check_open()
     if not is_resumed(request):
@@ -96,9 +98,9 @@ async def chat_completion(serving: Serving, body: ChatCompletionRequest, request
     head = {"id": answer.id, "created": answer.created, "model": body.model}
     if body.stream:
         ledger = Ledger.of(request, jobs)
-        events = pieces(serving, plan.jobs, _Chunks(serving, body, plan, head), arrival_s, ledger)
+        events = pieces(serving, plan.jobs, _Chunks(serving, body, plan, head), arrived_s, ledger)
         return EventStream(ledger.frames(events), ledger.headers(answer))
-    return await unless_disconnected(request, _whole(serving, body, plan, head, arrival_s))
+    return await unless_disconnected(request, _whole(serving, body, plan, head, arrived_s))
 
 
 async def plan_chat(serving: Serving, body: ChatCompletionRequest) -> tuple[Plan, tuple[Grammar, str] | None]:
@@ -131,10 +133,14 @@ async def plan_chat(serving: Serving, body: ChatCompletionRequest) -> tuple[Plan
 
 
 async def _whole(
-    serving: Serving, body: ChatCompletionRequest, plan: Plan, head: dict[str, Any], arrival_s: float
+    serving: Serving, body: ChatCompletionRequest, plan: Plan, head: dict[str, Any], arrived_s: float
 ) -> Response:
     jobs = plan.jobs
-    answers = await collect(serving, jobs, arrival_s, plan.readers(serving, body))
+    answers = await collect(serving, jobs, arrived_s, plan.readers(serving, body))
+    if plan.tool_names is not None:
+        for answer in answers:
+            called = tell_of_call(answer.events)
+            serving.metrics.tools_parsed(mode="non_streaming", called=called, request_type="chat_completions")
     texts = TokenTexts(serving.tokenizer, as_ids=bool(body.return_tokens_as_token_ids))
     choices = [_choice(index, answer, body, texts, head["id"]) for index, answer in enumerate(answers)]
     shown = {**head, "object": "chat.completion", "choices": choices, "usage": usage([jobs[0]], answers)}
@@ -175,6 +181,8 @@ class _Chunks:
 
     def __init__(self, serving: Serving, body: ChatCompletionRequest, plan: Plan, head: dict[str, Any]) -> None:
         self._body, self._jobs = body, plan.jobs
+        self._metrics = serving.metrics if plan.tool_names is not None else None
+        """Where a tool parser is fed."""
         self._texts = TokenTexts(serving.tokenizer, as_ids=bool(body.return_tokens_as_token_ids))
         self._writer = ChunkWriter(
             {**head, "object": "chat.completion.chunk"},
@@ -193,6 +201,9 @@ class _Chunks:
     def of(self, index: int, delta: Delta) -> bytes:
         answer = self._answers[index]
         events = answer.add(delta, keep_text=False)
+        if self._metrics is not None:
+            called = tell_of_call(events)
+            self._metrics.tools_parsed(mode="streaming", called=called, request_type="chat_completions")
         started, self._started[index] = self._started[index], True
         first = b"" if started else self._writer.choice(_first_choice(index))
         if answer.reader is not None:

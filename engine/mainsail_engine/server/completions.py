@@ -18,6 +18,7 @@ from mainsail_engine.server.answers import Answer, collect, usage
 from mainsail_engine.server.constraints import content_grammar
 from mainsail_engine.server.handover import Identity, Ledger, is_resumed, pieces, take_over
 from mainsail_engine.server.logprobs import TokenTexts, completion_logprobs, prompt_logprobs
+from mainsail_engine.server.middleware import arrival_s
 from mainsail_engine.server.schemas import MAX_PROMPTS, CompletionRequest
 from mainsail_engine.server.serving import Delta, Job, Serving
 from mainsail_engine.server.streaming import DONE, ChunkWriter, EventStream, unless_disconnected, while_connected
@@ -38,7 +39,7 @@ def split_prompts(prompt: Any) -> list[str | list[int]]:
 
 async def completion(serving: Serving, body: CompletionRequest, request: Request) -> Response:
     """Everything that can be refused is refused here, before the first byte of the answer."""
-    arrival_s = time.monotonic()
+    arrived_s = arrival_s(request.scope)
     serving.check_model(body.model)
     serving.check_open()
     if not is_resumed(request):
@@ -56,9 +57,9 @@ async def completion(serving: Serving, body: CompletionRequest, request: Request
     head = {"id": answer.id, "object": "text_completion", "created": answer.created, "model": body.model}
     if body.stream:
         ledger = Ledger.of(request, jobs)
-        events = pieces(serving, jobs, _Chunks(_shape(serving, body, jobs), head), arrival_s, ledger)
+        events = pieces(serving, jobs, _Chunks(_shape(serving, body, jobs), head), arrived_s, ledger)
         return EventStream(ledger.frames(events), ledger.headers(answer))
-    return await unless_disconnected(request, _whole(serving, body, jobs, head, arrival_s))
+    return await unless_disconnected(request, _whole(serving, body, jobs, head, arrived_s))
 
 
 async def _jobs(serving: Serving, body: CompletionRequest) -> list[Job]:
@@ -136,9 +137,9 @@ def _shape(serving: Serving, body: CompletionRequest, jobs: list[Job]) -> _Shape
 
 
 async def _whole(
-    serving: Serving, body: CompletionRequest, jobs: list[Job], head: dict[str, Any], arrival_s: float
+    serving: Serving, body: CompletionRequest, jobs: list[Job], head: dict[str, Any], arrived_s: float
 ) -> Response:
-    answers = await collect(serving, jobs, arrival_s)
+    answers = await collect(serving, jobs, arrived_s)
     shape = _shape(serving, body, jobs)
     choices = [_choice(index, answers, shape) for index in range(len(answers))]
     shown = {**head, "choices": choices, "usage": _usage(shape, answers)}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import math
 import sys
-import time
 from array import array
 from typing import Any
 
@@ -20,19 +19,20 @@ from starlette.responses import Response
 from mainsail_engine.request import Pooling, SamplingParams
 from mainsail_engine.server.answers import Answer, collect
 from mainsail_engine.server.completions import split_prompts
+from mainsail_engine.server.middleware import arrival_s
 from mainsail_engine.server.schemas import EmbeddingRequest
 from mainsail_engine.server.serving import Job, Serving
 from mainsail_engine.server.streaming import unless_disconnected
 
 
 async def embeddings(serving: Serving, body: EmbeddingRequest, request: Request) -> Response:
-    arrival_s = time.monotonic()
+    arrived_s = arrival_s(request.scope)
     serving.check_model(body.model)
     serving.check_open()
     serving.check_room()
     jobs = [await _job(serving, body, given) for given in split_prompts(body.input)]
     serving.admit(jobs, 1)
-    return await unless_disconnected(request, _answer(serving, body, jobs, arrival_s))
+    return await unless_disconnected(request, _answer(serving, body, jobs, arrived_s))
 
 
 async def _job(serving: Serving, body: EmbeddingRequest, given: str | list[int]) -> Job:
@@ -52,8 +52,8 @@ async def _job(serving: Serving, body: EmbeddingRequest, given: str | list[int])
     )
 
 
-async def _answer(serving: Serving, body: EmbeddingRequest, jobs: list[Job], arrival_s: float) -> Response:
-    answers = await collect(serving, jobs, arrival_s)
+async def _answer(serving: Serving, body: EmbeddingRequest, jobs: list[Job], arrived_s: float) -> Response:
+    answers = await collect(serving, jobs, arrived_s)
     num_tokens = sum(len(job.prompt_token_ids) for job in jobs)
     shown: dict[str, Any] = {
         "object": "list",

@@ -18,11 +18,17 @@ from mainsail_engine.server.errors import error_response
 
 MAX_BODY_BYTES = 8 * 2**20
 """A prompt of a million tokens as ids fits; nothing sensible is larger."""
+_ARRIVAL = "mainsail.arrival_s"
 OPEN_PATHS = ("/health", "/metrics", "/version")
 
 
 class _TooLargeError(Exception):
     """The body outgrew the bound while it was read."""
+
+
+def arrival_s(scope: Scope) -> float:
+    """Monotonic time at which the request's head had been read."""
+    return scope[_ARRIVAL]
 
 
 class BodyLimit:
@@ -118,7 +124,7 @@ class InProgress:
 
 
 class HttpMetrics:
-    """Counts and times what is answered; probes and scrapes do not count."""
+    """Counts and times what is answered; probes and scrapes do not count. Notes when a request arrived."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app = app
@@ -129,6 +135,7 @@ class HttpMetrics:
             await self._app(scope, receive, send)
             return
         began_s, status = time.monotonic(), 499
+        scope[_ARRIVAL] = began_s
 
         async def noting_send(message: Message) -> None:
             nonlocal status
@@ -139,4 +146,4 @@ class HttpMetrics:
         try:
             await self._app(scope, receive, noting_send)
         finally:
-            self._metrics.http(scope["path"], status, time.monotonic() - began_s)
+            self._metrics.http(scope["path"], scope["method"], status, time.monotonic() - began_s)

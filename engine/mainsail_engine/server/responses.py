@@ -23,6 +23,7 @@ from mainsail_engine.request import FinishReason
 from mainsail_engine.server.answers import Answer, usage
 from mainsail_engine.server.chat import Plan, plan_chat
 from mainsail_engine.server.errors import from_validation
+from mainsail_engine.server.middleware import arrival_s
 from mainsail_engine.server.output_items import OutputItems
 from mainsail_engine.server.response_schemas import (
     FunctionCallItem,
@@ -37,7 +38,7 @@ from mainsail_engine.server.response_schemas import (
 from mainsail_engine.server.schemas import ChatCompletionRequest
 from mainsail_engine.server.serving import Delta, Serving
 from mainsail_engine.server.streaming import EventStream, unless_disconnected, while_connected
-from mainsail_engine.server.tools.events import Content, Event
+from mainsail_engine.server.tools.events import Content, Event, tell_of_call
 
 _FIELDS = {
     "messages": "input", "max_completion_tokens": "max_output_tokens", "response_format": "text.format",
@@ -47,7 +48,7 @@ _FIELDS = {
 
 async def create_response(serving: Serving, body: ResponsesRequest, request: Request) -> Response:
     """Everything that can be refused is refused here, before the first byte of the answer."""
-    arrival_s = time.monotonic()
+    arrived_s = arrival_s(request.scope)
     serving.check_model(body.model)
     try:
         chat = ChatCompletionRequest.model_validate(as_chat(body))
@@ -61,7 +62,7 @@ async def create_response(serving: Serving, body: ResponsesRequest, request: Req
     except RequestError as error:
         raise _renamed(error) from error
     serving.admit(plan.jobs, 1)
-    running = _Running(serving, body, chat, plan, arrival_s)
+    running = _Running(serving, body, chat, plan, arrived_s)
     if body.stream:
         return EventStream(running.events())
     return await unless_disconnected(request, running.whole())
@@ -164,9 +165,9 @@ class _Running:
     """One response in the making."""
 
     def __init__(
-        self, serving: Serving, body: ResponsesRequest, chat: ChatCompletionRequest, plan: Plan, arrival_s: float
+        self, serving: Serving, body: ResponsesRequest, chat: ChatCompletionRequest, plan: Plan, arrived_s: float
     ) -> None:
-        self._serving, self._body, self._plan, self._arrival_s = serving, body, plan, arrival_s
+        self._serving, self._body, self._plan, self._arrived_s = serving, body, plan, arrived_s
         self._id = f"resp_{uuid.uuid4().hex}"
         self._created_s = int(time.time())
         self._answer = Answer(reader=plan.readers(serving, chat)[0])
@@ -174,7 +175,7 @@ class _Running:
         self._count = 0
 
     async def whole(self) -> Response:
-        async with self._serving.answer(self._plan.jobs, self._arrival_s, whole=True) as answering:
+        async with self._serving.answer(self._plan.jobs, self._arrived_s, whole=True) as answering:
             for _, delta in await answering.next():
                 self._take(delta)
         return Response(msgspec.json.encode(self._shown(self._status())), media_type="application/json")
@@ -183,7 +184,7 @@ class _Running:
         begun = self._shown("in_progress")
         yield self._event("response.created", response=begun) + self._event("response.in_progress", response=begun)
         try:
-            async with self._serving.answer(self._plan.jobs, self._arrival_s) as answering:
+            async with self._serving.answer(self._plan.jobs, self._arrived_s) as answering:
                 while deltas := await answering.next():
                     parts = [part for _, delta in deltas for part in self._take(delta)]
                     if parts:
@@ -199,12 +200,21 @@ class _Running:
     def _take(self, delta: Delta) -> list[tuple[str, dict[str, Any]]]:
         """The events that a piece of the answer makes."""
         read: list[Event] = self._answer.add(delta, keep_text=False)
+        self._count_parsed(read, last=delta.finish_reason is not None)
         if self._answer.reader is None and delta.text:
             read = [Content(delta.text)]
         shown = self._items.feed(read)
         return (
             shown if delta.finish_reason is None else shown + self._items.close(complete=self._status() == "completed")
         )
+
+    def _count_parsed(self, read: list[Event], *, last: bool) -> None:
+        """A whole answer counts once, at its end."""
+        if self._plan.tool_names is None or not (self._body.stream or last):
+            return
+        calls = self._answer.reader.num_calls if self._answer.reader is not None else 0
+        called, mode = (tell_of_call(read), "streaming") if self._body.stream else (calls > 0, "non_streaming")
+        self._serving.metrics.tools_parsed(mode=mode, called=called, request_type="responses")
 
     def _status(self) -> str:
         return "incomplete" if self._answer.finish_reason is FinishReason.LENGTH else "completed"

@@ -343,12 +343,16 @@ class Serving:
         self.admission.leave(times.num_prompt_tokens, now, served=True)
         self._show_queue()
 
-    def leave(self, request_id: str, times: RequestTimes, reason: FinishReason) -> None:
-        if times.first_token_s is None:
+    def leave(self, request_id: str, times: RequestTimes) -> None:
+        """The core is done with it."""
+        if not times.num_tokens:
             self.admission.leave(times.num_prompt_tokens, time.monotonic(), served=False)
             self._show_queue()
         del self._times[request_id]
         self.board.set("running", len(self._times))
+
+    def account(self, request_id: str, times: RequestTimes, reason: FinishReason) -> None:
+        """Its client has all that it will get."""
         self.metrics.finished(times, reason)
         if self.log_requests:
             log.info("finished %s: %s", request_id, times.in_words(reason))
@@ -362,6 +366,8 @@ class Answering:
     """The answers to one HTTP request: deltas in batches, each with its answer's index.
 
     whole: nobody looks before the end, so the handler is woken only then.
+
+    Whoever asks for the next batch has handed the last one to the socket: that is when its tokens count as delivered.
     """
 
     def __init__(self, serving: Serving, jobs: list[Job], arrival_s: float, *, whole: bool) -> None:
@@ -369,9 +375,13 @@ class Answering:
         self._whole = whole
         self.replayed: list[tuple[int, Delta]] = []
         """What the client has already: it brings whatever reads the deltas to where it was."""
-        self._generations = [Generation(serving, self, index, job, arrival_s) for index, job in enumerate(jobs)]
+        self._generations = [
+            Generation(serving, self, index, job, arrival_s, whole=whole) for index, job in enumerate(jobs)
+        ]
         self._num_running = len(jobs)
         self._arrived: list[tuple[int, Delta]] = []
+        self._taken: list[Generation] = []
+        """Those whose tokens the batch held that was taken last."""
         self._error: RequestError | None = None
         self._waiter: asyncio.Future[None] | None = None
 
@@ -391,16 +401,27 @@ class Answering:
         """End what still runs."""
         for generation in self._generations:
             generation.end(FinishReason.ABORT)
+            generation.account()
 
     async def next(self) -> list[tuple[int, Delta]]:
         """What has come since the last call, waiting for something; empty at the end. Raises RequestError."""
+        self._delivered()
         while not self._is_due():
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
         if self._error is not None:
             raise self._error
         arrived, self._arrived = self._arrived, []
+        if not self._whole:
+            self._taken = [self._generations[index] for index, delta in arrived if delta.token_ids]
         return arrived
+
+    def _delivered(self) -> None:
+        """The batch that was taken last is on its way to the client."""
+        taken, self._taken = self._taken, []
+        now = time.monotonic()
+        for generation in taken:
+            generation.delivered(now)
 
     def _is_due(self) -> bool:
         if self._error is not None or not self._num_running:
@@ -432,13 +453,20 @@ class Answering:
 class Generation:
     """One job on its way: a sink for the core's outputs that makes deltas of them."""
 
-    __slots__ = ("_answering", "_arrival_s", "_id", "_index", "_job", "_running", "_serving", "_text", "_times")
+    __slots__ = (
+        "_answering", "_arrival_s", "_ended", "_id", "_index", "_job", "_running", "_serving", "_text", "_times",
+        "_whole",
+    )  # fmt: skip
 
-    def __init__(self, serving: Serving, answering: Answering, index: int, job: Job, arrival_s: float) -> None:
+    def __init__(
+        self, serving: Serving, answering: Answering, index: int, job: Job, arrival_s: float, *, whole: bool
+    ) -> None:
         self._serving, self._answering, self._index, self._job = serving, answering, index, job
-        self._arrival_s = arrival_s
+        self._arrival_s, self._whole = arrival_s, whole
         self._id = serving.client.new_request_id()
         self._running = False
+        self._ended: FinishReason | None = None
+        """Why, while that is not accounted for."""
         self._text = TextStream(job, serving.detokenizer(job))
         self._times: RequestTimes | None = None
 
@@ -469,7 +497,22 @@ class Generation:
             return
         self._running = False
         self._serving.client.abort([self._id], FinishReason.STOP if reason is FinishReason.STOP else FinishReason.ABORT)
-        self._serving.leave(self._id, self._times, reason)
+        self._serving.leave(self._id, self._times)
+        self._ended = reason
+        if self._whole:
+            self.account()
+
+    def account(self) -> None:
+        """Its client has got what it will get: once, after the end."""
+        if self._ended is not None and self._times is not None:
+            self._serving.account(self._id, self._times, self._ended)
+            self._ended = None
+
+    def delivered(self, now: float) -> None:
+        """Tokens of it were handed to the socket."""
+        if self._times is not None:
+            self._serving.metrics.delivered(self._times, now)
+        self.account()
 
     def on_output(self, output: RequestOutput, now: float) -> None:
         times = self._times
@@ -482,9 +525,12 @@ class Generation:
             self.on_error(generation_error(output))
             return
         if output.token_ids:
-            if times.first_token_s is None:
+            if not times.num_tokens:
                 self._serving.first_token(times, now)
-            self._serving.metrics.tokens(times, len(output.token_ids), output.num_cached_tokens, now)
+            metrics = self._serving.metrics
+            metrics.generated(times, len(output.token_ids), output.num_cached_tokens, output.num_host_tokens)
+            if self._whole:
+                metrics.delivered(times, now)
         delta = self._text.feed(output)
         if self._job.delivered is not None:  # usage tells of the engine that read the prompt first
             delta = replace(delta, num_cached_tokens=self._job.delivered.num_cached_tokens)

@@ -47,7 +47,7 @@ def test_the_wire_form(events: KVEvents) -> None:
         time.sleep(0.2)  # a subscription has no answer
         pool = BlockPool(4)
         tree = PrefixTree(pool)
-        tree.watcher = events
+        tree.watchers = (events,)
         events.cleared()
         first = node(None, tree, pool, 0)
         second = node(first, tree, pool, 100)
@@ -116,7 +116,8 @@ class Picture:
 def test_a_subscriber_always_knows_what_is_held(moves: list[tuple[int, int, bool]]) -> None:
     pool = BlockPool(6)
     tree = PrefixTree(pool)
-    tree.watcher = picture = Picture()
+    picture = Picture()
+    tree.watchers = (picture,)
     for first, second, evict in moves:
         if evict:
             tree.evict(2)

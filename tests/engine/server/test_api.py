@@ -7,17 +7,16 @@ import base64
 import json
 import subprocess
 import sys
-import time
-from collections.abc import Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import openai
 import pytest
 from tests.engine.server.conftest import ROOT, Engine
+from tests.engine.server.streams import Seen, watch
 
 PROMPT = "the abyss of a quiet sea"
 GREEDY: dict[str, Any] = {"model": "smol", "temperature": 0, "max_tokens": 12, "ignore_eos": True}
@@ -202,39 +201,65 @@ def test_embeddings(client: openai.OpenAI, tiny_engine: Engine) -> None:
 # -- metrics against what clients see ----------------------------------------------------------------------------------
 
 
+TIMES = ("time_to_first_token", "inter_token_latency", "e2e_request_latency")
+
+
 async def test_metrics_are_what_the_clients_measured(tiny_engine: Engine) -> None:
-    """Tokens exactly; times of the same run within what HTTP adds to them."""
-    names = ("vllm:time_to_first_token_seconds", "vllm:inter_token_latency_seconds", "vllm:e2e_request_latency_seconds")
-    every = [f"{name}_{kind}" for name in names for kind in ("sum", "count")]
+    """Tokens exactly; times within 5 %, as the quickest of clients sees them (the best of three, on a busy machine)."""
+    ratios: dict[str, float] = {}
+    for _ in range(3):
+        ratios = await ratios_of_times(tiny_engine)
+        if all(0.95 < ratio < 1.05 for ratio in ratios.values()):
+            return
+    pytest.fail(f"metric over what clients saw: {ratios}")
+
+
+async def ratios_of_times(engine: Engine) -> dict[str, float]:
+    every = [f"vllm:{name}_seconds_{kind}" for name in TIMES for kind in ("sum", "count")]
     every += ["vllm:generation_tokens_total", "vllm:prompt_tokens_total", "vllm:request_success_total"]
-    before = {name: tiny_engine.metric(name) for name in every}
-    seen: list[tuple[float, list[float]]] = []
+    before = {name: engine.metric(name) for name in every}
+    salt = f"{before['vllm:request_success_total']}"  # nothing is cached from the last time
 
-    async def one(http: httpx.AsyncClient, index: int) -> None:
-        body = {**GREEDY, "prompt": [index + 1] * 300, "max_tokens": 50, "stream": True, "return_token_ids": True}
-        sent_s, arrivals = time.monotonic(), list[float]()
-        async with http.stream("POST", tiny_engine.url + "/v1/completions", json=body) as answer:
-            async for line in answer.aiter_lines():
-                if line.startswith("data: {"):
-                    arrivals.extend([time.monotonic()] * len(json.loads(line[6:])["choices"][0]["token_ids"]))
-        seen.append((sent_s, arrivals))
+    def one(index: int) -> Coroutine[Any, Any, Seen]:
+        body = {**GREEDY, "prompt": [index + 1] * 1200, "max_tokens": 60, "return_token_ids": True, "cache_salt": salt}
+        return watch(engine.url, "/v1/completions", body)
 
-    async with httpx.AsyncClient(timeout=120) as http:
-        running = asyncio.gather(*(one(http, index) for index in range(24)))
-        await running
-    grown = {name: tiny_engine.metric(name) - old for name, old in before.items()}
+    seen = await asyncio.gather(*(one(index) for index in range(24)))
+    grown = {name: engine.metric(name) - old for name, old in before.items()}
+    arrivals = [stream.arrivals_s() for stream in seen]
     assert grown["vllm:request_success_total"] == 24
-    assert grown["vllm:generation_tokens_total"] == sum(len(arrivals) for _, arrivals in seen) == 24 * 50
-    assert grown["vllm:prompt_tokens_total"] == 24 * 300
-    spans = {
-        "vllm:time_to_first_token_seconds": [arrivals[0] - sent_s for sent_s, arrivals in seen],
-        "vllm:inter_token_latency_seconds": [b - a for _, t in seen for a, b in pairwise(t)],
-        "vllm:e2e_request_latency_seconds": [arrivals[-1] - sent_s for sent_s, arrivals in seen],
+    assert grown["vllm:generation_tokens_total"] == sum(map(len, arrivals)) == 24 * 60
+    assert grown["vllm:prompt_tokens_total"] == 24 * 1200
+    clients: dict[str, list[float]] = {
+        "time_to_first_token": [times[0] - stream.sent_s for stream, times in zip(seen, arrivals, strict=True)],
+        "inter_token_latency": [b - a for times in arrivals for a, b in pairwise(times)],
+        "e2e_request_latency": [times[-1] - stream.sent_s for stream, times in zip(seen, arrivals, strict=True)],
     }
-    for name, values in spans.items():
-        assert grown[f"{name}_count"] == len(values)
-        mine, theirs = sum(values) / len(values), grown[f"{name}_sum"] / grown[f"{name}_count"]
-        assert 0.4 * mine < theirs < 1.25 * mine, name
+    assert all(grown[f"vllm:{name}_seconds_count"] == len(values) for name, values in clients.items())
+    return {name: grown[f"vllm:{name}_seconds_sum"] / sum(values) for name, values in clients.items()}
+
+
+async def test_what_runs_and_waits_is_what_clients_wait_for(tiny_engine: Engine, waiting: Callable[..., None]) -> None:
+    """90 streams at an engine that runs 64 at a time: the gauges say 64 and 26 for as long as nobody is done."""
+    body = {**GREEDY, "prompt": [5] * 40, "max_tokens": 1500}
+    streams = [asyncio.create_task(watch(tiny_engine.url, "/v1/completions", body)) for _ in range(90)]
+
+    def counts() -> tuple[float, float]:
+        return tiny_engine.metric("vllm:num_requests_running"), tiny_engine.metric("vllm:num_requests_waiting")
+
+    try:
+        for _ in range(400):
+            if await asyncio.to_thread(counts) == (64, 26):
+                break
+            await asyncio.sleep(0.05)
+        for _ in range(5):
+            assert await asyncio.to_thread(counts) == (64, 26)
+            await asyncio.sleep(0.02)
+    finally:
+        for stream in streams:
+            stream.cancel()
+        await asyncio.gather(*streams, return_exceptions=True)
+    await asyncio.to_thread(waiting, tiny_engine.idle, "the gauges to come down")
 
 
 # -- the other commands ------------------------------------------------------------------------------------------------

@@ -54,6 +54,10 @@ class ToolParser(Protocol):
         ...
 
 
+def tell_of_call(events: list[Event]) -> bool:
+    return any(isinstance(event, CallStart | Arguments | CallEnd) for event in events)
+
+
 def joined(events: list[Event]) -> list[Event]:
     """Adjacent pieces of the same kind as one."""
     merged: list[Event] = []
