@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
+from collections.abc import Collection
 
 import pytest
 from benchmarks.simulated import SimulatedEngine
@@ -82,7 +83,7 @@ class Device:
             self.kv[device] = content
             self.loaded += 1
 
-    def launch(self, plan, fail=frozenset()) -> StepResult:
+    def launch(self, plan, fail: Collection[str] = ()) -> StepResult:
         blocks = {c.src for c in plan.copies} | {c.dst for c in plan.copies}
         assert not blocks & {device for _, device, _, _ in self.loading}
         assert not blocks & {move.device for move in plan.loads}
@@ -714,8 +715,8 @@ def random_steps(examples: int, rules: int) -> int:
     run_state_machine_as_test(
         RandomTraffic,
         settings=settings(
-            max_examples=examples, stateful_step_count=rules, deadline=None, suppress_health_check=list(HealthCheck),
-            database=None,
+            max_examples=examples, stateful_step_count=rules, deadline=None, database=None,
+            suppress_health_check=[*HealthCheck.__members__.values()],
         ),
     )  # fmt: skip
     return Engine.total_steps - before
