@@ -4,6 +4,7 @@ In the order in which an object flows::
 
     types/        spec and status as typed models; crd.py makes the CustomResourceDefinition of them
     handlers.py   kopf: watches fill the store and wake; store.py, relist.py: kept true whatever a watch loses
+    memory.py     what only a list of everything needed goes back to the system
     reconcile.py  one task per object; a pass is observe → decide → status → plan → apply
     observe.py    what is there, and why a pod does not serve
     signals.py    what pods and gateways say about their load, in windows; scrape.py, exposition.py: from where

@@ -13,7 +13,7 @@ import httpx2
 import kopf
 import uvloop
 
-from mainsail_operator import cli
+from mainsail_operator import cli, memory
 from mainsail_operator.apply import Writer, kube_client
 from mainsail_operator.handlers import Store, register, settings_for_watching, woken
 from mainsail_operator.health import serve_health
@@ -83,6 +83,7 @@ def main() -> None:
     if sys.argv[1:]:
         cli.main(sys.argv[1:], prog="mainsail-operator")
         return
+    memory.map_large_blocks()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     for name in ("httpx2", "kopf.objects"):  # a line for every event would drown what matters
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -18,6 +18,7 @@ from typing import Any
 
 import httpx2
 
+from mainsail_operator import memory
 from mainsail_operator.store import Collection, Key
 from mainsail_operator.types import JSON
 
@@ -95,6 +96,12 @@ class Relister:
 
     async def sweep(self) -> None:
         """List every kind and set the store right; then wake whom that concerns. Raises httpx2.HTTPError."""
+        try:
+            await self._sweep()
+        finally:
+            memory.give_back()
+
+    async def _sweep(self) -> None:
         changed: set[Key] = set()
         for source in self._sources:
             for scope in (self._scopes if source.namespaced else ()) or ("",):
