@@ -1,19 +1,28 @@
 """Offline figures of the engine on one GPU: decode steps, prefill, whole runs; each beside its floor and its peer.
 
-    python benchmarks/engine_gpu.py [--model llama-3-8b|qwen3-0.6b] [--rows step,prefill,mixed,long] [--output FILE]
+    python benchmarks/engine_gpu.py [--model llama-3-8b|qwen3-0.6b|qwen3-30b-a3b] [--rows ROW,…] [--output FILE]
+
+    step      decode steps at a context of 1,024, by batch         mixed, long   whole runs of 256 and 512 requests
+    prefill   64 prompts of 1,024 tokens                           sampling      what sampling settings add to a step
+    deep      one decode at a context of 32k (--max-model-len)     sleep         to sleep and to wake up, twice
 
 Real shapes, dummy weights, bf16, greedy, prompts of random token ids, prefix caching off. The engine core runs in this
 process, with its scheduler, CUDA graphs and overlap. The floor of a decode step is the bytes of weights and KV that it
-must read over the copy bandwidth measured here. Peer: vLLM 0.26.0 on an H200 (torch 2.11, FlashAttention 3, CUDA
-graphs, torch.compile), measured with the same shapes on another day.
+must read over the copy bandwidth measured here; for a sampling setting it is the greedy step measured beside it. Peer:
+vLLM 0.26.0 on an H200 (torch 2.11, FlashAttention 3, CUDA graphs, torch.compile), measured with the same shapes on
+another day.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
+import os
 import random
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +31,7 @@ import torch
 from mainsail_engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from mainsail_engine.core import EngineCore, build
 from mainsail_engine.model.architecture import Architecture, read_architecture
-from mainsail_engine.protocol import Add
+from mainsail_engine.protocol import Add, Control
 from mainsail_engine.request import SamplingParams
 
 MODELS = Path(__file__).parent / "models"
@@ -79,9 +88,9 @@ class Load:
     def __init__(self, core: EngineCore, vocab: int) -> None:
         self.core, self.vocab, self.numbers, self.count = core, vocab, random.Random(0), 0
 
-    def add(self, prompt_len: int, max_tokens: int) -> None:
+    def add(self, prompt_len: int, max_tokens: int, **settings: Any) -> None:
         prompt = [self.numbers.randrange(self.vocab) for _ in range(prompt_len)]
-        params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
+        params = SamplingParams(**{"max_tokens": max_tokens, "temperature": 0.0, "ignore_eos": True, **settings})
         self.count += 1
         self.core.handle(Add(str(self.count), prompt, params), time.monotonic())
 
@@ -94,10 +103,10 @@ class Load:
         return tokens, time.perf_counter() - started
 
 
-def decode_step_ms(load: Load, batch: int) -> float:
-    """Mean time of 48 steps with `batch` decodes at a context of about 1,024."""
+def decode_step_ms(load: Load, batch: int, context: int = 992, **settings: Any) -> float:
+    """Mean time of 48 steps with `batch` decodes at a context of about `context` and 32 more."""
     for _ in range(batch):
-        load.add(992, 100)
+        load.add(context, 100, **settings)
     whole = 0
     while whole < 6:
         outputs = load.core.step(time.monotonic())
@@ -108,6 +117,45 @@ def decode_step_ms(load: Load, batch: int) -> float:
     elapsed = time.perf_counter() - started
     load.drain()
     return elapsed / 48 * 1e3
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "temperature 1": {"temperature": 1.0},
+    "top_p 0.9": {"temperature": 1.0, "top_p": 0.9},
+    "top_k 50, top_p 0.9": {"temperature": 1.0, "top_k": 50, "top_p": 0.9},
+    "min_p 0.05": {"temperature": 1.0, "min_p": 0.05},
+    "penalties": {"temperature": 1.0, "presence_penalty": 0.5, "frequency_penalty": 0.5, "repetition_penalty": 1.1},
+    "logprobs 5": {"logprobs": 5},
+    "seed": {"temperature": 1.0, "seed": 7},
+    "logit_bias": {"logit_bias": ((5, 1.0), (17, -2.0))},
+}
+
+
+def sampling_rows(load: Load, batch: int) -> Iterator[tuple[str, float, float]]:
+    """(setting, milliseconds of a step, milliseconds of a greedy one before and after it)."""
+    before = decode_step_ms(load, batch, 256)
+    for name, settings in SETTINGS.items():
+        ms = decode_step_ms(load, batch, 256, **settings)
+        after = decode_step_ms(load, batch, 256)
+        yield name, ms, (before + after) / 2
+        before = after
+
+
+def sleep_rows(load: Load) -> Iterator[tuple[str, float]]:
+    """Seconds to sleep, to wake up, and to the first token after that."""
+    for turn in ("first", "second"):
+        for action in ("sleep", "wake_up"):
+            started = time.perf_counter()
+            load.core.handle(Control(action, action), time.monotonic())
+            done = load.core.control()
+            if done is None or done.error is not None:
+                raise SystemExit(f"{action} failed: {done}")
+            torch.cuda.synchronize()
+            yield f"{action}, {turn} time", time.perf_counter() - started
+        started = time.perf_counter()
+        load.add(32, 1)
+        load.drain()
+        yield f"first token afterwards, {turn} time", time.perf_counter() - started
 
 
 def rows(load: Load, name: str, architecture: Architecture, wanted: set[str], bandwidth: float) -> list[dict[str, Any]]:
@@ -138,6 +186,15 @@ def rows(load: Load, name: str, architecture: Architecture, wanted: set[str], ba
             load.add(1000, 1000)
         tokens, seconds = load.drain()
         note("512 x 1000/1000", "tok/s", tokens / seconds, None, peer["long"])
+    if "deep" in wanted:
+        floor = step_bytes(architecture, 1, 32_800) / bandwidth * 1e3
+        note("decode step, 1 x 32k", "ms", decode_step_ms(load, 1, 32_700), floor, None)
+    for batch in (256, 1) if "sampling" in wanted else ():
+        for setting, ms, greedy_ms in sampling_rows(load, batch):
+            note(f"batch {batch}, {setting}", "ms", ms, greedy_ms, None)
+    if "sleep" in wanted:
+        for name_of, seconds in sleep_rows(load):
+            note(name_of, "s", seconds, None, None)
     return table
 
 
@@ -145,16 +202,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", default="llama-3-8b", choices=sorted(PEER))
     parser.add_argument("--rows", default="step,prefill,mixed,long")
+    parser.add_argument("--max-num-seqs", type=int, default=256)
+    parser.add_argument("--max-model-len", type=int, default=4096)
     parser.add_argument("--no-graphs", action="store_true")
     parser.add_argument("--no-overlap", action="store_true")
+    parser.add_argument("--commit", default=os.environ.get("COMMIT", ""), help="noted with the results")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     bandwidth = measured_bandwidth()
     torch.cuda.empty_cache()
     config = EngineConfig(
-        model=ModelConfig(path=str(MODELS / args.model), load_format="dummy", max_model_len=4096),
+        model=ModelConfig(path=str(MODELS / args.model), load_format="dummy", max_model_len=args.max_model_len),
         cache=CacheConfig(enable_prefix_caching=False),
-        scheduler=SchedulerConfig(max_num_seqs=256),
+        scheduler=SchedulerConfig(max_num_seqs=args.max_num_seqs),
         device="cuda",
         overlap=not args.no_overlap,
         cuda_graphs=not args.no_graphs,
@@ -170,6 +231,7 @@ def main() -> None:
     if args.output:
         result = {
             "card": torch.cuda.get_device_name(), "torch": torch.__version__, "model": args.model,
+            "commit": args.commit, "command": " ".join(["python", *sys.argv]), "max_num_seqs": args.max_num_seqs,
             "graphs": config.cuda_graphs, "overlap": config.overlap, "start_s": round(start_s, 1),
             "copy_GB_per_s": round(bandwidth / 1e9), "rows": table,
         }  # fmt: skip

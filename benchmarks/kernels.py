@@ -139,7 +139,8 @@ def each(name: str, configs: list, measure: Callable[..., Row]) -> Iterator[Row]
 
 
 def prefill_rows(configs: list[PrefillConfig | None]) -> Iterator[Row]:
-    cases = [(8192, 8192, 1, 500), (2048, 32768, 1, 500), (1024, 1024, 8, None)]
+    cases = [(8192, 8192, 1, 500), (2048, 32768, 1, 500), (1024, 1024, 8, None), (512, 16384, 4, None)]
+    cases += [(128, 1152, 8, None), (256, 512, 2, None)]
     for chunk, length, num_seqs, goal in cases:
         kv, tables, lens = paged_batch(num_seqs, length)
         starts = torch.arange(num_seqs + 1, device=DEVICE, dtype=torch.int32) * chunk
@@ -244,7 +245,7 @@ def rope_row(n: int, goal: float) -> Row:
 
 
 # The configurations that --tune tries, field by field as in tuned.py.
-PREFILLS = [(128, 128, 8, 3), (64, 64, 4, 2), (128, 64, 8, 2)]
+PREFILLS = [(128, 128, 8, 3), (64, 64, 4, 2), (64, 64, 4, 2, True)]
 DECODES = [
     *[(64, 4, 3, 4, 1), (64, 4, 3, 4, 2), (64, 4, 3, 4, 4), (32, 4, 3, 4, 2)],
     *[(64, 4, 2, 5, 1), (128, 4, 2, 3, 1), (64, 2, 3, 4, 1)],

@@ -8,13 +8,15 @@ share the head (GQA packing), so K and V are read once per group and rows of one
     exit at once (the idea is vLLM's unified Triton kernel's). Tiles run from the last to the first: the longest
     context first, which keeps the tail of the launch short.
 
+On Hopper, long chunks go to attention_hopper instead.
+
 KV tiles that every row sees whole run without a mask; those at the diagonal, the window's edge and the sequence's
 end run with one. Positions past the sequence are never read.
 """
 
 import torch
 
-from mainsail_kernels import reference
+from mainsail_kernels import attention_hopper, reference
 from mainsail_kernels._attention import check_attention, scaled_scores
 from mainsail_kernels._triton import (
     INTERPRETED,
@@ -249,6 +251,9 @@ def _launch(
     num_kv_heads = kv.shape[2]
     group, num_seqs = num_heads // num_kv_heads, seq_lens.shape[0]
     config = prefill_config(query.device, head_dim, max_query_len * group)
+    if config.specialized and attention_hopper.applies(query, kv, window, soft_cap):
+        attention_hopper.launch(query, kv, block_tables, query_start, seq_lens, scale, out)
+        return
     block_m = max(config.block_m, next_power_of_2(group))
     block_q = block_m // group
     grid = (num_kv_heads, num_tokens // block_q + num_seqs)

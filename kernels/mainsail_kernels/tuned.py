@@ -23,6 +23,8 @@ class PrefillConfig:
     block_n: int
     warps: int
     stages: int
+    specialized: bool = False
+    """attention_hopper's kernel, which has a tile of its own, wherever it applies."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +77,8 @@ def prefill_config(device: torch.device, head_dim: int, rows: int) -> PrefillCon
         return PrefillConfig(64, 64, 4, 2)
     if not card_name(device).startswith("NVIDIA H"):
         return PrefillConfig(128, 32, 8, 2)
-    return PrefillConfig(128, 128, 8, 3) if rows > 4096 else PrefillConfig(64, 64, 4, 2)
+    specialized = rows >= 512
+    return PrefillConfig(128, 128, 8, 3, specialized) if rows > 4096 else PrefillConfig(64, 64, 4, 2, specialized)
 
 
 def decode_config(device: torch.device, head_dim: int, num_seqs: int) -> DecodeConfig:

@@ -5,9 +5,10 @@ import random
 import pytest
 import torch
 
-from mainsail_kernels import reference
+from mainsail_kernels import attention_hopper, reference
 from mainsail_kernels.attention_decode import decode_workspace, paged_attention_decode
 from mainsail_kernels.attention_prefill import paged_attention_prefill
+from mainsail_kernels.tuned import PrefillConfig, override
 
 SHAPES = [  # (query heads, KV heads, head_dim)
     (8, 2, 64),
@@ -88,6 +89,26 @@ def test_prefill(heads, kv_heads, dim, window, soft_cap, paged, close, device, d
     args = (batch.tables, starts, batch.lens, max(chunks), 0.1)
     out = paged_attention_prefill(query, batch.kv, *args, **options)
     close(out, reference.paged_attention_prefill(query.double(), batch.wide(), *args, **options))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(32, 8, 128), (9, 3, 64), (2, 2, 128), (14, 2, 64)])
+@pytest.mark.parametrize("seed", range(4))
+def test_prefill_by_specialized_warps(heads, kv_heads, dim, seed, paged, close, device, dtype):
+    draw = random.Random(f"{heads} {dim} {seed}")
+    lens, chunks = [], []
+    for _ in range(draw.choice([1, 3, 4])):
+        chunks.append(draw.choice([1, 31, 32, 33, 128, 300, 700]))
+        lens.append(chunks[-1] + draw.choice([0, 0, 1, 16, 95, 128, 400]))
+    batch = paged(lens, kv_heads, dim, seed=seed)
+    starts = torch.tensor([0, *torch.tensor(chunks).cumsum(0).tolist()], dtype=torch.int32, device=device)
+    query = torch.randn(sum(chunks), heads, dim).to(device, dtype)
+    if not attention_hopper.applies(query, batch.kv, 0, 0.0):
+        pytest.skip("for Hopper")
+    args = (batch.tables, starts, batch.lens, max(chunks), 0.1)
+    with override(PrefillConfig(64, 64, 4, 2, specialized=True)):
+        out = paged_attention_prefill(query, batch.kv, *args)
+    close(out, reference.paged_attention_prefill(query.double(), batch.wide(), *args))
 
 
 def test_prefill_leaves_rows_outside_its_chunks_alone(paged, close, device, dtype):

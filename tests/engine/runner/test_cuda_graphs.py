@@ -21,6 +21,8 @@ TINY = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 500,
     "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "torch_dtype": "float32",
 }  # fmt: skip
+NUM_BLOCKS = 631
+"""A prime, so that sevenths of it are a permutation."""
 
 
 @pytest.mark.parametrize("largest", [1, 3, 32, 33, 100, 256, 700, 1024])
@@ -90,12 +92,23 @@ def make_runner(path: Path, graphs: bool) -> ModelRunner:
     return ModelRunner(
         EngineConfig(
             model=ModelConfig(path=str(path), load_format="dummy", dtype="float32"),
-            cache=CacheConfig(num_blocks=600),
+            cache=CacheConfig(num_blocks=NUM_BLOCKS),
             scheduler=SchedulerConfig(max_num_seqs=24),
             device="cuda",
             cuda_graphs=graphs,
         )
     )
+
+
+def blocks_of(index: int) -> list[int]:
+    """29 blocks of the pool in a shuffled order, no two requests' the same."""
+    return [(index * 29 + block) * 7 % NUM_BLOCKS for block in range(29)]
+
+
+def test_no_two_requests_share_a_block() -> None:
+    """Two writers of one block would race, and the comparison of tokens below would tell of nothing else."""
+    blocks = [block for index in range(21) for block in blocks_of(index)]
+    assert len(set(blocks)) == len(blocks)
 
 
 def tokens_of(runner: ModelRunner, *, overlap: bool) -> list[list[int]]:
@@ -106,11 +119,10 @@ def tokens_of(runner: ModelRunner, *, overlap: bool) -> list[list[int]]:
         prompt = torch.randint(0, 500, (3 + 9 * i,), generator=torch.Generator().manual_seed(i)).tolist()
         seeded = {"temperature": 0.8, "top_p": 0.9, "seed": i} if i % 5 == 4 else {"temperature": 0.0}
         params = SamplingParams(max_tokens=99, **seeded)
-        blocks = [(i * 29 + b) * 7 % 599 for b in range(29)]
-        requests.append(Request(str(i), prompt, params, 0.0, slot=i, block_ids=blocks))
+        requests.append(Request(str(i), prompt, params, 0.0, slot=i, block_ids=blocks_of(i)))
     plans = [StepPlan(chunks=[Chunk(r, 0, r.num_tokens, True, r.slot, r.block_ids) for r in requests])]
     more = Request("more", [7] * 400, SamplingParams(max_tokens=9, temperature=0.0), 0.0, slot=20)
-    more.block_ids = [(20 * 29 + b) * 7 % 599 for b in range(29)]
+    more.block_ids = blocks_of(20)
     for n in range(20):
         chunks = [Chunk(r, len(r.prompt_token_ids) + n, 1, True, r.slot, r.block_ids) for r in requests]
         late = [Chunk(more, 50 * (n - 5), 50, False, 20, more.block_ids)] if 5 <= n < 12 else []

@@ -1,0 +1,68 @@
+"""Gluon where there is one: the language below Triton, for kernels that name layouts, barriers and roles of warps.
+
+It comes with Triton, and some of its names have changed from version to version: this module has one for each. It has
+no interpreter, so what is written in it is tested on the card alone, and every such kernel stands beside a Triton one
+that serves where `AVAILABLE` or `is_hopper` says no.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+__all__ = [
+    "AVAILABLE",
+    "TensorDescriptor",
+    "gl",
+    "gluon",
+    "group_barrier",
+    "hopper",
+    "is_hopper",
+    "load_tile",
+    "mbarrier",
+    "reshaped",
+]
+
+
+def _define_only(fn: Any = None, **_: Any) -> Any:
+    return _define_only if fn is None else fn
+
+
+# Any: no checker can follow a launch, or names that differ between versions.
+gluon: Any = SimpleNamespace(jit=_define_only)
+gl: Any = SimpleNamespace(constexpr=lambda value=None: value)
+hopper: Any = None
+mbarrier: Any = None
+TensorDescriptor: Any = None
+group_barrier: Any = None
+"""The threads of one partition wait for one another."""
+load_tile: Any = None
+"""(descriptor, coordinates, barrier, target): queue a copy of the copy engine."""
+AVAILABLE = False
+try:
+    gluon = import_module("triton.experimental.gluon")
+    gl = import_module("triton.experimental.gluon.language")
+    hopper = import_module("triton.experimental.gluon.language.nvidia.hopper")
+    TensorDescriptor = import_module("triton.experimental.gluon.nvidia.hopper").TensorDescriptor
+    mbarrier = hopper.mbarrier
+    group_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
+    load_tile = hopper.tma.async_load if hasattr(hopper.tma, "async_load") else hopper.tma.async_copy_global_to_shared
+    AVAILABLE = hasattr(gl, "warp_specialize")
+except (ImportError, AttributeError):  # no Triton here, or one without Gluon: definitions only
+    gluon, gl = SimpleNamespace(jit=_define_only), SimpleNamespace(constexpr=lambda value=None: value)
+RENAMED = gl.constexpr(AVAILABLE and hasattr(gl.shared_memory_descriptor, "reinterpret"))
+
+
+@gluon.jit
+def reshaped(tiles, SHAPE: gl.constexpr, SHARED: gl.constexpr):
+    """The same shared memory in another shape and layout."""
+    return tiles.reinterpret(tiles.dtype, SHAPE, SHARED) if RENAMED else tiles._reinterpret(tiles.dtype, SHAPE, SHARED)
+
+
+@cache
+def is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) == (9, 0)
