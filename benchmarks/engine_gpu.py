@@ -6,7 +6,7 @@
     prefill   64 prompts of 1,024 tokens                           sampling      what sampling settings add to a step
     deep      one decode at a context of 32k (--max-model-len)     sleep         to sleep and to wake up, twice
 
-Real shapes, dummy weights, bf16, greedy, prompts of random token ids, prefix caching off. The engine core runs in this
+Real shapes, dummy weights, bf16, greedy, prompts of random token ids, prefix caching off, no bound on a step's time. The engine core runs in this
 process, with its scheduler, CUDA graphs and overlap. The floor of a decode step is the bytes of weights and KV that it
 must read over the copy bandwidth measured here; for a sampling setting it is the greedy step measured beside it. Peer:
 vLLM 0.26.0 on an H200 (torch 2.11, FlashAttention 3, CUDA graphs, torch.compile), measured with the same shapes on
@@ -109,6 +109,8 @@ def decode_step_ms(load: Load, batch: int, context: int = 992, **settings: Any) 
         load.add(context, 100, **settings)
     whole = 0
     while whole < 6:
+        if not load.core.has_work:
+            raise SystemExit(f"{batch} requests never decoded together")
         outputs = load.core.step(time.monotonic())
         whole += bool(outputs and sum(len(o.token_ids) for o in outputs.outputs) == batch)
     started = time.perf_counter()
@@ -215,7 +217,7 @@ def main() -> None:
     config = EngineConfig(
         model=ModelConfig(path=str(MODELS / args.model), load_format="dummy", max_model_len=args.max_model_len),
         cache=CacheConfig(enable_prefix_caching=False),
-        scheduler=SchedulerConfig(max_num_seqs=args.max_num_seqs),
+        scheduler=SchedulerConfig(max_num_seqs=args.max_num_seqs, max_inter_token_latency_ms=0),
         device="cuda",
         overlap=not args.no_overlap,
         cuda_graphs=not args.no_graphs,

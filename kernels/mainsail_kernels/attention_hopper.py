@@ -95,6 +95,12 @@ def _produce(
 
 
 @gluon.jit
+def _wait_turn(turns, i, PART: gl.constexpr):
+    """The groups queue their products in turn, the first one first: one's softmax runs beside the other's products."""
+    mbarrier.wait(turns.index(PART), (i & 1) ^ (1 - PART))
+
+
+@gluon.jit
 def _softmax(scores, top, total, factor, position, first, MASKED: gl.constexpr, MMA: gl.constexpr):
     """(weights in bfloat16 or what they are to be multiplied with, new maxima, new sums, what older sums fade by)."""
     if MASKED:
@@ -111,18 +117,20 @@ def _softmax(scores, top, total, factor, position, first, MASKED: gl.constexpr, 
 
 @gluon.jit
 def _range(
-    acc, weights, top, total, begin, end, tiles, q, k_tiles, v_tiles, k_full, v_full, k_free, v_free, factor, position,
-    MASKED: gl.constexpr, MMA: gl.constexpr, P: gl.constexpr, STAGES: gl.constexpr,
+    acc, weights, top, total, begin, end, tiles, q, k_tiles, v_tiles, k_full, v_full, k_free, v_free, turns, factor,
+    position, PART: gl.constexpr, MASKED: gl.constexpr, MMA: gl.constexpr, P: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Tiles begin to end of the order of processing; weights are those of the tile before, not yet applied."""
     for i in range(begin, end):
         stage, before = i % STAGES, (i - 1) % STAGES
         mbarrier.wait(k_full.index(stage), i // STAGES & 1)
+        _wait_turn(turns, i, PART)
         scores = hopper.warpgroup_mma(
             q, k_tiles.index(stage).permute((1, 0)), gl.zeros([64, 128], gl.float32, MMA), use_acc=False, is_async=True
         )
         mbarrier.wait(v_full.index(before), (i - 1) // STAGES & 1)
         sums = hopper.warpgroup_mma(weights, v_tiles.index(before), acc, is_async=True)
+        mbarrier.arrive(turns.index(1 - PART), count=1)
         scores = hopper.warpgroup_mma_wait(1, deps=[scores])
         group_barrier()
         mbarrier.arrive(k_free.index(stage), count=1)
@@ -138,7 +146,7 @@ def _range(
 @gluon.jit
 def _consume(
     query_ptr, out_ptr, start, first, num_queries, offset, kv_head, query_stride, query_head_stride, out_stride, tiles,
-    masked_tiles, factor, q_tiles, k_tiles, v_tiles, k_full, v_full, k_free, v_free,
+    masked_tiles, factor, q_tiles, k_tiles, v_tiles, k_full, v_full, k_free, v_free, turns,
     PART: gl.constexpr, GROUP: gl.constexpr, DIM: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Rows 64 * PART to 64 * PART + 64 of the tile."""
@@ -162,21 +170,23 @@ def _consume(
     top = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, MMA))
     total = gl.full([64], 0.0, gl.float32, gl.SliceLayout(1, MMA))
     mbarrier.wait(k_full.index(0), 0)
+    _wait_turn(turns, 0, PART)
     scores = hopper.warpgroup_mma(
         q, k_tiles.index(0).permute((1, 0)), gl.zeros([64, 128], gl.float32, MMA), use_acc=False, is_async=True
     )
+    mbarrier.arrive(turns.index(1 - PART), count=1)
     scores = hopper.warpgroup_mma_wait(0, deps=[scores])
     group_barrier()
     mbarrier.arrive(k_free.index(0), count=1)
     raw, top, total, _ = _softmax(scores, top, total, factor, position, (tiles - 1) * 128, True, MMA)
     weights = gl.convert_layout(raw.to(v_tiles.dtype), P)
     acc, weights, top, total = _range(
-        acc, weights, top, total, 1, masked_tiles, tiles, q, k_tiles, v_tiles, k_full, v_full, k_free, v_free, factor,
-        position, True, MMA, P, STAGES,
+        acc, weights, top, total, 1, masked_tiles, tiles, q, k_tiles, v_tiles, k_full, v_full, k_free, v_free, turns,
+        factor, position, PART, True, MMA, P, STAGES,
     )  # fmt: skip
     acc, weights, top, total = _range(
         acc, weights, top, total, masked_tiles, tiles, tiles, q, k_tiles, v_tiles, k_full, v_full, k_free, v_free,
-        factor, position, False, MMA, P, STAGES,
+        turns, factor, position, PART, False, MMA, P, STAGES,
     )  # fmt: skip
     final = (tiles - 1) % STAGES
     mbarrier.wait(v_full.index(final), (tiles - 1) // STAGES & 1)
@@ -189,7 +199,10 @@ def _consume(
     gl.store(out_ptr + out_at[:, None] + channel[None, :], result, mask=real[:, None])
 
 
-@gluon.jit(do_not_specialize=["num_seqs", "table_stride", "num_rows"])
+@gluon.jit(
+    do_not_specialize=["num_seqs", "table_stride", "num_rows"],
+    do_not_specialize_on_alignment=["tables_ptr", "starts_ptr", "lens_ptr"],
+)
 def _hopper_kernel(
     desc, query_ptr, tables_ptr, starts_ptr, lens_ptr, out_ptr, num_seqs, factor, query_stride, query_head_stride,
     out_stride, table_stride, num_rows,
@@ -235,6 +248,9 @@ def _hopper_kernel(
         mbarrier.init(k_free.index(stage), count=2)
         mbarrier.init(v_free.index(stage), count=2)
     mbarrier.init(landed.index(0), count=1)
+    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(turns.index(0), count=1)
+    mbarrier.init(turns.index(1), count=1)
     hopper.fence_async_shared()
 
     gl.warp_specialize(
@@ -244,7 +260,7 @@ def _hopper_kernel(
                 (
                     query_ptr, out_ptr, start, first, num_queries, offset, kv_head, query_stride, query_head_stride,
                     out_stride, tiles, masked_tiles, factor, q_tiles, k_tiles, v_tiles, k_full, v_full, k_free, v_free,
-                    gl.constexpr(0), GROUP, DIM, STAGES,
+                    turns, gl.constexpr(0), GROUP, DIM, STAGES,
                 ),
             ),
             (
@@ -252,7 +268,7 @@ def _hopper_kernel(
                 (
                     query_ptr, out_ptr, start, first, num_queries, offset, kv_head, query_stride, query_head_stride,
                     out_stride, tiles, masked_tiles, factor, q_tiles, k_tiles, v_tiles, k_full, v_full, k_free, v_free,
-                    gl.constexpr(1), GROUP, DIM, STAGES,
+                    turns, gl.constexpr(1), GROUP, DIM, STAGES,
                 ),
             ),
             (

@@ -100,8 +100,12 @@ def _attend_range(
     return acc, top, total
 
 
-# The number of sequences and the width of the tables change with every step: one compiled kernel for all.
-@triton.jit(do_not_specialize=["num_seqs", "table_stride"])
+# The number of sequences and the width of the tables change with every step, and so does where the chunks' part of the
+# lengths begins: one compiled kernel for all.
+@triton.jit(
+    do_not_specialize=["num_seqs", "table_stride"],
+    do_not_specialize_on_alignment=["tables_ptr", "starts_ptr", "lens_ptr"],
+)
 def _prefill_kernel(
     query_ptr,
     kv_ptr,

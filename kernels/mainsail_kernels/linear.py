@@ -6,16 +6,17 @@
                    them to arrive (a counter per tile, which it sets back to zero) adds their sums in a fixed order;
     more, or a shape where the table says that cuBLAS is as good: torch's linear.
 
-`gated_linear` is the first half of an MLP in one launch: silu(x @ gate) * (x @ up). Which way runs is data (tuned.py),
-measured by `benchmarks/kernels.py`. Sums are float32; a row's result does not depend on the other rows of its batch
-within one of the ways. While the kernel before still runs, a program fetches its first weights into the L2 cache.
+`gated_linear` is the first half of an MLP in one launch, silu(x @ gate) * (x @ up); many rows go to linear_hopper.
+Which way runs is data (tuned.py), measured by `benchmarks/kernels.py`. Sums are float32; a row's result does not depend
+on the other rows of its batch within one of the ways. While the kernel before still runs, a program of these kernels
+fetches its first weights into the L2 cache.
 """
 
 from functools import cache
 
 import torch
 
-from mainsail_kernels import reference
+from mainsail_kernels import linear_hopper, reference
 from mainsail_kernels._triton import (
     dependent_launch,
     next_power_of_2,
@@ -26,7 +27,7 @@ from mainsail_kernels._triton import (
     triton,
     wait_for_inputs,
 )
-from mainsail_kernels.tuned import LinearConfig, linear_config
+from mainsail_kernels.tuned import LinearConfig, linear_config, specialized_gate
 
 _WORKSPACE_FLOATS = 8 << 20
 _COUNTERS = 4096
@@ -204,6 +205,8 @@ def gated_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
     _check(x, weight)
     require(weight.shape[0] % 2 == 0, f"gated_linear: weight must be [2 * d, in], got {tuple(weight.shape)}")
     config = _config(x, weight, weight.shape[0] // 2, gated=True)
+    if config is None and specialized_gate(x.device, x.shape[0]) and linear_hopper.applies(x, weight):
+        return linear_hopper.gated_linear(x, weight)
     return None if config is None else _launch(x, weight, None, weight.shape[0] // 2, config, gated=True)
 
 

@@ -1,4 +1,4 @@
-"""Matrix products of many rows on Hopper: one warp fetches, two groups of four compute; with an MLP's gate in one launch.
+"""Matrix products of many rows on Hopper: one warp fetches, two groups of four compute; an MLP's gate on top.
 
     producer, 1 warp       tiles of x [128, 64] and of the weight [256, 64] ─▶ a ring in shared memory
     consumers, 2 × 4 warps 64 rows × 256 outputs each; with a gate, 128 of the gate and the same 128 of up

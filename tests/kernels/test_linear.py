@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mainsail_kernels import reference
+from mainsail_kernels import linear_hopper, reference
 from mainsail_kernels.linear import gated_linear, linear
 from mainsail_kernels.tuned import LinearConfig, override
 
@@ -32,6 +32,20 @@ def test_gated_linear(rows, size, num_in, close, device, dtype):
         out = gated_linear(x, weight)
     truth = reference.silu_mul(x.double() @ weight.double().T)
     close(reference.silu_mul(reference.linear(x, weight)) if out is None else out, truth)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("rows", "size", "num_in"), [(1, 128, 64), (200, 256, 256), (257, 300, 1032), (900, 5000, 512)]
+)
+def test_linears_by_specialized_warps(rows, size, num_in, close, device, dtype):
+    x = torch.randn(rows, num_in).to(device, dtype)
+    weight = torch.randn(2 * size, num_in).to(device, dtype)
+    if not linear_hopper.applies(x, weight):
+        pytest.skip("for Hopper")
+    truth = x.double() @ weight.double().T
+    close(linear_hopper.linear(x, weight), truth)
+    close(linear_hopper.gated_linear(x, weight), reference.silu_mul(truth))
 
 
 def test_shapes_that_do_not_fit_are_refused(device, dtype):

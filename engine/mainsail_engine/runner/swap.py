@@ -9,15 +9,18 @@ carries whole runs of blocks. A store is read on the compute stream before anyth
 device block may be written at once. A load waits for the compute stream as it was when the load began, and for the
 stores before it; nothing waits for a load but the scheduler, which is told how many have arrived.
 
-On CUDA host memory is pinned, piece by piece, on a thread: pinning takes some tenths of a second for a GiB, and may be
-refused beyond a limit that nobody tells. Then it goes on with what it got, and says so. On the CPU both ends are
-ordinary memory, copies are made at once, and the rest is the same.
+On CUDA host memory is pinned, piece by piece, on a thread: that takes a while, and may be refused beyond a limit that
+nobody tells. Then it goes on with what it got, and says so. While the driver pins, no step can be launched, so pieces
+are small, their pages are there before, and between two pieces the thread rests for longer than one took. On the CPU
+both ends are ordinary memory, copies are made at once, and the rest is the same.
 """
 
 from __future__ import annotations
 
 import logging
+import mmap
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -26,12 +29,15 @@ from typing import cast
 import numpy as np
 import torch
 
+from mainsail_engine.runner.pinned import pin, unpin
 from mainsail_engine.step import BlockMove, PendingLogits, PendingStep, Runner, StepPlan, StepResult
 from mainsail_kernels.blocks import gather_blocks, scatter_blocks
 
 log = logging.getLogger(__name__)
-PIECE_BYTES = 256 << 20
-"""Host memory is taken in pieces of this size, a power of two: the allocator of pinned memory rounds up to one."""
+PIECE_BYTES = 32 << 20
+"""Host memory is taken in pieces of about this size."""
+PINNING_SHARE = 0.2
+"""Of the time that pinning goes on, the share in which it holds the driver."""
 STAGING_BYTES = 64 << 20
 """Each of three staging buffers on the device (two for stores, one for loads)."""
 
@@ -75,8 +81,18 @@ class HostMemory:
             self.num_blocks += blocks
 
     def _take(self, blocks: int) -> torch.Tensor:
-        flat = torch.empty(blocks * self._block_bytes, dtype=torch.uint8, pin_memory=self._device is not None)
+        flat = torch.empty(blocks * self._block_bytes, dtype=torch.uint8)
+        if self._device is not None:
+            flat[:: mmap.PAGESIZE] = 0  # the pages are there before the driver is asked to keep them
+            started_s = time.monotonic()
+            pin(flat)
+            time.sleep((time.monotonic() - started_s) * (1 / PINNING_SHARE - 1))
         return flat.view(self._dtype).view(blocks, *self._shape)
+
+    def __del__(self) -> None:
+        if self._device is not None:
+            for piece in self._pieces:
+                unpin(piece)
 
     def runs(self, hosts: Sequence[int]) -> Iterator[tuple[int, int, torch.Tensor]]:
         """(first, stop, the host memory of hosts[first:stop]) for every run of neighbours."""
