@@ -6,11 +6,11 @@
     prefill   64 prompts of 1,024 tokens                           sampling      what sampling settings add to a step
     deep      one decode at a context of 32k (--max-model-len)     sleep         to sleep and to wake up, twice
 
-Real shapes, dummy weights, bf16, greedy, prompts of random token ids, prefix caching off, no bound on a step's time. The engine core runs in this
-process, with its scheduler, CUDA graphs and overlap. The floor of a decode step is the bytes of weights and KV that it
-must read over the copy bandwidth measured here; for a sampling setting it is the greedy step measured beside it. Peer:
-vLLM 0.26.0 on an H200 (torch 2.11, FlashAttention 3, CUDA graphs, torch.compile), measured with the same shapes on
-another day.
+Real shapes, dummy weights, bf16, greedy, prompts of random token ids, prefix caching off, no bound on the time between
+tokens. The engine core runs in this process, with its scheduler, CUDA graphs and overlap. The floor of a decode step is
+the bytes of weights and KV that it must read over the copy bandwidth measured here; for a sampling setting it is the
+greedy step measured beside it. Peer: vLLM 0.26.0 on an H200 (torch 2.11, FlashAttention 3, CUDA graphs, torch.compile),
+measured with the same shapes on another day.
 """
 
 from __future__ import annotations

@@ -562,8 +562,9 @@ def build(config: EngineConfig, on_lost: Callable[[str], None] = log.critical) -
     engine = _Engine(config, on_lost)
     scheduler, runner = engine.parts()
     device = str(engine.model_runner.device)
-    compiler = Compiler(
-        lambda: vocabulary_of(load_tokenizer(Path(config.model.path)), runner.vocab_size, sorted(runner.eos_token_ids)),
+    vocab_size, eos_token_ids = runner.vocab_size, sorted(runner.eos_token_ids)
+    compiler = Compiler(  # its function must not hold the runner, whose memory a sleep gives back
+        lambda: vocabulary_of(load_tokenizer(Path(config.model.path)), vocab_size, eos_token_ids),
         jump_forward=config.jump_forward,
     )
     core = EngineCore(scheduler, runner, depth=pipeline_depth(config, device), compiler=compiler, sleeper=engine)
@@ -574,8 +575,8 @@ def build(config: EngineConfig, on_lost: Callable[[str], None] = log.critical) -
         max_model_len=scheduler.max_model_len,
         num_blocks=runner.num_blocks,
         block_size=BLOCK_SIZE,
-        vocab_size=runner.vocab_size,
-        eos_token_ids=sorted(runner.eos_token_ids),
+        vocab_size=vocab_size,
+        eos_token_ids=eos_token_ids,
         device=device,
         dtype=str(engine.model_runner.dtype).removeprefix("torch."),
     )

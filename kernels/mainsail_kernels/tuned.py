@@ -125,7 +125,7 @@ def linear_config(
 
 def specialized_gate(device: torch.device, rows: int) -> bool:
     """Whether linear_hopper multiplies so many rows with a gated MLP's weights faster than cuBLAS and silu_mul do."""
-    return rows >= 640 and card_name(device).startswith("NVIDIA H")
+    return rows >= 896 and card_name(device).startswith("NVIDIA H")
 
 
 def _split(tiles: int, multiprocessors: int) -> int:
