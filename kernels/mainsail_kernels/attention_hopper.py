@@ -15,6 +15,9 @@ Written in Gluon, Triton's language below Triton, which names layouts and barrie
 back end here: where this kernel does not apply, attention_prefill runs its own.
 """
 
+# A kernel's constants are annotated with a name that Gluon may lack (_gluon.py): no type form to a checker.
+# pyright: reportInvalidTypeForm=false
+
 from __future__ import annotations
 
 import torch

@@ -8,6 +8,9 @@ one's results are stored. Tiles go through the rows in groups, so that a group's
 `gated_linear` saves a pass over [n, 2 * d]: the gate is applied to the sums in registers. See _gluon.py.
 """
 
+# A kernel's constants are annotated with a name that Gluon may lack (_gluon.py): no type form to a checker.
+# pyright: reportInvalidTypeForm=false
+
 from __future__ import annotations
 
 import torch
