@@ -5,6 +5,9 @@ no interpreter, so what is written in it is tested on the card alone, and every 
 that serves where `AVAILABLE` or `is_hopper` says no.
 """
 
+# A kernel's constants are annotated with a name that Gluon may lack: no type form to a checker.
+# pyright: reportInvalidTypeForm=false
+
 from __future__ import annotations
 
 from functools import cache

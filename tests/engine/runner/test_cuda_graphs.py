@@ -117,8 +117,8 @@ def tokens_of(runner: ModelRunner, *, overlap: bool) -> list[list[int]]:
     requests = []
     for i in range(20):
         prompt = torch.randint(0, 500, (3 + 9 * i,), generator=torch.Generator().manual_seed(i)).tolist()
-        seeded = {"temperature": 0.8, "top_p": 0.9, "seed": i} if i % 5 == 4 else {"temperature": 0.0}
-        params = SamplingParams(max_tokens=99, **seeded)
+        seeded = SamplingParams(max_tokens=99, temperature=0.8, top_p=0.9, seed=i)
+        params = seeded if i % 5 == 4 else SamplingParams(max_tokens=99, temperature=0.0)
         requests.append(Request(str(i), prompt, params, 0.0, slot=i, block_ids=blocks_of(i)))
     plans = [StepPlan(chunks=[Chunk(r, 0, r.num_tokens, True, r.slot, r.block_ids) for r in requests])]
     more = Request("more", [7] * 400, SamplingParams(max_tokens=9, temperature=0.0), 0.0, slot=20)
