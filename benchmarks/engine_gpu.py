@@ -201,7 +201,7 @@ def rows(load: Load, name: str, architecture: Architecture, wanted: set[str], ba
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", default="llama-3-8b", choices=sorted(PEER))
     parser.add_argument("--rows", default="step,prefill,mixed,long")
     parser.add_argument("--max-num-seqs", type=int, default=256)

@@ -378,7 +378,7 @@ def card() -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rows", default=",".join(ROWS))
     parser.add_argument("--url", help="a running server that knows the model as `bench`; default: start one")
     parser.add_argument("--serve-flags", default="--max-model-len 36000", help="for `mainsail-engine serve`")
