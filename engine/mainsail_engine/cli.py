@@ -105,7 +105,10 @@ def _add_model_flags(serve: argparse.ArgumentParser) -> None:
         "--served-model-name", nargs="+", help="names for `model` in requests; default: the path's last part"
     )
     group.add_argument(
-        "--dtype", choices=DTYPES, default="auto", help="auto: the checkpoint's on CUDA, float32 on the CPU"
+        "--dtype",
+        choices=DTYPES,
+        default="auto",
+        help="auto: the checkpoint's on CUDA; on the CPU float32, or bfloat16 where it has products of that",
     )
     group.add_argument(
         "--load-format", choices=LOAD_FORMATS, default="auto", help="dummy: random weights, for load tests"

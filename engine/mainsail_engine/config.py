@@ -27,7 +27,8 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     path: str
     """A folder in Hugging Face form (config.json, *.safetensors, tokenizer.json) or one .gguf file."""
     dtype: str = "auto"
-    """Computation and KV dtype. auto: the checkpoint's on CUDA (float32 becomes bfloat16), float32 on the CPU."""
+    """Computation and KV dtype. auto: the checkpoint's on CUDA (float32 becomes bfloat16); on the CPU float32, or
+    bfloat16 for a checkpoint of 16 bits or less where the CPU has products of that (AVX512-BF16, AMX)."""
     load_format: str = "auto"
     """dummy: random weights from config.json alone, for load tests and benchmarks."""
     max_model_len: int | None = None

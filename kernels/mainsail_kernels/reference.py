@@ -217,12 +217,8 @@ def _attend(
 
 def argmax(logits: torch.Tensor) -> torch.Tensor:
     """The best token of each row, the lowest of equals; BAD_ROW where the row is broken. [n] int64."""
-    return torch.where(_broken(logits), BAD_ROW, logits.argmax(dim=-1))
-
-
-def _broken(logits: torch.Tensor) -> torch.Tensor:
-    best = logits.amax(dim=-1)  # NaN spreads through amax
-    return best.isnan() | best.isinf()
+    best, token = logits.max(dim=-1)  # NaN spreads through max, which takes a fraction of argmax's time
+    return torch.where(best.isfinite(), token, BAD_ROW)
 
 
 def uniform(seeds: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ GREEDY = SamplingParams(temperature=0, max_tokens=8)
 
 @pytest.fixture(scope="module")
 def llm(smollm2: Path) -> Iterator[LLM]:
-    with LLM(model=str(smollm2), kv_cache_blocks=256, max_num_seqs=16) as loaded:
+    with LLM(model=str(smollm2), kv_cache_blocks=256, max_num_seqs=16, dtype="float32") as loaded:
         yield loaded
 
 

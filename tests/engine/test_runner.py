@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from mainsail_engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from mainsail_engine.errors import MissingTensorError, ModelNotFoundError, UnexpectedTensorError, UnsupportedModelError
+from mainsail_engine.protocol import TokenLogprobs
 from mainsail_engine.request import Request, SamplingParams
 from mainsail_engine.runner.model_runner import ModelRunner
 from mainsail_engine.step import FAILED_TOKEN, BlockCopy, Chunk, StepPlan
@@ -72,21 +73,65 @@ def blocks_of(index: int, per_sequence: int = 32) -> list[int]:
 
 @pytest.fixture(scope="module")
 def smol(smollm2: Path) -> ModelRunner:
-    return ModelRunner(config(smollm2))
+    return ModelRunner(config(smollm2, dtype="float32"))
 
 
 def cases() -> list[dict]:
     return json.loads(REFERENCE.read_text())["cases"]
 
 
+def first_near_tie(case: dict, gap: float = NEAR_TIE) -> int:
+    """How many tokens come before the first that another rounding may change."""
+    best = case["top5_logprobs"]
+    return next((i for i, (first, second, *_) in enumerate(best) if first - second < gap), len(best))
+
+
 @pytest.mark.model
 @pytest.mark.parametrize("index", range(len(cases())))
 def test_greedy_tokens_equal_transformers(smol: ModelRunner, index: int) -> None:
     case = cases()[index]
-    tie = next((i for i, gap in enumerate(case["top2_gaps"]) if gap < NEAR_TIE), len(case["token_ids"]))
-    count = min(tie, 16)
+    count = min(first_near_tie(case), 16)
     sequence = Sequence(0, case["prompt_token_ids"], blocks_of(index % 4))
     assert generate(poisoned(smol), sequence, max(count, 1))[:count] == case["token_ids"][:count]
+
+
+def forced_logprobs(runner: ModelRunner, case: dict) -> list[TokenLogprobs]:
+    """Of every token of transformers' answer and of the five best at its position, the answer given as a prompt."""
+    prompt, answer = case["prompt_token_ids"], case["token_ids"]
+    sequence = Sequence(0, [*prompt, *answer], blocks_of(0), prompt_logprobs=5)
+    result = poisoned(runner).launch(StepPlan(chunks=[sequence.chunk()])).result()
+    return (result.extras[0].prompt_logprobs or [])[len(prompt) - 1 :]
+
+
+@pytest.mark.model
+def test_log_probabilities_equal_transformers(smol: ModelRunner) -> None:
+    """The answer's tokens and the five best at each position."""
+    for case in cases():
+        got = forced_logprobs(smol, case)
+        assert [entry.token_ids[0] for entry in got] == case["token_ids"]
+        for entry, tokens, logprobs in zip(got, case["top5"], case["top5_logprobs"], strict=True):
+            assert sorted(entry.logprobs[1:], reverse=True) == pytest.approx(logprobs, abs=2e-3)
+            theirs = dict(zip(tokens, logprobs, strict=True))
+            ours = dict(zip(entry.token_ids[1:], entry.logprobs[1:], strict=True))
+            # Only the last place may be another's, by a near tie.
+            assert all(p < logprobs[-1] + 2e-3 for token, p in theirs.items() if token not in ours)
+            assert all(ours[token] == pytest.approx(p, abs=2e-3) for token, p in theirs.items() if token in ours)
+
+
+@pytest.mark.model
+def test_bfloat16_is_near_float32(smollm2: Path) -> None:
+    """What the CPU computes in by default where it can: tokens differ at near ties only, log-probabilities little."""
+    runner = ModelRunner(config(smollm2, dtype="bfloat16"))
+    errors = []
+    for case in cases():
+        got = [entry.logprobs[0] for entry in forced_logprobs(runner, case)]
+        errors += [abs(ours - theirs[0]) for ours, theirs in zip(got, case["top5_logprobs"], strict=True)]
+    assert sum(errors) / len(errors) < 0.03
+    assert max(errors) < 0.3
+    for index, case in enumerate(cases()[:8]):
+        count = min(first_near_tie(case, gap=0.3), 16)
+        sequence = Sequence(0, case["prompt_token_ids"], blocks_of(index % 4))
+        assert generate(poisoned(runner), sequence, max(count, 1))[:count] == case["token_ids"][:count]
 
 
 def tiny_config(kind: str):

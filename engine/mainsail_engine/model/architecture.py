@@ -232,6 +232,7 @@ def from_gguf(metadata: dict[str, Any]) -> Architecture:
             "attention_bias": family == "qwen2",
             "qk_norm": family in ("qwen3", "gemma3"),
             "eos_token_ids": _ids(metadata.get("tokenizer.ggml.eos_token_id")),
+            "dtype": "bfloat16",  # its matrices are quantized: float32 would add nothing
         }
         if family == "gemma3":
             common.update(_gguf_gemma3(metadata, hidden, layers))

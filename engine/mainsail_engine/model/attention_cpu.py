@@ -1,17 +1,21 @@
 """Attention on the CPU: what the kernels do on a GPU, in few PyTorch operations, with nothing computed twice a step.
 
-What all layers share (cosines and sines of the step's positions, where blocks lie, what is padding) is made once. One
-decode gathers its batch's blocks of a layer with a single `index_select` into a buffer that is kept, straight into the
-layout of attention, [K/V, num_seqs, num_kv_heads, length, head_dim]:
+What all layers share (cosines and sines of the step's positions, where blocks lie, what is hidden from whom) is made
+once. All decodes together gather their blocks of a layer with a single `index_select` into a buffer that is kept,
+straight into the layout of attention, and are two batched products around a softmax:
 
     kv as rows [num_blocks * 2 * num_kv_heads, 16 * head_dim]        row = (block * 2 + side) * num_kv_heads + head
+    buffer     [K/V, num_seqs, num_kv_heads, length, head_dim]
 
-Rows that belong to no token of their sequence are set to zero in the buffer, since whatever a block holds there, NaN
-included, would reach the sum as 0 * NaN.
+Chunks of prompts do the same one by one, with a fused kernel between. Rows of a buffer that belong to no token of their
+sequence are set to zero, since whatever a block holds there, NaN included, would reach the sum as 0 * NaN.
+
+Scores and weights are in the model's dtype, sums within an operation in float32: in bfloat16 a score has 8 bits.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -23,16 +27,22 @@ from mainsail_engine.model.attention import Attention
 
 @dataclass(slots=True)
 class Gather:
-    """Where one step's decodes find their context, for any layer."""
+    """Where some sequences of one step find their context, for any layer."""
 
     rows: torch.Tensor
     """[2 * num_seqs * num_kv_heads * blocks] int64: rows of a layer's cache."""
     padding: torch.Tensor
     """int64: positions of the gathered buffer [2 * num_seqs * num_kv_heads * length] that no sequence owns."""
-    mask: torch.Tensor | None
-    """[num_seqs, 1, 1, length] bool: what a sequence sees; None when all lengths are the buffer's."""
     buffer: torch.Tensor
     """[2 * num_seqs * num_kv_heads * blocks, 16 * head_dim]."""
+
+    def read(self, kv: torch.Tensor, num_seqs: int) -> torch.Tensor:
+        """Keys and values of a layer, [2, num_seqs * num_kv_heads, length, head_dim]. Valid until the next read."""
+        head_dim = kv.shape[4]
+        torch.index_select(kv.view(-1, BLOCK_SIZE * head_dim), 0, self.rows, out=self.buffer)
+        if self.padding.numel():
+            self.buffer.view(-1, head_dim).index_fill_(0, self.padding, 0.0)
+        return self.buffer.view(2, num_seqs * kv.shape[2], -1, head_dim)
 
 
 def plan_gather(block_tables: torch.Tensor, seq_lens: torch.Tensor, kv: torch.Tensor) -> Gather:
@@ -41,15 +51,23 @@ def plan_gather(block_tables: torch.Tensor, seq_lens: torch.Tensor, kv: torch.Te
     blocks = -(-int(seq_lens.max()) // BLOCK_SIZE)
     side_head = torch.arange(2 * heads).view(2, 1, heads, 1)
     rows = block_tables[:, :blocks].long().view(1, n, 1, blocks) * (2 * heads) + side_head
-    seen = torch.arange(blocks * BLOCK_SIZE) < seq_lens[:, None]
-    hidden = (~seen)[None, :, None, :].expand(2, n, heads, blocks * BLOCK_SIZE).reshape(-1)
-    padding = hidden.nonzero().squeeze(1)
-    return Gather(
-        rows=rows.reshape(-1),
-        padding=padding,
-        mask=seen[:, None, None, :] if padding.numel() else None,
-        buffer=torch.empty(rows.numel(), BLOCK_SIZE * head_dim, dtype=kv.dtype),
-    )
+    foreign = torch.arange(blocks * BLOCK_SIZE) >= seq_lens[:, None]
+    padding = foreign[None, :, None, :].expand(2, n, heads, blocks * BLOCK_SIZE).reshape(-1).nonzero().squeeze(1)
+    buffer = torch.empty(rows.numel(), BLOCK_SIZE * head_dim, dtype=kv.dtype)
+    return Gather(rows.reshape(-1), padding, buffer)
+
+
+@dataclass(slots=True)
+class ChunkPlan:
+    """One chunk of a prompt: its rows of the batch, its context, what each of its rows sees."""
+
+    first: int
+    last: int
+    context: int
+    """Tokens of its sequence, its own included."""
+    gather: Gather
+    masks: dict[int, torch.Tensor]
+    """By window: [group * num_queries, length] bool."""
 
 
 @dataclass(slots=True)
@@ -58,9 +76,12 @@ class CpuAttention(Attention):
         default_factory=dict[int, tuple[torch.Tensor, torch.Tensor]], init=False
     )
     """By the identity of the table: some models rotate different layers differently."""
+    _places: torch.Tensor | None = field(default=None, init=False)
+    """[num_tokens * 2 * num_kv_heads] int64: rows of a layer's cache, as [.., head_dim], that the tokens write."""
     _gather: Gather | None = field(default=None, init=False)
-    _windows: dict[int, torch.Tensor | None] = field(default_factory=dict[int, torch.Tensor | None], init=False)
-    """By window: what a sequence sees of the gathered buffer."""
+    _hidden: dict[int, torch.Tensor] = field(default_factory=dict[int, torch.Tensor], init=False)
+    """By window: 0 where a decode sees a position of its gathered buffer, -inf elsewhere."""
+    _chunks: list[ChunkPlan] | None = field(default=None, init=False)
 
     def rotate_and_write(
         self,
@@ -81,17 +102,19 @@ class CpuAttention(Attention):
                 q_norm=q_norm, k_norm=k_norm, eps=eps,
             )  # fmt: skip
         heads = qkv.view(qkv.shape[0], num_heads + 2 * num_kv_heads, head_dim)
-        moving = heads[:, : num_heads + num_kv_heads]
         if q_norm is not None and k_norm is not None:
-            queries = F.rms_norm(moving[:, :num_heads], (head_dim,), q_norm, eps)
-            moving = torch.cat((queries, F.rms_norm(moving[:, num_heads:], (head_dim,), k_norm, eps)), dim=1)
+            query = F.rms_norm(heads[:, :num_heads], (head_dim,), q_norm, eps)
+            key = F.rms_norm(heads[:, num_heads : num_heads + num_kv_heads], (head_dim,), k_norm, eps)
+            heads = torch.cat((query, key, heads[:, num_heads + num_kv_heads :]), dim=1)
         if id(cos_sin) not in self._rotations:
             self._rotations[id(cos_sin)] = _rotation(cos_sin, self.positions, qkv.dtype)
         cos, sin = self._rotations[id(cos_sin)]
+        moving = heads[:, : num_heads + num_kv_heads]
         rotated = torch.addcmul(moving * cos, moving.roll(head_dim // 2, -1), sin)
-        places = kv.permute(0, 3, 1, 2, 4)  # [num_blocks, 16, 2, num_kv_heads, head_dim]
-        blocks, offsets = self.slot_mapping // BLOCK_SIZE, self.slot_mapping % BLOCK_SIZE
-        places[blocks, offsets] = torch.stack((rotated[:, num_heads:], heads[:, num_heads + num_kv_heads :]), dim=1)
+        if self._places is None:
+            self._places = _places(self.slot_mapping, num_kv_heads)
+        written = torch.cat((rotated[:, num_heads:], heads[:, num_heads + num_kv_heads :]), dim=1)
+        kv.view(-1, head_dim).index_copy_(0, self._places, written.view(-1, head_dim))
         return rotated[:, :num_heads]
 
     def _decode(
@@ -104,26 +127,78 @@ class CpuAttention(Attention):
         kv_heads = kv.shape[2]
         if self._gather is None:
             self._gather = plan_gather(self.block_tables[:n], self.seq_lens[:n], kv)
-        gather = self._gather
-        torch.index_select(kv.view(-1, BLOCK_SIZE * head_dim), 0, gather.rows, out=gather.buffer)
-        if gather.mask is not None:
-            gather.buffer.view(-1, head_dim).index_fill_(0, gather.padding, 0.0)
-        key, value = gather.buffer.view(2, n, kv_heads, -1, head_dim)
-        packed = query.reshape(n, kv_heads, num_heads // kv_heads, head_dim)
-        mask = self._mask(gather, window, key.shape[2])
-        mixed = F.scaled_dot_product_attention(packed, key, value, attn_mask=mask, scale=scale)
-        out.copy_(mixed.reshape(n, num_heads, head_dim))
+        key, value = self._gather.read(kv, n)
+        packed = query.reshape(n * kv_heads, num_heads // kv_heads, head_dim)
+        hidden = self._hidden_from(packed, key.shape[1], window)
+        weights = torch.baddbmm(hidden, packed, key.transpose(1, 2), alpha=scale).softmax(-1)
+        torch.bmm(weights, value, out=out.view(packed.shape))
 
-    def _mask(self, gather: Gather, window: int, length: int) -> torch.Tensor | None:
-        """[num_seqs, 1, 1, length] bool: what the decodes see; None: everything."""
-        if not window:
-            return gather.mask
-        if window not in self._windows:
-            lens = self.seq_lens[: self.num_decodes, None]
-            position = torch.arange(length)
-            seen = (position < lens) & (position >= lens - window)
-            self._windows[window] = seen[:, None, None, :]
-        return self._windows[window]
+    def _hidden_from(self, packed: torch.Tensor, length: int, window: int) -> torch.Tensor:
+        """[num_seqs * num_kv_heads, group, length] in packed's dtype: 0 for what a decode sees, else -inf."""
+        if window not in self._hidden:
+            n = self.num_decodes
+            lens, position = self.seq_lens[:n, None], torch.arange(length)
+            seen = position < lens
+            if window:
+                seen &= position >= lens - window
+            bias = torch.zeros(n, 1, length, dtype=packed.dtype).masked_fill_(~seen[:, None], -math.inf)
+            heads = packed.shape[0] // n
+            self._hidden[window] = bias.repeat_interleave(heads, 0).repeat(1, packed.shape[1], 1)
+        return self._hidden[window]
+
+    def _prefill(
+        self, query: torch.Tensor, kv: torch.Tensor, scale: float, window: int, soft_cap: float, out: torch.Tensor
+    ) -> None:
+        if soft_cap:
+            Attention._prefill(self, query, kv, scale, window, soft_cap, out)
+            return
+        if self._chunks is None:
+            self._chunks = self._plan_chunks(kv)
+        for chunk in self._chunks:
+            _attend(chunk, query[chunk.first : chunk.last], kv, scale, window, out[chunk.first : chunk.last])
+
+    def _plan_chunks(self, kv: torch.Tensor) -> list[ChunkPlan]:
+        tables, lens = self.block_tables[self.num_decodes :], self.seq_lens[self.num_decodes :]
+        starts: list[int] = self.chunk_start.numpy().tolist()
+        contexts: list[int] = lens.numpy().tolist()
+        return [
+            ChunkPlan(first, last, context, plan_gather(tables[row : row + 1], lens[row : row + 1], kv), {})
+            for row, (first, last, context) in enumerate(zip(starts, starts[1:], contexts, strict=False))
+            if last > first
+        ]
+
+
+def _attend(
+    chunk: ChunkPlan, query: torch.Tensor, kv: torch.Tensor, scale: float, window: int, out: torch.Tensor
+) -> None:
+    """query and out [num_queries, num_heads, head_dim]: those of the chunk, the newest positions of its context."""
+    num_queries, num_heads, head_dim = query.shape
+    kv_heads = kv.shape[2]
+    group = num_heads // kv_heads
+    key, value = chunk.gather.read(kv, 1)
+    if window not in chunk.masks:
+        chunk.masks[window] = _causal(chunk, num_queries, key.shape[1], window).repeat(group, 1)
+    packed = query.view(num_queries, kv_heads, group, head_dim).permute(1, 2, 0, 3)
+    packed = packed.reshape(1, kv_heads, group * num_queries, head_dim)
+    mixed = F.scaled_dot_product_attention(
+        packed, key[None], value[None], attn_mask=chunk.masks[window], scale=scale
+    )  # fmt: skip
+    out.copy_(mixed.view(kv_heads, group, num_queries, head_dim).permute(2, 0, 1, 3).flatten(1, 2))
+
+
+def _causal(chunk: ChunkPlan, num_queries: int, length: int, window: int) -> torch.Tensor:
+    """[num_queries, length] bool: what each of the newest num_queries of the context's tokens sees."""
+    at = torch.arange(chunk.context - num_queries, chunk.context)[:, None]
+    position = torch.arange(length)
+    seen = position <= at
+    return seen & (position > at - window) if window else seen
+
+
+def _places(slot_mapping: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
+    """Rows of a layer's cache, as [num_blocks * 2 * num_kv_heads * 16, head_dim], in the order token, side, head."""
+    blocks, offsets = slot_mapping // BLOCK_SIZE, slot_mapping % BLOCK_SIZE
+    side_head = torch.arange(2 * num_kv_heads)
+    return ((blocks[:, None] * (2 * num_kv_heads) + side_head) * BLOCK_SIZE + offsets[:, None]).reshape(-1)
 
 
 def _rotation(cos_sin: torch.Tensor, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

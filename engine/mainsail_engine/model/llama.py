@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from mainsail_engine.model.architecture import Architecture
 from mainsail_engine.model.attention import Attention
-from mainsail_engine.model.linear import linear
+from mainsail_engine.model.linear import linear, packed
 from mainsail_engine.model.loader import Part, Weights
 from mainsail_engine.model.mlp import Mlp, dense_mlp, expert_mlp
 from mainsail_engine.model.parallel import SINGLE, Parallel
@@ -72,7 +72,7 @@ class LlamaForCausalLM:
         if a.logits_scale != 1.0:
             self.norm *= a.logits_scale
         tied = a.tie_word_embeddings and not weights.has("lm_head.weight")
-        self.head = self.embedding if tied else weights.get("lm_head.weight", shape, vocabulary)
+        self.head = packed(self.embedding if tied else weights.get("lm_head.weight", shape, vocabulary))
         weights.finish(_ignored(a, tied))
 
     # -- parameters ----------------------------------------------------------------------------------------------
@@ -94,13 +94,13 @@ class LlamaForCausalLM:
         rotation = self._none if index in a.no_rope_layers else self._local if a.window(index) else self._global
         return Layer(
             input_norm=self._input_norm(weights, at),
-            qkv=weights.fused(matrices),
+            qkv=packed(weights.fused(matrices)),
             qkv_bias=weights.fused(biases) if a.attention_bias else None,
             q_norm=self._head_norm(weights, f"{at}.self_attn.q_norm.weight", a.num_heads),
             k_norm=self._head_norm(weights, f"{at}.self_attn.k_norm.weight", a.num_kv_heads),
-            output=output,
+            output=packed(output),
             post_norm=self._norm_weight(weights, f"{at}.post_attention_layernorm.weight", hidden),
-            mlp=mlp,
+            mlp=mlp.packed(),
             window=a.window(index),
             cos_sin=rotation,
             more=self._more_norms(weights, at),

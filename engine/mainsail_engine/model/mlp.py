@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 
 from mainsail_engine.model.architecture import Activation, Architecture, Experts
-from mainsail_engine.model.linear import linear, silu_gated
+from mainsail_engine.model.linear import gated_packed, linear, packed, silu_gated
 from mainsail_engine.model.loader import Part, Weights
 from mainsail_engine.model.parallel import Parallel
 from mainsail_kernels.moe import grouped_mlp, route
@@ -24,6 +24,10 @@ class Mlp(Protocol):
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[num_tokens, hidden_size] to the same."""
+        ...
+
+    def packed(self) -> Mlp:
+        """The same as this device computes it best. Call once all parameters have their values."""
         ...
 
 
@@ -40,6 +44,32 @@ class DenseMlp:
             return linear(silu_gated(x, self.gate_up), self.down)
         return linear(gelu_tanh_mul(linear(x, self.gate_up)), self.down)
 
+    def packed(self) -> Mlp:
+        down = packed(self.down)
+        if not down.is_mkldnn:
+            return self
+        gate, up = (packed(half.contiguous()) for half in self.gate_up.chunk(2))
+        return PackedMlp(gate, up, down, self.activation)
+
+
+@dataclass(slots=True)
+class PackedMlp:
+    """A DenseMlp on the CPU: matrices as oneDNN reads them, the activation inside the products."""
+
+    gate: torch.Tensor
+    """[channels, hidden_size]."""
+    up: torch.Tensor
+    """[channels, hidden_size]."""
+    down: torch.Tensor
+    """[hidden_size, channels]."""
+    activation: Activation
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return linear(gated_packed(x, self.gate, self.up, self.activation), self.down)
+
+    def packed(self) -> Mlp:
+        return self
+
 
 @dataclass(slots=True)
 class ExpertMlp:
@@ -55,6 +85,9 @@ class ExpertMlp:
         e = self.experts
         weights, chosen = route(linear(x, self.router), e.experts_per_token, normalized=e.normalized)
         return grouped_mlp(x, weights, chosen, self.gate_up, self.down)
+
+    def packed(self) -> Mlp:
+        return self
 
 
 def dense_mlp(a: Architecture, weights: Weights, at: str, parallel: Parallel) -> DenseMlp:

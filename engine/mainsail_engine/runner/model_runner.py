@@ -26,7 +26,7 @@ from mainsail_engine.runner import memory
 from mainsail_engine.runner.batch import BlockTables, StepArrays, build
 from mainsail_engine.runner.cuda_graphs import PaddedSteps, graph_bytes
 from mainsail_engine.runner.sleep import move_tensors, to_device, to_host
-from mainsail_engine.runner.threads import set_cpu_threads
+from mainsail_engine.runner.threads import multiplies_bfloat16, set_cpu_threads
 from mainsail_engine.runner.token_masks import MaskStaging, TokenMasks
 from mainsail_engine.runner.uploads import Downloads, Uploads
 from mainsail_engine.sampling.extras import PendingExtras
@@ -92,12 +92,14 @@ def choose_device(name: str, rank: int = 0) -> torch.device:
 
 
 def choose_dtype(name: str, architecture: Architecture, device: torch.device) -> torch.dtype:
-    """auto: float32 on the CPU; on CUDA the checkpoint's, where float32 becomes bfloat16."""
+    """auto: the checkpoint's, where float32 becomes bfloat16 on CUDA, and on the CPU all becomes float32, but for
+    checkpoints of 16 bits on a CPU that multiplies bfloat16."""
     named = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if name != "auto":
         return named[name]
     if device.type == "cpu":
-        return torch.float32
+        halves = architecture.dtype != "float32" and multiplies_bfloat16()
+        return torch.bfloat16 if halves else torch.float32
     return named.get(architecture.dtype, torch.bfloat16) if architecture.dtype != "float32" else torch.bfloat16
 
 

@@ -1,4 +1,4 @@
-"""How many threads torch may use on the CPU: the container's quota and the affinity mask count."""
+"""What torch may use of the CPU: threads (the container's quota and the affinity mask count), and instructions."""
 
 from __future__ import annotations
 
@@ -37,3 +37,8 @@ def _quota() -> float | None:
 def set_cpu_threads(ranks: int = 1) -> None:
     """This process's share of the CPUs, when it is one of several ranks."""
     torch.set_num_threads(max(1, usable_cpus() // ranks))
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU has products of bfloat16: AVX512-BF16 or AMX. Elsewhere float32 is the faster."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # pyright: ignore[reportPrivateUsage]

@@ -3,8 +3,9 @@
     python tests/engine/model/make_reference.py ~/.cache/mainsail/models/SmolLM2-135M-Instruct.Q4_1.gguf
 
 It takes minutes (transformers dequantizes and converts the GGUF), which is why the answers are kept. Prompts are kept
-as token ids, so that the comparison does not depend on a tokenizer. For every generated token the file has its
-log-probability and the gap to the second best: below 1e-3 the two implementations may rightly differ.
+as token ids, so that the comparison does not depend on a tokenizer. For every generated token the file has the five
+best of its position and their log-probabilities: where the first two are nearer than 1e-3, the two implementations may
+rightly differ.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -50,18 +52,19 @@ TEXTS = [
 
 
 @torch.inference_mode()
-def greedy(model: torch.nn.Module, prompt: list[int]) -> dict[str, list[float] | list[int]]:
+def greedy(model: torch.nn.Module, prompt: list[int]) -> dict[str, list[Any]]:
+    """Tokens, and for each position the five best with their log-probabilities."""
     tokens: list[int] = []
-    logprobs: list[float] = []
-    gaps: list[float] = []
+    best: list[list[int]] = []
+    logprobs: list[list[float]] = []
     out = model(torch.tensor([prompt]), use_cache=True)
     for _ in range(NUM_TOKENS):
-        top = torch.log_softmax(out.logits[0, -1].float(), dim=-1).topk(2)
+        top = torch.log_softmax(out.logits[0, -1].float(), dim=-1).topk(5)
         tokens.append(int(top.indices[0]))
-        logprobs.append(round(float(top.values[0]), 6))
-        gaps.append(round(float(top.values[0] - top.values[1]), 6))
+        best.append(top.indices.tolist())
+        logprobs.append([round(value, 5) for value in top.values.tolist()])
         out = model(torch.tensor([tokens[-1:]]), past_key_values=out.past_key_values, use_cache=True)
-    return {"prompt_token_ids": prompt, "token_ids": tokens, "logprobs": logprobs, "top2_gaps": gaps}
+    return {"prompt_token_ids": prompt, "token_ids": tokens, "top5": best, "top5_logprobs": logprobs}
 
 
 def main() -> None:

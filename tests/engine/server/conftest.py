@@ -96,8 +96,10 @@ def launch(folder: Path, *arguments: str) -> Engine:
 
 
 def start(folder: Path, model: Path, *arguments: str) -> Engine:
-    """Start a server for the model and wait until it is ready."""
-    engine = launch(folder, "--model", str(model), "--served-model-name", "smol", "other", *arguments)
+    """Start a server for the model and wait until it is ready. In float32, where near ties are rare enough to compare
+    texts of different batches."""
+    named = ("--served-model-name", "smol", "other", "--dtype", "float32")
+    engine = launch(folder, "--model", str(model), *named, *arguments)
 
     def announced() -> bool:
         if engine.process.poll() is not None:
