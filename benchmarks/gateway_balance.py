@@ -2,8 +2,9 @@
 
     python -m benchmarks.gateway_balance [--replicas 8] [--output benchmarks/results/gateway_balance.json]
 
-The policy is the gateway's own code (`fleet.Pool`), in two gateways that do not talk, each with its own memory,
-scraping the engines' load every two seconds; the clock and the engines are simulated. An engine does what its kind
+Half a minute. The policy is the gateway's own code (`fleet.Pool`, `sessions.Sessions`, `kv_index.KVIndex`), in two
+gateways that do not talk, each with its own memory, scraping the engines' load every two seconds, with and without the
+engines' events about their KV; the clock and the engines are simulated. An engine does what its kind
 does: continuous batching under a token budget, prompts in chunks, a prefix cache by blocks with least-recently-used
 eviction, and times of steps as of an 8B model on an H200. Each session belongs to one of a few applications with a long
 system prompt, then repeats: a turn (its prompt so far, and a tool's result), an answer, a pause while the tool runs
@@ -19,14 +20,18 @@ import heapq
 import json
 import random
 import statistics
+from array import array
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import count
 from pathlib import Path
 
-from mainsail_gateway import balance
+from mainsail_gateway import balance, sessions
 from mainsail_gateway.fleet import Flight, Pool
+from mainsail_gateway.kv_index import SAMPLE, Blocks
+from mainsail_gateway.request import Chain
 from mainsail_gateway.routes import Endpoint
 
 BLOCK = 64
@@ -39,7 +44,7 @@ BYTES = 4
 
 
 @dataclass
-class Session:
+class Conversation:
     """One conversation, decided beforehand."""
 
     app: int
@@ -58,7 +63,7 @@ class Session:
 
 @dataclass
 class Turn:
-    session: Session
+    session: Conversation
     blocks: list[int]
     prompt_tokens: int
     answer: int
@@ -83,6 +88,8 @@ class Engine:
         self.busy = False
         self.work_tokens = 0
         """Computed: what no cache held, and what was generated."""
+        self.watchers: list[Callable[[list[int], list[int]], None]] = []
+        """Told what blocks come into the cache, and which leave it."""
 
     @property
     def held(self) -> int:
@@ -140,96 +147,203 @@ class Engine:
 
     def _keep(self, blocks: list[int]) -> None:
         """The beginning last: it is what others share, and goes last."""
+        new = [block for block in blocks if block not in self.cache]
         for block in reversed(blocks):
             self.cache[block] = None
             self.cache.move_to_end(block)
+        old: list[int] = []
         while len(self.cache) > self.capacity:
-            self.cache.popitem(last=False)
+            old.append(self.cache.popitem(last=False)[0])
+        for tell in self.watchers:
+            tell(new, old)
 
 
-Chosen = tuple[int, Callable[[], None], Callable[[], None]]
-"""The engine's number, what to call at the first token, and at the end."""
-Choose = Callable[[Session, int, float], Chosen]
-"""Session, weight in tokens, now."""
+Chosen = tuple[int, Callable[[], None], Callable[[float], None]]
+"""The engine's number, what to call at the first token, and at the end (with the time)."""
+Start = Callable[[Chosen, float], None]
+Choose = Callable[[Conversation, int, float, Start], None]
+"""Conversation, weight in tokens, now, and what to call when its turn may start."""
+
+
+def at_once(pick: Callable[[Conversation, int, float], Chosen]) -> Choose:
+    """A policy that holds nobody."""
+    return lambda session, weight, now, start: start(pick(session, weight, now), now)
+
+
+At = Callable[[float, Callable[[float], None]], None]
+"""Calls back at that time, with it."""
 
 
 def nothing() -> None:
     """For policies that do not look."""
 
 
-def round_robin(engines: list[Engine], rng: random.Random) -> Choose:
+def not_even_when(now: float) -> None:
+    """For those that do not look at the end of turns either."""
+
+
+def round_robin(engines: list[Engine], rng: random.Random, at: At) -> Choose:
     turns = count()
-    return lambda session, weight, now: (next(turns) % len(engines), nothing, nothing)
+    return at_once(lambda session, weight, now: (next(turns) % len(engines), nothing, not_even_when))
 
 
-def least_loaded(engines: list[Engine], rng: random.Random) -> Choose:
+def least_loaded(engines: list[Engine], rng: random.Random, at: At) -> Choose:
     """By requests that one gateway knows of, which sees them all."""
     running = [0] * len(engines)
 
-    def choose(session: Session, weight: int, now: float) -> Chosen:
+    def choose(session: Conversation, weight: int, now: float) -> Chosen:
         best = min(range(len(engines)), key=lambda n: (running[n], rng.random()))
         running[best] += 1
 
-        def end() -> None:
+        def end(now: float) -> None:
             running[best] -= 1
 
         return best, nothing, end
 
-    return choose
+    return at_once(choose)
 
 
 def _hashed(key: bytes, size: int) -> int:
     return max(range(size), key=lambda n: hashlib.blake2b(b"%d" % n, key=key, digest_size=8).digest())
 
 
-def hash_of_prefix(engines: list[Engine], rng: random.Random) -> Choose:
+def hash_of_prefix(engines: list[Engine], rng: random.Random, at: At) -> Choose:
     """Plain consistent hashing of the prompt's first 2 KiB."""
 
-    def choose(session: Session, weight: int, now: float) -> Chosen:
+    def choose(session: Conversation, weight: int, now: float) -> Chosen:
         key = hashlib.blake2b(b"".join(session.text)[:2048], digest_size=8).digest()
-        return _hashed(key, len(engines)), nothing, nothing
+        return _hashed(key, len(engines)), nothing, not_even_when
 
-    return choose
+    return at_once(choose)
 
 
-def hash_of_session(engines: list[Engine], rng: random.Random) -> Choose:
+def hash_of_session(engines: list[Engine], rng: random.Random, at: At) -> Choose:
     """Plain consistent hashing of an id that every client would have to send."""
-    return lambda session, weight, now: (_hashed(b"%d" % session.name, len(engines)), nothing, nothing)
+    return at_once(lambda session, weight, now: (_hashed(b"%d" % session.name, len(engines)), nothing, not_even_when))
 
 
-def mainsail(engines: list[Engine], rng: random.Random, gateways: int = 2) -> Choose:
-    pools = [Pool() for _ in range(gateways)]
-    for pool in pools:
-        pool.update([Endpoint(str(n), "", 0, str(n)) for n in range(len(engines))], 0.0)
-    scraped = [-1.0] * gateways
+class Gateway:
+    """One of several that do not talk: the gateway's own policies, on the simulated clock."""
 
-    def choose(session: Session, weight: int, now: float) -> Chosen:
-        which = rng.randrange(gateways)
-        pool = pools[which]
-        if now - scraped[which] >= SCRAPE_S:
-            scraped[which] = now
-            for n, engine in enumerate(engines):
-                running = len(engine.prefilling) + len(engine.decoding)
-                usage = engine.held / engine.capacity
-                pool.observe(str(n), running=running, waiting=len(engine.waiting), kv_usage=usage, now=now)
-        keys = balance.prefix_keys(b"".join(session.text), anchor=b"".join(session.text[:2]))
-        found = pool.pick(weight, keys, set(), now)
+    def __init__(self, engines: list[Engine], at: At, *, holds: bool, events: bool) -> None:
+        self._engines, self._at, self._holds, self._events = engines, at, holds, events
+        self._pool = Pool()
+        self._pool.update([Endpoint(str(n), "", 0, str(n)) for n in range(len(engines))], 0.0)
+        self._starts: dict[sessions.Session, Callable[[frozenset[str] | None, float], None]] = {}
+        self._ticking = False
+        self._scraped = -SCRAPE_S
+        for n, engine in enumerate(engines if events else ()):
+            self._pool.kv.begin(str(n))
+            engine.watchers.append(partial(self._on_event, str(n)))
+
+    def _on_event(self, endpoint: str, stored: list[int], removed: list[int]) -> None:
+        self._pool.kv.stored(endpoint, stored)
+        self._pool.kv.removed(endpoint, removed)
+
+    def _scrape(self, now: float) -> None:
+        if now - self._scraped < SCRAPE_S:
+            return
+        self._scraped = now
+        for n, engine in enumerate(self._engines):
+            running = len(engine.prefilling) + len(engine.decoding)
+            usage = engine.held / engine.capacity
+            self._pool.observe(
+                str(n), running=running, waiting=len(engine.waiting), kv_usage=usage, now=now,
+                kv_tokens=engine.capacity * BLOCK,
+            )  # fmt: skip
+
+    def _known(self, session: sessions.Session) -> sessions.Known:
+        return self._pool.kv.cached(session.prefixes)
+
+    def choose(self, talk: Conversation, weight: int, now: float, start: Start) -> None:
+        self._scrape(now)
+        policy = self._pool.sessions
+        session = policy.arrive(chain(talk), now)
+        session.prefixes = tuple(balance.prefix_keys(b"".join(talk.text), anchor=b"".join(talk.text[:2])))
+        begin = partial(self._begin, session, talk, list(talk.blocks), talk.tokens, weight, start)
+        places = policy.fits(session, self._pool.loads.values(), now, self._known(session)) if self._holds else None
+        if places is None or places:
+            begin(places, now)
+            return
+        policy.hold(session, 0, now)
+        self._starts[session] = begin
+        self._watch(now)
+
+    def _begin(
+        self, session: sessions.Session, talk: Conversation, blocks: list[int], tokens: int, weight: int, start: Start,
+        places: frozenset[str] | None, now: float,
+    ) -> None:  # fmt: skip
+        found = self._pool.pick(weight, session.prefixes, set(), now, places=places)
         if found is None:
             raise RuntimeError("no endpoint")
         endpoint, load, cost = found
-        pool.index.learn(keys, endpoint.key)
+        self._pool.index.learn(session.prefixes, endpoint.key)
+        self._pool.sessions.begin(session, endpoint.key)
         flight = Flight(load, cost)
-        return int(endpoint.key), flight.answering, flight.end
 
-    return choose
+        def answering() -> None:
+            flight.answering()
+            if self._events:
+                self._pool.kv.learn(session.prefixes, made_of(blocks, tokens))
+
+        def end(then: float) -> None:
+            flight.end()
+            self._pool.sessions.end(session, weight - tokens, then)
+            self._let_in(then)
+
+        start((int(endpoint.key), answering, end), now)
+
+    def _let_in(self, now: float) -> None:
+        self._scrape(now)
+        loads = self._pool.loads
+        self._pool.sessions.advance(loads, now)
+        while (found := self._pool.sessions.next(loads.values(), now, self._known)) is not None:
+            self._starts.pop(found[0])(found[1], now)
+
+    def _watch(self, now: float) -> None:
+        """While somebody is held, four times a second."""
+        if not self._ticking:
+            self._ticking = True
+            self._at(now + 0.25, self._tick)
+
+    def _tick(self, now: float) -> None:
+        self._ticking = False
+        self._let_in(now)
+        if self._starts:
+            self._watch(now)
 
 
-POLICIES: dict[str, Callable[[list[Engine], random.Random], Choose]] = {
+def chain(talk: Conversation) -> Chain:
+    """As request.py makes it of the messages."""
+    digest = hashlib.blake2b(talk.text[0], digest_size=8)
+    shared, keys = digest.digest(), list[bytes]()
+    for message in talk.text[1:]:
+        digest.update(message)
+        keys.append(digest.digest())
+    return Chain(tuple(keys), talk.tokens, shared, len(talk.text[0]) // BYTES)
+
+
+def made_of(blocks: list[int], tokens: int) -> Blocks:
+    """As an engine tells it in the head of an answer."""
+    return Blocks(tokens, array("I", [(n + 1) * BLOCK for n in range(len(blocks))]), array("Q", blocks))
+
+
+def mainsail(
+    engines: list[Engine], rng: random.Random, at: At, *, gateways: int = 2, holds: bool = True, events: bool = False
+) -> Choose:
+    """Turns come to either gateway by chance, which is the worst case."""
+    fronts = [Gateway(engines, at, holds=holds, events=events) for _ in range(gateways)]
+    return lambda talk, weight, now, start: rng.choice(fronts).choose(talk, weight, now, start)
+
+
+POLICIES: dict[str, Callable[[list[Engine], random.Random, At], Choose]] = {
     "round-robin": round_robin,
     "least loaded": least_loaded,
     "consistent hashing, prefix": hash_of_prefix,
     "consistent hashing, session id": hash_of_session,
-    "mainsail, 2 gateways, no id": mainsail,
+    "mainsail, holding nobody": partial(mainsail, holds=False),
+    "mainsail": mainsail,
+    "mainsail with KV events": partial(mainsail, events=True),
 }
 
 
@@ -240,14 +354,14 @@ def pause_s(rng: random.Random) -> float:
     return rng.uniform(1.0, 10.0) if which < 0.95 else rng.uniform(10.0, 60.0)
 
 
-def sessions(args: argparse.Namespace) -> list[Session]:
+def trace(args: argparse.Namespace) -> list[Conversation]:
     rng = random.Random(args.seed)
-    made: list[Session] = []
+    made: list[Conversation] = []
     for name in range(args.sessions):
         turns = rng.randint(4, 16)
         app = min(int(rng.expovariate(0.6)), args.apps - 1)  # a few are much used
         made.append(
-            Session(
+            Conversation(
                 app,
                 name,
                 rng.uniform(0, args.within_s),
@@ -259,13 +373,18 @@ def sessions(args: argparse.Namespace) -> list[Session]:
     return made
 
 
-def extend(session: Session, kind: str, tokens: int) -> None:
+def _block(content: str) -> int:
+    """A block's hash: of those that gateways keep, so that 64 tokens are as precise here as they are there."""
+    return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest(), "big") // SAMPLE * SAMPLE
+
+
+def extend(session: Conversation, kind: str, tokens: int) -> None:
     """One more message of that many tokens."""
     owner = f"app {session.app}" if kind == "system" else f"session {session.name}"
     session.tokens += tokens
     last = session.blocks[-1] if session.blocks else 0
     while (len(session.blocks) + 1) * BLOCK <= session.tokens:
-        last = hash((owner, last, len(session.blocks)))
+        last = _block(f"{owner} {last} {len(session.blocks)}")
         session.blocks.append(last)
     stamp = f"{kind} {owner} {len(session.text)} ".encode()
     session.text.append((stamp * (tokens * BYTES // len(stamp) + 1))[: tokens * BYTES])
@@ -285,12 +404,13 @@ class Outcome:
 
 def run(policy: str, args: argparse.Namespace) -> Outcome:
     engines = [Engine(args.pool_tokens // BLOCK) for _ in range(args.replicas)]
-    choose = POLICIES[policy](engines, random.Random(args.seed))
     events: list[tuple[float, int, Callable[[float], None]]] = []
     ids, done = count(), []
 
     def at(time_s: float, what: Callable[[float], None]) -> None:
         heapq.heappush(events, (time_s, next(ids), what))
+
+    choose = POLICIES[policy](engines, random.Random(args.seed), at)
 
     def kick(engine: Engine, now: float) -> None:
         if engine.busy or (step := engine.step()) is None:
@@ -298,31 +418,37 @@ def run(policy: str, args: argparse.Namespace) -> Outcome:
         engine.busy = True
 
         def end(then: float) -> None:
-            engine.busy = False
             step[1](then)
+            engine.busy = False
             kick(engine, then)
 
         at(now + step[0], end)
 
-    def begin(session: Session, now: float) -> None:
+    def begin(session: Conversation, now: float) -> None:
         extend(session, "user", session.inputs[session.turn])
         answer = session.answers[session.turn]
-        number, answering, ended = choose(session, session.tokens + answer, now)
+        weight = session.tokens + answer
 
-        def on_end(then: float) -> None:
-            ended()
-            done.append((turn, then))
-            extend(session, "answer", answer)
-            pause = session.pauses_s[session.turn]
-            session.turn += 1
-            if session.turn < len(session.inputs):
-                at(then + pause, lambda when: begin(session, when))
+        def start(chosen: Chosen, then: float) -> None:
+            number, answering, ended = chosen
 
-        turn = Turn(session, list(session.blocks), session.tokens, answer, now, answering, on_end)
-        engines[number].waiting.append(turn)
-        kick(engines[number], now)
+            def on_end(when: float) -> None:
+                ended(when)
+                done.append((turn, when))
+                extend(session, "answer", answer)
+                pause = session.pauses_s[session.turn]
+                session.turn += 1
+                if session.turn < len(session.inputs):
+                    at(when + pause, lambda later: begin(session, later))
 
-    for session in sessions(args):
+            turn = Turn(session, blocks, tokens, answer, now, answering, on_end)
+            engines[number].waiting.append(turn)
+            kick(engines[number], then)
+
+        blocks, tokens = list(session.blocks), session.tokens
+        choose(session, weight, now, start)
+
+    for session in trace(args):
         extend(session, "system", 800 + 700 * (session.app % 5))
         at(session.start_s, lambda now, session=session: begin(session, now))
     while events:
@@ -358,7 +484,7 @@ def rows(outcomes: list[Outcome]) -> Iterator[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--sessions", type=int, default=400)
+    parser.add_argument("--sessions", type=int, nargs="+", default=[400, 800, 1600], help="one table for each")
     parser.add_argument("--replicas", type=int, default=8)
     parser.add_argument("--apps", type=int, default=6, help="system prompts")
     parser.add_argument("--pool-tokens", type=int, default=260_000, help="KV of a replica")
@@ -366,14 +492,15 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
-    outcomes = [run(policy, args) for policy in POLICIES]
-    print(f"{args.sessions} sessions of {args.apps} applications over {args.replicas} replicas\n")
-    print("\n".join(rows(outcomes)))
+    tables: list[dict[str, object]] = []
+    for number in args.sessions:
+        setting = {name: value for name, value in vars(args).items() if name != "output"} | {"sessions": number}
+        outcomes = [run(policy, argparse.Namespace(**setting)) for policy in POLICIES]
+        print(f"{number} sessions of {args.apps} applications over {args.replicas} replicas\n")
+        print("\n".join(rows(outcomes)) + "\n", flush=True)
+        tables.append({"setting": setting, "outcomes": [asdict(o) for o in outcomes]})
     if args.output:
-        setting = {name: value for name, value in vars(args).items() if name != "output"}
-        args.output.write_text(
-            json.dumps({"setting": setting, "outcomes": [asdict(o) for o in outcomes]}, indent=1) + "\n"
-        )
+        args.output.write_text(json.dumps(tables, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -88,6 +88,7 @@ GAUGES = {
     "mainsail:sessions_parked": "Agent sessions between turns that are expected back; their KV may be in host memory.",
     "mainsail:sessions_held": "Agent sessions with a turn that is held, because others are expected back.",
     "mainsail:sessions_kv_wanted_blocks": "KV blocks of all live sessions, wherever they are.",
+    "mainsail:sessions_kv_kept_blocks": "KV blocks on the device that are kept for sessions between turns.",
     "vllm:avg_prompt_throughput_toks_per_s": "Prompt tokens per second over the last seconds.",
     "vllm:avg_generation_throughput_toks_per_s": "Generated tokens per second over the last seconds.",
     "mainsail:queued_requests": "Requests let in that have no first token yet.",
@@ -123,6 +124,7 @@ STATS_GAUGES = {
     "mainsail:sessions_parked": "sessions_parked",
     "mainsail:sessions_held": "sessions_held",
     "mainsail:sessions_kv_wanted_blocks": "sessions_kv_wanted",
+    "mainsail:sessions_kv_kept_blocks": "sessions_kv_kept",
 }
 """Gauges that every step's stats bring, and the fields they come in."""
 LABELLED_GAUGES = {

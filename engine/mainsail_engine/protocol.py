@@ -152,6 +152,8 @@ class SchedulerStats(msgspec.Struct, frozen=True, array_like=True):
     """With a turn that is held, because others are expected back."""
     sessions_kv_wanted: int = 0
     """KV blocks of all live sessions together, wherever they are: more than the pool has is over-subscription."""
+    sessions_kv_kept: int = 0
+    """KV blocks on the device that are kept for sessions between turns."""
 
 
 class BlockLife(msgspec.Struct, frozen=True, array_like=True):

@@ -720,6 +720,7 @@ class Scheduler:
             "sessions_parked": residency.num_parked,
             "sessions_held": self._num_held,
             "sessions_kv_wanted": pool.num_owned + pool.num_kept + residency.parked_blocks,
+            "sessions_kv_kept": pool.num_kept,
         }
 
     def check_integrity(self) -> None:

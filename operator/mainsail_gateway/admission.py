@@ -16,7 +16,7 @@ from mainsail_gateway import hold
 from mainsail_gateway.asgi import Receive
 from mainsail_gateway.auth import ApiKey
 from mainsail_gateway.errors import GatewayError, bad_request
-from mainsail_gateway.relay import Call, ClientGone
+from mainsail_gateway.relay import Call
 from mainsail_gateway.routes import Table
 from mainsail_gateway.shed import Policy, Reason, Refused, Shedder, Ticket
 from mainsail_gateway.watch import Key
@@ -132,20 +132,12 @@ class Door:
             return Refused("queue_full", out[1].retry_after_s if out else hold.BEAT_S)
         self._watch()
         future = self._waiting[ticket] = asyncio.get_running_loop().create_future()
-        left = asyncio.ensure_future(_left(receive))
         try:
-            while not future.done():
-                await asyncio.wait((future, left), timeout=hold.BEAT_S, return_when=asyncio.FIRST_COMPLETED)
-                if left.done() and not future.done():
-                    raise ClientGone
-                if beat is not None and not future.done():
-                    await beat()
-            return future.result()
+            return await hold.until(future, receive, beat)
         except BaseException:
             self._forget(ticket, future)
             raise
         finally:
-            left.cancel()
             self._waiting.pop(ticket, None)
 
     def _forget(self, ticket: Ticket, future: asyncio.Future[Refused | None]) -> None:
@@ -201,11 +193,6 @@ class Door:
             future.set_result(refused)
         elif refused is None:
             self.shedder.abandon(ticket)
-
-
-async def _left(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 class Admission(Collector):

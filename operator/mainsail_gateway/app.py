@@ -6,21 +6,22 @@ decoded or rewritten, so none can climb out of `/v1/`.
 """
 
 import asyncio
+import hashlib
 import logging
 import re
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Generator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Generator
 from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from mainsail_gateway import admission, auth, balance, request
-from mainsail_gateway.admission import Admission
+from mainsail_gateway.admission import Admission, Door
 from mainsail_gateway.asgi import Headers, Message, Receive, Scope, Send
 from mainsail_gateway.attempt import Attempt, stopping
 from mainsail_gateway.auth import CREDENTIALS, ApiKey
-from mainsail_gateway.chain import Asked, Chain
+from mainsail_gateway.chain import SESSION_HEADERS, Asked, Chain, header
 from mainsail_gateway.errors import GatewayError, bad_request, no_capacity, send_error, too_large, unknown_model
 from mainsail_gateway.external import Outside
 from mainsail_gateway.fleet import Fleet, Pool, in_flight
@@ -33,6 +34,9 @@ from mainsail_gateway.record import Record, Recorder
 from mainsail_gateway.relay import CLIENT_GONE, BrokenOff, Call, ClientGone, Relay
 from mainsail_gateway.routes import Endpoint, Service, Table, visible
 from mainsail_gateway.settings import Settings
+from mainsail_gateway.shed import Ticket
+from mainsail_gateway.split import Sticky
+from mainsail_gateway.turns import AllTurns
 from mainsail_gateway.upstream import ConnectionPool
 from mainsail_gateway.usage import Usage
 from mainsail_gateway.virtual import Virtual
@@ -50,7 +54,6 @@ STOPPING_S, STOPPING_TRIES = 0.25, 40
 """How often, and how many times, a service is asked again whose last replica stops."""
 LINGER_S = 2.0
 """How long a refused body is still read, so that its sender sees the refusal instead of a reset."""
-SESSION_HEADERS = (b"x-session-id", b"x-conversation-id")
 USER_HEADERS = (b"x-user-id",)
 
 
@@ -74,6 +77,8 @@ class Gateway:
         self.connections = ConnectionPool(connect_timeout_s=settings.connect_timeout_s, idle_s=settings.upstream_idle_s)
         self.admission = Admission()
         self.metrics.registry.register(self.admission)
+        self.turns = AllTurns()
+        self.metrics.registry.register(self.turns)
         self.wake: Callable[[], None] | None = None
         """Called when a request begins to wait for a replica."""
         self.keys = Keys() if settings.auth == "keys" else None
@@ -89,6 +94,7 @@ class Gateway:
         now = time.monotonic()
         self.table = table
         self.fleet.update(table, now)
+        self.turns.update(self.fleet.pools)
         self.metrics.update(table, now)
         self.admission.update(table, now)
         self.chain.splits.retain({route.key for route in table.virtual.values()})
@@ -103,6 +109,7 @@ class Gateway:
             self.health.beat = time.monotonic()
             now = asyncio.get_running_loop().time()
             self.relay.sweep(now)
+            self.turns.tick(self.health.beat)
             self.connections.sweep(now)
             await asyncio.sleep(pause)
 
@@ -295,12 +302,16 @@ class Gateway:
             try:
                 async with self._admitted(call, asked, asked.reply) as pool:
                     avoid = {e.key for e in service.endpoints if subset and f"{e.host}:{e.port}" not in subset}
-                    found = pool.pick(call.weight, call.prefixes, avoid, time.monotonic(), call.sticky)
+                    found = pool.pick(
+                        call.weight, call.prefixes, avoid, time.monotonic(), call.sticky, places=call.places
+                    )  # fmt: skip
                     if found is None:
                         raise no_capacity(call.model, self.settings.retry_after_s)
                     endpoint, load, weight = found
                     call.at(metrics.pod(endpoint))
                     pool.index.learn(call.prefixes, endpoint.key)
+                    if call.session is not None:
+                        pool.sessions.begin(call.session, endpoint.key)
                     with in_flight(load, weight):
                         yield endpoint, call
                     (balance.succeeded(load) if call.code < 500 else balance.failed(load, time.monotonic()))
@@ -331,7 +342,24 @@ class Gateway:
         ticket = admission.ticket(call, stream, asked.parsed.timeout_s, asked.key)
         if not call.service.endpoints and self.wake is not None:
             self.wake()
-        await door.enter(ticket, call.model, asked.receive, self._beat(reply) if stream else None)
+        beat = self._beat(reply) if stream else None
+        turns = self.turns.of(call.service.key)
+        chain = asked.chain() if call.service.endpoints else None
+        if turns is not None and chain is not None:
+            await turns.enter(call, chain, ticket, asked.receive, beat)
+        try:
+            async with self._through(door, ticket, call, asked, beat) as pool:
+                yield pool
+        finally:
+            if turns is not None:
+                turns.leave(call, time.monotonic())
+
+    @asynccontextmanager
+    async def _through(
+        self, door: Door, ticket: Ticket, call: Call, asked: Asked, beat: Callable[[], Awaitable[None]] | None
+    ) -> AsyncGenerator[Pool]:
+        """Inside, it has been let in at the door."""
+        await door.enter(ticket, call.model, asked.receive, beat)
         if ticket.timeout_s is not None:
             call.deadline = ticket.since + ticket.timeout_s
         record = asked.record
@@ -365,7 +393,7 @@ class Gateway:
             model=parsed.model,
             weight=parsed.weight,
             prefixes=balance.prefix_keys(
-                parsed.prompt, _header(headers, SESSION_HEADERS) or parsed.session, parsed.anchor
+                parsed.prompt, header(headers, SESSION_HEADERS) or parsed.session, parsed.anchor
             ),
             arrived=asked.arrived,
             service=service,
@@ -412,14 +440,14 @@ class Gateway:
         self.metrics.refused(200)
 
 
-def _header(headers: Headers, names: Sequence[bytes]) -> str | None:
-    """The first of these headers that the request has, if it says anything."""
-    return next((value.decode("latin-1") for name, value in headers if name in names and value), None)
-
-
-def _sticky(headers: Headers, parsed: request.Parsed) -> str | None:
-    """The session or user, while several revisions or services have a weight."""
-    return _header(headers, SESSION_HEADERS) or parsed.session or _header(headers, USER_HEADERS)
+def _sticky(headers: Headers, parsed: request.Parsed) -> Sticky | None:
+    """The session or user, while several revisions or services have a weight; else the conversation, by its anchor."""
+    name = header(headers, SESSION_HEADERS) or parsed.session or header(headers, USER_HEADERS)
+    if name is not None:
+        return Sticky(name)
+    if parsed.continued or len(parsed.anchor) >= balance.PREFIX_LENGTHS[0]:
+        return Sticky(hashlib.blake2b(parsed.anchor, digest_size=16).hexdigest(), firm=parsed.continued)
+    return None
 
 
 def _model_object(name: str, service: Service | Virtual) -> dict[str, Any]:

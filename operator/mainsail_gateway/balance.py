@@ -22,8 +22,9 @@ that is fresh. An engine whose KV pool is full and whose requests wait comes las
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple
 
 from mainsail_gateway.request import BYTES_PER_TOKEN
@@ -74,18 +75,21 @@ class Load:
     """What its KV pool holds; 0: not known."""
     others: int = 0
     """Cost of the requests at the endpoint that are not ours, when it last said what it has."""
+    resident: int = 0
+    """Tokens of KV that its requests hold and that it keeps for sessions between turns, when it last said so."""
     full: bool = False
     """Its requests wait for KV blocks, when it last said so."""
     observed: float = -FRESH_S
     """When that was."""
 
 
-def observe(load: Load, *, running: int, waiting: int, kv_usage: float, now: float) -> None:
-    """Note what an engine says of itself."""
+def observe(load: Load, *, running: int, waiting: int, kv_usage: float, now: float, kept_tokens: int = 0) -> None:
+    """Note what an engine says of itself. kept_tokens: KV that it keeps for sessions between turns."""
     others = max(0, running + waiting - load.requests)
     queued = min(waiting, others)
     load.others = queued * WAITING_TOKENS + (others - queued) * ANSWERING_TOKENS
     load.full = waiting > 0 and kv_usage >= FULL_KV
+    load.resident = int(kv_usage * load.kv_tokens) + kept_tokens
     load.observed = now
 
 
@@ -120,6 +124,9 @@ def failed(load: Load, now: float, *, at_once: bool = False) -> None:
 def succeeded(load: Load) -> None:
     load.failures = 0
     load.ejections = 0
+
+
+_NOTHING: Mapping[str, int] = MappingProxyType({})
 
 
 class Prefix(NamedTuple):
@@ -194,14 +201,19 @@ def rendezvous(prefix: bytes, loads: Sequence[Load]) -> list[Load]:
 
 
 def pick(
-    loads: Sequence[Load], weight: int, prefixes: Sequence[Prefix], index: PrefixIndex, now: float
+    loads: Sequence[Load],
+    weight: int,
+    prefixes: Sequence[Prefix],
+    index: PrefixIndex,
+    now: float,
+    known: Mapping[str, int] = _NOTHING,
 ) -> tuple[Load, int] | None:
     """The endpoint for a request of `weight` tokens, and how many of those are to be computed there; None only when
-    there is no endpoint at all."""
+    there is no endpoint at all. known: what endpoints themselves say that they have of it, in tokens."""
     candidates = usable(loads, now)
     if not candidates:
         return None
-    saved = index.saved(prefixes) if prefixes else {}
+    saved = {**index.saved(prefixes), **known} if prefixes else {}
     if prefixes and not any(key in saved for key, _ in index.get(prefixes[-1].key)):
         home = rendezvous(prefixes[-1].key, candidates)[0]
         saved[home.key] = prefixes[-1].tokens

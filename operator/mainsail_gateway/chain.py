@@ -7,7 +7,7 @@ the target's own name as its `model`, so the answer's `model` says who really an
 """
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry, Counter
@@ -23,7 +23,9 @@ from mainsail_gateway.hold import Reply
 from mainsail_gateway.keys import Charge
 from mainsail_gateway.record import Record
 from mainsail_gateway.routes import Service, Table
+from mainsail_gateway.sessions import LEAST_TOKENS
 from mainsail_gateway.shed import DEFAULT_PRIORITIES
+from mainsail_gateway.split import Sticky
 from mainsail_gateway.virtual import (
     Event,
     Facts,
@@ -41,6 +43,12 @@ from mainsail_gateway.virtual import (
 log = logging.getLogger(__name__)
 
 ANSWERED_BY = b"x-mainsail-answered-by"
+SESSION_HEADERS = (b"x-session-id", b"x-conversation-id")
+
+
+def header(headers: Headers, names: Sequence[bytes]) -> str | None:
+    """The first of these headers that the request has, if it says anything."""
+    return next((value.decode("latin-1") for name, value in headers if name in names and value), None)
 
 
 @dataclass(slots=True)
@@ -52,12 +60,18 @@ class Asked:
     parsed: request.Parsed
     key: ApiKey | None
     arrived: float
-    sticky: str | None
+    sticky: Sticky | None
     receive: Receive
     reply: Reply
     charge: Charge = field(default_factory=lambda: Charge(None))
     record: Record | None = None
     """What will be told of it."""
+
+    def chain(self) -> request.Chain | None:
+        """The conversation that it is a turn of; None where it has too little to lose to be held."""
+        if self.parsed.prompt_tokens < LEAST_TOKENS:
+            return None
+        return self.parsed.chain(header(self.scope["headers"], SESSION_HEADERS))
 
 
 Serve = Callable[[Asked, Service, bytes, Attempt], Awaitable[int]]

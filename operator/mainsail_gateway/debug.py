@@ -16,7 +16,7 @@ from mainsail_gateway import balance
 from mainsail_gateway.errors import unknown_model
 from mainsail_gateway.fleet import Pool
 from mainsail_gateway.routes import Service
-from mainsail_gateway.split import eligible, placed, position
+from mainsail_gateway.split import Sticky, eligible, placed, position
 from mainsail_gateway.virtual import Virtual
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def pick(gateway: Gateway, found: Service, session: str | None, prompt: bytes, n
     probe.split = copy.deepcopy(pool.split)
     probe.loads = {key: copy.copy(load) for key, load in pool.loads.items()}
     prefixes = balance.prefix_keys(prompt, session)
-    chosen = probe.pick(len(prompt) // 4 + 1, prefixes, set(), now, session)
+    chosen = probe.pick(len(prompt) // 4 + 1, prefixes, set(), now, Sticky(session) if session else None)
     if chosen is None:
         return {"pod": None, "because": ["no endpoint is ready"]}
     endpoint, load, remaining = chosen

@@ -5,15 +5,17 @@ or ends, and when an endpoint fails. An endpoint that leaves the table is forgot
 their own `Load` and end quietly.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
 from mainsail_gateway import balance
 from mainsail_gateway.balance import Load, Prefix, PrefixIndex
+from mainsail_gateway.kv_index import KVIndex
 from mainsail_gateway.retry import RetryBudget, failover_budget
 from mainsail_gateway.routes import Endpoint, Table
-from mainsail_gateway.split import Split, Weights, eligible
+from mainsail_gateway.sessions import Sessions
+from mainsail_gateway.split import Split, Sticky, Weights, eligible
 from mainsail_gateway.watch import Key
 
 
@@ -31,6 +33,10 @@ class Pool:
         self.endpoints: dict[str, Endpoint] = {}
         self.loads: dict[str, Load] = {}
         self.index = PrefixIndex()
+        self.sessions = Sessions()
+        """Its conversations."""
+        self.kv = KVIndex()
+        """What its endpoints say that they have cached."""
         self.budget = RetryBudget()
         self.weights: Weights = ()
         """Of the revisions, while more than one has endpoints."""
@@ -52,16 +58,21 @@ class Pool:
         prefixes: Sequence[Prefix],
         avoid: set[str],
         now: float,
-        sticky: str | None = None,
+        sticky: Sticky | None = None,
         revision: str | None = None,
+        places: Collection[str] | None = None,
     ) -> Picked | None:
         """An endpoint that is not in `avoid`; None when there is none left.
 
         First the revision, by its weight or by `sticky` (a session's or user's name), then the balance inside it. What
-        one `revision` has begun another one finishes only where nobody else is left: it may be another model."""
+        one `revision` has begun another one finishes only where nobody else is left: it may be another model. places:
+        where the conversation's turn belongs (sessions.py), as long as one of them is left; weights go before that."""
         loads = [load for load in self.loads.values() if load.key not in avoid]
+        if places is not None and not self.weights:
+            loads = [load for load in loads if load.key in places] or loads
         same = [load for load in loads if self.endpoints[load.key].revision == revision]
-        found = balance.pick(same or self._of_one_revision(loads, now, sticky), weight, prefixes, self.index, now)
+        several = same or self._of_one_revision(loads, now, sticky)
+        found = balance.pick(several, weight, prefixes, self.index, now, self.kv.cached(prefixes))
         if found is None:
             return None
         load, remaining = found
@@ -69,14 +80,17 @@ class Pool:
         load.picked = self._picks
         return Picked(self.endpoints[load.key], load, remaining)
 
-    def observe(self, key: str, *, running: int, waiting: int, kv_usage: float, now: float, kv_tokens: int = 0) -> None:
+    def observe(
+        self, key: str, *, running: int, waiting: int, kv_usage: float, now: float, kv_tokens: int = 0,
+        kept_tokens: int = 0,
+    ) -> None:  # fmt: skip
         """What an endpoint says of itself; nothing, once it has left."""
         load = self.loads.get(key)
         if load is not None:
             load.kv_tokens = kv_tokens
-            balance.observe(load, running=running, waiting=waiting, kv_usage=kv_usage, now=now)
+            balance.observe(load, running=running, waiting=waiting, kv_usage=kv_usage, now=now, kept_tokens=kept_tokens)
 
-    def _of_one_revision(self, loads: list[Load], now: float, sticky: str | None) -> list[Load]:
+    def _of_one_revision(self, loads: list[Load], now: float, sticky: Sticky | None) -> list[Load]:
         if not self.weights:
             return loads
         serving: dict[str, bool] = {}

@@ -12,13 +12,15 @@ recent it is, and a lost one is repeated.
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from datetime import UTC, datetime
+from typing import Literal, TypeVar
 
 import httpx2
 import msgspec
 
-from mainsail_gateway.asgi import Headers, Message, Send
+from mainsail_gateway.asgi import Headers, Message, Receive, Send
+from mainsail_gateway.relay import ClientGone
 from mainsail_gateway.watch import Key
 
 log = logging.getLogger(__name__)
@@ -29,6 +31,31 @@ WAKE_ANNOTATION = "mainsail.dev/wake"
 _SSE_HEAD: Headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
 _COMMENT = b": waiting\n\n"
 _MOST_ERROR_BYTES = 1 << 20
+
+
+HoldReason = Literal["queue_full", "deadline"]
+"""Why a turn is refused instead of being held."""
+Result = TypeVar("Result")
+
+
+async def until(future: asyncio.Future[Result], receive: Receive, beat: Callable[[], Awaitable[None]] | None) -> Result:
+    """The future's result. beat: tells the client meanwhile that it waits. Raises ClientGone when it leaves."""
+    left = asyncio.ensure_future(_left(receive))
+    try:
+        while not future.done():
+            await asyncio.wait((future, left), timeout=BEAT_S, return_when=asyncio.FIRST_COMPLETED)
+            if left.done() and not future.done():
+                raise ClientGone
+            if beat is not None and not future.done():
+                await beat()
+        return future.result()
+    finally:
+        left.cancel()
+
+
+async def _left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 class Reply:

@@ -20,7 +20,7 @@ says about its length or encoding never reaches an engine: there is nothing to s
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -35,7 +35,9 @@ from mainsail_gateway.journal import OWN_HEADERS, RESUME_HEADER, STREAM_HEADER, 
 from mainsail_gateway.metrics import ServiceMetrics
 from mainsail_gateway.pod_metrics import PodMetrics
 from mainsail_gateway.routes import Endpoint, Service
+from mainsail_gateway.sessions import Session
 from mainsail_gateway.settings import Settings
+from mainsail_gateway.split import Sticky
 from mainsail_gateway.upstream import Connection, ConnectionPool, UpstreamError
 
 log = logging.getLogger(__name__)
@@ -81,8 +83,14 @@ class Call:
     prefixes: Sequence[Prefix]
     arrived: float
     service: Service
-    sticky: str | None = None
+    sticky: Sticky | None = None
     """Session or user: decides the revision while several have a weight."""
+    session: Session | None = None
+    """The conversation that it is a turn of."""
+    places: Collection[str] | None = None
+    """The endpoints where its turn belongs; None: all alike."""
+    answer_tokens: int = 0
+    """Of the answer so far, by the pieces of its stream."""
     pod: PodMetrics | None = None
     """The endpoint that has the request, or had it last; None: none has."""
     sent: float = 0.0
@@ -311,6 +319,7 @@ class Relay:
                 piece = None
                 if chunks is not None and data:
                     chunks.arrived(time.monotonic())
+                    call.answer_tokens += 1
                 if journal is not None:
                     data = journal.feed(data)
                 ended = data[-2:] or ended
@@ -374,7 +383,12 @@ class Relay:
 
 
 def _pick(call: Call, pool: Pool, tried: set[str]) -> Picked | None:
-    return pool.pick(call.weight, call.prefixes, tried, time.monotonic(), call.sticky, call.revision)
+    found = pool.pick(
+        call.weight, call.prefixes, tried, time.monotonic(), call.sticky, call.revision, call.places
+    )  # fmt: skip
+    if found is not None and call.session is not None:
+        pool.sessions.begin(call.session, found.endpoint.key)
+    return found
 
 
 def _journal(call: Call, connection: Connection) -> Journal | None:

@@ -4,8 +4,9 @@ One pass of msgspec over the body checks that it is JSON and picks a few top-lev
 and the body goes on to the engine unchanged, byte for byte. The engine validates the rest: one place owns the schema.
 """
 
+import hashlib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -36,6 +37,18 @@ class _Body(msgspec.Struct):
     user: Any = None
 
 
+class Chain(NamedTuple):
+    """A request as a link of its conversation."""
+
+    keys: tuple[bytes, ...]
+    """Hashes of all messages up to the first that is not the system's, and to each after it; or of its name alone."""
+    tokens: int
+    """Its prompt's."""
+    shared: bytes = b""
+    """Hash of what conversations have in common: tools and system prompt."""
+    shared_tokens: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class Parsed:
     model: str
@@ -57,6 +70,25 @@ class Parsed:
     """Whether it asks for JSON."""
     timeout_s: float | None = None
     """How long the client wants to wait for the whole answer (`timeout`). The engine judges odd values."""
+    system: bytes = b""
+    """The beginning of the prompt that is not one conversation's own: tools and the system's messages."""
+    messages: tuple[bytes, ...] = ()
+    """Those after it, one by one."""
+    continued: bool = False
+    """Somebody has answered in this conversation before."""
+
+    def chain(self, name: str | None) -> Chain | None:
+        """Its conversation, by the name that its client gives it, or by its messages; None: it has none."""
+        digest = hashlib.blake2b(self.system, digest_size=8, person=b"chain")
+        shared, system_tokens = digest.digest(), len(self.system) // BYTES_PER_TOKEN
+        keys: list[bytes] = []
+        if name is not None:
+            keys.append(hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8, person=b"name").digest())
+        else:
+            for message in self.messages:
+                digest.update(message)
+                keys.append(digest.digest())
+        return Chain(tuple(keys), self.prompt_tokens, shared, system_tokens) if keys else None
 
 
 _decoder = msgspec.json.Decoder(_Body)
@@ -75,6 +107,8 @@ def parse(body: bytes) -> Parsed:
         raise bad_request("`model` is missing.", param="model", code="missing_required_parameter")
     if not isinstance(fields.model, str) or not fields.model:
         raise bad_request("`model` must be a non-empty string.", param="model", code="invalid_type")
+    system, messages, continued = _conversation(fields.messages if bytes(fields.messages) else fields.input)
+    system = bytes(fields.tools) + system
     prompt = b"".join(bytes(part) for part in (fields.tools, fields.messages, fields.prompt, fields.input))
     return Parsed(
         model=fields.model,
@@ -82,7 +116,10 @@ def parse(body: bytes) -> Parsed:
         weight=len(prompt) // BYTES_PER_TOKEN + _answer_tokens(fields),
         prompt_tokens=len(prompt) // BYTES_PER_TOKEN,
         prompt=prompt,
-        anchor=bytes(fields.tools) + _anchor(fields.messages),
+        anchor=b"".join((system, *messages[:1])),
+        system=system,
+        messages=tuple(messages),
+        continued=continued,
         session=next((name for name in (fields.prompt_cache_key, fields.user) if isinstance(name, str) and name), None),
         tools=b"{" in bytes(fields.tools),
         structured=b"json" in bytes(fields.response_format),
@@ -105,17 +142,21 @@ _messages = msgspec.json.Decoder(list[msgspec.Raw])
 _message = msgspec.json.Decoder(_Message)
 
 
-def _anchor(messages: msgspec.Raw) -> bytes:
-    """The system's messages and the first after them. Odd ones have none: the engine judges them."""
+def _conversation(turns: msgspec.Raw) -> tuple[bytes, list[bytes], bool]:
+    """The system's messages, those after them, and whether one is an answer. Odd ones are none: the engine judges."""
     parts: list[bytes] = []
+    system = -1
+    continued = False
     try:
-        for raw in _messages.decode(messages):
+        for raw in _messages.decode(turns):
+            role = _message.decode(raw).role
+            if system < 0 and role not in ("system", "developer"):
+                system = len(parts)
+            continued = continued or role == "assistant"
             parts.append(bytes(raw))
-            if _message.decode(raw).role not in ("system", "developer"):
-                return b"".join(parts)
     except (msgspec.DecodeError, RecursionError):
-        return b""
-    return b""
+        return b"", [], False
+    return (b"".join(parts[:system]), parts[system:], continued) if system >= 0 else (b"", [], False)
 
 
 def _positive(value: object) -> float | None:

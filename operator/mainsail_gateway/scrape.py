@@ -20,7 +20,9 @@ log = logging.getLogger(__name__)
 TIMEOUT_S = 1.5
 AT_ONCE = 32
 _VALUE = re.compile(
-    rb"^vllm:(num_requests_running|num_requests_waiting|kv_cache_usage_perc)(?:\{[^}]*\})? (\S+)$", re.MULTILINE
+    rb"^(vllm:num_requests_running|vllm:num_requests_waiting|vllm:kv_cache_usage_perc|mainsail:sessions_kv_kept_blocks)"
+    rb"(?:\{[^}]*\})? (\S+)$",
+    re.MULTILINE,
 )
 _POOL = re.compile(rb"^vllm:cache_config_info\{([^}]*)\}", re.MULTILINE)
 _LABEL = re.compile(rb'(block_size|num_gpu_blocks)="([0-9]+)"')
@@ -36,6 +38,8 @@ class Reading:
     """0 … 1."""
     kv_tokens: int
     """What its KV pool holds; 0: it does not say."""
+    kept_tokens: int = 0
+    """Of it, what is kept for sessions between turns."""
 
 
 def read(text: bytes) -> Reading | None:
@@ -46,14 +50,16 @@ def read(text: bytes) -> Reading | None:
             values.setdefault(name, []).append(float(value))
     except ValueError:
         return None
-    if b"num_requests_running" not in values:
+    if b"vllm:num_requests_running" not in values:
         return None
     pools = [dict(_LABEL.findall(labels)) for labels in _POOL.findall(text)]
     return Reading(
-        running=int(sum(values[b"num_requests_running"])),
-        waiting=int(sum(values.get(b"num_requests_waiting", [0.0]))),
-        kv_usage=max(values.get(b"kv_cache_usage_perc", [0.0])),
+        running=int(sum(values[b"vllm:num_requests_running"])),
+        waiting=int(sum(values.get(b"vllm:num_requests_waiting", [0.0]))),
+        kv_usage=max(values.get(b"vllm:kv_cache_usage_perc", [0.0])),
         kv_tokens=sum(int(p.get(b"block_size", 0)) * int(p.get(b"num_gpu_blocks", 0)) for p in pools),
+        kept_tokens=int(sum(values.get(b"mainsail:sessions_kv_kept_blocks", [0.0])))
+        * max((int(p.get(b"block_size", 0)) for p in pools), default=0),
     )
 
 
@@ -92,5 +98,6 @@ class Scraper:
                 waiting=reading.waiting,
                 kv_usage=reading.kv_usage,
                 kv_tokens=reading.kv_tokens,
+                kept_tokens=reading.kept_tokens,
                 now=now,
             )

@@ -7,6 +7,8 @@ for each revision, and the turns of a small weight are spread out instead of com
 **Sticky**: whoever names a session or a user is placed by a hash of the name, on a line that begins with the newest
 revision. While the newest one's weight grows, sessions only ever move from an old revision to it,
 once; while nothing changes they stay. A sticky choice is paid from the same credits, so that the others make up for it.
+A conversation that has no name is known by its beginning, which many may share: its first turn is placed the same way
+as long as that keeps to the weights (`SOFT_TURNS`), so that a thousand equal prompts are still split; later turns stay.
 
 A revision of weight 0 gets nothing while another serves: that is what takes a bad revision out, and it must not be
 undone by a retry.
@@ -14,9 +16,22 @@ undone by a retry.
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 Weights = Sequence[tuple[str, int]]
 """Revisions and their weights, the newest first, as in the service's status."""
+
+SOFT_TURNS = 4
+"""How far a revision may be ahead of its weight, in turns, for a soft choice still to count."""
+
+
+class Sticky(NamedTuple):
+    """What a request's place on the line comes from."""
+
+    name: str
+    firm: bool = True
+    """It decides. Else only while its revision is not too far ahead."""
+
 
 _MOST_CREDIT = 16
 """In turns: how much of what sticky requests took (or left) the others make up for."""
@@ -52,12 +67,15 @@ class Split:
     def __init__(self) -> None:
         self._credits: dict[str, float] = {}
 
-    def choose(self, weights: Weights, sticky: str | None = None) -> str:
+    def choose(self, weights: Weights, sticky: Sticky | None = None) -> str:
         """The revision for a request. Weights are above 0, and not none."""
         total = sum(weight for _, weight in weights)
         bound = _MOST_CREDIT * total
         credit = {name: min(bound, max(-bound, self._credits.get(name, 0) + weight)) for name, weight in weights}
-        chosen = placed(weights, position(sticky)) if sticky else max(credit, key=credit.__getitem__)
+        chosen = max(credit, key=credit.__getitem__)
+        if sticky is not None:
+            place = placed(weights, position(sticky.name))
+            chosen = place if sticky.firm or credit[place] > -SOFT_TURNS * total else chosen
         credit[chosen] -= total
         self._credits = credit
         return chosen

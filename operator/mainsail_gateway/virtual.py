@@ -12,7 +12,7 @@ from typing import Literal
 import msgspec
 
 from mainsail_gateway.asgi import Headers
-from mainsail_gateway.split import Split
+from mainsail_gateway.split import Split, Sticky
 from mainsail_gateway.watch import Key, KubeObject
 
 Event = Literal["Overloaded", "Down", "SchemaFailure"]
@@ -118,7 +118,7 @@ def matching(rules: Sequence[Rule], facts: Facts) -> int | None:
     return next((i for i, rule in enumerate(rules) if fits(rule.when, facts)), None)
 
 
-def choose(rule: Rule, split: Split, sticky: str | None) -> list[Target]:
+def choose(rule: Rule, split: Split, sticky: Sticky | None) -> list[Target]:
     """Whom to ask, in order: one target by weight, then the fallbacks. Nobody twice."""
     weights = [(str(i), target.weight) for i, target in enumerate(rule.to) if target.weight > 0]
     first = rule.to[int(split.choose(weights, sticky))]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mainsail_gateway.fleet import Pool
 from mainsail_gateway.routes import Endpoint
-from mainsail_gateway.split import Split, eligible, placed, position
+from mainsail_gateway.split import Split, Sticky, eligible, placed, position
 
 WEIGHTS = st.lists(st.integers(1, 100), min_size=1, max_size=4).map(
     lambda values: [(f"r{i}", value) for i, value in enumerate(values)]
@@ -30,7 +30,7 @@ def test_a_session_stays_and_others_make_up_for_it(weights, sessions):
     split = Split()
     for name in sessions:
         if name:
-            assert split.choose(weights, name) == placed(weights, position(name))
+            assert split.choose(weights, Sticky(name)) == placed(weights, position(name))
     got = Counter(split.choose(weights) for _ in range(sum(w for _, w in weights) * 40))
     for name, weight in weights:
         assert abs(got[name] - 40 * weight) <= len(sessions) + 16 * max(w for _, w in weights) + len(weights)

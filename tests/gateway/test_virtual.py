@@ -16,7 +16,7 @@ from mainsail_gateway import request, schema
 from mainsail_gateway.auth import Secret, ring
 from mainsail_gateway.routes import InferenceService, Table, build
 from mainsail_gateway.shed import Policy
-from mainsail_gateway.split import Split
+from mainsail_gateway.split import Split, Sticky
 from mainsail_gateway.virtual import Facts, ModelRoute, Rule, Target, choose, matching, order
 from mainsail_gateway.watch import Metadata
 
@@ -67,7 +67,7 @@ def test_targets_by_weight_and_fallbacks_in_order():
     split = Split()
     plans = [tuple(target.name for target in choose(found, split, None)) for _ in range(400)]
     assert Counter(plans) == {("a", "b", "c"): 300, ("b", "c"): 100}
-    assert len({tuple(t.name for t in choose(found, split, "session")) for _ in range(20)}) == 1
+    assert len({tuple(t.name for t in choose(found, split, Sticky("session"))) for _ in range(20)}) == 1
 
 
 @given(
