@@ -63,19 +63,25 @@ def _pool(weights, *pods):
     return pool
 
 
+def _picked(pool: Pool, avoid: frozenset[str] | set[str] = frozenset()) -> Endpoint:
+    found = pool.pick(1, [], set(avoid), 100.0)
+    assert found is not None
+    return found.endpoint
+
+
 def test_ten_thousand_requests_over_unequal_revisions():
     pool = _pool([("c", 7), ("s", 93)], "c-1", "s-1", "s-2", "s-3")
-    got = Counter(pool.pick(1, [], set(), 100.0)[0].revision for _ in range(10_000))
+    got = Counter(_picked(pool).revision for _ in range(10_000))
     assert got == {"c": 700, "s": 9300}
 
 
 def test_weight_zero_serves_only_alone():
     weights = [("c", 0), ("s", 100)]
     pool = _pool(weights, "c-1", "s-1")
-    assert {pool.pick(1, [], set(), 100.0)[0].pod for _ in range(50)} == {"s-1"}
-    assert pool.pick(1, [], {"s-1"}, 100.0)[0].pod == "c-1"
-    assert _pool(weights, "c-1").pick(1, [], set(), 100.0)[0].pod == "c-1"
-    assert _pool(weights, "unknown-1", "s-1").pick(1, [], set(), 100.0)[0].pod == "s-1"
+    assert {_picked(pool).pod for _ in range(50)} == {"s-1"}
+    assert _picked(pool, {"s-1"}).pod == "c-1"
+    assert _picked(_pool(weights, "c-1")).pod == "c-1"
+    assert _picked(_pool(weights, "unknown-1", "s-1")).pod == "s-1"
 
 
 async def test_weights_and_sessions_over_sockets(kit):
