@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from e2e import processes
-from e2e.cluster import cgroups, netns
+from e2e.cluster import cgroups, netns, rig
 from e2e.cluster.place import Place
 from e2e.kube import Kube, KubectlError, Object, condition, wait_for
 from e2e.services import service
@@ -234,6 +234,48 @@ def test_a_bad_object_is_refused_and_a_paused_rollout_is_valid(kube: Kube) -> No
         kube.apply(bad)
     with pytest.raises(KubectlError, match="belong to strategy Canary"):
         kube.apply(nowhere("bad", rollout={"steps": [{"weight": 50}]}))
+
+
+def test_the_api_server_is_killed_and_started_again(kube: Kube, cluster: Place) -> None:
+    """Watches recover, the operator goes on in the same process, writes what changed once, and touches nothing else."""
+    kube.apply(nowhere("steady"), nowhere("moved"))
+    for name in ("steady", "moved"):
+        wait_for(f"{name}'s Deployment", lambda n=name: kube.list("deployments", selector=f"mainsail.dev/service={n}"),
+                 timeout_s=30)  # fmt: skip
+    time.sleep(3)
+    before, (operator,) = _versions(kube, "steady"), operators(kube)
+    (moved,) = kube.list("deployments", selector="mainsail.dev/service=moved")
+    (server,) = [pid for pid in cgroups.processes(cgroups.groups_named(cluster.name)) if _is(pid, "kube-apiserver")]
+    os.kill(server, signal.SIGKILL)
+    wait_for("its end to be noticed", lambda: rig.status(cluster).ended == ("kube-apiserver",), timeout_s=10)
+    time.sleep(3)
+    rig.revive(cluster)
+    wait_for("the API server", lambda: _answers(kube), timeout_s=60)
+    began = time.monotonic()
+    kube.run("scale", "mis/moved", "--replicas=3")
+    wait_for("three replicas", lambda: _replicas(kube, "moved") == 3, timeout_s=60, story=kube.story)
+    print(f"scaled {time.monotonic() - began:.1f} s after the API server answered again")
+    time.sleep(3)
+    (same,) = kube.list("deployments", selector="mainsail.dev/service=moved")
+    assert same["metadata"]["uid"] == moved["metadata"]["uid"]
+    assert same["metadata"]["generation"] == moved["metadata"]["generation"] + 1, "one write for one change"
+    assert _versions(kube, "steady") == before
+    (still,) = operators(kube)
+    assert still["metadata"]["uid"] == operator["metadata"]["uid"]
+    assert [c["restartCount"] for c in still["status"]["containerStatuses"]] == \
+        [c["restartCount"] for c in operator["status"]["containerStatuses"]]  # fmt: skip
+    for name in ("steady", "moved"):
+        kube.delete("mis", name)
+
+
+def _versions(kube: Kube, name: str) -> dict[str, str]:
+    """What our own writes would change, of everything that a service has: generations, and resource versions of what
+    no controller of Kubernetes writes to."""
+    selector = f"mainsail.dev/service={name}"
+    kinds = {"deployments": "generation", "services": "resourceVersion", "serviceaccounts": "resourceVersion",
+             "networkpolicies": "resourceVersion"}  # fmt: skip
+    return {f"{kind}/{one['metadata']['name']}": str(one["metadata"][field])
+            for kind, field in kinds.items() for one in kube.list(kind, selector=selector)}  # fmt: skip
 
 
 @pytest.mark.slow

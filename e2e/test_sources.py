@@ -1,14 +1,20 @@
-"""A model that is fetched: to a shared claim by a Job, to the node by a DaemonSet; what is wrong is told in time."""
+"""A model that is fetched from a hub, a bucket, a registry: to a claim by a Job, to the node by a DaemonSet.
+
+What is wrong is told in time, and what nobody uses any more makes room.
+"""
 
 from __future__ import annotations
 
+import json
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import openai
 import pytest
 
-from e2e import hub, tiny
+from e2e import hub, stores, tiny
 from e2e.cluster.network import NODE
 from e2e.cluster.place import Place
 from e2e.kube import Kube, Object, condition, wait_for
@@ -104,7 +110,13 @@ def test_from_a_missing_secret_and_a_wrong_token_to_an_answer(kube: Kube, gatewa
     assert daemons["status"]["numberReady"] == 1
     wait_routed(gateway_url, "shared")
     with client(gateway_url) as api:
-        assert api.completions.create(model="shared", prompt="Hi", max_tokens=3).usage.completion_tokens == 3
+        assert generated(api, "shared") == 3
+
+
+def generated(api: openai.OpenAI, name: str) -> int:
+    """Tokens of a short answer."""
+    usage = api.completions.create(model=name, prompt="Hi", max_tokens=3).usage
+    return usage.completion_tokens if usage else 0
 
 
 def test_a_new_replica_starts_from_the_nodes_disk(kube: Kube, folders) -> None:
@@ -112,3 +124,82 @@ def test_a_new_replica_starts_from_the_nodes_disk(kube: Kube, folders) -> None:
     kube.delete("pod", "hub")
     kube.run("scale", "mis", "local", "-n", NODES, "--replicas=2")
     wait_serving(kube, 2)
+
+
+def bought(name: str, uri: str, **model: object) -> Object:
+    """A service whose model comes from one of the stores."""
+    found = service(name, uri=uri)
+    found["spec"]["model"] |= {"secretRef": {"name": "stores"}, **model}
+    return found
+
+
+def cramped() -> Object:
+    """Without a cache, into a volume of one mebibyte."""
+    found = bought("cramped", stores.OCI_URI)
+    small = {"name": "model", "emptyDir": {"medium": "Memory", "sizeLimit": "1Mi"}}
+    found["spec"]["podTemplate"] = {"spec": {"volumes": [small]}}
+    return found
+
+
+@pytest.fixture
+def both_stores(kube: Kube, folders) -> Iterator[tuple[str, str]]:
+    """The right key for the bucket."""
+    kube.apply(*stores.objects(), stores.secret("AKIAWRONG", "wrong", "wrong"))
+    for name in ("s3", "registry"):
+        kube.run("wait", "--for=condition=Ready", f"pod/{name}", "--timeout=90s", timeout_s=100)
+    keys = kube.run("get", "--raw", f"/api/v1/namespaces/default/pods/s3:{stores.PORT + 1}/proxy/keys")
+    key, secret = json.loads(keys)
+    yield key, secret
+    for name in ("bucket", "image", "missing", "cramped"):
+        kube.delete("mis", name, wait=False)
+    for name in ("s3", "registry"):
+        for kind in ("pod", "service", "configmap"):
+            kube.delete(kind, name)
+    kube.delete("secret", "stores")
+
+
+@pytest.mark.slow
+def test_a_bucket_and_a_registry(kube: Kube, gateway_url: str, folders, both_stores) -> None:
+    """Refused credentials and too little disk are told within a minute; so is a missing model, once one may look."""
+    claim, _ = folders
+    stale = old_copy(claim, "left-behind-0123456789", 3 << 20)
+    cache = {"claim": "cache"}
+    # The limit is below what lies there already: what nobody uses goes, what is in use stays.
+    kube.apply(bought("bucket", stores.S3_URI, cache=cache | {"limit": "1Mi"}),
+               bought("image", stores.OCI_URI, cache=cache), cramped())  # fmt: skip
+    told(kube, "bucket", "CredentialsRefused", "AWS_ACCESS_KEY_ID")
+    told(kube, "image", "CredentialsRefused", "")
+    kube.apply(stores.secret(both_stores[0], both_stores[1], stores.ACCOUNT[1]))
+    kube.apply(bought("missing", f"s3://{stores.BUCKET}/none", cache=cache))
+    told(kube, "missing", "ModelNotFound", "none")
+    told(kube, "cramped", "DiskFull", "make room")
+    for name in ("bucket", "image"):
+        wait_ready(kube, name)
+        wait_routed(gateway_url, name)
+        with client(gateway_url) as api:
+            assert generated(api, name) == 3
+    assert not stale.exists(), "nobody uses it, and the limit is reached"
+    left = {path.name.partition("-")[0] for path in claim.iterdir() if not path.name.startswith(".")}
+    assert left >= {"models", "registry.default.svc.cluster.local"}
+
+
+def told(kube: Kube, name: str, reason: str, words: str) -> None:
+    began = time.monotonic()
+    found = wait_for(f"{name}: {reason}", lambda: (c := fetched(kube, name)).get("reason") == reason and c,
+                     timeout_s=60, story=kube.story)  # fmt: skip
+    assert words in found["message"]
+    assert condition(kube.get("mis", name), "Stalled")["reason"] == reason
+    print(f"{name}: {reason} after {time.monotonic() - began:.0f} s: {found['message']}")
+
+
+def old_copy(cache: Path, name: str, size: int) -> Path:
+    """A copy as an earlier fetch left it a day ago."""
+    folder, lock = cache / name, cache / f".{name}.lock"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(os.urandom(size))
+    lock.touch()
+    yesterday = time.time() - 86_400
+    for path in (folder, folder / "model.safetensors", lock):
+        os.chown(path, 65534, 65534)
+    os.utime(lock, (yesterday, yesterday))
+    return folder

@@ -56,6 +56,7 @@ def controller_manager(it: Configuration) -> list[str]:
         f"--service-account-private-key-file={pki}/sa.key", f"--root-ca-file={pki}/ca.crt",
         f"--cluster-signing-cert-file={pki}/ca.crt", f"--cluster-signing-key-file={pki}/ca.key",
         f"--requestheader-client-ca-file={pki}/front-proxy-ca.crt",
+        "--horizontal-pod-autoscaler-sync-period=3s",  # of fifteen: tests wait for it
         "--use-service-account-credentials=true", "--allocate-node-cidrs=true", f"--cluster-cidr={POD_RANGE}",
         f"--service-cluster-ip-range={SERVICE_RANGE}", "--v=1",
     ]  # fmt: skip

@@ -5,7 +5,8 @@
 
 Being process 1 of its own PID namespace makes the end exact: when it dies, the kernel kills every process of the
 cluster, containers too, and with the mount namespace go all mounts. It writes one JSON line per event to the status
-file and restarts nothing: a component that ended is reported, not hidden.
+file and restarts nothing by itself: a component that ended is reported, not hidden. SIGUSR1 starts again what has
+ended, for tests that kill a component.
 
     /run         a private tmpfs                   (containerd's socket, the shims)
     /var         an overlay over the host's        (paths that the kubelet hard-codes never touch the host), but
@@ -60,6 +61,12 @@ class Machine:
         self._began = time.monotonic()
         self._status = configuration.status.open("a", buffering=1)
         self._names: dict[int, str] = {}
+        self._commands: dict[str, Sequence[str]] = {}
+        self._to_revive = False
+        signal.signal(signal.SIGUSR1, self._asked_to_revive)
+
+    def _asked_to_revive(self, _number: int, _frame: object) -> None:
+        self._to_revive = True
 
     def note(self, event: str, **more: object) -> None:
         """One line of the status file."""
@@ -74,6 +81,7 @@ class Machine:
             cwd=self.configuration.state, env={**os.environ, **self._packages.environment()},
         )  # fmt: skip
         self._names[process.pid] = name
+        self._commands[name] = argv
         self.note("started", name=name, pid=process.pid)
 
     def until(self, name: str, what: str, holds: Callable[[], bool]) -> None:
@@ -92,6 +100,10 @@ class Machine:
         while True:
             if not self._reaped():
                 time.sleep(0.2)
+            if self._to_revive:
+                self._to_revive = False
+                for name in self._commands.keys() - set(self._names.values()):
+                    self.start(name, self._commands[name])
 
     def _reaped(self) -> list[str]:
         ended: list[str] = []

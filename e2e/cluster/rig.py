@@ -7,10 +7,12 @@ what was started, so it also works after a kill. Logs stay.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -56,10 +58,30 @@ def status(place: Place) -> Status:
     return Status(
         running=running,
         up=any(event["event"] == "up" for event in events),
-        ended=tuple(str(event["name"]) for event in events if event["event"] == "ended"),
+        ended=_ended(events),
         failed=next((str(event["what"]) for event in events if event["event"] == "failed"), ""),
         reachable=running and _answers(place),
     )
+
+
+def _ended(events: list[dict[str, object]]) -> tuple[str, ...]:
+    """Components that ended and were not started again."""
+    last = {str(event["name"]): event["event"] for event in events if event["event"] in ("started", "ended")}
+    return tuple(name for name, event in last.items() if event == "ended")
+
+
+def revive(place: Place) -> None:
+    """Start again the components that have ended."""
+    for pid in cgroups.processes(cgroups.groups_named(place.name)):
+        with contextlib.suppress(OSError):
+            words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+            if "e2e.cluster.machine" in words and "run" in words and not _is_unshare(words):
+                os.kill(pid, signal.SIGUSR1)
+
+
+def _is_unshare(words: list[str]) -> bool:
+    """The parent of process 1 has the same words on its command line."""
+    return words[0].endswith("unshare")
 
 
 def up(place: Place) -> bool:

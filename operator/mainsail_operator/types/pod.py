@@ -74,9 +74,23 @@ _CONTAINERS: JSON = {
         "required": ["name"],
         "x-kubernetes-preserve-unknown-fields": True,
         "properties": {
-            "name": {"type": "string", "maxLength": 63},
-            "command": {"type": "array", "maxItems": 64, "items": {"type": "string"}},
-            "args": {"type": "array", "maxItems": 256, "items": {"type": "string"}},
+            "name": {
+                "type": "string",
+                "maxLength": 63,
+                "description": "Its name; one of a container that the operator makes changes that one.",
+            },
+            "command": {
+                "type": "array",
+                "maxItems": 64,
+                "items": {"type": "string"},
+                "description": "What runs in it, in place of the image's entry point. Not of container `engine`.",
+            },
+            "args": {
+                "type": "array",
+                "maxItems": 256,
+                "items": {"type": "string"},
+                "description": "The arguments of that. Not of container `engine`: use spec.engine.extraArgs.",
+            },
         },
     },
 }
