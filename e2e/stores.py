@@ -15,7 +15,7 @@ BUCKET, PREFIX, REPOSITORY = "models", "tiny", "org/tiny"
 ACCOUNT = ("reader", "right")
 
 S3 = f"""
-import http.server, json, pathlib, threading, urllib.request
+import http.server, json, pathlib, urllib.request
 import boto3
 from moto.server import ThreadedMotoServer
 
@@ -31,7 +31,8 @@ iam.create_user(UserName="reader")
 policy = {{"Version": "2012-10-17", "Statement": [{{"Effect": "Allow", "Action": "s3:*", "Resource": "*"}}]}}
 iam.put_user_policy(UserName="reader", PolicyName="read", PolicyDocument=json.dumps(policy))
 key = iam.create_access_key(UserName="reader")["AccessKey"]
-urllib.request.urlopen(urllib.request.Request(url + "/moto-api/reset-auth", data=b"0")).read()
+plain = {{"Content-Type": "text/plain"}}
+urllib.request.urlopen(urllib.request.Request(url + "/moto-api/reset-auth", data=b"0", headers=plain)).read()
 told = json.dumps([key["AccessKeyId"], key["SecretAccessKey"]]).encode()
 
 class Keys(http.server.BaseHTTPRequestHandler):

@@ -1,10 +1,13 @@
 """What pipelines make of a service, over whole lives of services: kstatus' rules, Argo CD's Lua, Flux' CEL.
 
-The lives are those of the simulated cluster: every status that the operator would have written on the way.
+The lives are those of the simulated cluster: every status that the operator would have written on the way. Beside them
+stands `recorded_statuses.jsonl`: one of every kind that `kubectl get mis -A --watch` saw while all of `e2e/` ran.
 """
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +50,8 @@ def argo(obj: dict[str, Any]) -> str:
             return lua.table_from([table(item) for item in value])
         return value
 
-    health = lua.eval(f"function(obj)\n{HEALTH}\nend")(table(obj))
+    judge: Any = lua.eval(f"function(obj)\n{HEALTH}\nend")
+    health = judge(table(obj))
     assert health["message"]
     return str(health["status"])
 
@@ -64,14 +68,30 @@ ARGO = {"InProgress": {"Progressing", "Suspended"}, "Failed": {"Degraded"}, "Cur
 FLUX_OF = {"InProgress": "inProgress", "Failed": "failed", "Current": "current"}
 
 
-def told(cluster: Cluster, generation: int = 1) -> str:
-    """What kstatus says of what is written; the others must agree."""
-    status = cluster.written.model_dump(mode="json", by_alias=True, exclude_none=True)
-    obj = {"metadata": {"name": "demo", "generation": generation}, "status": status}
+def agreed(obj: dict[str, Any]) -> str:
+    """What kstatus says; the others must agree."""
     found = kstatus(obj)
     assert argo(obj) in ARGO[found]
     assert flux(obj) == FLUX_OF[found]
     return found
+
+
+def told(cluster: Cluster, generation: int = 1) -> str:
+    """What is made of what is written."""
+    status = cluster.written.model_dump(mode="json", by_alias=True, exclude_none=True)
+    return agreed({"metadata": {"name": "demo", "generation": generation}, "status": status})
+
+
+def test_every_status_that_a_real_cluster_has_seen() -> None:
+    lines = (Path(__file__).parent / "recorded_statuses.jsonl").read_text().splitlines()
+    found = Counter(agreed(obj) for obj in map(json.loads, lines))
+    assert found.keys() == {"InProgress", "Failed", "Current"}
+    assert sum(found.values()) > 20
+    for obj in map(json.loads, lines):
+        conditions = {c["type"]: c["status"] for c in obj["status"]["conditions"]}
+        moving = {conditions.get("Reconciling"), conditions.get("Stalled")}
+        assert moving != {"True"}, "either it moves or it is stuck"
+        assert len(conditions) == len(obj["status"]["conditions"])
 
 
 def life(cluster: Cluster, spec: Any, ticks: int = 90) -> list[str]:

@@ -179,3 +179,17 @@ def test_only_the_watched_namespaces_services_are_looked_after() -> None:
     assert store.read(("b", "demo")) is None
     assert Settings(namespace="sys", watch_namespaces=("a",)).listened_namespaces == ("a", "sys")
     assert Settings(namespace="sys").listened_namespaces == ()
+
+
+def test_a_node_that_goes_concerns_whose_pods_it_had() -> None:
+    store = Store()
+    assert not store.gone("n1"), "no node is in sight: nothing is known"
+    for name in ("n1", "n2"):
+        store.nodes.put({"metadata": {"name": name, "uid": name, "resourceVersion": "1"}})
+    for service, node in (("a", "n1"), ("b", "n2"), ("c", "")):
+        labels = {"mainsail.dev/service": service}
+        metadata = {"name": service, "namespace": "ns", "uid": service, "resourceVersion": "1", "labels": labels}
+        store.pods.put({"metadata": metadata, "spec": {"nodeName": node} if node else {}})
+    assert store.on_node("n1") == {("ns", "a")}
+    store.nodes.remove({"name": "n1", "uid": "n1"})
+    assert (store.gone("n1"), store.gone("n2")) == (True, False)
