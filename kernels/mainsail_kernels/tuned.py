@@ -51,11 +51,28 @@ class LinearConfig:
     split: int = 1
 
 
+@dataclass(frozen=True, slots=True)
+class QuantizedConfig:
+    """Tile of a linear with quantized weights; numbers of inputs are powers of two."""
+
+    block_out: int
+    block_in: int
+    """Inputs a step; of packed codes the 32-bit words that hold them."""
+    warps: int
+    stages: int
+    split: int = 1
+    """Programs that share the inputs."""
+    block_rows: int = 128
+    """Rows of a tile at most."""
+    ahead: int = 512
+    """Bytes of every output's weights that are fetched into the cache while the kernel before runs."""
+
+
 _override: dict[type, object] = {}
 
 
 @contextmanager
-def override(config: PrefillConfig | DecodeConfig | LinearConfig) -> Iterator[None]:
+def override(config: PrefillConfig | DecodeConfig | LinearConfig | QuantizedConfig) -> Iterator[None]:
     """Use this configuration, wherever one of its kind is asked for, within the block."""
     _override[type(config)] = config
     try:
@@ -134,3 +151,37 @@ def _split(tiles: int, multiprocessors: int) -> int:
     while split < 8 and 2 * split * tiles <= multiprocessors:
         split *= 2
     return split
+
+
+def fp8_config(
+    device: torch.device, rows: int, num_out: int, num_in: int, *, gated: bool = False, blocks: bool = False
+) -> QuantizedConfig | None:
+    """For x [rows, num_in] and e4m3 weights [num_out, num_in] (gated: two of them); None where cuBLASLt is to run."""
+    chosen = _override.get(QuantizedConfig)
+    if isinstance(chosen, QuantizedConfig):
+        return chosen
+    if INTERPRETED:
+        return QuantizedConfig(16, 64, 4, 1, split=1 if gated else 3, block_rows=16)
+    if rows == 1:
+        return QuantizedConfig(2, 2048, 4, 1) if gated else QuantizedConfig(4, 2048, 4, 1)
+    split = 1 if gated else _split(-(-num_out // 64), multiprocessors(device))
+    if rows <= 64:
+        return QuantizedConfig(64, 256, 4, 3, split=split)
+    if blocks:
+        return None if gated else QuantizedConfig(128, 128, 8, 3, split=split if rows <= 128 else 1)
+    even = num_out % 16 == 0 and num_in % 16 == 0  # which torch._scaled_mm insists on
+    return None if even or gated else QuantizedConfig(128, 128, 8, 3)
+
+
+def grouped_config(device: torch.device, rows: int, num_out: int, num_in: int) -> QuantizedConfig | None:
+    """For x [rows, num_in] and packed codes [num_out, num_in]; None where all are to be dequantized for cuBLAS."""
+    chosen = _override.get(QuantizedConfig)
+    if isinstance(chosen, QuantizedConfig):
+        return chosen
+    if INTERPRETED:
+        return QuantizedConfig(16, 16, 4, 1, split=3) if rows <= 20 else None
+    if rows == 1:
+        return QuantizedConfig(8, 128, 4, 2)
+    if rows > 64:
+        return None
+    return QuantizedConfig(64, 32, 4, 3, split=_split(-(-num_out // 64), multiprocessors(device)))

@@ -1,0 +1,378 @@
+"""Linears whose weights are integer codes of 4 or 8 bits with a scale (and an offset) for each group of inputs.
+
+    w[o, i] = scale[o, g] * (code[o, i] - ZERO) + offset[o, g]            g = i // group
+
+which is AWQ (Lin et al., 2023), GPTQ (Frantar et al., 2022) and compressed-tensors in groups of 32 to 128, and GGUF's
+types. Scales and offsets may be small integers times a number for each super-block of inputs, as in GGUF's K types:
+they are kept in that form, so that nothing is rounded twice and Q4_K takes 4.6 bits. An offset is one of
+
+    none        symmetric INT4, Q8_0, Q6_K
+    zeros       an integer z for each group: -scale * z (AWQ, GPTQ, asymmetric compressed-tensors)
+    offsets     a number for each group (Q4_1), or with super-blocks its negative (Q4_K: -dmin * m)
+
+Codes are packed in 32-bit words so that a kernel never shuffles: word j of a group holds, from its lowest bits on,
+inputs j, j + group/8, j + 2 * group/8, … (4 bits). So bits 4p of neighbouring words are neighbouring inputs, and one
+word has one scale. An integer becomes a float by putting it under the exponent of 2**23: two instructions a weight.
+
+    1 row        codes meet the row in registers; a group's sum is scaled once a word
+    a few rows   a tile is dequantized in registers, then tl.dot; inputs split over programs where outputs are few
+    more         all weights are dequantized into a buffer, then cuBLAS: 16-bit products are what many rows cost anyway
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from mainsail_kernels import reference_quantized as reference
+from mainsail_kernels._split import arrive, collect, split_that_fits, workspace
+from mainsail_kernels._triton import (
+    dependent_launch,
+    next_power_of_2,
+    prefetch_lines,
+    require,
+    runs_kernels,
+    tl,
+    triton,
+    wait_for_inputs,
+)
+from mainsail_kernels.tuned import QuantizedConfig, grouped_config
+
+
+@dataclass(frozen=True, slots=True)
+class Codes:
+    """A quantized matrix [out, in]."""
+
+    words: torch.Tensor
+    """[out, in * bits / 32] int32."""
+    bits: int
+    """4 or 8."""
+    group: int
+    """Inputs that share a scale; a multiple of 32 / bits."""
+    scale: torch.Tensor
+    """[out, in / group]: float16, bfloat16 or float32; int8 or uint8 where there are super-blocks."""
+    offset: torch.Tensor | None = None
+    """[out, in / group], of scale's kind; uint8 where `zeros`."""
+    super_scale: torch.Tensor | None = None
+    """[out, super-blocks] float16: what scales are multiplied by."""
+    super_offset: torch.Tensor | None = None
+    """[out, super-blocks] float16: what offsets are multiplied by, and then subtracted."""
+    zero: int = 0
+    """Subtracted from every code."""
+    zeros: bool = False
+    """Offsets are integers z that mean -scale * z."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.words.shape[0], self.words.shape[1] * 32 // self.bits
+
+    def check(self) -> None:
+        """Raises ValueError unless the parts fit together."""
+        out, num_in = self.shape
+        groups = num_in // self.group
+        whole = self.bits in (4, 8) and num_in % self.group == 0 and self.group % (32 // self.bits) == 0
+        require(whole, f"codes of {self.bits} bits [{out}, {num_in}] in groups of {self.group}")
+        for name, part in (("scale", self.scale), ("offset", self.offset)):
+            fits = part is None or (part.shape == (out, groups) and part.is_contiguous())
+            require(fits, f"codes: {name} must be contiguous [{out}, {groups}]")
+        for part in (self.super_scale, self.super_offset):
+            fits = part is None or (part.dim() == 2 and part.shape[0] == out and groups % part.shape[1] == 0)
+            require(fits, f"codes: super-blocks must divide the {groups} groups")
+        require(self.words.dtype == torch.int32 and self.words.is_contiguous(), "codes: words must be contiguous int32")
+
+
+@triton.jit
+def _scale_and_offset(
+    scale_ptr,
+    offset_ptr,
+    super_scale_ptr,
+    super_offset_ptr,
+    output,
+    group,
+    groups,
+    inside,
+    PER_SUPER: tl.constexpr,
+    OFFSET: tl.constexpr,
+    ZEROS: tl.constexpr,
+):
+    """float32 (scale, offset) of these groups; output [m, 1], group [1, n]. PER_SUPER: groups of one, or 0."""
+    at = output * groups + group
+    scale = tl.load(scale_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    offset = scale
+    if PER_SUPER > 0:
+        above = output * (groups // PER_SUPER) + group // PER_SUPER
+        scale *= tl.load(super_scale_ptr + above, mask=inside, other=0.0).to(tl.float32)
+    if OFFSET:
+        offset = tl.load(offset_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        if ZEROS:
+            offset = -scale * offset
+        if PER_SUPER > 0:
+            offset = -offset * tl.load(super_offset_ptr + above, mask=inside, other=0.0).to(tl.float32)
+    return scale, offset
+
+
+@triton.jit
+def _code(words, PLACE: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr):
+    """The code at this place of each word, less ZERO, as float32."""
+    code = (words >> (BITS * PLACE)) & ((1 << BITS) - 1)
+    return (code | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + ZERO)
+
+
+@triton.jit
+def _row_kernel(
+    x_ptr,
+    words_ptr,
+    scale_ptr,
+    offset_ptr,
+    super_scale_ptr,
+    super_offset_ptr,
+    bias_ptr,
+    out_ptr,
+    num_out,
+    num_words,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    PER_SUPER: tl.constexpr,
+    OFFSET: tl.constexpr,
+    ZEROS: tl.constexpr,
+    ZERO: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_WORDS: tl.constexpr,
+    LINES: tl.constexpr,
+    STAGES: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    PER: tl.constexpr = 32 // BITS
+    EACH: tl.constexpr = GROUP // PER
+    output = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    inner = tl.minimum(output, num_out - 1).to(tl.int64)[:, None]
+    rows = words_ptr + inner * num_words
+    groups = num_words // EACH
+    if DEPENDENT:
+        prefetch_lines(rows + tl.minimum(tl.arange(0, LINES) * 32, num_words - 1)[None, :])
+    wait_for_inputs(DEPENDENT)
+    acc = tl.zeros((BLOCK_OUT, BLOCK_WORDS), tl.float32)
+    for start in tl.range(0, num_words, BLOCK_WORDS, num_stages=STAGES):
+        word = start + tl.arange(0, BLOCK_WORDS)
+        inside = word < num_words
+        group = word // EACH
+        words = tl.load(rows + word[None, :], mask=inside[None, :], other=0)
+        scale, offset = _scale_and_offset(
+            scale_ptr, offset_ptr, super_scale_ptr, super_offset_ptr, inner, group[None, :], groups, inside[None, :],
+            PER_SUPER, OFFSET, ZEROS,
+        )  # fmt: skip
+        channel = group * GROUP + word % EACH
+        total = tl.zeros((BLOCK_OUT, BLOCK_WORDS), tl.float32)
+        x_total = tl.zeros((BLOCK_WORDS,), tl.float32)
+        for place in tl.static_range(PER):
+            x = tl.load(x_ptr + channel + place * EACH, mask=inside, other=0.0).to(tl.float32)
+            total += _code(words, place, BITS, ZERO) * x[None, :]
+            if OFFSET:
+                x_total += x
+        acc += total * scale
+        if OFFSET:
+            acc += offset * x_total[None, :]
+    result = tl.sum(acc, axis=1)
+    if HAS_BIAS:
+        result += tl.load(bias_ptr + output, mask=output < num_out, other=0.0).to(tl.float32)
+    tl.store(out_ptr + output, result.to(out_ptr.dtype.element_ty), mask=output < num_out)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _rows_kernel(
+    x_ptr,
+    words_ptr,
+    scale_ptr,
+    offset_ptr,
+    super_scale_ptr,
+    super_offset_ptr,
+    bias_ptr,
+    out_ptr,
+    partial_ptr,
+    counters_ptr,
+    num_rows,
+    num_out,
+    num_words,
+    x_stride,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    PER_SUPER: tl.constexpr,
+    OFFSET: tl.constexpr,
+    ZEROS: tl.constexpr,
+    ZERO: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_WORDS: tl.constexpr,
+    LINES: tl.constexpr,
+    SPLIT: tl.constexpr,
+    STAGES: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    PER: tl.constexpr = 32 // BITS
+    EACH: tl.constexpr = GROUP // PER
+    tile, part = tl.program_id(0), tl.program_id(1)
+    output = tile * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    inner = tl.minimum(output, num_out - 1).to(tl.int64)[:, None]
+    word_rows = words_ptr + inner * num_words
+    groups = num_words // EACH
+    span = tl.cdiv(tl.cdiv(num_words, BLOCK_WORDS), SPLIT) * BLOCK_WORDS
+    first = part * span
+    last = tl.minimum(first + span, num_words)
+    if DEPENDENT:
+        prefetch_lines(word_rows + tl.minimum(first + tl.arange(0, LINES) * 32, num_words - 1)[None, :])
+    row = tl.arange(0, ROWS)
+    real = row < num_rows
+    x_rows = x_ptr + row[:, None] * x_stride
+    wait_for_inputs(DEPENDENT)
+    acc = tl.zeros((BLOCK_OUT, ROWS), tl.float32)
+    for start in tl.range(first, last, BLOCK_WORDS, num_stages=STAGES):
+        word = start + tl.arange(0, BLOCK_WORDS)
+        inside = word < num_words
+        group = word // EACH
+        words = tl.load(word_rows + word[None, :], mask=inside[None, :], other=0)
+        scale, offset = _scale_and_offset(
+            scale_ptr, offset_ptr, super_scale_ptr, super_offset_ptr, inner, group[None, :], groups, inside[None, :],
+            PER_SUPER, OFFSET, ZEROS,
+        )  # fmt: skip
+        channel = group * GROUP + word % EACH
+        for place in tl.static_range(PER):
+            x = tl.load(x_rows + (channel + place * EACH)[None, :], mask=real[:, None] & inside[None, :], other=0.0)
+            weight = _code(words, place, BITS, ZERO) * scale
+            if OFFSET:
+                weight += offset
+            acc = tl.dot(weight.to(x.dtype), tl.trans(x), acc, input_precision="ieee")
+    fits = (output < num_out)[:, None] & real[None, :]
+    where = row[None, :] * num_out + output[:, None]
+    if SPLIT > 1:
+        size = num_rows * num_out
+        if arrive(acc, partial_ptr, counters_ptr + tile, part, size, where, fits) != SPLIT - 1:
+            return
+        acc = collect(acc, partial_ptr, counters_ptr + tile, size, where, fits, SPLIT)
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + output, mask=output < num_out, other=0.0).to(tl.float32)[:, None]
+    tl.store(out_ptr + where, acc.to(out_ptr.dtype.element_ty), mask=fits)
+
+
+@triton.jit
+def _dequantize_kernel(
+    words_ptr,
+    scale_ptr,
+    offset_ptr,
+    super_scale_ptr,
+    super_offset_ptr,
+    out_ptr,
+    num_words,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    PER_SUPER: tl.constexpr,
+    OFFSET: tl.constexpr,
+    ZEROS: tl.constexpr,
+    ZERO: tl.constexpr,
+    BLOCK_WORDS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    PER: tl.constexpr = 32 // BITS
+    EACH: tl.constexpr = GROUP // PER
+    output = tl.program_id(0).to(tl.int64)
+    word = tl.program_id(1) * BLOCK_WORDS + tl.arange(0, BLOCK_WORDS)
+    inside = word < num_words
+    group = word // EACH
+    wait_for_inputs(DEPENDENT)
+    words = tl.load(words_ptr + output * num_words + word, mask=inside, other=0)
+    scale, offset = _scale_and_offset(
+        scale_ptr, offset_ptr, super_scale_ptr, super_offset_ptr, output, group, num_words // EACH, inside,
+        PER_SUPER, OFFSET, ZEROS,
+    )  # fmt: skip
+    place_of = out_ptr + output * num_words * PER + group * GROUP + word % EACH
+    for place in tl.static_range(PER):
+        weight = _code(words, place, BITS, ZERO) * scale
+        if OFFSET:
+            weight += offset
+        tl.store(place_of + place * EACH, weight.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def dequantize(codes: Codes, dtype: torch.dtype) -> torch.Tensor:
+    """The matrix [out, in] that codes stand for; in float32 bit for bit what the definition says."""
+    codes.check()
+    if not runs_kernels(codes.words):
+        return _dequantize(codes, torch.float64 if dtype == torch.float64 else torch.float32).to(dtype)
+    out = torch.empty(codes.shape, dtype=dtype, device=codes.words.device)
+    rows, num_words = codes.words.shape
+    block = min(next_power_of_2(num_words), 1024)
+    if out.numel():
+        _dequantize_kernel[(rows, -(-num_words // block))](
+            *_parts(codes), out, num_words, **_kind(codes), BLOCK_WORDS=block,
+            **dependent_launch(out.device),
+        )  # fmt: skip
+    return out
+
+
+def _dequantize(codes: Codes, dtype: torch.dtype) -> torch.Tensor:
+    scale = reference.group_values(codes.scale, codes.super_scale, dtype)
+    offset = None
+    if codes.offset is not None and codes.zeros:
+        offset = -scale * codes.offset.to(dtype)
+    elif codes.offset is not None:
+        offset = reference.group_values(codes.offset, codes.super_offset, dtype)
+        offset = offset if codes.super_offset is None else -offset
+    unpacked = reference.unpack(codes.words, codes.bits, codes.group)
+    return reference.dequantize_groups(unpacked, scale, offset, codes.zero, dtype)
+
+
+def grouped_linear(x: torch.Tensor, codes: Codes, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x [n, in] times the codes' matrix transposed, plus bias [out]; returns [n, out] in x's type.
+
+    Raises ValueError when the shapes do not fit. Calls of one process must run on one stream after another.
+    """
+    codes.check()
+    out, num_in = codes.shape
+    require(x.dim() == 2 and x.shape[1] == num_in, f"grouped_linear: x {tuple(x.shape)}, codes [{out}, {num_in}]")
+    require(bias is None or bias.shape == (out,), "grouped_linear: bias must be [out]")
+    config = grouped_config(x.device, x.shape[0], out, num_in) if runs_kernels(x) and x.shape[0] else None
+    if config is None or x.stride(1) != 1:
+        return F.linear(x, dequantize(codes, x.dtype), bias)
+    return _launch(x, codes, bias, config)
+
+
+def _launch(x: torch.Tensor, codes: Codes, bias: torch.Tensor | None, config: QuantizedConfig) -> torch.Tensor:
+    num_rows, (num_out, _) = x.shape[0], codes.shape
+    out = torch.empty((num_rows, num_out), dtype=x.dtype, device=x.device)
+    num_words = codes.words.shape[1]
+    tiles = -(-num_out // config.block_out)
+    added = x if bias is None else bias
+    options = {
+        **_kind(codes), "HAS_BIAS": bias is not None, "BLOCK_OUT": config.block_out, "BLOCK_WORDS": config.block_in,
+        "LINES": config.ahead // 128, "STAGES": config.stages, "num_warps": config.warps,
+        **dependent_launch(x.device),
+    }  # fmt: skip
+    if num_rows == 1:
+        _row_kernel[(tiles,)](x, *_parts(codes), added, out, num_out, num_words, **options)
+        return out
+    split = split_that_fits(config.split, num_rows, num_out, tiles)
+    _rows_kernel[(tiles, split)](
+        x, *_parts(codes), added, out, *workspace(x.device), num_rows, num_out, num_words, x.stride(0),
+        ROWS=max(next_power_of_2(num_rows), 16), SPLIT=split, **options,
+    )  # fmt: skip
+    return out
+
+
+def _parts(codes: Codes) -> tuple[torch.Tensor, ...]:
+    """The kernels' pointers; one that is not there is never read."""
+    none = codes.scale
+    supers = codes.super_scale, codes.super_offset
+    return codes.words, codes.scale, *(none if part is None else part for part in (codes.offset, *supers))
+
+
+def _kind(codes: Codes) -> dict[str, int]:
+    supers = codes.super_scale
+    return {
+        "BITS": codes.bits,
+        "GROUP": codes.group,
+        "PER_SUPER": 0 if supers is None else codes.scale.shape[1] // supers.shape[1],
+        "OFFSET": codes.offset is not None,
+        "ZEROS": codes.zeros,
+        "ZERO": codes.zero,
+    }
