@@ -86,8 +86,9 @@ def configurations(kind: str, rows: int) -> Iterator[QuantizedConfig]:
 
 def jobs(kinds: list[str], rows: list[int]) -> list[tuple[str, int, QuantizedConfig | None]]:
     """None: the table's own choice."""
-    tried = [(kind, n, config) for kind in kinds for n in rows for config in configurations(kind, n)]
-    return [(kind, n, None) for kind in kinds for n in rows] + tried
+    found: list[tuple[str, int, QuantizedConfig | None]] = [(kind, n, None) for kind in kinds for n in rows]
+    found += [(kind, n, config) for kind in kinds for n in rows for config in configurations(kind, n)]
+    return found
 
 
 def with_split(config: QuantizedConfig, rows: int, out: int) -> QuantizedConfig:
