@@ -19,6 +19,7 @@ import msgspec
 from mainsail_engine.config import (
     DTYPES,
     LOAD_FORMATS,
+    QUANTIZATIONS,
     REASONING_PARSERS,
     TOOL_CALL_PARSERS,
     CacheConfig,
@@ -113,6 +114,10 @@ def _add_model_flags(serve: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--load-format", choices=LOAD_FORMATS, default="auto", help="dummy: random weights, for load tests"
     )
+    group.add_argument(
+        "--quantization", "-q", choices=QUANTIZATIONS, default="auto",
+        help="auto: as the checkpoint says; fp8, int4: quantize when loading; gguf: keep a .gguf file's types",
+    )  # fmt: skip
     group.add_argument("--max-model-len", type=int, help="tokens of prompt and answer; default: the model's own")
 
 
@@ -254,6 +259,7 @@ def engine_config(flags: argparse.Namespace) -> EngineConfig:
             path=flags.model,
             dtype=flags.dtype,
             load_format=flags.load_format,
+            quantization=flags.quantization,
             max_model_len=getattr(flags, "max_model_len", None),
         ),
         cache=CacheConfig(

@@ -14,6 +14,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 TOOL_CALL_PARSERS = ("auto", "hermes", "llama3_json", "mistral", "pythonic")
 REASONING_PARSERS = ("auto", "none", "think", "deepseek_r1", "qwen3", "mistral")
 LOAD_FORMATS = ("auto", "dummy")
+QUANTIZATIONS = ("auto", "fp8", "int4", "gguf")
 BLOCK_SIZE = 16
 """Tokens in a KV block. One value: kernels, prefix tree and host tier are built and tuned for it."""
 
@@ -31,12 +32,16 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     bfloat16 for a checkpoint of 16 bits or less where the CPU has products of that (AVX512-BF16, AMX)."""
     load_format: str = "auto"
     """dummy: random weights from config.json alone, for load tests and benchmarks."""
+    quantization: str = "auto"
+    """How weights are held. auto: as a safetensors checkpoint says; a .gguf file in dtype. fp8, int4: quantize what is
+    not, when it is loaded. gguf: keep the types of a .gguf file."""
     max_model_len: int | None = None
     """Tokens of prompt and answer together. None: the model's own limit, if the KV pool holds it."""
 
     def __post_init__(self) -> None:
         _require(self.dtype in DTYPES, f"--dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
         _require(self.load_format in LOAD_FORMATS, f"--load-format must be one of {', '.join(LOAD_FORMATS)}")
+        _require(self.quantization in QUANTIZATIONS, f"--quantization must be one of {', '.join(QUANTIZATIONS)}")
         _require(self.max_model_len is None or self.max_model_len >= 1, "--max-model-len must be at least 1")
 
 

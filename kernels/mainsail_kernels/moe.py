@@ -103,6 +103,7 @@ def _grouped_kernel(
     rows_ptr,
     tile_expert_ptr,
     scale_ptr,
+    weight_scale_ptr,
     out_ptr,
     num_pairs,
     num_out,
@@ -110,8 +111,12 @@ def _grouped_kernel(
     x_stride,
     expert_stride,
     weight_stride,
+    expert_scale_stride,
+    weight_scale_stride,
     PER_TOKEN: tl.constexpr,
     SCALED: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BLOCKS: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
@@ -127,13 +132,20 @@ def _grouped_kernel(
     in_range = output < num_out
     x_rows = x_ptr + (pair // PER_TOKEN)[:, None] * x_stride
     weight_rows = weight_ptr + expert * expert_stride + output.to(tl.int64)[None, :] * weight_stride
+    scales = weight_scale_ptr + expert * expert_scale_stride
     acc = tl.zeros((TILE, BLOCK_OUT), tl.float32)
     for start in tl.range(0, num_in, BLOCK_IN, num_stages=STAGES):
         channel = start + tl.arange(0, BLOCK_IN)
         inside = channel < num_in
         x = tl.load(x_rows + channel[None, :], mask=real[:, None] & inside[None, :], other=0.0)
         weight = tl.load(weight_rows + channel[:, None], mask=inside[:, None] & in_range[None, :], other=0.0)
-        acc = tl.dot(x, weight, acc, input_precision="ieee")
+        if BLOCKS:
+            factor = tl.load(scales + output // 128 * weight_scale_stride + start // 128, mask=in_range, other=0.0)
+            acc += tl.dot(x, weight.to(x.dtype), input_precision="ieee") * factor[None, :]
+        else:
+            acc = tl.dot(x, weight.to(x.dtype), acc, input_precision="ieee")
+    if CHANNELS:
+        acc *= tl.load(scales + output, mask=in_range, other=0.0)[None, :]
     if SCALED:
         acc *= tl.load(scale_ptr + pair, mask=real, other=0.0)[:, None]
     where = out_ptr + pair[:, None] * num_out + output[None, :]
@@ -141,12 +153,14 @@ def _grouped_kernel(
 
 
 def grouped_mlp(
-    x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
-) -> torch.Tensor:
+    x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor,
+    gate_up_scale: torch.Tensor | None = None, down_scale: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
     """The weighted sum of the chosen experts' gated MLPs, [n, hidden] in x's type.
 
     x [n, hidden]; weights [n, k] float32 and chosen [n, k] integer: each token's experts; gate_up
-    [experts, 2*d, hidden] with the gate first; down [experts, hidden, d]. Raises ValueError when the shapes do not fit.
+    [experts, 2*d, hidden] with the gate first; down [experts, hidden, d]. Matrices may be e4m3: then with scales,
+    [experts, outputs] or one for each 128 x 128 block; x stays as it is. Raises ValueError when the shapes do not fit.
     """
     n, hidden = x.shape
     num_experts, wide, _ = gate_up.shape
@@ -154,14 +168,14 @@ def grouped_mlp(
     require(fits, f"grouped_mlp: x {tuple(x.shape)}, gate_up {tuple(gate_up.shape)}, down {tuple(down.shape)}")
     require(weights.shape == chosen.shape and chosen.shape[0] == n, "grouped_mlp: weights and chosen must be [n, k]")
     if not runs_kernels(x):
-        return reference.grouped_mlp(x, weights, chosen, gate_up, down)
+        return reference.grouped_mlp(x, weights, chosen, gate_up, down, gate_up_scale, down_scale)
     per_token = chosen.shape[1]
     tile = TILE_SMALL if n * per_token <= 8 * num_experts else TILE_LARGE
     rows, tile_expert = group(chosen, num_experts, tile)
     inner = torch.empty((n * per_token, wide), dtype=x.dtype, device=x.device)
-    _launch(x, gate_up, rows, tile_expert, None, inner, per_token, tile)
+    _launch(x, gate_up, gate_up_scale, rows, tile_expert, None, inner, per_token, tile)
     outer = torch.empty((n * per_token, hidden), dtype=x.dtype, device=x.device)
-    _launch(silu_mul(inner), down, rows, tile_expert, weights.reshape(-1), outer, 1, tile)
+    _launch(silu_mul(inner), down, down_scale, rows, tile_expert, weights.reshape(-1), outer, 1, tile)
     return outer.view(n, per_token, hidden).sum(dim=1)
 
 
@@ -214,16 +228,18 @@ def group(chosen: torch.Tensor, num_experts: int, tile: int) -> tuple[torch.Tens
 
 
 def _launch(
-    x: torch.Tensor, weight: torch.Tensor, rows: torch.Tensor, tile_expert: torch.Tensor,
-    scale: torch.Tensor | None, out: torch.Tensor, per_token: int, tile: int,
+    x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor | None, rows: torch.Tensor,
+    tile_expert: torch.Tensor, scale: torch.Tensor | None, out: torch.Tensor, per_token: int, tile: int,
 ) -> None:  # fmt: skip
     num_out, num_in = weight.shape[1:]
     block_out, block_in = (64, 128) if tile == TILE_SMALL else (128, 64)
     grid = (-(-num_out // block_out), tile_expert.shape[0])
+    dims = 0 if weight_scale is None else weight_scale.dim()
+    strides = (0, 0) if weight_scale is None else (weight_scale.stride(0), weight_scale.stride(1))
     _grouped_kernel[grid](
-        x, weight, rows, tile_expert, out if scale is None else scale, out,
-        out.shape[0], num_out, num_in, x.stride(0), weight.stride(0), weight.stride(1),
-        PER_TOKEN=per_token, SCALED=scale is not None, TILE=tile,
+        x, weight, rows, tile_expert, out if scale is None else scale, x if weight_scale is None else weight_scale, out,
+        out.shape[0], num_out, num_in, x.stride(0), weight.stride(0), weight.stride(1), *strides,
+        PER_TOKEN=per_token, SCALED=scale is not None, TILE=tile, CHANNELS=dims == 2, BLOCKS=dims == 3,
         BLOCK_OUT=block_out, BLOCK_IN=block_in, STAGES=4 if tile == TILE_SMALL else 3,
         num_warps=4,
     )  # fmt: skip

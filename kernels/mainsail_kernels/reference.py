@@ -15,6 +15,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+from mainsail_kernels.reference_quantized import widen_blocks, widen_rows
+
 NO_SLOT = -1
 """Slot of a token whose keys and values must not be written (padding)."""
 BAD_ROW = -1
@@ -63,15 +65,26 @@ def route(scores: torch.Tensor, per_token: int, *, normalized: bool) -> tuple[to
 
 
 def grouped_mlp(
-    x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
-) -> torch.Tensor:
+    x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor,
+    gate_up_scale: torch.Tensor | None = None, down_scale: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
     """The weighted sum of the chosen experts' gated MLPs: x [n, hidden], weights and chosen [n, k]."""
     out = torch.zeros_like(_wide(x))
+    first, second = ((gate_up, gate_up_scale), (down, down_scale))
     for expert in chosen.unique().tolist():
         token, rank = (chosen == expert).nonzero(as_tuple=True)
-        inner = silu_mul(F.linear(x[token], gate_up[expert]))
-        out.index_add_(0, token, _wide(F.linear(inner, down[expert])) * weights[token, rank, None].to(out.dtype))
+        inner = silu_mul(F.linear(x[token], _member(*first, expert, x.dtype)))
+        outer = _wide(F.linear(inner, _member(*second, expert, x.dtype)))
+        out.index_add_(0, token, outer * weights[token, rank, None].to(out.dtype))
     return out.to(x.dtype)
+
+
+def _member(matrices: torch.Tensor, scales: torch.Tensor | None, index: int, dtype: torch.dtype) -> torch.Tensor:
+    """One of the stacked matrices, widened where it has scales."""
+    if scales is None:
+        return matrices[index]
+    widen = widen_blocks if scales.dim() == 3 else widen_rows
+    return widen(matrices[index], scales[index], _wide(torch.empty(0, dtype=dtype)).dtype).to(dtype)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -163,14 +163,16 @@ def fp8_config(
     if INTERPRETED:
         return QuantizedConfig(16, 64, 4, 1, split=1 if gated else 3, block_rows=16)
     if rows == 1:
-        return QuantizedConfig(2, 2048, 4, 1) if gated else QuantizedConfig(4, 2048, 4, 1)
+        return QuantizedConfig(4, 1024, 4, 2) if gated else QuantizedConfig(8, 1024, 4, 2)
     split = 1 if gated else _split(-(-num_out // 64), multiprocessors(device))
+    if gated and rows > 32:
+        return None
+    if rows <= 128 and card_name(device).startswith("NVIDIA H"):
+        return QuantizedConfig(64, 256, 4, 3 if gated else 4, split=split)
     if rows <= 64:
-        return QuantizedConfig(64, 256, 4, 3, split=split)
-    if blocks:
-        return None if gated else QuantizedConfig(128, 128, 8, 3, split=split if rows <= 128 else 1)
+        return QuantizedConfig(64, 128, 4, 3, split=split)
     even = num_out % 16 == 0 and num_in % 16 == 0  # which torch._scaled_mm insists on
-    return None if even or gated else QuantizedConfig(128, 128, 8, 3)
+    return None if even and not blocks else QuantizedConfig(128, 128, 8, 3)
 
 
 def grouped_config(device: torch.device, rows: int, num_out: int, num_in: int) -> QuantizedConfig | None:
@@ -181,7 +183,8 @@ def grouped_config(device: torch.device, rows: int, num_out: int, num_in: int) -
     if INTERPRETED:
         return QuantizedConfig(16, 16, 4, 1, split=3) if rows <= 20 else None
     if rows == 1:
-        return QuantizedConfig(8, 128, 4, 2)
+        return QuantizedConfig(8, 256, 4, 1)
     if rows > 64:
         return None
-    return QuantizedConfig(64, 32, 4, 3, split=_split(-(-num_out // 64), multiprocessors(device)))
+    split = _split(-(-num_out // 128), multiprocessors(device))
+    return QuantizedConfig(128, 32, 4, 4, split) if rows <= 16 else QuantizedConfig(128, 16, 4, 4, split)

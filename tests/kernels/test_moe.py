@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mainsail_kernels import reference
+from mainsail_kernels import reference_quantized as quantized
 from mainsail_kernels.moe import group, grouped_mlp, route
 
 
@@ -26,6 +27,27 @@ def test_all_tokens_may_choose_the_same_expert(close, device, dtype):
     weights = torch.ones(33, 1, device=device)
     truth = reference.grouped_mlp(x.double(), weights.double(), chosen, gate_up.double(), down.double())
     close(grouped_mlp(x, weights, chosen, gate_up, down), truth)
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_grouped_mlp_of_fp8(tokens, blocks, close, device, dtype):
+    """Only the weights are FP8: what goes in stays as it is."""
+    experts, hidden, wide = 4, 144, 128
+    x = torch.randn(tokens, hidden).to(device, dtype)
+    gate_up = (torch.randn(experts, 2 * wide, hidden) * 8).to(torch.float8_e4m3fn).to(device)
+    down = (torch.randn(experts, hidden, wide) * 8).to(torch.float8_e4m3fn).to(device)
+    shapes = ((2, 2), (2, 1)) if blocks else ((2 * wide,), (hidden,))
+    scales = [((0.5 + torch.rand(experts, *shape)) / 80).to(device) for shape in shapes]
+    weights, chosen = torch.rand(tokens, experts).topk(2, dim=1)
+    weights, chosen = weights.to(device), chosen.to(device)
+    widen = quantized.widen_blocks if blocks else quantized.widen_rows
+    whole = [
+        torch.stack([widen(m, s, torch.float64) for m, s in zip(matrices, scale, strict=True)])
+        for matrices, scale in zip((gate_up, down), scales, strict=True)
+    ]
+    truth = reference.grouped_mlp(x.double(), weights.double(), chosen, *whole)
+    close(grouped_mlp(x, weights, chosen, gate_up, down, *scales), truth)
 
 
 @pytest.mark.parametrize("normalized", [False, True])

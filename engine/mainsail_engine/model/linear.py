@@ -1,15 +1,22 @@
-"""The matrix products of a layer. On CUDA the kernels' own where that is faster, torch's else; on the CPU oneDNN's.
+"""The matrices of a model, plain or quantized, and the product with one.
 
-On the CPU a matrix is kept in the layout that oneDNN's kernels read (`packed`): the plain product would rearrange it
-at every call, or take the vendor's library, which on other vendors' processors does not use the widest instructions.
+torch.Tensor   [outputs, inputs], or [experts, outputs, inputs]
+Fp8Weight      e4m3 with scales (fp8.py of the kernels)
+Codes          integers in groups (grouped.py of the kernels)
+RowsOf         several of these, one below the other: parts of a fused matrix that are not quantized alike
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import overload
 
 import torch
 import torch.nn.functional as F
 
 from mainsail_engine.model.architecture import Activation
+from mainsail_kernels.fp8 import fp8_block_linear, fp8_gated_linear, fp8_linear
+from mainsail_kernels.grouped import Codes, grouped_linear
 from mainsail_kernels.linear import gated_linear
 from mainsail_kernels.linear import linear as skinny
 from mainsail_kernels.silu_mul import silu_mul
@@ -19,18 +26,56 @@ PACKED_FOR = 32
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
-def packed(weight: torch.Tensor) -> torch.Tensor:
-    """weight [outputs, inputs] as `linear` takes it: on the CPU an opaque tensor of the same shape, else itself."""
-    if weight.device.type != "cpu" or weight.dtype not in _DTYPES or not torch.backends.mkldnn.is_available():
+@dataclass(slots=True)
+class Fp8Weight:
+    codes: torch.Tensor
+    """[outputs, inputs] e4m3; of experts [experts, outputs, inputs]."""
+    scale: torch.Tensor
+    """float32: [outputs], or [ceil(outputs / 128), ceil(inputs / 128)]; of experts with one more dimension."""
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.codes.shape
+
+
+@dataclass(slots=True)
+class RowsOf:
+    parts: list[Weight]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return sum(part.shape[0] for part in self.parts), self.parts[0].shape[1]
+
+
+Weight = torch.Tensor | Fp8Weight | Codes | RowsOf
+
+
+@overload
+def packed(weight: torch.Tensor) -> torch.Tensor: ...
+@overload
+def packed(weight: Weight) -> Weight: ...
+def packed(weight: Weight) -> Weight:
+    """weight [outputs, inputs] as `linear` takes it: a plain one on the CPU opaque, of the same shape, else itself."""
+    if not isinstance(weight, torch.Tensor) or weight.device.type != "cpu" or weight.dtype not in _DTYPES:
+        return weight
+    if not torch.backends.mkldnn.is_available():
         return weight
     return torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_FOR)
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x [n, inputs] times weight [outputs, inputs] transposed, plus bias [outputs]: [n, outputs]."""
-    if weight.is_mkldnn:
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return skinny(x, weight, bias) if x.is_cuda else F.linear(x, weight, bias)
+    if isinstance(weight, torch.Tensor):
+        if weight.is_mkldnn:
+            return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return skinny(x, weight, bias) if x.is_cuda else F.linear(x, weight, bias)
+    if isinstance(weight, Fp8Weight):
+        product = fp8_block_linear if weight.scale.dim() == 2 else fp8_linear
+        return product(x, weight.codes, weight.scale, bias)
+    if isinstance(weight, Codes):
+        return grouped_linear(x, weight, bias)
+    outs = [linear(x, part) for part in weight.parts]
+    return torch.cat(outs, dim=1) if bias is None else torch.cat(outs, dim=1) + bias
 
 
 def gated_packed(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activation: Activation) -> torch.Tensor:
@@ -41,7 +86,29 @@ def gated_packed(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activati
     return torch.ops.mkldnn._linear_pointwise.binary(x, gated, up, None, "mul")
 
 
-def silu_gated(x: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
+def silu_gated(x: torch.Tensor, gate_up: Weight) -> torch.Tensor:
     """silu(x @ gate.T) * (x @ up.T) for gate_up [2 * d, inputs], the gate first: [n, d]."""
-    mixed = gated_linear(x, gate_up) if x.is_cuda else None
+    mixed: torch.Tensor | None = None
+    if x.is_cuda and isinstance(gate_up, torch.Tensor):
+        mixed = gated_linear(x, gate_up)
+    elif isinstance(gate_up, Fp8Weight):
+        mixed = fp8_gated_linear(x, gate_up.codes, gate_up.scale)
     return silu_mul(linear(x, gate_up)) if mixed is None else mixed
+
+
+def scaled(weight: Weight, factor: float) -> Weight:
+    """The matrix times a number; may overwrite it."""
+    if factor == 1.0:
+        return weight
+    if isinstance(weight, torch.Tensor):
+        return weight.mul_(factor)
+    if isinstance(weight, Fp8Weight):
+        weight.scale.mul_(factor)
+        return weight
+    if isinstance(weight, RowsOf):
+        return RowsOf([scaled(part, factor) for part in weight.parts])
+    if weight.super_scale is not None:
+        offsets = None if weight.super_offset is None else weight.super_offset.float() * factor
+        return replace(weight, super_scale=weight.super_scale.float() * factor, super_offset=offsets)
+    offset = weight.offset if weight.offset is None or weight.zeros else weight.offset.float() * factor
+    return replace(weight, scale=weight.scale.float() * factor, offset=offset)

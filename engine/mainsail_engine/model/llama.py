@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from mainsail_engine.model.architecture import Architecture
 from mainsail_engine.model.attention import Attention
-from mainsail_engine.model.linear import linear, packed
+from mainsail_engine.model.linear import Weight, linear, packed, scaled
 from mainsail_engine.model.loader import Part, Weights
 from mainsail_engine.model.mlp import Mlp, dense_mlp, expert_mlp
 from mainsail_engine.model.parallel import SINGLE, Parallel
@@ -32,11 +32,11 @@ class Layer:
     """One decoder layer's parameters; matrices are [outputs, inputs]."""
 
     input_norm: torch.Tensor
-    qkv: torch.Tensor
+    qkv: Weight
     qkv_bias: torch.Tensor | None
     q_norm: torch.Tensor | None
     k_norm: torch.Tensor | None
-    output: torch.Tensor
+    output: Weight
     post_norm: torch.Tensor
     mlp: Mlp
     window: int
@@ -71,8 +71,8 @@ class LlamaForCausalLM:
         self.norm = self._norm_weight(weights, "model.norm.weight", a.hidden_size)
         if a.logits_scale != 1.0:
             self.norm *= a.logits_scale
-        tied = a.tie_word_embeddings and not weights.has("lm_head.weight")
-        self.head = packed(self.embedding if tied else weights.get("lm_head.weight", shape, vocabulary))
+        tied = a.tie_word_embeddings and not weights.has_matrix("lm_head")
+        self.head = packed(self.embedding if tied else weights.matrix([Part("lm_head.weight", shape, vocabulary)]))
         weights.finish(_ignored(a, tied))
 
     # -- parameters ----------------------------------------------------------------------------------------------
@@ -86,19 +86,16 @@ class LlamaForCausalLM:
         wide = [("q", q_out, heads), ("k", kv_out, kv_rows), ("v", kv_out, kv_rows)]
         matrices = [Part(f"{at}.self_attn.{x}_proj.weight", (out, hidden), rows) for x, out, rows in wide]
         biases = [Part(f"{at}.self_attn.{x}_proj.bias", (out,), rows) for x, out, rows in wide]
-        output = weights.get(f"{at}.self_attn.o_proj.weight", (hidden, q_out), columns=heads)
+        output = weights.matrix([Part(f"{at}.self_attn.o_proj.weight", (hidden, q_out), columns=heads)])
         mlp = self._mlp(index, weights)
-        if a.residual_scale != 1.0:
-            output *= a.residual_scale
-            mlp.down *= a.residual_scale
         rotation = self._none if index in a.no_rope_layers else self._local if a.window(index) else self._global
         return Layer(
             input_norm=self._input_norm(weights, at),
-            qkv=packed(weights.fused(matrices)),
+            qkv=packed(weights.matrix(matrices)),
             qkv_bias=weights.fused(biases) if a.attention_bias else None,
             q_norm=self._head_norm(weights, f"{at}.self_attn.q_norm.weight", a.num_heads),
             k_norm=self._head_norm(weights, f"{at}.self_attn.k_norm.weight", a.num_kv_heads),
-            output=packed(output),
+            output=packed(scaled(output, a.residual_scale)),
             post_norm=self._norm_weight(weights, f"{at}.post_attention_layernorm.weight", hidden),
             mlp=mlp.packed(),
             window=a.window(index),

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 
 from mainsail_engine.model.architecture import Activation, Architecture, Experts
-from mainsail_engine.model.linear import gated_packed, linear, packed, silu_gated
+from mainsail_engine.model.linear import Fp8Weight, Weight, gated_packed, linear, packed, scaled, silu_gated
 from mainsail_engine.model.loader import Part, Weights
 from mainsail_engine.model.parallel import Parallel
 from mainsail_kernels.moe import grouped_mlp, route
@@ -19,9 +19,6 @@ from mainsail_kernels.silu_mul import gelu_tanh_mul
 
 
 class Mlp(Protocol):
-    down: torch.Tensor
-    """The last matrix: what comes out is linear in it."""
-
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[num_tokens, hidden_size] to the same."""
         ...
@@ -33,9 +30,9 @@ class Mlp(Protocol):
 
 @dataclass(slots=True)
 class DenseMlp:
-    gate_up: torch.Tensor
+    gate_up: Weight
     """[2 * channels, hidden_size], the gate first."""
-    down: torch.Tensor
+    down: Weight
     """[hidden_size, channels]."""
     activation: Activation = "silu"
 
@@ -45,10 +42,10 @@ class DenseMlp:
         return linear(gelu_tanh_mul(linear(x, self.gate_up)), self.down)
 
     def packed(self) -> Mlp:
-        down = packed(self.down)
-        if not down.is_mkldnn:
+        down, gate_up = packed(self.down), self.gate_up
+        if not isinstance(down, torch.Tensor) or not down.is_mkldnn or not isinstance(gate_up, torch.Tensor):
             return self
-        gate, up = (packed(half.contiguous()) for half in self.gate_up.chunk(2))
+        gate, up = (packed(half.contiguous()) for half in gate_up.chunk(2))
         return PackedMlp(gate, up, down, self.activation)
 
 
@@ -75,26 +72,32 @@ class PackedMlp:
 class ExpertMlp:
     router: torch.Tensor
     """[num_experts, hidden_size]."""
-    gate_up: torch.Tensor
+    gate_up: torch.Tensor | Fp8Weight
     """[num_experts, 2 * channels, hidden_size]."""
-    down: torch.Tensor
+    down: torch.Tensor | Fp8Weight
     """[num_experts, hidden_size, channels]."""
     experts: Experts
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         e = self.experts
         weights, chosen = route(linear(x, self.router), e.experts_per_token, normalized=e.normalized)
-        return grouped_mlp(x, weights, chosen, self.gate_up, self.down)
+        gate_up, gate_up_scale = _with_scale(self.gate_up)
+        down, down_scale = _with_scale(self.down)
+        return grouped_mlp(x, weights, chosen, gate_up, down, gate_up_scale, down_scale)
 
     def packed(self) -> Mlp:
         return self
 
 
+def _with_scale(matrix: torch.Tensor | Fp8Weight) -> tuple[torch.Tensor, torch.Tensor | None]:
+    return (matrix.codes, matrix.scale) if isinstance(matrix, Fp8Weight) else (matrix, None)
+
+
 def dense_mlp(a: Architecture, weights: Weights, at: str, parallel: Parallel) -> DenseMlp:
     size, hidden, ours = a.intermediate_size, a.hidden_size, parallel.part(a.intermediate_size)
     gate_up = [Part(f"{at}.{name}_proj.weight", (size, hidden), ours) for name in ("gate", "up")]
-    down = weights.get(f"{at}.down_proj.weight", (hidden, size), columns=ours)
-    return DenseMlp(weights.fused(gate_up), down, a.activation)
+    down = weights.matrix([Part(f"{at}.down_proj.weight", (hidden, size), columns=ours)])
+    return DenseMlp(weights.matrix(gate_up), scaled(down, a.residual_scale), a.activation)
 
 
 MIXTRAL_NAMES = ("block_sparse_moe", "w1", "w3", "w2")
@@ -106,9 +109,10 @@ def expert_mlp(a: Architecture, experts: Experts, weights: Weights, layer: str, 
     size, hidden, ours = experts.intermediate_size, a.hidden_size, parallel.part(experts.intermediate_size)
     at = [f"{layer}.{block}.experts.{i}" for i in range(experts.num_experts)]
     gate_up = [[Part(f"{name}.{x}.weight", (size, hidden), ours) for x in (gate, up)] for name in at]
+    down_parts = [[Part(f"{name}.{down}.weight", (hidden, size), columns=ours)] for name in at]
     return ExpertMlp(
         router=weights.get(f"{layer}.{block}.gate.weight", (experts.num_experts, hidden)),
-        gate_up=weights.stacked(gate_up),
-        down=weights.stacked([[Part(f"{name}.{down}.weight", (hidden, size), columns=ours)] for name in at]),
+        gate_up=weights.experts(gate_up),
+        down=weights.experts(down_parts),
         experts=experts,
     )

@@ -19,6 +19,7 @@ import torch
 
 from mainsail_engine.errors import ModelNotFoundError, UnsupportedModelError
 from mainsail_engine.model.architecture import Architecture
+from mainsail_engine.model.gguf_codes import Blocks
 
 ALL = slice(None)
 
@@ -140,7 +141,15 @@ class GgufSource:
             values = self._dequantize(raw.data, raw.tensor_type)
         except NotImplementedError as error:
             raise UnsupportedModelError(f"{name}: GGUF type {raw.tensor_type.name} is not supported") from error
-        tensor = torch.tensor(values, dtype=torch.float32).reshape(self.shape(name))
+        return self._reordered(name, torch.tensor(values, dtype=torch.float32).reshape(self.shape(name)))
+
+    def blocks(self, name: str) -> Blocks:
+        """The tensor as it is in the file, rows in our order."""
+        raw = self._tensors[name]
+        data = torch.tensor(raw.data).view(torch.uint8).reshape(self.shape(name)[0], -1)
+        return Blocks(str(raw.tensor_type.name), self._reordered(name, data))
+
+    def _reordered(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         if self._architecture.name == "LlamaForCausalLM":
             for suffix, heads in (
                 ("q_proj", self._architecture.num_heads),

@@ -20,6 +20,7 @@ from mainsail_engine.model.architecture import Architecture, read_architecture
 from mainsail_engine.model.attention import Attention
 from mainsail_engine.model.attention_cpu import CpuAttention
 from mainsail_engine.model.parallel import SINGLE, Parallel
+from mainsail_engine.model.quantization import Fp8, Quantization, read_quantization
 from mainsail_engine.model.registry import load_model
 from mainsail_engine.request import Request, SamplingParams
 from mainsail_engine.runner import memory
@@ -103,6 +104,16 @@ def choose_dtype(name: str, architecture: Architecture, device: torch.device) ->
     return named.get(architecture.dtype, torch.bfloat16) if architecture.dtype != "float32" else torch.bfloat16
 
 
+def check_device(quantization: Quantization, device: torch.device) -> None:
+    """Raises InvalidConfigurationError for FP8 weights on a GPU without FP8."""
+    wanted = quantization.online == "fp8" or any(isinstance(group.form, Fp8) for group in quantization.groups)
+    if wanted and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        raise InvalidConfigurationError(
+            "FP8 weights need a GPU of compute capability 8.9 or more (Ada, Hopper), which "
+            f"{torch.cuda.get_device_name(device)} has not"
+        )
+
+
 class ModelRunner:
     """step.Runner over one device: the whole model, or one rank's share of it."""
 
@@ -124,12 +135,14 @@ class ModelRunner:
             set_cpu_threads(parallel.size)
         else:
             torch.cuda.set_device(self.device)
+        quantization = read_quantization(path, config.model.quantization)
+        check_device(quantization, self.device)
         self._uploads = Uploads(self.device)
         self._padded: PaddedSteps | None = None
         try:
             self._model = load_model(
                 self.architecture, path, dummy=config.model.load_format == "dummy", dtype=self.dtype,
-                max_positions=self.max_model_len, device=self.device, parallel=parallel,
+                max_positions=self.max_model_len, device=self.device, parallel=parallel, quantization=quantization,
             )  # fmt: skip
             self._take_pool(config)
         except torch.OutOfMemoryError as error:

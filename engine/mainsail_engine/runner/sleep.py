@@ -1,8 +1,8 @@
 """A model's tensors to the host and back: what /sleep and /wake_up do to weights.
 
-Tensors are found where a model keeps them (attributes, lists, dictionaries and dataclasses of this package, torch's
-modules, at any depth) and replaced one by one, so that the device never holds two copies of more than one. What was
-one tensor (a head tied to the embedding) stays one.
+Tensors are found where a model keeps them (attributes, lists, dictionaries and dataclasses of the engine and its
+kernels, torch's modules, at any depth) and replaced one by one, so that the device never holds two copies of more than
+one. What was one tensor (a head tied to the embedding) stays one.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _parts(thing: Any) -> list[tuple[Any, Any, bool]]:
     if isinstance(thing, torch.nn.Module):
         held = ("_parameters", "_buffers", "_modules")
         return [(name, getattr(thing, name), False) for name in held]
-    if not type(thing).__module__.startswith("mainsail_engine"):
+    if not type(thing).__module__.startswith(("mainsail_engine", "mainsail_kernels")):
         return []
     if is_dataclass(thing):
         return [(f.name, getattr(thing, f.name), False) for f in fields(thing)]
