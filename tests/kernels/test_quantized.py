@@ -124,10 +124,10 @@ def codes_of(kind, bits, group, num_out, num_in, device, scale_dtype=torch.float
         if kind == "super offsets":
             offset = torch.randint(0, 64, (num_out, groups)).to(torch.uint8)
             super_offset = torch.rand(num_out, groups // 2).to(torch.float16)
-    parts = [None if p is None else p.to(device) for p in (scale, offset, super_scale, super_offset)]
+    parts = [None if p is None else p.to(device) for p in (offset, super_scale, super_offset)]
     words = quantized.pack(integers, bits, group).to(device)
     zero = 1 << (bits - 1) if kind in ("symmetric", "super") else 0
-    return integers, Codes(words, bits, group, *parts, zero=zero, zeros=kind == "zeros")
+    return integers, Codes(words, bits, group, scale.to(device), *parts, zero=zero, zeros=kind == "zeros")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -136,9 +136,9 @@ def test_dequantized_bit_for_bit(kind, bits, device):
     integers, codes = codes_of(kind, bits, 32, 7, 256, device)
     scale = codes.scale.cpu().double()
     offset = torch.zeros_like(scale) if codes.offset is None else codes.offset.cpu().double()
-    if kind.startswith("super"):
+    if codes.super_scale is not None:
         scale = scale * codes.super_scale.cpu().double().repeat_interleave(2, 1)
-    if kind == "super offsets":
+    if codes.super_offset is not None:
         offset = -offset * codes.super_offset.cpu().double().repeat_interleave(2, 1)
     if kind == "zeros":
         offset = -offset * scale

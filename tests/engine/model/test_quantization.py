@@ -71,8 +71,12 @@ def logits(runner: ModelRunner) -> torch.Tensor:
         chunk_start=torch.tensor([0, n], dtype=torch.int32), seq_lens=torch.tensor([n], dtype=torch.int32),
         num_decodes=0, max_query_len=n,
     )  # fmt: skip
-    model = runner._model
+    model = model_of(runner)
     return model.logits(model.forward(tokens, attention, runner.kv_cache))
+
+
+def model_of(runner: ModelRunner) -> Any:
+    return runner._model
 
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -86,7 +90,7 @@ def test_logits_are_those_of_the_numbers_that_the_codes_stand_for(form: str, pla
     save_file({name: t.contiguous() for name, t in meant.items()}, tmp_path / "meant/model.safetensors")
     (tmp_path / "meant/config.json").write_text((plain / "config.json").read_text())
     runner, truth = runner_of(tmp_path / "quantized"), logits(runner_of(tmp_path / "meant"))
-    layer = runner._model.layers[1]
+    layer = model_of(runner).layers[1]
     assert isinstance(layer.mlp.down, Fp8Weight if "fp8" in form else Codes)
     # FP8 quantizes what goes in as well; integers are only a way of holding weights.
     assert distance(logits(runner), truth) < (0.12 if "fp8" in form else 1e-5)
@@ -137,7 +141,7 @@ def test_quantized_and_plain_parts_of_a_fused_matrix_stay_apart(plain: Path, tmp
     original = load_file(plain / "model.safetensors")["model.layers.0.self_attn.v_proj.weight"]
     kept = {name: t for name, t in tensors.items() if not name.startswith("model.layers.0.self_attn.v_proj.")}
     save_file(kept | {"model.layers.0.self_attn.v_proj.weight": original}, tmp_path / "model.safetensors")
-    qkv = runner_of(tmp_path)._model.layers[0].qkv
+    qkv = model_of(runner_of(tmp_path)).layers[0].qkv
     assert isinstance(qkv, RowsOf)
     assert torch.equal(whole(qkv)[-32:], original)
     x, bias = torch.randn(3, 64), torch.randn(128)
@@ -148,10 +152,10 @@ def test_quantized_and_plain_parts_of_a_fused_matrix_stay_apart(plain: Path, tmp
 def test_quantized_when_loaded(quantization: str, plain: Path) -> None:
     runner = runner_of(plain, quantization)
     original = load_file(plain / "model.safetensors")
-    layer, most = runner._model.layers[1], {"fp8": 0.04, "int4": 0.15}[quantization]
+    layer, most = model_of(runner).layers[1], {"fp8": 0.04, "int4": 0.15}[quantization]
     for name, matrix in (("mlp.down_proj", layer.mlp.down), ("self_attn.o_proj", layer.output)):
         assert 1e-3 < distance(whole(matrix), original[f"model.layers.1.{name}.weight"]) < most
-    assert isinstance(runner._model.head, torch.Tensor)
+    assert isinstance(model_of(runner).head, torch.Tensor)
     assert distance(logits(runner), logits(runner_of(plain))) < {"fp8": 0.15, "int4": 0.5}[quantization]
 
 
@@ -164,12 +168,12 @@ def test_experts_in_fp8(blocks: bool, tmp_path: Path) -> None:
         config = json.loads((folder / "config.json").read_text())
         config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
         (folder / "config.json").write_text(json.dumps(config))
-        weights = runner_of(folder, load_format="dummy")._model.layers[0].mlp.gate_up
+        weights = model_of(runner_of(folder, load_format="dummy")).layers[0].mlp.gate_up
         assert weights.codes.shape == (4, 512, 64)
         assert weights.scale.shape == (4, 4, 1)
         return
     runner = runner_of(folder, "fp8")
-    assert runner._model.layers[0].mlp.gate_up.scale.shape == (4, 512)
+    assert model_of(runner).layers[0].mlp.gate_up.scale.shape == (4, 512)
     assert distance(logits(runner), truth) < 0.2
     with pytest.raises(UnsupportedModelError, match="experts in int4 are not supported; experts in FP8 are"):
         runner_of(folder, "int4")
@@ -180,7 +184,7 @@ def test_dummy_weights_take_the_form_of_the_config(form: str, plain: Path, tmp_p
     checkpoints.FORMS[form](plain, tmp_path)
     (tmp_path / "model.safetensors").unlink()
     runner = runner_of(tmp_path, load_format="dummy")
-    assert isinstance(runner._model.layers[0].mlp.down, Codes if form == "awq" else Fp8Weight)
+    assert isinstance(model_of(runner).layers[0].mlp.down, Codes if form == "awq" else Fp8Weight)
     assert logits(runner).isfinite().all()
 
 
