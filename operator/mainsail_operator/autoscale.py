@@ -17,6 +17,9 @@ carry when it was full (`Capacity`, learned). Without that a service flaps: two 
 Requests that wait at the gateway count as every replica's queue: the gateway lets no more through than replicas keep
 up with, so under load most of the queue is there.
 
+Agents' sessions that gateways hold or park, for want of KV, show as no request anywhere that waits. While there are
+any, what all sessions want together is a share of the replicas' KV like any other.
+
 **Zero.** With `min: 0`, the last replica ends when nothing was asked for `toZero.after`. From zero, requests held at
 the gateway or the annotation `mainsail.dev/wake` start as many replicas as the held requests fill.
 
@@ -42,8 +45,8 @@ DRAINS_S = 60.0
 _LEARNING = 0.2
 
 Reason = Literal[
-    "QueueDepth", "KvUsage", "Preemptions", "TimeToFirstToken", "HeldRequests", "Woken", "LowLoad", "NoRoom", "Idle",
-    "Bounds", "WithinTargets", "Starting", "MetricsMissing", "AtZero",
+    "QueueDepth", "KvUsage", "Preemptions", "TimeToFirstToken", "HeldSessions", "HeldRequests", "Woken", "LowLoad",
+    "NoRoom", "Idle", "Bounds", "WithinTargets", "Starting", "MetricsMissing", "AtZero",
 ]  # fmt: skip
 Limit = Literal["", "GPUs", "max"]
 
@@ -82,7 +85,7 @@ class Fleet:
     unplaced: int = 0
     """Replicas that the scheduler has no place for."""
     queue: Queue = NO_QUEUE
-    """Requests that wait for it at the gateways."""
+    """What waits for it at the gateways."""
     woken: bool = False
     """Somebody asked for it by annotation."""
     room: int | None = None
@@ -149,6 +152,16 @@ def _queue_pressure(fleet: Fleet, spec: ScalingSpec) -> Pressure:
     return Pressure(waits / target, "QueueDepth", f"{share:.1f} requests for each replica wait, target {target:g}")
 
 
+def _session_pressure(fleet: Fleet, told: Sequence[PodLoad], spec: ScalingSpec) -> Pressure:
+    """What agents' sessions want of the KV, while gateways hold or park some of them for want of it."""
+    queue, pools = fleet.queue, sum(load.kv_tokens for load in told)
+    if queue.sessions <= 0 or pools <= 0:
+        return Pressure(0.0, "HeldSessions", "no session is held")
+    share = queue.kv_tokens / (pools * fleet.serving / len(told))
+    message = f"{queue.sessions:.0f} agent sessions are held or parked, and all want {share:.0%} of the KV cache"
+    return Pressure(share / spec.targets.kv_usage, "HeldSessions", f"{message}, target {spec.targets.kv_usage:.0%}")
+
+
 def autoscale(spec: ScalingSpec, fleet: Fleet, before: Memory, now: float) -> Decision:
     """now: Unix seconds."""
     current = min(max(before.desired, spec.min), spec.max)
@@ -169,6 +182,9 @@ def autoscale(spec: ScalingSpec, fleet: Fleet, before: Memory, now: float) -> De
     at_gateway = _queue_pressure(fleet, spec)
     worst = max([*pressures, at_gateway], key=lambda pressure: pressure.value)
     mean = sum(pressure.value for pressure in pressures) / len(told) + at_gateway.value
+    sessions = _session_pressure(fleet, told, spec)
+    if sessions.value > mean:
+        mean, worst = sessions.value, sessions
     silent = fleet.serving - len(told)
     memory = _unwatched(memory) if silent else _watched(spec, fleet, told, memory, mean, now)
     if mean > 1 + TOLERANCE:
@@ -208,7 +224,8 @@ def needed(fleet: Fleet, told: Sequence[PodLoad], capacity: Capacity | None, mea
         requests, tokens = _throughput(told)
         demand += [requests / capacity.requests_per_s] if capacity.requests_per_s > 0 else []
         demand += [tokens / capacity.tokens_per_s] if capacity.tokens_per_s > 0 else []
-    return math.floor(max(demand) / CALM) + 1
+    # A throughput next to nothing divides to infinity; a million is more than anybody has.
+    return math.floor(min(max(demand), 1e6) / CALM) + 1
 
 
 def _from_zero(spec: ScalingSpec, fleet: Fleet, memory: Memory) -> Decision:
@@ -301,7 +318,7 @@ def _learned(known: Capacity | None, told: Sequence[PodLoad], spec: ScalingSpec,
 
 def _idle_since(spec: ScalingSpec, fleet: Fleet, told: Sequence[PodLoad], memory: Memory, now: float) -> float | None:
     """Since when nothing is asked: nothing runs, waits, finished or is held, and no agent's session is open."""
-    busy = fleet.queue.length > 0 or fleet.woken or fleet.serving < memory.desired
+    busy = fleet.queue.length > 0 or fleet.queue.sessions > 0 or fleet.woken or fleet.serving < memory.desired
     busy = busy or any(load.running or load.waiting or load.requests_per_s or load.sessions for load in told)
     if spec.min > 0 or busy:
         return None

@@ -1,12 +1,12 @@
 """Scrapes engine and gateway pods into `Signals`: bounded in number, time and size, and never in a reconcile's way.
 
     engine pods    :8000/metrics  every 5 s, only of services whose load somebody wants to know
-    gateway pods   :8081/metrics  every second for the requests that wait there, and every 5 s for what clients met,
-                                  while somebody wants to know that
+    gateway pods   :8081/metrics  every second for what waits there (requests, and agents' sessions that are held), and
+                                  every 5 s for what clients met, while somebody wants to know that
 
 **From zero.** A gateway that gets a request for a service without replicas holds it and says so in the gauge
 `mainsail:gateway_queued_requests{namespace,service}`. The operator asks each gateway every second (with
-`?name[]=mainsail:gateway_queued_requests`, Prometheus' own way to ask for some series only) and wakes the service: a
+`?name[]=mainsail:gateway_queued_requests&…`, Prometheus' own way to ask for some series only) and wakes the service: a
 lost message cannot leave a request waiting, and a new leader sees the need within a second. At once, and for people,
 the annotation `mainsail.dev/wake` on the InferenceService (an RFC 3339 time) asks for a first replica.
 
@@ -26,7 +26,15 @@ from functools import partial
 import httpx2
 
 from mainsail_operator.exposition import Series, parse
-from mainsail_operator.signals import LONG_HORIZON_S, QUEUED, History, Signals, is_engine_signal, is_gateway_signal
+from mainsail_operator.signals import (
+    DEMAND,
+    LONG_HORIZON_S,
+    History,
+    Signals,
+    is_engine_signal,
+    is_gateway_signal,
+    waiting,
+)
 
 log = logging.getLogger(__name__)
 
@@ -153,11 +161,12 @@ class Scraper:
         history.add(time.time(), samples, target.restarts)
 
     async def _ask_queues(self, target: Target) -> None:
-        samples = parse(await self._page(f"{target.url}?name[]={QUEUED}"), QUEUED.__eq__)
-        queues = {service: value for series, value in samples if value > 0 and (service := _service(series))}
+        names = "&".join(f"name[]={name}" for name in DEMAND)
+        queues = waiting(parse(await self._page(f"{target.url}?{names}"), DEMAND.__contains__))
         self.signals.queued(target.uid, time.time(), queues)
-        for service in queues:
-            self.on_queued(service)
+        for service, found in queues.items():
+            if found.requests or found.held:
+                self.on_queued(service)
 
     async def _ask_gateway(self, target: Target) -> None:
         """Only what is wanted is kept: a gateway tells about every pod of every service."""

@@ -43,6 +43,14 @@ GATEWAY_FIRST_TOKEN = "mainsail:gateway_time_to_first_token_seconds"
 GATEWAY_INTER_TOKEN = "mainsail:gateway_inter_token_seconds"
 QUEUED = "mainsail:gateway_queued_requests"
 """Gauge of a gateway, labels namespace and service: requests that wait there, for a first replica or for a free one."""
+HELD_SESSIONS = "mainsail:gateway_held_sessions"
+"""Gauge of a gateway, the same labels: agents' sessions whose turn it holds, for want of KV."""
+PARKED_SESSIONS = "mainsail:gateway_parked_sessions"
+"""Gauge of a gateway, the same labels: sessions that had to make room, and are expected back."""
+SESSIONS_KV = "mainsail:gateway_sessions_kv_tokens"
+"""Gauge of a gateway, and the label state: tokens of KV that its live, parked and held sessions want."""
+DEMAND = (QUEUED, HELD_SESSIONS, PARKED_SESSIONS, SESSIONS_KV)
+"""What gateways are asked every second."""
 
 _ENGINE_NAMES = frozenset(
     {
@@ -294,6 +302,8 @@ class PodLoad:
     """Prompt tokens per second that the prefix cache saved: what would be lost with the pod."""
     sessions: float = 0.0
     """Agents' sessions that are live: a turn runs or is held, or the next one is expected."""
+    kv_tokens: float = 0.0
+    """What its KV pool holds; 0: it does not say."""
 
 
 GAUGE_WINDOW_S = 20.0
@@ -329,6 +339,7 @@ def pod_load(uid: str, history: History | None, now: float, since: float = 0.0) 
         requests_per_s=rates.increase(FINISHED) / rates.span_s,
         tokens_per_s=rates.increase(GENERATED) / rates.span_s,
         warmth=rates.increase(PREFIX_HITS) / rates.span_s,
+        kv_tokens=_kv_tokens(gauges),
         sessions=sum(gauges.last(SESSIONS + state) or 0.0 for state in ("active", "acting", "held", "parked")),
     )
 
@@ -340,19 +351,63 @@ def _kv_wanted(gauges: Window) -> float:
     return wanted / blocks if wanted and blocks else 0.0
 
 
-Queues = dict[tuple[str, str], float]
-"""Requests that wait, by namespace and service; who has none is not in it."""
+def _kv_tokens(gauges: Window) -> float:
+    pools = [dict(labels) for _, labels in gauges.series(CACHE_CONFIG)]
+    sizes = [(pool.get("num_gpu_blocks", ""), pool.get("block_size", "")) for pool in pools]
+    return float(sum(int(blocks) * int(size) for blocks, size in sizes if blocks.isdigit() and size.isdigit()))
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """What waits for one service at one gateway."""
+
+    requests: float = 0.0
+    held: float = 0.0
+    parked: float = 0.0
+    """Sessions."""
+    held_kv: float = 0.0
+    other_kv: float = 0.0
+    """Tokens of KV that its held sessions want, and its live and parked ones."""
+
+
+Queues = dict[tuple[str, str], Waiting]
+"""By namespace and service; for whom nothing waits is not in it."""
+
+
+def waiting(samples: Iterable[tuple[Series, float]]) -> Queues:
+    """What a gateway's page says; see `DEMAND`."""
+    found: dict[tuple[str, str], dict[str, float]] = {}
+    for (name, series_labels), value in samples:
+        labels = dict(series_labels)
+        if value > 0 and {"namespace", "service"} <= labels.keys():
+            held = name == SESSIONS_KV and labels.get("state") == "held"
+            field_name = "held_kv" if held else _WAITING_FIELDS.get(name)
+            if field_name is not None:
+                one = found.setdefault((labels["namespace"], labels["service"]), {})
+                one[field_name] = one.get(field_name, 0.0) + value
+    return {key: Waiting(**values) for key, values in found.items()}
+
+
+_WAITING_FIELDS = {QUEUED: "requests", HELD_SESSIONS: "held", PARKED_SESSIONS: "parked", SESSIONS_KV: "other_kv"}
 
 
 @dataclass(frozen=True, slots=True)
 class Queue:
-    """Requests that wait at the gateways: the mean of the last seconds, and by how much it grows each second."""
+    """What waits at the gateways: the mean of the last seconds."""
 
     length: float = 0.0
+    """Requests."""
     trend: float = 0.0
+    """By how much that grows each second."""
+    sessions: float = 0.0
+    """Agents' sessions that are held or parked."""
+    kv_tokens: float = 0.0
+    """What all sessions want that the gateways know, those included. One that several gateways know counts once: of the
+    live and the parked the gateway that knows most is taken, of the held, who are at one gateway each, the sum."""
 
 
 NO_QUEUE = Queue()
+_NOTHING_WAITS = Waiting()
 
 
 @dataclass(slots=True)
@@ -377,19 +432,25 @@ class Signals:
             kept.popleft()
 
     def queue(self, namespace: str, service: str, now: float, since: float = 0.0) -> Queue:
-        """The requests that wait for a service at all gateways. What a silent gateway said last counts while fresh."""
+        """What waits for a service at all gateways. What a silent gateway said last counts while fresh."""
         length, trend, key = 0.0, 0.0, (namespace, service)
+        held, parked, held_kv, other_kv = 0.0, 0.0, 0.0, 0.0
         for kept in self.queues.values():
             last = kept[-1][0]
             if now - last > FRESH_S:
                 continue
-            seen = [(at, queues.get(key, 0.0)) for at, queues in kept if at >= min(since, last)]
+            told = [(at, queues.get(key, _NOTHING_WAITS)) for at, queues in kept if at >= min(since, last)]
+            seen = [(at, one.requests) for at, one in told]
             length += sum(count for _, count in seen) / len(seen)
+            held += sum(one.held for _, one in told) / len(told)
+            held_kv += sum(one.held_kv for _, one in told) / len(told)
+            parked = max(parked, sum(one.parked for _, one in told) / len(told))
+            other_kv = max(other_kv, sum(one.other_kv for _, one in told) / len(told))
             third = len(seen) // 3
             if third:
                 first, final = (sum(count for _, count in part) / third for part in (seen[:third], seen[-third:]))
                 trend += (final - first) / ((seen[-1][0] - seen[0][0]) * (1 - third / len(seen)))
-        return Queue(length, trend)
+        return Queue(length, trend, held + parked, held_kv + other_kv)
 
     def gateway_windows(self, since: float) -> list[Window]:
         """One window for each gateway pod: what clients met, by namespace, service, revision and pod."""

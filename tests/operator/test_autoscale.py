@@ -81,6 +81,25 @@ def test_a_queue_that_drains_by_itself_asks_for_nothing() -> None:
         assert autoscale(scaling, draining, Memory(1), NOW).desired == expected, trend
 
 
+def test_held_sessions_alone_make_it_grow_by_the_kv_that_all_want() -> None:
+    calm = [load(kv_tokens=10_000.0), load("b", kv_tokens=10_000.0)]
+    held = Queue(sessions=5.0, kv_tokens=32_000.0)
+    found = autoscale(spec(), Fleet(calm, queue=held), Memory(2), NOW)
+    assert (found.desired, found.reason) == (4, "HeldSessions")
+    assert "5 agent sessions are held or parked, and all want 160% of the KV cache" in found.message
+    assert autoscale(spec(), Fleet(calm, queue=Queue(kv_tokens=32_000.0)), Memory(2), NOW).desired == 2, "none is held"
+    silent = autoscale(spec(), Fleet([load(), load("b")], queue=held), Memory(2), NOW)
+    assert silent.desired == 2, "an engine that does not say what its pool holds"
+    half_told = Fleet([calm[0], None], queue=held)
+    assert autoscale(spec(), half_told, Memory(2), NOW).desired == 4, "who is silent has as much as the others"
+
+
+def test_a_service_with_held_sessions_is_not_idle() -> None:
+    zero = ScalingSpec.model_validate({"min": 0, "max": 2})
+    fleet = Fleet([load(running=0.0, kv_usage=0.0)], queue=Queue(sessions=1.0, kv_tokens=1.0))
+    assert autoscale(zero, fleet, Memory(1), NOW).memory.idle_since is None
+
+
 def test_what_waits_at_the_gateway_is_every_replicas_queue() -> None:
     found = autoscale(spec(), Fleet([load(), load("b")], queue=Queue(20.0)), Memory(2), NOW)
     assert (found.desired, found.reason) == (4, "QueueDepth")
@@ -222,13 +241,14 @@ loads = st.builds(
     kv_wanted=st.floats(0, 2),
     requests_per_s=st.floats(0, 10),
     tokens_per_s=st.floats(0, 5000),
+    kv_tokens=st.just(0.0) | st.floats(1000, 20_000),
 )
 fleets = st.builds(
     Fleet,
     loads=st.lists(st.none() | loads, max_size=6),
     starting=st.integers(0, 4),
     unplaced=st.integers(0, 3),
-    queue=st.builds(Queue, st.floats(0, 50), st.floats(-3, 3)),
+    queue=st.builds(Queue, st.floats(0, 50), st.floats(-3, 3), st.floats(0, 20), st.floats(0, 50_000)),
     woken=st.booleans(),
     room=st.none() | st.integers(0, 5),
 )

@@ -11,7 +11,18 @@ import pytest
 
 from mainsail_operator import scrape
 from mainsail_operator.scrape import Scraper, Target
-from mainsail_operator.signals import FINISHED, KV_USAGE, QUEUED, RUNNING, WAITING, Signals
+from mainsail_operator.signals import (
+    DEMAND,
+    FINISHED,
+    HELD_SESSIONS,
+    KV_USAGE,
+    QUEUED,
+    RUNNING,
+    SESSIONS_KV,
+    WAITING,
+    Queue,
+    Signals,
+)
 
 ENGINE_PAGE = """# HELP vllm:num_requests_waiting w
 vllm:num_requests_waiting{model_name="m"} 3.0
@@ -111,6 +122,9 @@ async def test_a_dead_and_a_hanging_pod_hold_up_nobody(client, monkeypatch) -> N
 async def test_requests_that_wait_wake_their_service(client) -> None:
     gateway = Pod(
         f'{QUEUED}{{namespace="d",service="s"}} 2\n{QUEUED}{{namespace="d",service="t"}} 0\n'
+        f'{HELD_SESSIONS}{{namespace="d",service="u"}} 3\n'
+        f'{SESSIONS_KV}{{namespace="d",service="u",state="held"}} 900\n'
+        f'{SESSIONS_KV}{{namespace="d",service="u",state="live"}} 5000\n'
         'mainsail:gateway_requests_total{namespace="d",service="s",revision="r",pod="p",code="200"} 9\n'
         'mainsail:gateway_requests_total{namespace="d",service="t",revision="r",pod="q",code="200"} 9\n'
     )
@@ -118,8 +132,10 @@ async def test_requests_that_wait_wake_their_service(client) -> None:
     async with running(gateway):
         scraper = Scraper(client, signals, gateways=lambda: [Target("g", gateway.url)], on_queued=woken.append)
         await rounds(scraper)
-        assert gateway.paths == [f"/metrics?name[]={QUEUED}"], "nobody wants to know more"
-        assert woken == [("d", "s")]
+        names = "&".join(f"name[]={name}" for name in DEMAND)
+        assert gateway.paths == [f"/metrics?{names}"], "nobody wants to know more"
+        assert woken == [("d", "s"), ("d", "u")]
+        assert signals.queue("d", "u", time.time()) == Queue(0.0, 0.0, 3.0, 5900.0)
         assert signals.queue("d", "s", time.time()).length == 2
         scraper.want(("d", "s"), [Target("u", gateway.url)])
         await rounds(scraper)

@@ -9,23 +9,31 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from mainsail_operator.exposition import parse
 from mainsail_operator.signals import (
+    CACHE_CONFIG,
+    DEMAND,
     DENSE_S,
     FINISHED,
     FIRST_TOKEN,
     FRESH_S,
+    HELD_SESSIONS,
     HORIZON_S,
     KV_USAGE,
     LONG_HORIZON_S,
     LONG_SPARSE_S,
+    PARKED_SESSIONS,
     PREEMPTIONS,
+    QUEUED,
     RUNNING,
+    SESSIONS_KV,
     WAITING,
     Distribution,
     History,
     Queue,
     Signals,
+    Waiting,
     merged,
     pod_load,
+    waiting,
 )
 
 
@@ -36,6 +44,13 @@ def total(value: float, name: str = FINISHED, **labels: str):
 def idle(**more: float):
     names = {"waiting": WAITING, "running": RUNNING, "kv": KV_USAGE, "preemptions": PREEMPTIONS}
     return {(name, ()): more.get(short, 0.0) for short, name in names.items()}
+
+
+def history_of(samples) -> History:
+    history = History()
+    for now in (0.0, 5.0, 10.0, 15.0):
+        history.add(now, samples)
+    return history
 
 
 @given(st.text(max_size=30), st.floats(allow_nan=False))
@@ -228,8 +243,8 @@ def test_stale_silent_or_foreign_pods_say_nothing() -> None:
 
 def test_queues_add_up_over_gateways_and_grow_stale() -> None:
     signals, key = Signals(), ("d", "s")
-    signals.queued("g1", 100.0, {key: 2.0})
-    signals.queued("g2", 90.0, {key: 1.0})
+    signals.queued("g1", 100.0, {key: Waiting(2.0)})
+    signals.queued("g2", 90.0, {key: Waiting(1.0)})
     assert signals.queue("d", "s", 101.0) == Queue(3.0, 0.0)
     assert signals.queue("d", "s", 125.0) == Queue(2.0, 0.0)
     assert signals.queue("d", "other", 101.0) == Queue()
@@ -237,10 +252,36 @@ def test_queues_add_up_over_gateways_and_grow_stale() -> None:
     assert signals.queue("d", "s", 101.0).length == 1.0
 
 
+def test_a_session_that_two_gateways_know_counts_once_and_a_held_one_where_it_is() -> None:
+    signals, key = Signals(), ("d", "s")
+    signals.queued("g1", 100.0, {key: Waiting(held=2.0, parked=3.0, held_kv=200.0, other_kv=5000.0)})
+    signals.queued("g2", 100.0, {key: Waiting(held=1.0, parked=4.0, held_kv=100.0, other_kv=4500.0)})
+    assert signals.queue("d", "s", 101.0) == Queue(sessions=7.0, kv_tokens=5300.0)
+
+
+def test_what_sessions_want_is_read_by_state() -> None:
+    page = "".join(
+        f'{name}{{namespace="d",service="s"{state}}} {value}\n'
+        for name, state, value in (
+            (HELD_SESSIONS, "", 2), (PARKED_SESSIONS, "", 1), (QUEUED, "", 0),
+            (SESSIONS_KV, ',state="held"', 7), (SESSIONS_KV, ',state="live"', 20), (SESSIONS_KV, ',state="parked"', 5),
+        )
+    )  # fmt: skip
+    assert waiting(parse(page, DEMAND.__contains__)) == {("d", "s"): Waiting(0.0, 2.0, 1.0, 7.0, 25.0)}
+
+
+def test_an_engine_says_what_its_pool_holds() -> None:
+    info = ("block_size", "16"), ("num_gpu_blocks", "500")
+    signals = history_of(idle() | {(CACHE_CONFIG, info): 1.0})
+    found = pod_load("u", signals, 15.0)
+    assert found is not None
+    assert found.kv_tokens == 8000
+
+
 def test_a_queue_is_a_mean_with_a_trend_since_a_time() -> None:
     signals = Signals()
     for number in range(31):
-        signals.queued("g", 100.0 + number, {("d", "s"): 60.0 - number} if number < 30 else {})
+        signals.queued("g", 100.0 + number, {("d", "s"): Waiting(60.0 - number)} if number < 30 else {})
     found = signals.queue("d", "s", 130.0, since=120.0)
     assert found.length == pytest.approx(sum(60 - n for n in range(20, 30)) / 11)
     assert found.trend < -1

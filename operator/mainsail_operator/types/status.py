@@ -37,8 +37,8 @@ class ScalingStatus(Model):
         default="",
         max_length=64,
         description="Why the number last changed, in one stable word: QueueDepth, KvUsage, Preemptions, "
-        "TimeToFirstToken and HeldRequests made it grow; LowLoad, NoRoom and Idle made it shrink; Bounds: scaling.min "
-        "or max moved; Woken: by annotation. Replicas: spec.replicas is the number.",
+        "TimeToFirstToken, HeldSessions and HeldRequests made it grow; LowLoad, NoRoom and Idle made it shrink; "
+        "Bounds: scaling.min or max moved; Woken: by annotation. Replicas: spec.replicas is the number.",
     )
     message: str = Field(default="", max_length=512, description="The same with the numbers that it was decided on.")
     limited_by: Literal["", "GPUs", "max"] = Field(
