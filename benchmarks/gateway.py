@@ -188,7 +188,17 @@ async def ready(port: int) -> None:
             await asyncio.sleep(0.1)
 
 
-def mainsail(folder: Path, port: int, engine: int, api: int) -> list[str]:
+async def scrape(port: int) -> dict[str, float]:
+    """What the gateway's health port says: series with their labels as they are written, and values."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(b"GET /metrics HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+    text = (await reader.read()).decode()
+    writer.close()
+    lines = (line.rpartition(" ") for line in text.splitlines() if line.startswith("mainsail:"))
+    return {series: float(value) for series, _, value in lines}
+
+
+def mainsail(folder: Path, port: int, engine: int, api: int, health: int | None = None) -> list[str]:
     config = {
         "current-context": "c",
         "contexts": [{"name": "c", "context": {"cluster": "k", "user": "u"}}],
@@ -198,7 +208,7 @@ def mainsail(folder: Path, port: int, engine: int, api: int) -> list[str]:
     (folder / "kubeconfig").write_text(json.dumps(config))
     return [
         sys.executable, "-m", "mainsail_gateway", "--host", "127.0.0.1", "--port", str(port),
-        "--health-port", str(free_port()), "--kubeconfig", str(folder / "kubeconfig"), "--drain-delay-s", "0",
+        "--health-port", str(health or free_port()), "--kubeconfig", str(folder / "kubeconfig"), "--drain-delay-s", "0",
     ]  # fmt: skip
 
 

@@ -1,12 +1,17 @@
 """What overload does to a service with the gateway's admission, and without it.
 
-    python benchmarks/gateway_overload.py            about three minutes; prints one table
+    python benchmarks/gateway_overload.py            about three minutes; prints one table, writes it with --json PATH
 
 An engine that only waits, over real sockets: it runs `--slots` requests at once, each for about a second, and lets
 all others wait inside, first come first served, as engines do. Clients come at random (Poisson) at a multiple of what
 the engine can do, and do not wait for one another. An answer is good when its first token came within `--wanted`
 seconds and it was whole. The gateway is not told the number of slots: it learns from latency. Each row begins
 anew; its first third is warm-up and not counted.
+
+The time of a refusal is measured twice: where the client sees it (from its request's first byte to the refusal's head,
+connecting included), and in the gateway, from its histogram `mainsail:gateway_refusal_seconds`. Engine, gateway and
+clients share one machine, so the client's figure has their turns at the processor in it; `lag` is how late the client's
+own event loop is at its 99th percentile, which is no time of the gateway's.
 """
 
 import argparse
@@ -18,12 +23,12 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import uvloop
 
-from gateway import CHUNK, END, HEAD, free_port, mainsail, read_request, ready, running
+from gateway import CHUNK, END, HEAD, free_port, mainsail, read_request, ready, running, scrape
 
 SERVICE_S = 1.0
 
@@ -93,6 +98,7 @@ class Seen:
     refused_s: list[float] = field(default_factory=list)
     first_s: list[float] = field(default_factory=list)
     retry_after: list[int] = field(default_factory=list)
+    lag_s: list[float] = field(default_factory=list)
     failed: int = 0
 
 
@@ -125,6 +131,7 @@ async def row(port: int, load: float, args: argparse.Namespace) -> Seen:
     rng, seen = random.Random(1), Seen()
     began = time.perf_counter()
     at = 0.0
+    watch = asyncio.create_task(watch_lag(seen.lag_s))
     async with asyncio.TaskGroup() as tasks:
         while at < args.seconds:
             at += rng.expovariate(load * args.slots / SERVICE_S)
@@ -132,52 +139,124 @@ async def row(port: int, load: float, args: argparse.Namespace) -> Seen:
             counts = at > args.seconds / 3
             seen.sent += counts
             tasks.create_task(one(port, seen, counts, args.wanted))
+    watch.cancel()
     return seen
 
 
-def ms(values: list[float], part: float) -> str:
-    return f"{sorted(values)[int(part * (len(values) - 1))] * 1000:.0f}" if values else "–"
+async def watch_lag(lag_s: list[float]) -> None:
+    """How late this process comes to do what is due."""
+    while True:
+        due = time.perf_counter() + 0.01
+        await asyncio.sleep(0.01)
+        lag_s.append(time.perf_counter() - due)
 
 
-async def measure(target: str, load: float, args: argparse.Namespace) -> float:
-    """One row of the table; its goodput."""
-    port, api = free_port(), free_port()
+def within(before: dict[str, float], after: dict[str, float], bound: str) -> float:
+    """The part of the refusals between two scrapes that the gateway had told within `bound` seconds."""
+    name = "mainsail:gateway_refusal_seconds_bucket"
+    counts = [
+        sum(value for series, value in after.items() if series.startswith(name) and f'le="{le}"' in series)
+        - sum(value for series, value in before.items() if series.startswith(name) and f'le="{le}"' in series)
+        for le in (bound, "+Inf")
+    ]
+    return counts[0] / counts[1] if counts[1] else 1.0
+
+
+@dataclass
+class Figures:
+    """One row of the table."""
+
+    target: str
+    load: float
+    asked_per_s: float
+    good_per_s: float
+    refused_per_s: float
+    late: int
+    failed: int
+    first_token_p50_ms: float | None
+    first_token_p95_ms: float | None
+    refusal_p50_ms: float | None
+    refusal_p99_ms: float | None
+    client_lag_p99_ms: float | None
+    told_within_50_ms: float | None
+    """Part of the refusals, by the gateway's own clock."""
+    retry_after_s: float | None
+
+    def line(self) -> str:
+        values = [f"{self.load:g}×" if name == "load" else value for name, value in asdict(self).items()]
+        return "| " + " | ".join(_shown(value) for value in values) + " |"
+
+
+def _shown(value: object) -> str:
+    return "–" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def ms(values: list[float], part: float) -> float | None:
+    return round(sorted(values)[int(part * (len(values) - 1))] * 1000, 1) if values else None
+
+
+async def measure(target: str, load: float, args: argparse.Namespace) -> Figures:
+    port, api, health = free_port(), free_port(), free_port()
     command = [sys.executable, __file__, "--engine", str(port), "--slots", str(args.slots)]
+    told = None
     with running(*command), tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as more:
         await ready(port)
         control = asyncio.create_task(api_server(api, port, args.wanted / 2))
         entry = port
         if target == "gateway":
             entry = free_port()
-            more.enter_context(running(*mainsail(Path(name), entry, port, api)))
+            more.enter_context(running(*mainsail(Path(name), entry, port, api, health)))
             await ready(entry)
+        warm = asyncio.create_task(_scraped_at(args.seconds / 3, health)) if target == "gateway" else None
         seen = await row(entry, load, args)
+        if warm is not None:
+            told = round(within(await warm, await scrape(health), "0.05"), 4)
         control.cancel()
-    span = args.seconds * 2 / 3
-    goodput = seen.good / span
-    retry = statistics.mean(seen.retry_after) if seen.retry_after else 0
-    print(
-        f"| {target} | {load:g}× | {seen.sent / span:.0f} | {goodput:.1f} | {len(seen.refused_s) / span:.0f} "
-        f"| {seen.late} | {ms(seen.first_s, 0.5)} | {ms(seen.first_s, 0.95)} | {ms(seen.refused_s, 0.5)} "
-        f"| {ms(seen.refused_s, 0.99)} | {retry:.1f} | {seen.failed} |",
-        flush=True,
+    return figures(target, load, seen, told, args.seconds * 2 / 3)
+
+
+async def _scraped_at(after_s: float, port: int) -> dict[str, float]:
+    await asyncio.sleep(after_s)
+    return await scrape(port)
+
+
+def figures(target: str, load: float, seen: Seen, told: float | None, span_s: float) -> Figures:
+    return Figures(
+        target=target,
+        load=load,
+        asked_per_s=round(seen.sent / span_s, 1),
+        good_per_s=round(seen.good / span_s, 1),
+        refused_per_s=round(len(seen.refused_s) / span_s, 1),
+        late=seen.late,
+        failed=seen.failed,
+        first_token_p50_ms=ms(seen.first_s, 0.5),
+        first_token_p95_ms=ms(seen.first_s, 0.95),
+        refusal_p50_ms=ms(seen.refused_s, 0.5),
+        refusal_p99_ms=ms(seen.refused_s, 0.99),
+        client_lag_p99_ms=ms(seen.lag_s, 0.99),
+        told_within_50_ms=told if seen.refused_s else None,
+        retry_after_s=round(statistics.mean(seen.retry_after), 1) if seen.retry_after else None,
     )
-    return goodput
 
 
 async def main(args: argparse.Namespace) -> None:
     print(
         f"{args.slots} slots of {SERVICE_S:g} s; good: first token within {args.wanted:g} s; {args.seconds:g} s a row\n"
     )
-    columns = "load | asked/s | good/s | refused/s | late | first token p50 ms | p95 | refusal p50 ms | p99"
-    print(f"| | {columns} | Retry-After s | failed |")
-    print("|---|---|---|---|---|---|---|---|---|---|---|---|")
-    for load in args.direct:
-        await measure("engine alone", load, args)
-    goodput = {load: await measure("gateway", load, args) for load in args.loads}
-    print(
-        f"\ngoodput at {args.loads[-1]:g}×: {100 * goodput[args.loads[-1]] / max(goodput.values()):.0f} % of the peak"
-    )
+    names = [each.name for each in fields(Figures)]
+    print("| " + " | ".join(names) + " |\n|" + "---|" * len(names))
+    rows: list[Figures] = []
+    for target, loads in (("engine alone", args.direct), ("gateway", args.loads)):
+        for load in loads:
+            rows.append(await measure(target, load, args))
+            print(rows[-1].line(), flush=True)
+    ours = [row for row in rows if row.target == "gateway"]
+    kept = ours[-1].good_per_s / max(row.good_per_s for row in ours)
+    print(f"\ngoodput at {ours[-1].load:g}×: {100 * kept:.0f} % of the peak")
+    if args.json:
+        setting = {name: getattr(args, name) for name in ("slots", "seconds", "wanted")}
+        result = {"setting": setting, "goodput_kept": round(kept, 3), "rows": [asdict(row) for row in rows]}
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
@@ -189,6 +268,7 @@ if __name__ == "__main__":
         "--loads", type=float, nargs="+", default=[0.8, 1, 2, 4], help="multiples of the engine's capacity"
     )
     parser.add_argument("--direct", type=float, nargs="*", default=[1, 4], help="the same, without the gateway")
+    parser.add_argument("--json", type=Path, help="write the figures there")
     parser.add_argument("--engine", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     uvloop.run(engine(arguments.engine, arguments.slots) if arguments.engine else main(arguments))

@@ -8,7 +8,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterator
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
@@ -16,6 +16,7 @@ from mainsail_gateway import hold
 from mainsail_gateway.asgi import Receive
 from mainsail_gateway.auth import ApiKey
 from mainsail_gateway.errors import GatewayError, bad_request
+from mainsail_gateway.pod_metrics import Buckets
 from mainsail_gateway.relay import Call
 from mainsail_gateway.routes import Table
 from mainsail_gateway.shed import Policy, Reason, Refused, Shedder, Ticket
@@ -38,6 +39,8 @@ TIMEOUT_HEADER = b"x-request-timeout"
 """Seconds; like the field `timeout` of the body, and the shorter of the two counts."""
 NORMAL = "normal"
 SWEEP_S = 0.25
+REFUSAL_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+"""A refusal is to be told within 50 ms; those far above it had waited in vain."""
 
 
 def ticket(call: Call, streamed: bool, timeout_s: float | None, key: ApiKey | None = None) -> Ticket:
@@ -84,6 +87,7 @@ class Door:
     def __init__(self) -> None:
         self.shedder = Shedder()
         self.refusals: dict[Reason, int] = {}
+        self.refusal_s = Buckets(REFUSAL_BUCKETS)
         self._waiting: dict[Ticket, asyncio.Future[Refused | None]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._wanted = float("-inf")
@@ -109,9 +113,16 @@ class Door:
         return 0 if self.shedder.replicas else self.shedder.waiting
 
     async def enter(
-        self, ticket: Ticket, model: str, receive: Receive, beat: Callable[[], Awaitable[None]] | None
+        self,
+        ticket: Ticket,
+        model: str,
+        receive: Receive,
+        beat: Callable[[], Awaitable[None]] | None,
+        *,
+        arrived: float,
     ) -> None:
         """Returns when the request may start; the caller then owes a `leave`. beat: tells the client that it waits.
+        arrived: when its head came (`time.monotonic()`).
 
         Raises GatewayError (429 or 503, with a Retry-After) and ClientGone."""
         now = asyncio.get_running_loop().time()
@@ -121,6 +132,7 @@ class Door:
         refused = await self._wait(ticket, receive, beat, now) if verdict == "wait" else verdict
         if isinstance(refused, Refused):
             self.refusals[refused.reason] = self.refusals.get(refused.reason, 0) + 1
+            self.refusal_s.observe(time.monotonic() - arrived)
             raise refusal(refused, model)
 
     async def _wait(
@@ -217,27 +229,33 @@ class Admission(Collector):
         return {key for key, door in self.doors.items() if door.asked_for}
 
     def describe(self) -> Iterator[Metric]:
-        return iter(self._families())
+        shed, took, gauges = self._families()
+        return iter((shed, took, *gauges))
 
     def collect(self) -> Iterator[Metric]:
-        shed, *gauges = families = self._families()
+        shed, took, gauges = self._families()
         for key, door in list(self.doors.items()):
             shedder = door.shedder
             values = (door.held, shedder.waiting, shedder.running, shedder.limit)
             for gauge, value in zip(gauges, values, strict=True):
                 gauge.add_metric(key, value)
+            took.add_metric(key, door.refusal_s.cumulative(), door.refusal_s.sum)
             for reason, count in list(door.refusals.items()):
                 shed.add_metric((*key, reason), count)
-        yield from families
+        yield from (shed, took, *gauges)
 
-    def _families(self) -> tuple[CounterMetricFamily | GaugeMetricFamily, ...]:
+    def _families(self) -> tuple[CounterMetricFamily, HistogramMetricFamily, tuple[GaugeMetricFamily, ...]]:
         names, of = ("namespace", "service"), "mainsail:gateway_"
-        return (
-            CounterMetricFamily(
-                of + "shed", "Requests refused before any replica had them.", labels=(*names, "reason")
-            ),
+        shed = CounterMetricFamily(
+            of + "shed", "Requests refused before any replica had them.", labels=(*names, "reason")
+        )
+        took = HistogramMetricFamily(
+            of + "refusal_seconds", "From the arrival of a request that is refused to its refusal.", labels=names
+        )
+        gauges = (
             GaugeMetricFamily(of + "held_requests", "Requests that wait for a first replica.", labels=names),
             GaugeMetricFamily(of + "queued_requests", "Requests that wait, for whatever reason.", labels=names),
             GaugeMetricFamily(of + "admitted_requests", "Requests let in and not finished.", labels=names),
             GaugeMetricFamily(of + "concurrency_limit", "Requests that may run at once, as learned.", labels=names),
         )
+        return shed, took, gauges

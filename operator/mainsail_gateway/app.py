@@ -359,7 +359,7 @@ class Gateway:
         self, door: Door, ticket: Ticket, call: Call, asked: Asked, beat: Callable[[], Awaitable[None]] | None
     ) -> AsyncGenerator[Pool]:
         """Inside, it has been let in at the door."""
-        await door.enter(ticket, call.model, asked.receive, beat)
+        await door.enter(ticket, call.model, asked.receive, beat, arrived=asked.arrived)
         if ticket.timeout_s is not None:
             call.deadline = ticket.since + ticket.timeout_s
         record = asked.record
