@@ -17,6 +17,9 @@ A request's way through the modules, which is also the order to read them in::
     retry.py     whether once more (pure)
     relay.py     bytes through, both ways; over connections of upstream.py
 
+With `--workers`, crew.py starts several such processes (worker.py) behind one port, merge.py shows them as one, and
+sharing.py lets the limits of keys hold for all of them.
+
 Beside them: record.py (access log, traces), debug.py (why an endpoint would be picked), errors.py (OpenAI's error
 form), metrics.py and pod_metrics.py, health.py (own port and thread), settings.py. Decisions are pure functions that
 take the clock as an argument; sockets are only in server, upstream and watch.

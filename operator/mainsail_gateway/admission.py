@@ -210,8 +210,10 @@ class Door:
 class Admission(Collector):
     """Every service's door."""
 
-    def __init__(self) -> None:
+    def __init__(self, workers: int = 1) -> None:
+        """workers: how many share what a service's policy bounds."""
         self.doors: dict[Key, Door] = {}
+        self._workers = workers
 
     def update(self, table: Table, now: float) -> None:
         gone = [self.doors.pop(key) for key in self.doors.keys() - table.services.keys()]
@@ -219,7 +221,7 @@ class Admission(Collector):
             door = self.doors.get(key)
             if door is None:
                 door = self.doors[key] = Door()
-            door.update(service.policy, len(service.endpoints), now)
+            door.update(service.policy.part(self._workers), len(service.endpoints), now)
         for door in gone:
             door.update(Policy(), 0, now)
             door.sweep(float("inf"))

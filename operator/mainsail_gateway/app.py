@@ -75,7 +75,7 @@ class Gateway:
         self.table = Table()
         self.fleet = Fleet()
         self.connections = ConnectionPool(connect_timeout_s=settings.connect_timeout_s, idle_s=settings.upstream_idle_s)
-        self.admission = Admission()
+        self.admission = Admission(settings.workers)
         self.metrics.registry.register(self.admission)
         self.turns = AllTurns()
         self.metrics.registry.register(self.turns)

@@ -195,16 +195,20 @@ class Minute:
 
 
 class Account:
-    """What one key has used lately, in this gateway."""
+    """What one key has used lately, in this pod."""
 
     def __init__(self) -> None:
         self.running = 0
+        """In this process."""
+        self.elsewhere: dict[int, int] = {}
+        """By worker: in the pod's others (sharing.py)."""
         self._requests = Minute()
         self._tokens = Minute()
 
     def take(self, key: ApiKey, tokens: int, now: float) -> None:
         """Charge a request before it runs; `settle` it afterwards. Raises a 429 that names the limit."""
-        if key.max_concurrency is not None and self.running >= key.max_concurrency:
+        running = self.running + sum(self.elsewhere.values())
+        if key.max_concurrency is not None and running >= key.max_concurrency:
             raise over_limit(key.name, f"{key.max_concurrency} requests at once", 1.0)
         for limit, meter, amount, unit in (
             (key.requests_per_minute, self._requests, 1, "requests"),
@@ -222,6 +226,18 @@ class Account:
         self.running -= 1
         if used is not None and used != taken:
             self._tokens.add(used - taken, now)
+
+    def hear(self, worker: int, running: int, requests: int, tokens: int, now: float) -> None:
+        """What another worker has begun and ended."""
+        self.elsewhere[worker] = running
+        if requests:
+            self._requests.add(requests, now)
+        if tokens:
+            self._tokens.add(tokens, now)
+
+    def standing(self, now: float) -> tuple[int, int, int]:
+        """What runs in this process; requests and tokens of the last minute in the whole pod."""
+        return self.running, self._requests.total(now), self._tokens.total(now)
 
 
 def over_limit(name: str, limit: str, retry_after_s: float) -> GatewayError:

@@ -6,7 +6,7 @@ Secret is in force as soon as the watch brings it, and with the API server away,
 
 import asyncio
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import httpx2
@@ -38,6 +38,10 @@ class Charge:
         return send if self.usage is None else self.usage.meter(send)
 
 
+OnUse = Callable[[str, int, int, int], None]
+"""The key's name, how many of its requests run here, and how many requests and tokens more it has used."""
+
+
 class Keys(Collector):
     def __init__(self) -> None:
         self.synced = False
@@ -46,6 +50,8 @@ class Keys(Collector):
         self._codes: dict[tuple[str, str], int] = {}
         self._tokens: dict[tuple[str, str], int] = {}
         self._wrong: Mapping[str, str] = {}
+        self.on_use: OnUse | None = None
+        """Told of each request that begins or ends here (sharing.py)."""
 
     def use(self, ring: KeyRing, wrong: Mapping[str, str]) -> None:
         """These keys from now on; what a key has used stays charged while it exists."""
@@ -75,17 +81,39 @@ class Keys(Collector):
         if account is None:  # the key went while the request's body came
             raise auth.unauthorized()
         account.take(key, tokens, asyncio.get_running_loop().time())
+        if self.on_use is not None:
+            self.on_use(key.name, account.running, 1, tokens)
         return account
 
     def settle(self, key: ApiKey, account: Account, taken: int, charge: Charge) -> None:
         """A charged request has ended."""
         usage, code = charge.usage or Usage(0), charge.code
-        account.settle(taken, usage.total if code == 200 else 0, asyncio.get_running_loop().time())
+        used = usage.total if code == 200 else 0
+        account.settle(taken, used, asyncio.get_running_loop().time())
+        if self.on_use is not None:
+            self.on_use(key.name, account.running, 0, used - taken)
         self.count(key, code)
         if code == 200:
             for kind, count in (("prompt", usage.prompt), ("completion", usage.completion)):
                 label = (key.name, kind)
                 self._tokens[label] = self._tokens.get(label, 0) + count
+
+    def hear(self, worker: int, name: str, running: int, requests: int, tokens: int) -> None:
+        """What a key has used at another worker of this pod."""
+        account = self._accounts.get(name)
+        if account is not None:
+            account.hear(worker, running, requests, tokens, asyncio.get_running_loop().time())
+
+    def forget(self, worker: int) -> None:
+        """Another worker has begun anew: nothing runs there."""
+        for account in self._accounts.values():
+            account.elsewhere.pop(worker, None)
+
+    def standing(self) -> dict[str, tuple[int, int, int]]:
+        """By name: what runs here, and requests and tokens of the last minute at all workers."""
+        now = asyncio.get_running_loop().time()
+        found = {name: account.standing(now) for name, account in self._accounts.items()}
+        return {name: numbers for name, numbers in found.items() if any(numbers)}
 
     def count(self, key: ApiKey, code: int) -> None:
         label = (key.name, str(code))

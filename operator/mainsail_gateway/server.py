@@ -6,8 +6,13 @@ within `drain_timeout_s`, and the process exits with 0. A second signal ends it 
 """
 
 import asyncio
+import contextlib
 import logging
+import os
+import signal
+import socket
 import ssl
+import sys
 import time
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
@@ -26,17 +31,20 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from mainsail_gateway import record
 from mainsail_gateway.app import Gateway
 from mainsail_gateway.auth import Secret
+from mainsail_gateway.crew import Post
 from mainsail_gateway.debug import routes
 from mainsail_gateway.errors import GatewayError
-from mainsail_gateway.health import Debug, HealthServer
+from mainsail_gateway.health import Debug, HealthServer, checks_of, exposition
 from mainsail_gateway.hold import Waker
 from mainsail_gateway.keys import KeyWatch
 from mainsail_gateway.routes import Routes
 from mainsail_gateway.scrape import Scraper
 from mainsail_gateway.settings import Settings
+from mainsail_gateway.sharing import Sharing
 from mainsail_gateway.watch import Reflector, Timing
 
 DEBUG_S = 5.0
+KNOWING_S = 10.0
 _NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
 if TYPE_CHECKING:
@@ -250,19 +258,72 @@ def configure(gateway: Gateway) -> uvicorn.Config:
     )
 
 
-async def serve(settings: Settings) -> None:
-    """Run a gateway until it is told to go."""
+async def serve(settings: Settings, post: Post | None = None) -> None:
+    """Run a gateway until it is told to go. post: its place, when it is one of several workers."""
     gateway = Gateway(settings, _traces(settings))
     client = kubernetes_client(settings)
     debug = debugger(gateway, asyncio.get_running_loop())
-    health = HealthServer(settings.host, settings.health_port, gateway.health, gateway.metrics.registry, debug)
+    address = (settings.host, settings.health_port) if post is None else post.health
+    health = HealthServer(address, checks_of(gateway.health), exposition(gateway.metrics.registry), debug)
     health.start()
     try:
-        async with background(gateway, client, Timing(relist_s=settings.relist_s)), picker(gateway):
-            await Server(configure(gateway), gateway).serve()
+        async with (
+            background(gateway, client, Timing(relist_s=settings.relist_s)), picker(gateway), beside(gateway, post)
+        ):  # fmt: skip
+            sockets = None
+            if post is not None:
+                sockets = [socket.socket(fileno=post.listener)]
+                await knowing(gateway)
+            await Server(configure(gateway), gateway).serve(sockets)
     finally:
         health.stop()
         gateway.recorder.close()
+
+
+async def knowing(gateway: Gateway) -> None:
+    """Returns when the gateway has something to serve by. Clients wait in the listener's queue meanwhile: a worker that
+    takes another's place has them before it is ready. If it takes too long, they are told so."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(KNOWING_S):
+            while not (gateway.health.synced and (gateway.keys is None or gateway.keys.synced)):  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+
+
+@asynccontextmanager
+async def beside(gateway: Gateway, post: Post | None) -> AsyncGenerator[None]:
+    """What a worker does because there are others: limits of keys together, and no life without the crew."""
+    if post is None:
+        yield
+        return
+    loop = asyncio.get_running_loop()
+    loop.add_reader(sys.stdin.fileno(), _orphaned, loop)
+    tasks: list[asyncio.Task[None]] = []
+    if gateway.keys is not None:
+        sharing = Sharing(gateway.keys, Path(post.folder), post.index, gateway.settings.workers)
+        tasks.append(asyncio.create_task(sharing.run()))
+        tasks[0].add_done_callback(_report)
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _orphaned(loop: asyncio.AbstractEventLoop) -> None:
+    """The crew's end of standard input is closed: it is gone, and nobody will tell this worker to go."""
+    if not os.read(sys.stdin.fileno(), 1):
+        loop.remove_reader(sys.stdin.fileno())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def log_to_stderr(level: str, worker: int | None = None) -> None:
+    name = "" if worker is None else f"worker {worker} "
+    logging.basicConfig(
+        level=level.upper(), format=f"%(asctime)s %(levelname)s {name}%(name)s: %(message)s", stream=sys.stderr
+    )
+    for library in ("httpx2", "httpcore2"):
+        logging.getLogger(library).setLevel(logging.WARNING)
 
 
 def _traces(settings: Settings) -> "TracerProvider | None":

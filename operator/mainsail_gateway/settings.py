@@ -10,6 +10,8 @@ from typing import Literal
 class Settings:
     host: str = "0.0.0.0"
     port: int = 8080
+    workers: int = 1
+    """Processes that serve `port` together (crew.py): as many as the pod has cores to itself."""
     health_port: int = 8081
     """Health and metrics have a listener and a thread of their own: load on `port` never fails a probe."""
     kubeconfig: str | None = None
@@ -75,6 +77,7 @@ class Settings:
 _HELP = {
     "host": "address to listen on",
     "port": "port of the OpenAI API",
+    "workers": "processes that serve it together",
     "health_port": "port of /health/live, /health/ready and /metrics",
     "kubeconfig": "path of a kubeconfig (default: the Pod's service account, then $KUBECONFIG)",
     "max_body_bytes": "largest request body; over it 413",
@@ -126,6 +129,8 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
     for name, value in values.items():
         if isinstance(value, int | float) and value < 0:
             parser.error(f"--{name.replace('_', '-')} must not be negative, got {value}")
+    if values["workers"] < 1:
+        parser.error(f"--workers must be at least 1, got {values['workers']}")
     if values["log_level"] not in ("debug", "info", "warning", "error"):
         parser.error(f"--log-level must be debug, info, warning or error, got {values['log_level']}")
     if values["auth"] not in ("anonymous", "keys"):

@@ -23,7 +23,7 @@ import heapq
 import itertools
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Literal, TypeVar
 
@@ -61,6 +61,14 @@ class Policy:
     hold_requests: int = 0
     """How many may wait while there is no replica; 0: none, they are refused."""
     hold_for_s: float = 0.0
+
+    def part(self, of: int) -> "Policy":
+        """One of so many equal parts, rounded up: for gateways that know of one another."""
+        if of == 1:
+            return self
+        numbers = self.max_queued_requests, self.max_running, self.hold_requests
+        queued, running, held = (-(-number // of) for number in numbers)
+        return replace(self, max_queued_requests=queued, max_running=running, hold_requests=held)
 
 
 @dataclass(slots=True, eq=False)

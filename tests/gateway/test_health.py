@@ -1,7 +1,7 @@
 import httpx
 import pytest
 
-from mainsail_gateway.health import STUCK_S, Health, HealthServer
+from mainsail_gateway.health import STUCK_S, Health, HealthServer, checks_of, exposition
 from mainsail_gateway.metrics import Metrics
 
 
@@ -20,7 +20,7 @@ def test_states():
 @pytest.fixture
 def server():
     health = Health(synced=True)
-    server = HealthServer("127.0.0.1", 0, health, Metrics().registry)
+    server = HealthServer(("127.0.0.1", 0), checks_of(health), exposition(Metrics().registry))
     server.start()
     yield health, f"http://127.0.0.1:{server.port}"
     server.stop()

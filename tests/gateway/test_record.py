@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from mainsail_gateway.app import Gateway
-from mainsail_gateway.health import HealthServer
+from mainsail_gateway.health import HealthServer, checks_of, exposition
 from mainsail_gateway.record import tracing
 from mainsail_gateway.routes import Endpoint, visible
 from mainsail_gateway.server import debugger
@@ -64,6 +64,7 @@ async def test_a_span_between_the_clients_and_the_engines(kit):
         await client.post(CHAT, json={**BODY, "model": "nope"})
         await asyncio.to_thread(provider.force_flush)
     joined, own = exporter.get_finished_spans()
+    assert joined.context and joined.parent and joined.attributes and own.attributes  # noqa: PT018
     assert f"{joined.context.trace_id:032x}" == PARENT.split("-")[1]
     assert f"{joined.parent.span_id:016x}" == PARENT.split("-")[2]
     assert up.seen[0].header("traceparent") == f"00-{PARENT.split('-')[1]}-{joined.context.span_id:016x}-01"
@@ -81,7 +82,7 @@ async def test_why_an_endpoint_would_be_picked(kit):
     async with kit.gateway(service, kit.service(name="asleep")) as gw:
         app: Gateway = gw.gateway
         debug = debugger(app, asyncio.get_running_loop())
-        health = HealthServer("127.0.0.1", 0, app.health, app.metrics.registry, debug)
+        health = HealthServer(("127.0.0.1", 0), checks_of(app.health), exposition(app.metrics.registry), debug)
         health.start()
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{health.port}") as client:
             overview = (await client.get("/debug/routes")).json()

@@ -42,7 +42,7 @@ tolerations: {{ toJson . }}
 {{- end }}
 
 {{- define "mainsail.gatewayArgs" -}}
-{{- $args := list "--auth" (lower .Values.gateway.auth.mode) -}}
+{{- $args := list "--auth" (lower .Values.gateway.auth.mode) "--workers" (toString .Values.gateway.workers) -}}
 {{- if .Values.gateway.auth.namespace -}}
 {{- $args = concat $args (list "--keys-namespace" .Values.gateway.auth.namespace) -}}
 {{- end -}}
