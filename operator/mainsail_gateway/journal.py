@@ -32,6 +32,8 @@ MAX_NOTES = 256
 _CONFIRMED = re.compile(rb"ids id=([A-Za-z0-9_-]{1,128}) created=([0-9]{1,12})")
 _IDS = b":ids "
 _HANDOVER = b":handover "
+_END = b":end"
+"""Of a stream whose last event is not [DONE]."""
 _DONE = b"data: [DONE]\n\n"
 
 
@@ -75,6 +77,10 @@ class Journal:
             if end < 0:
                 break
             line = data[at:end]
+            if line == _END:
+                self.complete = True
+                at = end + 1
+                continue
             if shown and line.startswith(_HANDOVER):
                 break  # first what comes before it
             length, notes = _line(line)

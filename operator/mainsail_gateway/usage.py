@@ -12,14 +12,18 @@ import msgspec
 
 from mainsail_gateway.asgi import Message, Send
 
-_TAIL_BYTES = 4096
+_TAIL_BYTES = 16384
+"""A response says its metadata after its usage."""
 _USAGE = re.compile(rb'"usage"\s*:\s*(\{(?:[^{}]|\{[^{}]*\})*\})')
 
 
 class _Said(msgspec.Struct):
+    """Chat and completions say prompt and completion, responses say input and output."""
+
     prompt_tokens: int = 0
     completion_tokens: int = 0
-    total_tokens: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
 
 
 class Usage:
@@ -60,12 +64,12 @@ class Usage:
     @property
     def prompt(self) -> int:
         found = self._found()
-        return found.prompt_tokens if found else self._prompt
+        return max(found.prompt_tokens, found.input_tokens) if found else self._prompt
 
     @property
     def completion(self) -> int:
         found = self._found()
-        return found.completion_tokens if found else self._events
+        return max(found.completion_tokens, found.output_tokens) if found else self._events
 
     @property
     def total(self) -> int:

@@ -63,7 +63,9 @@ def test_a_bad_secret_is_refused_and_its_content_not_told(fields, named):
     assert not any(value in str(error.value) for value in fields.values())
     keys, wrong = ring({("ns", "a"): secret("a", **fields), ("ns", "b"): secret("b", key=OTHER)})
     assert list(wrong) == ["a"]
-    assert keys.find(OTHER.encode()).name == "b"
+    found = keys.find(OTHER.encode())
+    assert found is not None
+    assert found.name == "b"
 
 
 @given(st.lists(st.tuples(st.floats(0, 30), st.integers(1, 5)), max_size=60), st.integers(5, 20))
@@ -76,7 +78,7 @@ def test_never_more_than_the_limit_in_any_minute(arrivals, limit):
         try:
             account.take(key, tokens, now)
         except GatewayError as error:
-            refusals.append((error.status, error.retry_after_s))
+            refusals.append((error.status, error.retry_after_s or 0.0))
             continue
         account.settle(tokens, None, now)
         passed.append((now, tokens))
@@ -117,6 +119,14 @@ def test_usage_is_read_from_the_tail(pieces):
     usage = Usage(100)
     for i in range(0, len(stream), max(size, 150)):
         usage.feed(stream[i : i + max(size, 150)])
+    assert (usage.prompt, usage.completion) == (7, 5)
+
+
+def test_usage_of_a_response_is_read_too():
+    usage = Usage(100)
+    said = b'"usage":{"input_tokens":7,"input_tokens_details":{"cached_tokens":0},"output_tokens":5,"total_tokens":12}'
+    metadata = b'"user":null,"metadata":{"k":"%b"}' % (b"v" * 8000)
+    usage.feed(b'event: response.completed\ndata: {"response":{%b,%b}}\n\n' % (said, metadata))
     assert (usage.prompt, usage.completion) == (7, 5)
 
 

@@ -93,3 +93,12 @@ def test_notes_do_not_pile_up():
         seen.feed(b":ids 1 0=%d\nx" % token)
     assert len(seen._notes) <= 300
     assert seen.choices()[0]["token_ids"] == list(range(2000))
+
+
+def test_a_stream_without_done_says_its_end() -> None:
+    journal = Journal("resp_1", 5)
+    assert journal.feed(b":ids 11 0=7\ndata: one\n\n:en") == b"data: one\n\n"
+    assert not journal.complete
+    assert journal.feed(b"d\n") == b""
+    journal.end()
+    assert journal.complete

@@ -9,6 +9,7 @@ says how many bytes belong together and which tokens those bytes show:
     data: {…, "finish_reason": "stop"}\\n\\n
     :ids 14\\n
     data: [DONE]\\n\\n
+    :end\\n                          a stream without [DONE] (/v1/responses) is at its end
     :handover engine_failed\\n\\n      instead of an end: this engine cannot go on, another may
 
 The gateway strips these lines without looking into the events, and keeps the ids.
@@ -188,17 +189,24 @@ class Ledger:
 
     async def frames(self, events: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
         """The events, framed if the gateway wants them so; errors among them."""
+        data = b""
         try:
             async with aclosing(events):
                 async for data in events:
                     yield self._frame(data)
+            if self.framed and not data.endswith(DONE):
+                yield b":end\n"
         except RequestError as error:
             if not self.framed:
                 raise
-            if error.code in ELSEWHERE:
+            if self.hands_over(error):
                 yield f":handover {error.code}\n\n".encode()
             else:
                 yield self._frame(event(error_body(error)) + DONE)
+
+    def hands_over(self, error: RequestError) -> bool:
+        """Whether the answer ends here and goes on at another engine."""
+        return self.framed and error.code in ELSEWHERE
 
     def _note(self, index: int, delta: Delta) -> None:
         ids = [str(token) for token in delta.token_ids]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -23,6 +24,7 @@ from mainsail_engine.request import FinishReason
 from mainsail_engine.server.answers import Answer, usage
 from mainsail_engine.server.chat import Plan, plan_chat
 from mainsail_engine.server.errors import from_validation
+from mainsail_engine.server.handover import Identity, Ledger, take_over
 from mainsail_engine.server.middleware import arrival_s
 from mainsail_engine.server.output_items import OutputItems
 from mainsail_engine.server.response_schemas import (
@@ -50,6 +52,7 @@ async def create_response(serving: Serving, body: ResponsesRequest, request: Req
     """Everything that can be refused is refused here, before the first byte of the answer."""
     arrived_s = arrival_s(request.scope)
     serving.check_model(body.model)
+    serving.check_open()
     try:
         chat = ChatCompletionRequest.model_validate(as_chat(body))
         plan, grammar = await plan_chat(serving, chat)
@@ -61,10 +64,15 @@ async def create_response(serving: Serving, body: ResponsesRequest, request: Req
         raise _renamed(from_validation(error.errors())) from error
     except RequestError as error:
         raise _renamed(error) from error
-    serving.admit(plan.jobs, 1)
-    running = _Running(serving, body, chat, plan, arrived_s)
+    jobs, resumed = take_over(request, plan.jobs, serving.ready.vocab_size, stream=bool(body.stream))
+    plan = replace(plan, jobs=jobs)
+    serving.admit(jobs, 1)
+    answer = resumed or Identity(f"resp_{uuid.uuid4().hex}", int(time.time()))
+    running = _Running(serving, body, chat, plan, arrived_s, answer)
     if body.stream:
-        return EventStream(running.events())
+        ledger = Ledger.of(request, jobs)
+        events = running.events(ledger, begun=resumed is not None)
+        return EventStream(ledger.frames(events), ledger.headers(answer))
     return await unless_disconnected(request, running.whole())
 
 
@@ -165,11 +173,16 @@ class _Running:
     """One response in the making."""
 
     def __init__(
-        self, serving: Serving, body: ResponsesRequest, chat: ChatCompletionRequest, plan: Plan, arrived_s: float
+        self,
+        serving: Serving,
+        body: ResponsesRequest,
+        chat: ChatCompletionRequest,
+        plan: Plan,
+        arrived_s: float,
+        answer: Identity,
     ) -> None:
         self._serving, self._body, self._plan, self._arrived_s = serving, body, plan, arrived_s
-        self._id = f"resp_{uuid.uuid4().hex}"
-        self._created_s = int(time.time())
+        self._id, self._created_s = answer.id, answer.created
         self._answer = Answer(reader=plan.readers(serving, chat)[0])
         self._items = OutputItems(self._id)
         self._count = 0
@@ -180,22 +193,33 @@ class _Running:
                 self._take(delta)
         return Response(msgspec.json.encode(self._shown(self._status())), media_type="application/json")
 
-    async def events(self) -> AsyncGenerator[bytes, None]:
-        begun = self._shown("in_progress")
-        yield self._event("response.created", response=begun) + self._event("response.in_progress", response=begun)
+    async def events(self, ledger: Ledger, *, begun: bool) -> AsyncGenerator[bytes, None]:
+        """begun: another engine has told of the beginning. Events are numbered on from what it must have told; where it
+        had told of several tokens at once, some numbers are left out."""
+        shown = self._shown("in_progress")
+        first = self._event("response.created", response=shown) + self._event("response.in_progress", response=shown)
+        if not begun:
+            yield first
         try:
             async with self._serving.answer(self._plan.jobs, self._arrived_s) as answering:
-                while deltas := await answering.next():
-                    parts = [part for _, delta in deltas for part in self._take(delta)]
-                    if parts:
-                        yield b"".join(self._event(kind, **fields) for kind, fields in parts)
+                for _, delta in answering.replayed:
+                    self._told(delta)
+                while deltas := ledger.note(await answering.next()):
+                    data = b"".join([self._told(delta) for _, delta in deltas])
+                    if data:
+                        yield data
         except RequestError as error:
+            if ledger.hands_over(error):
+                raise
             told = {"code": error.code or "server_error", "message": error.message}
             yield self._event("error", **told, param=error.param)
             yield self._event("response.failed", response=self._shown("failed") | {"error": told})
             return
         status = self._status()
         yield self._event(f"response.{status}", response=self._shown(status))
+
+    def _told(self, delta: Delta) -> bytes:
+        return b"".join([self._event(kind, **fields) for kind, fields in self._take(delta)])
 
     def _take(self, delta: Delta) -> list[tuple[str, dict[str, Any]]]:
         """The events that a piece of the answer makes."""

@@ -14,9 +14,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
+
+import msgspec
 
 from mainsail_engine.client import EngineClient
 from mainsail_engine.errors import RequestError
@@ -90,6 +93,7 @@ class TextStream:
     def __init__(self, job: Job, detokenizer: Detokenizer) -> None:
         self._detokenizer = detokenizer
         self._stops = StopStrings(job.stop, include=job.include_stop)
+        self._params = job.params
         self._min_tokens = job.params.min_tokens
         self._num_tokens = 0
 
@@ -106,13 +110,23 @@ class TextStream:
             output.logprobs, output.prompt_logprobs, output.embedding,
         )  # fmt: skip
 
-    def replay(self, delivered: Delivered) -> list[Delta]:
+    def replay(self, delivered: Delivered, eos_token_ids: Sequence[int]) -> list[Delta]:
         """Feed what was delivered. Raises RequestError where a stop string would have ended it before."""
         cached = delivered.num_cached_tokens
-        deltas = [self.feed(RequestOutput("", [token], num_cached_tokens=cached)) for token in delivered.token_ids]
+        outputs = [RequestOutput("", [token], num_cached_tokens=cached) for token in delivered.token_ids]
+        if delivered.finished and outputs:
+            reason = self._ended(delivered.token_ids, eos_token_ids)
+            outputs[-1] = msgspec.structs.replace(outputs[-1], finish_reason=reason)
+        deltas = [self.feed(output) for output in outputs]
         if self._stops.matched is not None and not delivered.finished:
             raise RequestError("the delivered tokens hold a stop string", code="invalid_resume")
         return deltas
+
+    def _ended(self, token_ids: list[int], eos_token_ids: Sequence[int]) -> FinishReason:
+        """Why an answer with these tokens had ended, unless by a stop string, which `feed` sees."""
+        params, last = self._params, token_ids[-1]
+        by_token = last in params.stop_token_ids or (last in eos_token_ids and not params.ignore_eos)
+        return FinishReason.STOP if by_token or len(token_ids) < params.max_tokens else FinishReason.LENGTH
 
     def _show(self, token_ids: list[int]) -> str:
         """Before min_tokens a stop string is plain text."""
@@ -474,7 +488,11 @@ class Generation:
         """Raises RequestError."""
         job, delivered = self._job, self._job.delivered
         if delivered is not None:
-            self._answering.replay(self._index, self._text.replay(delivered), finished=delivered.finished)
+            self._answering.replay(
+                self._index,
+                self._text.replay(delivered, self._serving.ready.eos_token_ids),
+                finished=delivered.finished,
+            )
             if delivered.finished:
                 return
         self._times = self._serving.enter(self._id, job, self._arrival_s)

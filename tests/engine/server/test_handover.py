@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import pytest
@@ -12,9 +13,16 @@ from tests.engine.server.conftest import Engine
 
 pytestmark = pytest.mark.model
 
-CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+CHAT, TEXT, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 QUESTION = [{"role": "user", "content": "Write three sentences about the sea. Use an emoji."}]
 USAGE = {"stream_options": {"include_usage": True}}
+PERSON = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"type": "integer", "maximum": 99}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+TOOL = {"name": "meet", "parameters": PERSON}
 CASES = {
     "greedy chat": (CHAT, {"messages": QUESTION, "temperature": 0, "max_tokens": 40, **USAGE}),
     "seeded chat": (CHAT, {"messages": QUESTION, "temperature": 1.3, "seed": 7, "top_k": 40, "max_tokens": 40}),
@@ -41,12 +49,107 @@ CASES = {
             **USAGE,
         },
     ),
+    "penalties": (
+        CHAT,
+        {
+            "messages": QUESTION,
+            "temperature": 0.8,
+            "seed": 17,
+            "top_k": 40,
+            "presence_penalty": 0.7,
+            "frequency_penalty": 0.9,
+            "repetition_penalty": 1.2,
+            "max_tokens": 40,
+            **USAGE,
+        },
+    ),
+    "biased": (
+        TEXT,
+        {"prompt": "The sea", "temperature": 0, "logit_bias": {"260": 4, "288": -50}, "max_tokens": 24, **USAGE},
+    ),
+    "log-probabilities of a chat": (
+        CHAT,
+        {"messages": QUESTION, "temperature": 0, "logprobs": True, "top_logprobs": 2, "max_tokens": 16, **USAGE},
+    ),
+    "log-probabilities of a text": (
+        TEXT,
+        {"prompt": "One, two,", "temperature": 0, "logprobs": 2, "max_tokens": 16, **USAGE},
+    ),
+    "a stop string of several tokens, shown": (
+        TEXT,
+        {
+            "prompt": "One, two, three,",
+            "temperature": 0,
+            "stop": [" six, seven"],
+            "include_stop_str_in_output": True,
+            "max_tokens": 40,
+            **USAGE,
+        },
+    ),
+    "a schema": (
+        CHAT,
+        {
+            "messages": QUESTION,
+            "temperature": 0.9,
+            "seed": 5,
+            "top_k": 40,
+            "response_format": {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON}},
+            "max_tokens": 60,
+            **USAGE,
+        },
+    ),
+    "a pattern": (
+        TEXT,
+        {
+            "prompt": "Call",
+            "temperature": 1.0,
+            "seed": 6,
+            "structured_outputs": {"regex": "[0-9]{3}-[0-9]{4} or [a-z ]{20}"},
+            "max_tokens": 60,
+            **USAGE,
+        },
+    ),
+    "a call": (
+        CHAT,
+        {
+            "messages": QUESTION,
+            "temperature": 0,
+            "tools": [{"type": "function", "function": TOOL}],
+            "tool_choice": {"type": "function", "function": {"name": "meet"}},
+            "max_tokens": 60,
+            **USAGE,
+        },
+    ),
+    "two answers of a chat": (
+        CHAT,
+        {"messages": QUESTION, "n": 2, "temperature": 1.0, "seed": 8, "top_k": 40, "max_tokens": 16, **USAGE},
+    ),
+    "usage all along": (
+        CHAT,
+        {
+            "messages": QUESTION,
+            "temperature": 0,
+            "max_tokens": 16,
+            "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+        },
+    ),
+    "a response": (RESPONSES, {"input": "Tell me about the sea.", "temperature": 0, "max_output_tokens": 24}),
+    "a response with a call": (
+        RESPONSES,
+        {
+            "input": "Who comes?",
+            "temperature": 0,
+            "tools": [{"type": "function", **TOOL}],
+            "tool_choice": {"type": "function", "name": "meet"},
+            "max_output_tokens": 60,
+        },
+    ),
 }
 
 
 def frames(stream: bytes) -> Iterator[tuple[bytes, bytes]]:
     """(notes, piece) of a stream in the side form, to its end."""
-    while stream:
+    while stream and stream != b":end\n":
         line, _, rest = stream.partition(b"\n")
         word, length, *notes = line.split(b" ")
         assert word == b":ids", line
@@ -88,18 +191,51 @@ def test_what_is_left_is_equal_wherever_it_broke(engine: Engine, case: str) -> N
     whole = stream(engine, path, body)
     assert whole.status_code == 200, whole.text
     notes, pieces = zip(*frames(whole.content), strict=True)
-    assert pieces[-1].endswith(b"data: [DONE]\n\n")
-    steps = sorted({1, len(pieces) // 2, len(pieces) - 2, len(pieces) - 1} - {0})
+    assert pieces[-1].endswith(b"data: [DONE]\n\n") or whole.content.endswith(b":end\n")
+    least = 2 if path == RESPONSES else 1  # a response's first piece only says that it has begun
+    steps = sorted({least, least + 1, len(pieces) // 2, len(pieces) - 2, len(pieces) - 1} - {0})
     for cut in steps:
         resume = {**identity(whole), "choices": delivered(list(notes[:cut]))}
         rest = stream(engine, path, body, resume)
         assert rest.status_code == 200, rest.text
         got_notes, got = zip(*frames(rest.content), strict=True)
-        if len(delivered(list(notes))) == 1:
+        if path == RESPONSES or "logprobs" in body:
+            assert_alike(got, pieces[cut:])
+        elif len(delivered(list(notes))) == 1:
             assert b"".join(got) == b"".join(pieces[cut:]), f"cut after piece {cut} of {len(pieces)}"
         else:  # choices may interleave in another order, and the cache knows more by now
             assert events(got) == events(pieces[cut:]), f"cut after piece {cut} of {len(pieces)}"
         assert tokens(got_notes) == tokens(notes[cut:])
+
+
+def assert_alike(got: tuple[bytes, ...], wanted: tuple[bytes, ...]) -> None:
+    """Equal but for the last bits of log-probabilities, which come of another batch, and for numbers of events, which
+    go on upwards."""
+    found, expected = (
+        [json.loads(line[6:]) for line in b"".join(pieces).split(b"\n") if line.startswith(b"data: {")]
+        for pieces in (got, wanted)
+    )
+    numbers = [event.pop("sequence_number", at) for at, event in enumerate(found)]
+    assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+    assert numbers[0] >= expected[0].get("sequence_number", 0)
+    for event in expected:
+        event.pop("sequence_number", None)
+    assert_close(found, expected)
+
+
+def assert_close(got: Any, wanted: Any) -> None:
+    if isinstance(wanted, dict):
+        assert got.keys() == wanted.keys()
+        for key in wanted:
+            assert_close(got[key], wanted[key])
+    elif isinstance(wanted, list):
+        assert len(got) == len(wanted)
+        for one, other in zip(got, wanted, strict=True):
+            assert_close(one, other)
+    elif isinstance(wanted, float):
+        assert got == pytest.approx(wanted, abs=1e-3)
+    else:
+        assert got == wanted
 
 
 def events(pieces: tuple[bytes, ...]) -> list[bytes]:
