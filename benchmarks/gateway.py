@@ -1,19 +1,24 @@
 """What the gateway costs, beside a direct connection, plain uvicorn and, where installed, nginx and Rust routers.
 
-    python benchmarks/gateway.py            about a minute; prints one table
+    python benchmarks/gateway.py            about two minutes; prints one table, writes it with --json PATH
+    python benchmarks/gateway.py --only mainsail_2_workers --idle 10000
 
 One upstream streams server-sent events at a fixed pace. Every target is measured by the same client over loopback, one
 after the other: lone requests on a kept connection (time to the first event, CPU per request of one event), then many
-streams at once (CPU per event, memory per stream). CPU is user + system time of the target's process tree. The gateway
-runs as it does in a cluster, with an API server's list and watch answered here; the upstream tells it the token ids in
-the side form, as engines do, so that what fail-over costs is in the figure.
+streams at once (CPU per event), then idle streams that have had one event (memory of each; the time to the first event
+of a lone request beside them). CPU is user + system time of the target's process tree. The gateway runs as it does in a
+cluster, with everything on: API keys with limits, admission, balance, metrics, an API server's list and watch answered
+here; the upstream tells it the token ids in the side form, as engines do, so that what fail-over costs is in the
+figure. The others check no keys. `direct` is the upstream itself.
 """
 
 import argparse
 import asyncio
+import base64
 import contextlib
 import json
 import os
+import resource
 import shutil
 import socket
 import statistics
@@ -21,7 +26,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +36,8 @@ import uvloop
 EVENT = b"data: " + json.dumps({"choices": [{"delta": {"content": "x" * 150}}]}).encode() + b"\n\n"
 CHUNK = b"%x\r\n%b\r\n" % (len(EVENT), EVENT)
 END = b"0\r\n\r\n"
+KEY = "sk-" + "benchmark" * 4
+MESSAGES = [{"role": "user", "content": "Tell me about the sea."}]
 NOTED = b":ids %d 0=12345\n" % len(EVENT) + EVENT
 NOTED_CHUNK = b"%x\r\n%b\r\n" % (len(NOTED), NOTED)
 DONE = b"data: [DONE]\n\n"
@@ -43,8 +51,14 @@ async def read_request(reader: asyncio.StreamReader) -> tuple[str, bytes]:
     return head, await reader.readexactly(length)
 
 
+def allow_many_files() -> None:
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 async def upstream(port: int) -> None:
     """Answers each request with `n` events, `pace_ms` apart, as its body asks."""
+    allow_many_files()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
@@ -71,7 +85,11 @@ async def upstream(port: int) -> None:
 async def api_server(port: int, engine: int) -> None:
     """Lists one InferenceService with one endpoint; watches stay silent."""
     meta = {"name": "m", "namespace": "default", "labels": {"mainsail.dev/service": "m"}}
-    services = [{"metadata": meta, "spec": {"model": {"uri": "file:///m"}}}]
+    admission = {"maxConcurrency": 100000, "maxQueuedRequests": 100000, "maxQueueTime": "1000s"}
+    services = [{"metadata": meta, "spec": {"model": {"uri": "file:///m"}, "admission": admission}}]
+    limits = {"key": KEY, "models": "m*", "requestsPerMinute": "10000000", "tokensPerMinute": "10000000000"}
+    data = {name: base64.b64encode(value.encode()).decode() for name, value in limits.items()}
+    secrets = [{"metadata": {"name": "key", "namespace": "default"}, "data": data}]
     ports = [{"name": "http", "port": engine}]
     slices = [{"metadata": meta, "endpoints": [{"addresses": ["127.0.0.1"]}], "ports": ports}]
 
@@ -83,7 +101,8 @@ async def api_server(port: int, engine: int) -> None:
                     writer.write(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
                     await reader.read()
                     break
-                items = services if "inferenceservices" in head else slices
+                lists = {"inferenceservices": services, "endpointslices": slices, "secrets": secrets}
+                items = next((found for name, found in lists.items() if name in head), [])
                 body = json.dumps({"metadata": {"resourceVersion": "1"}, "items": items}).encode()
                 writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body))
         writer.close()
@@ -128,11 +147,12 @@ def running(*command: str) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def request(n: int, pace_ms: int) -> bytes:
-    body = json.dumps({"model": "m", "stream": True, "messages": [], "n": n, "pace_ms": pace_ms}).encode()
+    body = json.dumps({"model": "m", "stream": True, "messages": MESSAGES, "n": n, "pace_ms": pace_ms}).encode()
     head = (
-        b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+        b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer %b\r\n"
+        b"content-type: application/json\r\ncontent-length: %d\r\n\r\n"
     )
-    return head % len(body) + body
+    return head % (KEY.encode(), len(body)) + body
 
 
 async def exchange(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, data: bytes) -> float:
@@ -147,39 +167,87 @@ async def exchange(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, d
     return first
 
 
-Figures = tuple[float, float, float, float, float]
+Target = Callable[[Path, int, int, int], list[str]]
+"""A folder for its files, its port, the upstream's and the API server's → its command."""
 
 
-async def measure(port: int, pid: int, args: argparse.Namespace) -> Figures:
-    """TTFT p50 and p99 in ms, CPU per request and per event in µs, memory per stream in KiB."""
+@dataclass
+class Figures:
+    """One row of the table. Times in milliseconds, CPU in microseconds, memory in KiB."""
+
+    target: str
+    ttft_p50_ms: float
+    ttft_p99_ms: float
+    cpu_per_request_us: float
+    cpu_per_event_us: float
+    kib_per_idle_stream: float
+    ttft_beside_idle_ms: float
+
+
+async def lone(port: int, count: int) -> list[float]:
+    """Milliseconds to the first event, one request after the other on one connection."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     for _ in range(50):
         await exchange(reader, writer, request(1, 0))
-    before = cpu_s(pid)
-    times = [await exchange(reader, writer, request(1, 0)) * 1000 for _ in range(args.requests)]
-    per_request = (cpu_s(pid) - before) / args.requests * 1e6
+    times = [await exchange(reader, writer, request(1, 0)) * 1000 for _ in range(count)]
     writer.close()
+    return times
+
+
+async def flowing(port: int, pid: int, args: argparse.Namespace) -> float:
+    """CPU seconds of the target while many streams flow."""
     pairs = [await asyncio.open_connection("127.0.0.1", port) for _ in range(args.streams)]
-    before, empty = cpu_s(pid), resident_kib(pid)
-    streams = asyncio.gather(*(exchange(*pair, request(args.events, args.pace_ms)) for pair in pairs))
-    await asyncio.sleep(args.events * args.pace_ms / 2000)
-    held = resident_kib(pid) - empty
-    await streams
-    total = (cpu_s(pid) - before) * 1e6 - per_request * args.streams
+    before = cpu_s(pid)
+    await asyncio.gather(*(exchange(*pair, request(args.events, args.pace_ms)) for pair in pairs))
+    total = cpu_s(pid) - before
     for _, writer in pairs:
         writer.close()
-    return (
-        statistics.median(times),
-        statistics.quantiles(times, n=100)[98],
-        per_request,
-        total / (args.streams * args.events),
-        held / args.streams,
+    return total
+
+
+async def idle(port: int, pid: int, count: int) -> tuple[float, float]:
+    """KiB for each of so many streams that have had their first event; TTFT in ms of a lone request beside them."""
+    empty = resident_kib(pid)
+    writers: list[asyncio.StreamWriter] = []
+    for begun in range(0, count, 100):  # a hundred at a time, as a listener's queue bears
+        found = await asyncio.gather(*(_begun(port) for _ in range(min(100, count - begun))))
+        writers += found
+    held = resident_kib(pid) - empty
+    beside = statistics.median(await lone(port, 20))
+    for writer in writers:
+        writer.transport.abort()
+    return held / count, beside
+
+
+async def _begun(port: int) -> asyncio.StreamWriter:
+    """A stream that has had its first event, and gets no other for ten minutes."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(request(2, 600_000))
+    await asyncio.wait_for(reader.readuntil(b"data: "), 60)
+    return writer
+
+
+async def measure(target: str, port: int, pid: int, args: argparse.Namespace) -> Figures:
+    await lone(port, 50)
+    before = cpu_s(pid)
+    times = await lone(port, args.requests)
+    per_request = (cpu_s(pid) - before) / (args.requests + 50)
+    per_event = (await flowing(port, pid, args) - per_request * args.streams) / (args.streams * args.events)
+    memory, beside = await idle(port, pid, args.idle) if args.idle else (0.0, 0.0)
+    return Figures(
+        target=target,
+        ttft_p50_ms=round(statistics.median(times), 3),
+        ttft_p99_ms=round(statistics.quantiles(times, n=100)[98], 3),
+        cpu_per_request_us=round(per_request * 1e6),
+        cpu_per_event_us=round(per_event * 1e6, 1),
+        kib_per_idle_stream=round(memory, 1),
+        ttft_beside_idle_ms=round(beside, 3),
     )
 
 
 async def ready(port: int) -> None:
     """Until a whole exchange works."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(40):
         while True:
             with contextlib.suppress(OSError, RuntimeError, asyncio.IncompleteReadError, TimeoutError):
                 async with asyncio.timeout(1):
@@ -212,10 +280,18 @@ def mainsail(folder: Path, port: int, engine: int, api: int, health: int | None 
     ]  # fmt: skip
 
 
+def mainsail_with_keys(folder: Path, port: int, engine: int, api: int) -> list[str]:
+    return [*mainsail(folder, port, engine, api), "--auth", "keys", "--keys-namespace", "default"]
+
+
+def mainsail_2_workers(folder: Path, port: int, engine: int, api: int) -> list[str]:
+    return [*mainsail_with_keys(folder, port, engine, api), "--workers", "2"]
+
+
 def nginx(folder: Path, port: int, engine: int, api: int) -> list[str]:
     (folder / "nginx.conf").write_text(
         f"daemon off; pid {folder}/pid; error_log {folder}/log; worker_processes 1;"
-        f" events {{ worker_connections 4096; }}"
+        f" events {{ worker_connections 16384; }}"
         f" http {{ access_log off; upstream u {{ server 127.0.0.1:{engine}; keepalive 256; }} server {{"
         f" listen 127.0.0.1:{port}; keepalive_requests 1000000;"
         " location / { proxy_pass http://u; proxy_http_version 1.1;"
@@ -267,40 +343,58 @@ def pass_through(port: int, engine: int) -> None:
     uvicorn.Server(config).run()
 
 
+def table(rows: list[Figures]) -> Iterator[str]:
+    yield (
+        "| | TTFT p50 ms | added | TTFT p99 ms | added | CPU µs/request | CPU µs/event | requests/s a core "
+        "| streams a core at 50 events/s | KiB/idle stream | TTFT ms beside them |"
+    )
+    yield "|---" * 11 + "|"
+    direct = rows[0]
+    for row in rows:
+        yield (
+            f"| {row.target} | {row.ttft_p50_ms:.2f} | {row.ttft_p50_ms - direct.ttft_p50_ms:.2f} "
+            f"| {row.ttft_p99_ms:.2f} | {row.ttft_p99_ms - direct.ttft_p99_ms:.2f} "
+            f"| {row.cpu_per_request_us:.0f} | {row.cpu_per_event_us:.0f} "
+            f"| {1e6 / max(row.cpu_per_request_us, 1):.0f} | {1e6 / max(row.cpu_per_event_us, 0.1) / 50:.0f} "
+            f"| {row.kib_per_idle_stream:.0f} | {row.ttft_beside_idle_ms:.2f} |"
+        )
+
+
+async def beside(target: Target, folder: Path, engine: int, api: int, args: argparse.Namespace) -> Figures | None:
+    """A target's figures; None, said, where it is not there."""
+    port = free_port()
+    command = target(folder, port, engine, api)
+    if shutil.which(command[0]) is None:
+        print(f"{target.__name__}: not installed, left out")
+        return None
+    with running(*command) as process:
+        try:
+            await ready(port)
+        except TimeoutError:
+            print(f"{target.__name__}: did not start, left out")
+            return None
+        return await measure(target.__name__, port, process.pid, args)
+
+
 async def main(args: argparse.Namespace) -> None:
+    allow_many_files()
     engine, api = free_port(), free_port()
-    rows: list[tuple[str, Figures]] = []
     with tempfile.TemporaryDirectory() as name, running(sys.executable, __file__, "--serve", str(engine)) as process:
         await ready(engine)
-        rows.append(("direct", await measure(engine, process.pid, args)))
+        rows = [await measure("direct", engine, process.pid, args)]
         control = asyncio.create_task(api_server(api, engine))
-        for target in (mainsail, uvicorn_alone, nginx, vllm_router, sglang_router):
-            port = free_port()
-            command = target(Path(name), port, engine, api)
-            if shutil.which(command[0]) is None:
-                print(f"{target.__name__}: not installed, left out")
-                continue
-            with running(*command) as process:
-                try:
-                    await ready(port)
-                except TimeoutError:
-                    print(f"{target.__name__}: did not start, left out")
-                    continue
-                rows.append((target.__name__, await measure(port, process.pid, args)))
+        for target in (mainsail_with_keys, mainsail_2_workers, uvicorn_alone, nginx, vllm_router, sglang_router):
+            if args.only in ("", target.__name__):
+                row = await beside(target, Path(name), engine, api, args)
+                rows += [] if row is None else [row]
         control.cancel()
-    print(f"{args.requests} lone requests; {args.streams} streams of {args.events} events, {args.pace_ms} ms apart")
-    print("(direct: the upstream's own CPU)\n")
-    print(
-        "| | TTFT p50 ms | added | TTFT p99 ms | added | CPU µs/request | CPU µs/event | streams/core at 50 events/s "
-        "| KiB/stream |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|")
-    base = rows[0][1]
-    for target, (p50, p99, per_request, per_event, memory) in rows:
-        print(
-            f"| {target} | {p50:.2f} | {p50 - base[0]:.2f} | {p99:.2f} | {p99 - base[1]:.2f} "
-            f"| {per_request:.0f} | {per_event:.0f} | {1e6 / max(per_event, 0.1) / 50:.0f} | {memory:.0f} |"
-        )
+    print(f"{args.requests} lone requests; {args.streams} streams of {args.events} events, {args.pace_ms} ms apart; "
+          f"{args.idle} idle streams")  # fmt: skip
+    print("\n".join(table(rows)))
+    if args.json:
+        setting = {name: getattr(args, name) for name in ("requests", "streams", "events", "pace_ms", "idle")}
+        result = {"setting": setting, "cores": os.cpu_count(), "rows": [asdict(row) for row in rows]}
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
@@ -309,6 +403,9 @@ if __name__ == "__main__":
     parser.add_argument("--streams", type=int, default=100, help="streams at once")
     parser.add_argument("--events", type=int, default=200, help="events of a stream")
     parser.add_argument("--pace-ms", type=int, default=20, help="between two events of a stream")
+    parser.add_argument("--idle", type=int, default=1000, help="streams that have had one event; 0: not measured")
+    parser.add_argument("--only", default="", help="one target by its name")
+    parser.add_argument("--json", type=Path, help="write the figures there")
     parser.add_argument("--serve", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--pass-through", type=int, nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import resource
 import signal
 import socket
 import ssl
@@ -260,6 +261,7 @@ def configure(gateway: Gateway) -> uvicorn.Config:
 
 async def serve(settings: Settings, post: Post | None = None) -> None:
     """Run a gateway until it is told to go. post: its place, when it is one of several workers."""
+    allow_many_files()
     gateway = Gateway(settings, _traces(settings))
     client = kubernetes_client(settings)
     debug = debugger(gateway, asyncio.get_running_loop())
@@ -315,6 +317,12 @@ def _orphaned(loop: asyncio.AbstractEventLoop) -> None:
     if not os.read(sys.stdin.fileno(), 1):
         loop.remove_reader(sys.stdin.fileno())
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def allow_many_files() -> None:
+    """A stream has two sockets, and shells allow 1,024 files: as many as this process may have."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def log_to_stderr(level: str, worker: int | None = None) -> None:

@@ -59,6 +59,7 @@ class Connection(asyncio.Protocol):
         self._started = False
         self._head_done = False
         self._done = False
+        self._excess = False
         self._framed = False
         self._keep_alive = False
         self._error: UpstreamError | None = None
@@ -152,6 +153,9 @@ class Connection(asyncio.Protocol):
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             self._fail("garbage" if not self._head_done else "truncated", f"not HTTP: {error}")
             return
+        if self._excess:
+            self._keep_alive = False
+            self.close()
         if not self._head_done:
             self._head_bytes += len(data)
             if self._head_bytes > MAX_HEAD_BYTES:
@@ -179,16 +183,23 @@ class Connection(asyncio.Protocol):
     # What the parser calls.
 
     def on_message_begin(self) -> None:
+        if self._done:  # in the same bytes as the end of what was asked for: it is none of ours
+            self._excess = True
+            return
         self.headers = []
         self._framed = False
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        if self._excess:
+            return
         name = name.lower()
         self.headers.append((name, value))
         if name == b"content-length" or (name == b"transfer-encoding" and value.lower() == b"chunked"):
             self._framed = True
 
     def on_headers_complete(self) -> None:
+        if self._excess:
+            return
         self.status = self._parser.get_status_code()
         if self.status < 200:
             return  # 100 Continue, 103 Early Hints: the answer itself follows
@@ -196,6 +207,8 @@ class Connection(asyncio.Protocol):
         self._head_done = True
 
     def on_body(self, body: bytes) -> None:
+        if self._excess:
+            return
         self._chunks.append(body)
         self._buffered += len(body)
 
