@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import msgspec
 
@@ -28,6 +28,7 @@ from mainsail_engine.config import (
     ModelConfig,
     SchedulerConfig,
     ServerConfig,
+    SpeculativeConfig,
 )
 from mainsail_engine.errors import (
     InvalidConfigurationError,
@@ -38,6 +39,7 @@ from mainsail_engine.errors import (
 )
 from mainsail_engine.version import version
 
+Config = TypeVar("Config", KVEventsConfig, SpeculativeConfig)
 PROFILES: dict[str, dict[str, int]] = {
     "": {},
     "latency": {"max_num_seqs": 64, "max_num_batched_tokens": 2048},
@@ -186,6 +188,11 @@ def _add_engine_flags(serve: argparse.ArgumentParser) -> None:
         help="launch a step before the last one is read",
     )
     group.add_argument(
+        "--speculative-config",
+        help='guess tokens and verify several in one step: a JSON object with vLLM\'s names, {"method": "ngram"} or '
+        '{"method": "draft_model", "model": …}; default: one token a step',
+    )
+    group.add_argument(
         "--jump-forward",
         action=argparse.BooleanOptionalAction,
         default=True,
@@ -234,14 +241,14 @@ def _add_server_flags(serve: argparse.ArgumentParser) -> None:
     )
 
 
-def kv_events_config(text: str | None) -> KVEventsConfig | None:
-    """Raises InvalidConfigurationError."""
+def json_config(flag: str, text: str | None, kind: type[Config]) -> Config | None:
+    """What the flag's JSON object says; None: the flag is not given. Raises InvalidConfigurationError."""
     if text is None:
         return None
     try:
-        return msgspec.json.decode(text, type=KVEventsConfig)
+        return msgspec.json.decode(text, type=kind)
     except msgspec.DecodeError as error:
-        raise InvalidConfigurationError(f"--kv-events-config: {error}") from None
+        raise InvalidConfigurationError(f"{flag}: {error}") from None
 
 
 def engine_config(flags: argparse.Namespace) -> EngineConfig:
@@ -269,7 +276,8 @@ def engine_config(flags: argparse.Namespace) -> EngineConfig:
             offloading_size_gib=getattr(flags, "kv_offloading_size", None),
             metrics_sample=flags.kv_cache_metrics_sample,
         ),
-        kv_events=kv_events_config(getattr(flags, "kv_events_config", None)),
+        kv_events=json_config("--kv-events-config", getattr(flags, "kv_events_config", None), KVEventsConfig),
+        speculative=json_config("--speculative-config", getattr(flags, "speculative_config", None), SpeculativeConfig),
         scheduler=SchedulerConfig(
             max_num_seqs=SchedulerConfig().max_num_seqs if max_num_seqs is None else max_num_seqs,
             max_num_batched_tokens=chosen("max_num_batched_tokens"),

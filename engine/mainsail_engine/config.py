@@ -89,6 +89,59 @@ class KVEventsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         _require(self.hwm >= 1, "--kv-events-config: hwm must be at least 1")
 
 
+SPECULATIVE_METHODS = ("ngram", "draft_model", "draft")
+MAX_SPECULATIVE_TOKENS = 16
+
+
+class SpeculativeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """--speculative-config, a JSON object with vLLM's names: guess tokens, and verify them together in one step."""
+
+    method: str | None = None
+    """ngram: from the request's own text; draft_model (or draft): by a smaller model. None: by whether model is set."""
+    model: str | None = None
+    """The draft model: a folder or a .gguf, with the same vocabulary."""
+    num_speculative_tokens: int | None = None
+    """Guesses for a request in one step, at most. None: 16 from the text, 5 from a draft model."""
+    prompt_lookup_max: int | None = None
+    """n-gram: the longest run of last tokens that is looked for in the text. None: 3, or prompt_lookup_min."""
+    prompt_lookup_min: int | None = None
+    """… and the shortest. None: 3, or prompt_lookup_max."""
+    draft_tensor_parallel_size: int | None = None
+    """The draft model runs on one device: 1 or left out."""
+    adaptive: bool = True
+    """Guess as many as pays, by what was measured, and none where none does. Off: always as many as there may be."""
+
+    def __post_init__(self) -> None:
+        flag, methods = "--speculative-config", ", ".join(SPECULATIVE_METHODS[:2])
+        _require(self.method is None or self.method in SPECULATIVE_METHODS, f"{flag}: method must be one of {methods}")
+        _require(self.method is not None or self.model is not None, f"{flag}: give a method ({methods}) or a model")
+        _require(self.is_draft_model == (self.model is not None), f"{flag}: model belongs to method draft_model alone")
+        n = self.num_speculative_tokens
+        _require(
+            n is None or 1 <= n <= MAX_SPECULATIVE_TOKENS,
+            f"{flag}: num_speculative_tokens must be between 1 and {MAX_SPECULATIVE_TOKENS}",
+        )
+        least, longest = self.ngram_sizes
+        _require(1 <= least <= longest <= 16, f"{flag}: 1 <= prompt_lookup_min <= prompt_lookup_max <= 16 is needed")
+        _require(self.draft_tensor_parallel_size in (None, 1), f"{flag}: draft_tensor_parallel_size must be 1")
+
+    @property
+    def is_draft_model(self) -> bool:
+        return self.method in ("draft_model", "draft") or (self.method is None and self.model is not None)
+
+    @property
+    def max_guesses(self) -> int:
+        return self.num_speculative_tokens or (5 if self.is_draft_model else MAX_SPECULATIVE_TOKENS)
+
+    @property
+    def ngram_sizes(self) -> tuple[int, int]:
+        """(shortest, longest) n-gram."""
+        least, longest = self.prompt_lookup_min, self.prompt_lookup_max
+        if least is None:
+            least = min(3, longest) if longest is not None else 3
+        return least, longest if longest is not None else max(3, least)
+
+
 class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_num_seqs: int = 256
     """Requests that run at once: the height of every per-request tensor."""
@@ -122,6 +175,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     scheduler: SchedulerConfig = SchedulerConfig()
     kv_events: KVEventsConfig | None = None
     """Tell subscribers what the prefix cache holds (--kv-events-config). None: nobody is told."""
+    speculative: SpeculativeConfig | None = None
+    """Guess tokens and verify them together (--speculative-config). None: one token a step."""
     tensor_parallel_size: int = 1
     """Devices that share every matrix of the model. Each is driven by a process of its own (a rank)."""
     device: str = "auto"

@@ -73,6 +73,7 @@ if TYPE_CHECKING:
 if TYPE_CHECKING:
     from mainsail_engine.kv.events import KVEvents
     from mainsail_engine.scheduler import Scheduler
+    from mainsail_engine.speculative.speculator import Speculator
 
 log = logging.getLogger(__name__)
 WARM_UP_ID = "warm-up"
@@ -505,10 +506,14 @@ class _Engine:
         """Loads the model. Raises StartupError."""
         from mainsail_engine.runner.model_runner import ModelRunner
         from mainsail_engine.runner.workers import start_ranks
+        from mainsail_engine.speculative.load import check_vocabularies, load_draft
 
         self.config = config
         parallel, self._workers = start_ranks(config, on_lost)
+        self.draft = load_draft(config) if config.speculative and config.speculative.is_draft_model else None
         self.model_runner = ModelRunner(config, parallel)
+        if self.draft is not None:
+            check_vocabularies(self.draft.runner.vocab_size, self.model_runner.vocab_size)
         self.events = kv_events(config)
 
     def parts(self) -> tuple[Scheduler, Runner]:
@@ -519,13 +524,15 @@ class _Engine:
         from mainsail_engine.scheduler import Scheduler
 
         runner, config = self.model_runner, self.config
+        device = str(runner.device)
         scheduler = Scheduler(
             config,
             runner.num_blocks,
             runner.max_model_len,
             runner.eos_token_ids,
             max_num_batched_tokens=batched_tokens(config, runner.device),
-            max_inter_token_latency_s=latency_target_s(config, str(runner.device)),
+            max_inter_token_latency_s=latency_target_s(config, device),
+            speculator=self._speculator(device),
         )
         if self.events is not None:
             self.events.cleared()
@@ -537,6 +544,19 @@ class _Engine:
         )
         return scheduler, with_host_memory(runner, runner.kv_cache, host_bytes)
 
+    def _speculator(self, device: str) -> Speculator | None:
+        """What guesses tokens, if anything does."""
+        if self.config.speculative is None:
+            return None
+        from mainsail_engine.speculative.speculator import Speculator
+
+        return Speculator(
+            self.config.speculative,
+            self.draft.source() if self.draft is not None else None,
+            cuda=device.startswith("cuda"),
+            overlap=pipeline_depth(self.config, device) > 1,
+        )
+
     def resting_runner(self) -> Runner:
         if self._workers:
             raise RuntimeError("an engine of several ranks cannot sleep")
@@ -544,9 +564,13 @@ class _Engine:
 
     def sleep(self) -> None:
         self.model_runner.sleep()
+        if self.draft is not None:
+            self.draft.runner.sleep()
 
     def wake_up(self) -> tuple[Scheduler, Runner]:
         self.model_runner.wake_up(self.config)
+        if self.draft is not None:
+            self.draft.runner.wake_up(self.draft.config)
         return self.parts()
 
 

@@ -20,11 +20,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar, cast
 
+import msgspec
 from pydantic import ValidationError
 
 from mainsail_engine.cli import check_model_path
 from mainsail_engine.client import EngineClient
-from mainsail_engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from mainsail_engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig, SpeculativeConfig
 from mainsail_engine.metrics import Metrics
 from mainsail_engine.protocol import FirstScheduled, StepOutputs, TokenLogprobs
 from mainsail_engine.request import Pooling
@@ -135,6 +136,7 @@ class LLM:
         kv_cache_blocks: int | None = None,
         enable_prefix_caching: bool = True,
         tensor_parallel_size: int = 1,
+        speculative_config: dict[str, Any] | None = None,
         device: str = "auto",
     ) -> None:
         self._config = EngineConfig(
@@ -145,6 +147,7 @@ class LLM:
                 enable_prefix_caching=enable_prefix_caching,
             ),
             scheduler=SchedulerConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens),
+            speculative=None if speculative_config is None else msgspec.convert(speculative_config, SpeculativeConfig),
             tensor_parallel_size=tensor_parallel_size,
             device=device,
         )

@@ -28,6 +28,7 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString  # pyright: ignore[reportUnknownVariableType]
 
 from mainsail_engine.cells import Cells
+from mainsail_engine.config import MAX_SPECULATIVE_TOKENS
 from mainsail_engine.protocol import Ready, SchedulerStats, StepOutputs
 
 LABELS = ("model_name", "engine")
@@ -109,6 +110,9 @@ COUNTERS = {
     "vllm:prompt_tokens_cached": "… of which the prefix cache held the KV.",
     "vllm:generation_tokens": "Tokens generated.",
     "vllm:corrupted_requests": "Requests whose logits were not numbers.",
+    "vllm:spec_decode_num_drafts": "Times that a request's guesses were verified (speculative decoding).",
+    "vllm:spec_decode_num_draft_tokens": "Guesses verified.",
+    "vllm:spec_decode_num_accepted_tokens": "Guesses that were right.",
     "mainsail:steps": "Forward passes.",
     "mainsail:admitted": "Requests let in by admission.",
 }
@@ -141,6 +145,11 @@ LABELLED_COUNTERS = {
         ("local_compute", "local_cache_hit", "external_kv_transfer"),
     ),  # external: from host memory
     "vllm:prompt_tokens_cached_by_source": ("Cached prompt tokens by tier.", "source", ("device", "host")),
+    "vllm:spec_decode_num_accepted_tokens_per_pos": (
+        "Guesses that were right, by their place among those of a request.",
+        "position",
+        tuple(map(str, range(MAX_SPECULATIVE_TOKENS))),
+    ),
     "vllm:request_success": (
         "Finished requests.",
         "finished_reason",
@@ -167,6 +176,9 @@ STATS_COUNTERS = {
     "mainsail:swapped_out_blocks": "num_swapped_out",
     "mainsail:swapped_in_blocks": "num_swapped_in",
     "mainsail:recomputed_tokens": "num_recomputed_tokens",
+    "vllm:spec_decode_num_drafts": "num_drafts",
+    "vllm:spec_decode_num_draft_tokens": "num_draft_tokens",
+    "vllm:spec_decode_num_accepted_tokens": "num_accepted_tokens",
 }
 """Counters of which every step's stats bring the sum since the start, and the fields they come in."""
 TIME_HISTOGRAMS = {
@@ -322,6 +334,10 @@ class Metrics(Collector):
             last = SchedulerStats()  # the core began anew (after a sleep)
         for name, field_name in STATS_COUNTERS.items():
             self._counters[name].inc(getattr(stats, field_name) - getattr(last, field_name))
+        by_position = self._labelled["vllm:spec_decode_num_accepted_tokens_per_pos"]
+        before = last.accepted_per_position or [0] * len(stats.accepted_per_position)
+        for position, (count, earlier) in enumerate(zip(stats.accepted_per_position, before, strict=True)):
+            by_position[str(position)].inc(count - earlier)
         self._last_stats = stats
         for life in step.block_lives:
             self._histograms["vllm:kv_block_lifetime_seconds"].observe(life.lifetime_s)

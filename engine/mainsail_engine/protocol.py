@@ -154,6 +154,14 @@ class SchedulerStats(msgspec.Struct, frozen=True, array_like=True):
     """KV blocks of all live sessions together, wherever they are: more than the pool has is over-subscription."""
     sessions_kv_kept: int = 0
     """KV blocks on the device that are kept for sessions between turns."""
+    num_drafts: int = 0
+    """Times that a request's guesses were verified (speculative decoding)."""
+    num_draft_tokens: int = 0
+    """Those guesses."""
+    num_accepted_tokens: int = 0
+    """… and the right ones among them."""
+    accepted_per_position: list[int] = []
+    """… by their place among a request's guesses."""
 
 
 class BlockLife(msgspec.Struct, frozen=True, array_like=True):

@@ -15,7 +15,9 @@ block rather than computing it twice. Who waits is served by priority and fairly
 (`waiting.py`); a request past its deadline ends with an error. One failed row ends one request.
 
 Steps may overlap: plan N+1 may be made before N is committed. What turns out to have stopped at N has its N+1 token
-dropped. Blocks can be handed on at once, since the device runs steps in the order of their launch.
+dropped. Blocks can be handed on at once, since the device runs steps in the order of their launch. A plan that verifies
+guesses (speculative/) is made and committed with nothing else in flight; guesses take budget and blocks that are to
+spare, and only tokens that turn out to be the request's own count as computed.
 
 The runner computes, the core drives (`step.py`); the scheduler only decides. The clock is an argument.
 Iteration-level scheduling as in Orca (Yu et al., 2022), chunked prefill as in Sarathi-Serve (Agrawal et al., 2024).
@@ -27,7 +29,7 @@ import logging
 from collections.abc import Iterable
 from heapq import heappop, heappush
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 from mainsail_engine.chunking import ChunkController, StepWork, attention_pairs, filled, spread
 from mainsail_engine.config import BLOCK_SIZE, EngineConfig
@@ -37,10 +39,12 @@ from mainsail_engine.kv.prefix_tree import Match, Node, pack_tokens
 from mainsail_engine.protocol import BlockLife, RequestOutput, SchedulerStats
 from mainsail_engine.request import FinishReason, Request, RequestStatus
 from mainsail_engine.residency import Residency
+from mainsail_engine.speculative.verify import right_guesses, verified_tokens
 from mainsail_engine.step import FORBIDDEN_TOKEN, Chunk, ChunkExtras, StepPlan, StepResult
 from mainsail_engine.waiting import OUTPUT_WEIGHT, PROMPT_WEIGHT, Account, WaitingQueue
 
 if TYPE_CHECKING:
+    from mainsail_engine.speculative.speculator import Speculator
     from mainsail_engine.structured.constraint import Constraint
 
 log = logging.getLogger(__name__)
@@ -59,6 +63,15 @@ LOADS_PER_STEP = 128
 """Blocks that one plan begins to load: enough to keep the bus busy, few enough that others' loads come in between."""
 
 
+class SpeculationStats(TypedDict, total=False):
+    """Fields of SchedulerStats."""
+
+    num_drafts: int
+    num_draft_tokens: int
+    num_accepted_tokens: int
+    accepted_per_position: list[int]
+
+
 class Scheduler:
     def __init__(
         self,
@@ -70,6 +83,7 @@ class Scheduler:
         max_num_batched_tokens: int | None = None,
         max_inter_token_latency_s: float = 0.0,
         num_host_blocks: int = 0,
+        speculator: Speculator | None = None,
     ) -> None:
         """max_num_batched_tokens, max_inter_token_latency_s (0: no bound): what the configuration leaves open."""
         self.max_model_len = min(max_model_len, num_blocks * BLOCK_SIZE)
@@ -113,6 +127,9 @@ class Scheduler:
         self._now = self._loading_since_s = 0.0
         self._chunking = ChunkController(max_inter_token_latency_s) if max_inter_token_latency_s > 0 else None
         self._last_commit_s = 0.0
+        self._speculator = speculator
+        self._is_verifying = False
+        """A plan with guesses is in flight."""
 
     # -- requests come and go ------------------------------------------------------------------------------------
 
@@ -198,13 +215,15 @@ class Scheduler:
 
     def schedule(self, now: float) -> StepPlan | None:
         """The next step's plan. None: nothing to do before another request or the step in flight comes in."""
+        if self._plans_in_flight and self._waits_to_guess():
+            return None
         self._num_steps += 1
         self._now = now
         if self.kv.times is not None:
             self.kv.times.now = now
         if self._residency is not None:
             self._residency.advance(now)
-        plan, preempted_before = StepPlan(planned_s=now), self._num_preemptions
+        plan, preempted_before = StepPlan(planned_s=now, is_overlapped=self._plans_in_flight > 0), self._num_preemptions
         self._expire(now)
         self._make_room_for_decodes()
         self._plan_decodes(plan)
@@ -257,18 +276,52 @@ class Scheduler:
             request.num_in_flight = in_flight + 1
             request.num_launched_chunks += 1
         plan.num_decodes = len(chunks)
+        if self._speculator is not None and chunks and not self._plans_in_flight:
+            self._add_guesses(plan, self._speculator)
+
+    def _waits_to_guess(self) -> bool:
+        """Whether the step in flight is to come in first, for its tokens or those to be guessed after them."""
+        if self._is_verifying or self._speculator is None or not self._decoding:
+            return self._is_verifying
+        return self._speculator.would_guess(self._decoding, len(self._decoding))
+
+    def _add_guesses(self, plan: StepPlan, speculator: Speculator) -> None:
+        """Let decodes verify guesses, as many as pays and as there is room for."""
+        chunks = plan.chunks
+        room = [chunk.request.max_num_tokens - chunk.request.num_tokens - 1 for chunk in chunks]
+        requests = [chunk.request for chunk in chunks]
+        guesses = speculator.guess(requests, room, len(chunks), self._budget - len(chunks))
+        for chunk, made in zip(chunks, guesses, strict=True):
+            constraint = chunk.request.constraint
+            if made and constraint is not None:
+                made = constraint.conforming(made)
+            if made:
+                chunk.guesses = made = made[: self._room_to_guess(chunk)]
+                chunk.num_tokens += len(made)
+                self.kv.grow(chunk.request, chunk.start + chunk.num_tokens)
+        verifying = [chunk for chunk in chunks if chunk.guesses]
+        if verifying:
+            plan.chunks = [chunk for chunk in chunks if not chunk.guesses] + verifying
+            plan.num_decodes, plan.num_verifying = len(chunks) - len(verifying), len(verifying)
+            self._is_verifying = True
+
+    def _room_to_guess(self, chunk: Chunk) -> int:
+        """Positions for guesses: in the request's own blocks, and in those that nobody needs now or soon."""
+        free = max(0, self.kv.pool.num_unkept - self._watermark)
+        return (len(chunk.block_ids) + free) * BLOCK_SIZE - chunk.start - 1
 
     def _prefill_budget(self, plan: StepPlan) -> int:
         """Tokens left for prompts: what a step may have, and while requests decode what their latency allows."""
-        left = self._budget - plan.num_decodes
-        if self._chunking is None or not plan.num_decodes or not (self._prefilling or self._waiting):
+        rows = plan.num_tokens
+        left = self._budget - rows
+        if self._chunking is None or not rows or not (self._prefilling or self._waiting):
             return left
         plan.decode_context = sum(chunk.start for chunk in plan.chunks)
         start = self._prefilling[0].num_computed_tokens if self._prefilling else 0
-        latency = self._chunking.budget(StepWork(plan.num_decodes, plan.decode_context), start)
+        latency = self._chunking.budget(StepWork(rows, plan.decode_context), start)
         backlog = self._backlog()
-        budget = min(left, latency, spread(backlog, plan.num_decodes))
-        return filled(budget, plan.num_decodes) if budget < backlog else budget
+        budget = min(left, latency, spread(backlog, rows))
+        return filled(budget, rows) if budget < backlog else budget
 
     def _backlog(self) -> int:
         """Prompt tokens that could be computed now, or nearly: what is begun, and what waits if there is a place."""
@@ -490,6 +543,7 @@ class Scheduler:
     def commit(self, plan: StepPlan, result: StepResult, now: float) -> list[RequestOutput]:
         """Take a finished step's tokens, in launch order. Returns what each request got."""
         self._plans_in_flight -= 1
+        self._is_verifying = False
         self._now = now
         self._measure(plan, now)
         self._take_loads(result.num_loaded, now)
@@ -499,6 +553,7 @@ class Scheduler:
             request = chunk.request
             request.num_launched_chunks -= 1
             token = next(tokens) if chunk.samples else None
+            more = list(islice(tokens, len(chunk.guesses)))
             if token is not None and not request.num_superseded:
                 request.num_in_flight -= 1
             elif token is not None:
@@ -509,9 +564,12 @@ class Scheduler:
             if token is not None and token < 0:
                 outputs.append(self._fail(request, token))
                 continue
+            extras = result.extras.get(index)
+            if chunk.guesses and token is not None:
+                outputs.append(self._accept_guesses(chunk, [token, *more], extras))
+                continue
             if request.status is RequestStatus.RUNNING:
                 self._written(request, chunk.start + chunk.num_tokens)
-            extras = result.extras.get(index)
             if extras is not None:
                 outputs.append(self._accept_with_extras(request, token, extras))
             elif token is not None:
@@ -528,13 +586,17 @@ class Scheduler:
 
     def _measure(self, plan: StepPlan, now: float) -> None:
         """How long the step took: from the end of the one before it, if that was later than its own beginning."""
-        began_s, self._last_commit_s = max(plan.planned_s, self._last_commit_s), now
-        prefills = plan.chunks[plan.num_decodes :]
+        before_s, self._last_commit_s = self._last_commit_s, now
+        began_s = max(plan.planned_s, before_s)
+        prefills = plan.prefills
+        if self._speculator is not None and plan.chunks and not prefills:
+            # from the end of the step before: where nothing overlaps, the host's part counts
+            self._speculator.measured(len(plan.chunks), plan.num_tokens, now - before_s, overlapped=plan.is_overlapped)
         if self._residency is not None and prefills:
             num_tokens = sum(chunk.num_tokens for chunk in prefills)
             if num_tokens >= MEASURED_PREFILL:
                 self._residency.computed(num_tokens, now - began_s)
-        if self._chunking is None or not plan.chunks:
+        if self._chunking is None or not plan.chunks or plan.num_verifying:
             return
         context = plan.decode_context or sum(chunk.start for chunk in plan.chunks[: plan.num_decodes])
         work = StepWork(
@@ -551,8 +613,25 @@ class Scheduler:
         else:
             request.num_written_tokens = num_tokens
 
-    def _accept(self, request: Request, tokens: list[int], extras: ChunkExtras | None = None) -> RequestOutput:
-        """The request's next tokens, up to the one that ends it, and those that its grammar forces after them."""
+    def _accept_guesses(self, chunk: Chunk, tokens: list[int], extras: ChunkExtras | None) -> RequestOutput:
+        """tokens: those of the decode itself and after each guess."""
+        request, guesses = chunk.request, chunk.guesses
+        if self._speculator is not None:
+            self._speculator.verified(request, len(guesses), right_guesses(guesses, tokens))
+        return self._accept(request, verified_tokens(guesses, tokens), extras, verified=True)
+
+    def _accept(
+        self,
+        request: Request,
+        tokens: list[int],
+        extras: ChunkExtras | None = None,
+        *,
+        verified: bool = False,
+    ) -> RequestOutput:
+        """The request's next tokens, up to the one that ends it, and those that its grammar forces after them.
+
+        verified: all but the last of them were guessed, and their KV is written.
+        """
         start = len(request.output_token_ids) - request.num_unsent_tokens
         request.num_unsent_tokens = 0
         constraint, reason = request.constraint, None
@@ -562,6 +641,9 @@ class Scheduler:
             reason = self._append(request, token)
             if reason is not None:
                 break
+        if verified:
+            request.num_computed_tokens = request.num_tokens - 1
+            self._written(request, request.num_computed_tokens)
         if constraint is not None and tokens and reason is None:
             reason = self._jump_forward(request, constraint)
         if reason is not None:
@@ -588,6 +670,8 @@ class Scheduler:
         """One more output token. Returns why it is the last, if it is."""
         request.output_token_ids.append(token)
         self._accounts[request.request_id].served += OUTPUT_WEIGHT
+        if self._speculator is not None:
+            self._speculator.source.saw(request, token)
         return self._stops(request, token)
 
     def _stops(self, request: Request, token: int) -> FinishReason | None:
@@ -672,6 +756,8 @@ class Scheduler:
         request.move(RequestStatus.FINISHED)
         request.finish_reason = reason
         del self._requests[request.request_id], self._accounts[request.request_id]
+        if self._speculator is not None:
+            self._speculator.source.forget(request)
         self._waiting.leave(request)
 
     # -- what others may know ------------------------------------------------------------------------------------
@@ -704,11 +790,23 @@ class Scheduler:
             num_recomputed_tokens=self._num_recomputed,
             kv_waste=self._kv_waste,
             **self._session_stats(),
+            **self._speculation_stats(),
         )
 
     def take_block_lives(self) -> list[BlockLife]:
         """Of the sampled blocks that have left the device's cache since the last call."""
         return self.kv.times.take() if self.kv.times is not None else []
+
+    def _speculation_stats(self) -> SpeculationStats:
+        if self._speculator is None:
+            return {}
+        counts = self._speculator.counts
+        return {
+            "num_drafts": counts.num_drafts,
+            "num_draft_tokens": counts.num_draft_tokens,
+            "num_accepted_tokens": counts.num_accepted_tokens,
+            "accepted_per_position": list(counts.accepted_per_position),
+        }
 
     def _session_stats(self) -> dict[str, int]:
         residency, pool = self._residency, self.kv.pool

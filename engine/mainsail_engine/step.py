@@ -37,6 +37,10 @@ class Chunk:
     """The request's slot when the plan was made (the request may be preempted or finished before the step ends)."""
     block_ids: list[int]
     """The request's own block table (a reference: it covers every position of the chunk)."""
+    guesses: Sequence[int] = ()
+    """Tokens that may follow the one at `start`: a decode that verifies them. It has one row for each and one more, and
+    every row is sampled. Nothing else is in flight when such a chunk is planned, and nothing is planned until it is
+    committed: all of its tokens are known on the CPU."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -60,7 +64,8 @@ class BlockMove:
 class StepPlan:
     """One forward pass, and the copies around it. In this order: stores, copies, loads begun, forward pass.
 
-    Decodes (one token, samples) come first, so that a pure prefix of the batch is uniform. A plan may be without any
+    Decodes (one token, samples) come first, so that a pure prefix of the batch is uniform, then those that verify
+    guesses. A plan may be without any
     chunk: its result then waits for all loads begun so far, since nothing else can go on.
     """
 
@@ -80,9 +85,19 @@ class StepPlan:
     decode_context: int = 0
     """Tokens in the contexts of the decodes, together (counted only where chunks follow a latency target)."""
 
+    is_overlapped: bool = False
+    """It was planned while another was in flight."""
+    num_verifying: int = 0
+    """The chunks after the decodes that verify guesses."""
+
     @property
     def num_tokens(self) -> int:
         return sum(chunk.num_tokens for chunk in self.chunks)
+
+    @property
+    def prefills(self) -> list[Chunk]:
+        """The chunks of prompts."""
+        return self.chunks[self.num_decodes + self.num_verifying :]
 
     @property
     def is_constrained(self) -> bool:
@@ -114,7 +129,7 @@ class ChunkExtras:
 
 @dataclass(slots=True, frozen=True)
 class StepResult:
-    """Sampled token ids, one for each chunk of the plan with `samples`, in the plan's order."""
+    """Sampled token ids, in the plan's order: one for each chunk with `samples`, and one for each of its guesses."""
 
     token_ids: list[int]
     extras: dict[int, ChunkExtras] = field(default_factory=dict[int, ChunkExtras])

@@ -1,8 +1,8 @@
 """Whatever the scheduler does to a request on the way, the real model answers the same.
 
 Greedy tokens of SmolLM2 in float32: cold and alone is the reference; then with prefix hits and copied tails, in a
-batch, in small chunks, and preempted again and again in a pool that is too small, with and without host memory to go
-to. Between any two steps all free blocks are filled with NaN, on the device and on the host.
+batch, in small chunks, with guesses to verify, and preempted again and again in a pool that is too small, with and
+without host memory to go to. Between any two steps all free blocks are filled with NaN, on the device and on the host.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ import time
 
 import pytest
 
-from mainsail_engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from mainsail_engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig, SpeculativeConfig
 from mainsail_engine.core import EngineCore
 from mainsail_engine.protocol import Add
 from mainsail_engine.request import SamplingParams
 from mainsail_engine.runner.model_runner import ModelRunner
 from mainsail_engine.runner.swap import HostMemory, HostSwap, SwappingRunner
 from mainsail_engine.scheduler import Scheduler
+from mainsail_engine.speculative.speculator import Speculator
 
 pytestmark = pytest.mark.model
 TOKENS = 8
@@ -44,7 +45,8 @@ def prompts():
 
 
 def generate(
-    runner, prompts, *, num_blocks=64, budget=256, caching=True, one_by_one=False, watermark=0.01, host=0
+    runner, prompts, *, num_blocks=64, budget=256, caching=True, one_by_one=False, watermark=0.01, host=0,
+    depth=1, speculator=None, max_tokens=TOKENS,
 ):  # fmt: skip
     """Tokens for each prompt, and the scheduler's counters."""
     layers, _, *rest = runner.kv_cache.shape
@@ -56,9 +58,9 @@ def generate(
         scheduler=SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=budget, watermark=watermark),
         device="cpu",
     )
-    scheduler = Scheduler(config, num_blocks, runner.max_model_len, runner.eos_token_ids)
-    core, answers = EngineCore(scheduler, swapping, depth=1), {}
-    params = SamplingParams(max_tokens=TOKENS, temperature=0.0, ignore_eos=True)
+    scheduler = Scheduler(config, num_blocks, runner.max_model_len, runner.eos_token_ids, speculator=speculator)
+    core, answers = EngineCore(scheduler, swapping, depth=depth), {}
+    params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
     for index, prompt in enumerate(prompts):
         core.handle(Add(str(index), prompt, params), time.monotonic())
         if one_by_one or index == len(prompts) - 1:
@@ -130,3 +132,24 @@ def test_the_next_turn_is_as_cold(runner, prompts, reference):
     warm, stats = generate(runner, [*prompts, *turns], one_by_one=True)
     assert warm[len(prompts) :] == cold
     assert stats.prefix_cache_hits >= sum(len(turn) - 4 for turn in turns)
+
+
+@pytest.fixture(scope="module")
+def repeating(runner, prompts):
+    """Prompts whose greedy answers repeat themselves and the prompt, and those answers."""
+    stems = [prompt[-8:] * 3 + prompt[:7] for prompt in prompts]
+    answers, _ = generate(runner, stems, caching=False, one_by_one=True, max_tokens=30)
+    return stems, answers
+
+
+@pytest.mark.parametrize(
+    "pressed", [{}, {"budget": 11}, {"num_blocks": 12, "watermark": 0.0, "host": 32}, {"one_by_one": True}]
+)
+def test_with_guesses_from_the_text_is_as_without(runner, repeating, pressed):
+    stems, answers = repeating
+    config = SpeculativeConfig(method="ngram", num_speculative_tokens=6, prompt_lookup_min=1, adaptive=False)
+    speculator = Speculator(config)
+    again, stats = generate(runner, stems * 2, speculator=speculator, max_tokens=30, depth=2, **pressed)
+    assert again == answers * 2
+    assert stats.num_draft_tokens > stats.num_accepted_tokens > 20
+    assert (stats.num_preemptions > 0) == ("watermark" in pressed)

@@ -60,7 +60,10 @@ class Got:
     num_cached_tokens: int = 0
 
 
-def run(runner, jobs, *, depth=1, budget=512, num_blocks=1024, watermark=0.01, one_by_one=False, caching=True):
+def run(
+    runner, jobs, *, depth=1, budget=512, num_blocks=1024, watermark=0.01, one_by_one=False, caching=True,
+    speculator=None,
+):  # fmt: skip
     """What each (prompt, params) got, and the scheduler's counters."""
     config = EngineConfig(
         model=ModelConfig(path="-"),
@@ -68,7 +71,7 @@ def run(runner, jobs, *, depth=1, budget=512, num_blocks=1024, watermark=0.01, o
         scheduler=SchedulerConfig(max_num_seqs=40, max_num_batched_tokens=budget, watermark=watermark),
         device="cpu",
     )
-    scheduler = Scheduler(config, num_blocks, MAX_LEN, runner.eos_token_ids)
+    scheduler = Scheduler(config, num_blocks, MAX_LEN, runner.eos_token_ids, speculator=speculator)
     core, got = EngineCore(scheduler, runner, depth=depth), defaultdict(Got)
     for index, (prompt, params) in enumerate(jobs):
         core.handle(Add(str(index), prompt, params), time.monotonic())

@@ -3,7 +3,7 @@
 `Device` keeps, for every position of every block, a hash of the whole prefix that was written there. A step checks
 every position that it attends to, and the token that it samples is a function of the prefix. So a block shared with
 the wrong request, copied too late, or freed too early shows at once, and whatever happens to a request (chunks,
-sharing, preemption, overlap) it must generate what it generates alone.
+sharing, preemption, overlap, guesses right and wrong) it must generate what it generates alone.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from mainsail_engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from mainsail_engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig, SpeculativeConfig
 from mainsail_engine.errors import RequestError
 from mainsail_engine.kv.cache import blocks_for
 from mainsail_engine.request import FinishReason, Request, RequestStatus, SamplingParams
 from mainsail_engine.scheduler import Scheduler
+from mainsail_engine.speculative.speculator import Speculator
 from mainsail_engine.step import FAILED_TOKEN, StepResult
 
 EOS = 3
@@ -95,13 +96,14 @@ class Device:
             self.kv[copy.dst][: copy.num_tokens] = self.kv[copy.src][: copy.num_tokens]
         tokens, samples = [self.tokens(chunk) for chunk in plan.chunks], []
         for chunk, known in zip(plan.chunks, tokens, strict=True):
-            prefix = self.run(chunk, known)
-            if chunk.samples:
-                request = chunk.request
-                may_stop = len(request.output_token_ids) + request.num_in_flight >= request.params.min_tokens
-                token = FAILED_TOKEN if request.request_id in fail else sample(prefix, may_stop)
-                self.newest[chunk.slot] = token
-                samples.append(token)
+            prefixes = self.run(chunk, known)
+            request = chunk.request
+            for ahead, prefix in enumerate(prefixes[-1 - len(chunk.guesses) :] if chunk.samples else ()):
+                num_outputs = len(request.output_token_ids) + request.num_in_flight + ahead
+                token = sample(prefix, num_outputs >= request.params.min_tokens)
+                samples.append(FAILED_TOKEN if request.request_id in fail else token)
+                self.newest[chunk.slot] = samples[-1]
+        assert not any(chunk.guesses for chunk in plan.chunks) or not plan.is_overlapped
         return StepResult(samples, num_loaded=self.loaded)
 
     def tokens(self, chunk) -> list[int]:
@@ -109,22 +111,64 @@ class Device:
         request, stop = chunk.request, chunk.start + chunk.num_tokens
         assert request.slot == chunk.slot
         known = request.token_ids(0, min(stop, request.num_tokens))
+        if chunk.guesses:
+            assert chunk.start == request.num_tokens - 1
+            return [*known, *chunk.guesses]
         if stop > request.num_tokens:
             assert stop == request.num_tokens + 1
             known = [*known, self.newest[chunk.slot]]
         return known
 
-    def run(self, chunk, known: list[int]) -> int:
+    def run(self, chunk, known: list[int]) -> list[int]:
+        """The prefixes that the chunk's positions end."""
         assert len(chunk.block_ids) >= blocks_for(len(known))
-        prefix = 0
+        prefix, prefixes = 0, []
         for position, token in enumerate(known):
             prefix, block = extend(prefix, token), self.kv[chunk.block_ids[position // 16]]
             if position >= chunk.start:
                 block[position % 16] = prefix
                 self.computed += 1
+                prefixes.append(prefix)
             else:
                 assert block[position % 16] == prefix, f"position {position} of {chunk.request.request_id} is wrong"
-        return prefix
+        return prefixes
+
+
+class Guesser:
+    """See speculator.Source: what the device will say, or with some chance something else."""
+
+    level_s = last_s = 0.0
+
+    def __init__(self, chance_right: float) -> None:
+        self.chance_right, self.rng = chance_right, random.Random(3)
+        self.seen: dict[str, list[int]] = {}
+
+    def saw(self, request, token) -> None:
+        self.seen.setdefault(request.request_id, list(request.output_token_ids[:-1])).append(token)
+
+    def chances(self, request, most) -> list[float]:
+        return [self.chance_right] * most
+
+    def guess(self, wanted) -> list[list[int]]:
+        assert all(request.num_in_flight <= 1 for request, _ in wanted)
+        return [self.guesses(request, self.rng.randint(0, count)) for request, count in wanted]
+
+    def guesses(self, request, count) -> list[int]:
+        assert self.seen[request.request_id] == request.output_token_ids
+        prefix, guesses = 0, []
+        for token in request.token_ids(0, request.num_tokens):
+            prefix = extend(prefix, token)
+        for _ in range(count):
+            right = self.rng.random() < self.chance_right
+            guesses.append(sample(prefix) if right else self.rng.randrange(VOCAB))
+            prefix = extend(prefix, guesses[-1])
+        return guesses
+
+    def verified(self, request, num_guesses, num_right) -> None:
+        assert 0 <= num_right <= num_guesses
+
+    def forget(self, request) -> None:
+        self.seen.pop(request.request_id, None)
 
 
 class Engine:
@@ -134,7 +178,10 @@ class Engine:
     """Of all engines."""
 
     def __init__(self, num_blocks=32, max_model_len=200, max_num_seqs=8, budget=48, depth=1, **options) -> None:
-        sessions = options.pop("sessions", True)
+        sessions, guessing = options.pop("sessions", True), options.pop("guessing", None)
+        speculator = None
+        if guessing is not None:
+            speculator = Speculator(SpeculativeConfig(method="ngram", adaptive=False), Guesser(guessing))
         watermark, host, lag = options.pop("watermark", 0.05), options.pop("host", 0), options.pop("lag", 0)
         config = EngineConfig(
             model=ModelConfig(path="none"),
@@ -144,7 +191,9 @@ class Engine:
                 agent_sessions=sessions,
             ),
         )  # fmt: skip
-        self.scheduler = Scheduler(config, num_blocks, max_model_len, [EOS], num_host_blocks=host)
+        self.scheduler = Scheduler(
+            config, num_blocks, max_model_len, [EOS], num_host_blocks=host, speculator=speculator
+        )
         if sessions and self.scheduler._residency is not None:  # so small a pool would not be worth keeping anything
             self.scheduler._residency._threshold = lambda: 0.01
         self.device = Device(num_blocks, max_num_seqs, host, lag)
@@ -733,7 +782,7 @@ def test_random_traffic_for_a_million_steps():
     steps, seed = random_steps(400, 100), 0
     while steps < 1_000_000:
         before = Engine.total_steps
-        live_randomly(seed, 4000)
+        live_randomly(seed, 4000, (None, 0.9, 0.4)[seed % 3])
         steps, seed = steps + Engine.total_steps - before, seed + 1
         if seed % 20 == 0:
             print(f"{steps:,} steps, {seed} lives", flush=True)
@@ -744,7 +793,7 @@ def test_nothing_is_fetched_over_the_source_of_a_copy():
     live_randomly(88, 4000)
 
 
-def live_randomly(seed: int, steps: int) -> None:
+def live_randomly(seed: int, steps: int, guessing: float | None = None) -> None:
     """One engine, random settings: arrivals, next turns, aborts, failing rows, pauses; integrity after each step."""
     rng = random.Random(seed)
     num_blocks = rng.randrange(6, 40)
@@ -752,7 +801,7 @@ def live_randomly(seed: int, steps: int) -> None:
         num_blocks=num_blocks, max_model_len=min(180, num_blocks * 16), max_num_seqs=rng.randrange(1, 9),
         budget=rng.randrange(4, 64), depth=rng.randrange(1, 3), enable_prefix_caching=rng.random() < 0.85,
         watermark=rng.choice((0.0, 0.1)), host=rng.choice((0, 3, 10, 60)), lag=rng.choice((0, 1, 5)),
-        sessions=rng.random() < 0.7,
+        sessions=rng.random() < 0.7, guessing=guessing,
     )  # fmt: skip
     longest = engine.scheduler.max_model_len
     recent: list[Request] = []
@@ -786,6 +835,54 @@ def live_randomly(seed: int, steps: int) -> None:
 def test_a_random_life():
     for seed in range(4):
         live_randomly(1000 + seed, 1000)
+
+
+@pytest.mark.parametrize("chance_right", [0.9, 0.4])
+def test_a_random_life_of_guesses(chance_right):
+    for seed in range(4):
+        live_randomly(2000 + seed, 800, chance_right)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize(("chance_right", "most_steps"), [(1.0, 20), (0.0, 61)])
+def test_guesses_change_no_token_and_right_ones_save_steps(depth, chance_right, most_steps):
+    engine = Engine(depth=depth, guessing=chance_right, max_num_seqs=2, num_blocks=20)
+    engine.add(first := prompt(0, 37), max_tokens=60, ignore_eos=True)
+    steps = 0
+    while engine.scheduler.has_work:
+        steps += engine.step()
+    engine.check_outputs()
+    assert steps <= most_steps * (1 if depth == 1 else 2)
+    stats = engine.scheduler.stats()
+    assert stats.num_draft_tokens > 40
+    assert stats.num_accepted_tokens == sum(stats.accepted_per_position)
+    if chance_right == 1.0:
+        assert stats.num_accepted_tokens > 30
+    computed = engine.device.computed
+    engine.add(first + engine.outputs["r0"], max_tokens=1)  # nothing that was rejected is in the prefix tree
+    engine.run()
+    assert engine.device.computed - computed <= 2
+    engine.check_outputs()
+
+
+def test_guesses_never_preempt_anybody():
+    plain, guessing = (Engine(num_blocks=13, max_model_len=160, watermark=0.0, guessing=g) for g in (None, 0.5))
+    for engine in (plain, guessing):
+        for i in range(3):
+            engine.add(prompt(i, 30), max_tokens=34, ignore_eos=True)
+        engine.run()
+        engine.check_outputs()
+        assert engine.scheduler.stats().num_preemptions == 0
+
+
+def test_a_step_with_guesses_runs_alone_and_others_overlap():
+    engine = Engine(depth=2, guessing=0.7, num_blocks=64, max_model_len=300)
+    for i in range(4):
+        engine.add(prompt(i, 20), max_tokens=50, ignore_eos=True)
+    while engine.scheduler.has_work:
+        engine.step()
+        assert not any(plan.num_verifying for plan, _ in engine.in_flight) or len(engine.in_flight) == 1
+    engine.check_outputs()
 
 
 @pytest.mark.parametrize(

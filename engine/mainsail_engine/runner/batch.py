@@ -4,6 +4,12 @@
     query_start     0    1    2    3                              ...
     sampled rows    0    1    2    the last row of each chunk that samples
 
+A chunk that verifies guesses has a row for each and samples all of them. It is one sequence like a chunk of a prompt
+(its context is read once), or, spread, as many decodes as it has rows, which share a block table and see one position
+more each (their contexts are read side by side, by as many programs as that takes).
+
+    sequences     [ d0 | d1 | v2: token, guess, guess | r3 … ]     spread  [ d0 | d1 | v2 | v2 | v2 | r3 … ]
+
 Block tables live in one row per slot and are extended when a request's own list has grown; a slot's row is written
 anew when another request (or the same one after a preemption) moves in.
 """
@@ -43,7 +49,10 @@ class StepArrays:
     """[num_sampled] int64: rows whose logits are sampled."""
     sampled_slots: np.ndarray
     """[num_sampled] int64."""
+    first_rows: np.ndarray
+    """[num_chunks] int64: the first row of each chunk of the plan."""
     num_decodes: int
+    """Sequences of one row each, which come first."""
     max_query_len: int
 
     def from_slots_of_rows(self) -> np.ndarray:
@@ -78,24 +87,29 @@ class BlockTables:
         return not same
 
 
-def build(plan: StepPlan, tables: BlockTables) -> tuple[StepArrays, list[Chunk]]:
-    """The arrays of a plan, and the chunks whose slot has a new tenant."""
+def build(plan: StepPlan, tables: BlockTables, *, spread: bool = False) -> tuple[StepArrays, list[Chunk]]:
+    """The arrays of a plan, and the chunks whose slot has a new tenant. spread: rows of guesses as decodes."""
     chunks = plan.chunks
     moved_in = [chunk for chunk in chunks if tables.update(chunk)]
     lengths = np.array([chunk.num_tokens for chunk in chunks], np.int64)
     starts = np.array([chunk.start for chunk in chunks], np.int64)
     slots = np.array([chunk.slot for chunk in chunks], np.int64)
-    query_start = np.zeros(len(chunks) + 1, np.int64)
-    np.cumsum(lengths, out=query_start[1:])
-    seq_of_token = np.repeat(np.arange(len(chunks)), lengths)
+    first_rows = _running(lengths)
+    token_ids, from_device = _token_ids(chunks, first_rows)
+    sampled = _sampled_rows(chunks, first_rows)
+    sampled_slots = np.repeat(slots, [chunk.samples + len(chunk.guesses) for chunk in chunks])
+    from_slots, last_rows = slots[from_device], first_rows[1:][from_device] - 1
+    num_decodes = plan.num_decodes
+    if spread and plan.num_verifying:
+        num_decodes, lengths, starts, slots = _spread(plan, lengths, starts, slots)
+    query_start = _running(lengths)
+    seq_of_token = np.repeat(np.arange(len(lengths)), lengths)
     positions: np.ndarray = np.arange(int(query_start[-1])) - query_start[seq_of_token] + starts[seq_of_token]
     seq_lens = starts + lengths
     used = int(-(-seq_lens.max() // BLOCK_SIZE))
     block_tables = tables.rows[slots, :used]
     slot_mapping: np.ndarray = block_tables[seq_of_token, positions // BLOCK_SIZE].astype(np.int64) * BLOCK_SIZE
     slot_mapping += positions % BLOCK_SIZE
-    token_ids, from_device = _token_ids(chunks, query_start)
-    samples = np.array([chunk.samples for chunk in chunks], bool)
     arrays = StepArrays(
         token_ids=token_ids,
         positions=positions,
@@ -104,14 +118,44 @@ def build(plan: StepPlan, tables: BlockTables) -> tuple[StepArrays, list[Chunk]]
         seq_lens=seq_lens.astype(np.int32),
         block_tables=block_tables,
         slots=slots,
-        from_device=query_start[1:][from_device] - 1,
-        from_slots=slots[from_device],
-        sampled=query_start[1:][samples] - 1,
-        sampled_slots=slots[samples],
-        num_decodes=plan.num_decodes,
+        from_device=last_rows,
+        from_slots=from_slots,
+        sampled=sampled,
+        sampled_slots=sampled_slots,
+        first_rows=first_rows[:-1],
+        num_decodes=num_decodes,
         max_query_len=int(lengths.max()),
     )
     return arrays, moved_in
+
+
+def _running(lengths: np.ndarray) -> np.ndarray:
+    """[n] lengths to [n + 1] int64: where each begins, and where the last ends."""
+    starts = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=starts[1:])
+    return starts
+
+
+def _sampled_rows(chunks: list[Chunk], first_rows: np.ndarray) -> np.ndarray:
+    """Of each chunk that samples the last row, and where it verifies guesses all."""
+    counts = np.array([chunk.samples + len(chunk.guesses) for chunk in chunks], np.int64)
+    ends = _running(counts)
+    within = np.arange(int(ends[-1])) - np.repeat(ends[1:], counts)
+    return np.repeat(first_rows[1:], counts) + within
+
+
+def _spread(
+    plan: StepPlan, lengths: np.ndarray, starts: np.ndarray, slots: np.ndarray
+) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
+    """(decodes, lengths, starts, slots) of the sequences where every row that verifies is one of its own."""
+    counts = np.ones(len(lengths), np.int64)
+    verifying = slice(plan.num_decodes, plan.num_decodes + plan.num_verifying)
+    counts[verifying] = lengths[verifying]
+    lengths = lengths.copy()
+    lengths[verifying] = 1
+    within = np.arange(int(counts.sum())) - np.repeat(_running(counts)[:-1], counts)
+    decodes = plan.num_decodes + int(counts[verifying].sum())
+    return decodes, np.repeat(lengths, counts), np.repeat(starts, counts) + within, np.repeat(slots, counts)
 
 
 def _token_ids(chunks: list[Chunk], query_start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -120,7 +164,10 @@ def _token_ids(chunks: list[Chunk], query_start: np.ndarray) -> tuple[np.ndarray
     from_device = np.zeros(len(chunks), bool)
     for index, chunk in enumerate(chunks):
         stop = chunk.start + chunk.num_tokens
-        known = chunk.request.token_ids(chunk.start, min(stop, chunk.request.num_tokens))
+        if chunk.guesses:
+            known = [*chunk.request.token_ids(chunk.start, chunk.start + 1), *chunk.guesses]
+        else:
+            known = chunk.request.token_ids(chunk.start, min(stop, chunk.request.num_tokens))
         first = int(query_start[index])
         token_ids[first : first + len(known)] = known
         from_device[index] = len(known) < chunk.num_tokens

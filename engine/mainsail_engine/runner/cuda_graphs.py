@@ -217,10 +217,11 @@ class PaddedSteps:
         return logits, tokens
 
     def shape_for(self, arrays: StepArrays) -> StepShape | None:
-        """The smallest shape that holds the step. None: it is too large, or of too many prompts."""
+        """The smallest shape that holds the step. None: it is too large, of too many prompts, or samples too much."""
         n, chunks = len(arrays.token_ids), len(arrays.slots) - arrays.num_decodes
         for shape in self._shapes:
-            if shape.tokens >= n and shape.is_mixed == (chunks > 0) and shape.chunks >= chunks:
+            fits = shape.decodes >= arrays.num_decodes and shape.sampled >= len(arrays.sampled)
+            if fits and shape.tokens >= n and shape.is_mixed == (chunks > 0) and shape.chunks >= chunks:
                 return shape
         return None
 

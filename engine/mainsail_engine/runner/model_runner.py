@@ -7,7 +7,7 @@ are read. On the CPU a launch computes at once, and the same code runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +34,7 @@ from mainsail_engine.sampling.extras import PendingExtras
 from mainsail_engine.sampling.logprobs import prompt_logprob_rows
 from mainsail_engine.sampling.pooling import Pooler
 from mainsail_engine.sampling.sampler import PROMPT, Sampler, greedy
+from mainsail_engine.speculative.policy import MAX_GUESSES
 from mainsail_engine.step import BlockCopy, Chunk, StepPlan, StepResult
 from mainsail_kernels.attention_decode import decode_workspace
 from mainsail_kernels.blocks import copy_blocks
@@ -41,6 +42,11 @@ from mainsail_kernels.tokens import note, resolve
 
 CUDA_BATCHED_TOKENS = 8192
 CPU_BATCHED_TOKENS = 512
+SPREAD_HEADS = {"cuda": 128, "cpu": 0}
+"""Guesses of fewer KV heads than this, over the requests that guess, are verified as decodes. On CUDA a chunk has one
+program for each, which reads its whole context: too few to fill the card, where decodes split theirs. On the CPU what
+counts is that a chunk reads its context once."""
+SPREAD_ROWS = 256
 
 
 @dataclass(slots=True)
@@ -131,6 +137,10 @@ class ModelRunner:
         self.eos_token_ids = self.architecture.eos_token_ids
         self.vocab_size = self.architecture.vocab_size
         self._budget = batched_tokens(config, self.device)
+        guessing = config.speculative is not None
+        self._guess_rows = min(self._budget, MAX_GUESSES) if guessing else 0
+        slots = config.scheduler.max_num_seqs
+        self._decode_rows = max(slots, SPREAD_ROWS) if guessing else slots
         if self.device.type == "cpu":
             set_cpu_threads(parallel.size)
         else:
@@ -178,7 +188,7 @@ class ModelRunner:
                 self._newest,
                 self._uploads,
                 workspace=self._workspace,
-                max_num_seqs=config.scheduler.max_num_seqs,
+                max_num_seqs=self._decode_rows,
                 max_blocks=self._tables.rows.shape[1],
                 capture=config.cuda_graphs and self._model.captures_graphs,
             )
@@ -195,12 +205,17 @@ class ModelRunner:
             self._profile()
             self.num_blocks = memory.cuda_blocks(
                 per_block, utilization=config.cache.memory_utilization, max_model_len=self.max_model_len,
-                device=self.device, set_aside=graph_bytes(a, slots) if config.cuda_graphs else 0,
+                device=self.device, set_aside=self._set_aside(config),
             )  # fmt: skip
             del self.kv_cache
             torch.cuda.empty_cache()
         self.num_blocks = self._parallel.smallest(self.num_blocks)
         self._allocate(self.num_blocks, slots)
+
+    def _set_aside(self, config: EngineConfig) -> int:
+        """Bytes for what the profiling pass does not show: graphs, and the logits of rows that verify guesses."""
+        graphs = graph_bytes(self.architecture, self._decode_rows) if config.cuda_graphs else 0
+        return graphs + 8 * self._guess_rows * self.vocab_size
 
     def _allocate(self, num_blocks: int, slots: int) -> None:
         a = self.architecture
@@ -212,9 +227,10 @@ class ModelRunner:
         self._pooler = Pooler()
         self._masks = MaskStaging(slots, a.vocab_size, self.device)
         cuda = self.device.type == "cuda"
-        self._workspace = decode_workspace(slots, heads, kv_heads, a.head_dim, self.device) if cuda else None
+        rows = self._decode_rows
+        self._workspace = decode_workspace(rows, heads, kv_heads, a.head_dim, self.device) if cuda else None
         self._newest = torch.zeros(slots + 1, dtype=torch.int64, device=self.device)
-        self._downloads = Downloads(slots) if cuda else None
+        self._downloads = Downloads(slots + self._guess_rows) if cuda else None
 
     def _profile(self) -> None:
         """One step of the whole token budget, so that its peak is counted before the pool is sized."""
@@ -235,21 +251,30 @@ class ModelRunner:
         """Start a step; see step.Runner."""
         if plan.copies:
             self._copy(plan.copies)
-        arrays, moved_in = build(plan, self._tables)
+        arrays, moved_in = build(plan, self._tables, spread=self._spreads(plan))
         for chunk in moved_in:
             self._sampler.move_in(chunk.slot, chunk.request)
+        guessed = self._sampler.verify(plan)
         whole = bool(self._sampler.slots.asks(arrays.slots) & PROMPT)
         shape = self._padded.shape_for(arrays) if self._padded and not whole else None
         if self._padded and shape:
             logits, tokens = self._padded.launch(shape, arrays)
             if self._sampler.wants_best(arrays.sampled_slots) and not plan.is_constrained:
                 return self._pending(tokens)
-            return self._sample_or_wait(logits, arrays, plan, None)
+            return self._sample_or_wait(logits, arrays, plan, None, guessed)
         hidden, sampled = self._forward(arrays)
         extras = self._prompt_extras(plan, arrays, hidden) if whole else None
         if not len(arrays.sampled):
             return self._pending(torch.empty(0, dtype=torch.int64), extras)
-        return self._sample_or_wait(self._model.logits(hidden[sampled]), arrays, plan, extras)
+        return self._sample_or_wait(self._model.logits(hidden[sampled]), arrays, plan, extras, guessed)
+
+    def _spreads(self, plan: StepPlan) -> bool:
+        """Whether rows that verify guesses are computed as decodes (runner/batch.py)."""
+        rows = plan.num_decodes + sum(
+            chunk.num_tokens for chunk in plan.chunks[plan.num_decodes :][: plan.num_verifying]
+        )
+        heads = plan.num_verifying * self._model.num_kv_heads
+        return 0 < heads < SPREAD_HEADS[self.device.type] and rows <= self._decode_rows
 
     def _forward(self, arrays: StepArrays) -> tuple[torch.Tensor, torch.Tensor]:
         """A step as it is, kernel by kernel: (hidden states [num_tokens, hidden_size], sampled rows)."""
@@ -265,11 +290,18 @@ class ModelRunner:
         return self._model.forward(token_ids, self._attention(arrays, *rest), self.kv_cache), sampled
 
     def _sample_or_wait(
-        self, logits: torch.Tensor, arrays: StepArrays, plan: StepPlan, extras: PendingExtras | None
+        self,
+        logits: torch.Tensor,
+        arrays: StepArrays,
+        plan: StepPlan,
+        extras: PendingExtras | None,
+        guessed: Mapping[int, Sequence[int]],
     ) -> PendingTokens | PendingConstrained:
         if plan.is_constrained:
-            return PendingConstrained(self._masks, lambda masks: self._sample(logits, arrays, plan, extras, masks))
-        return self._sample(logits, arrays, plan, extras, None)
+            return PendingConstrained(
+                self._masks, lambda masks: self._sample(logits, arrays, plan, extras, masks, guessed)
+            )
+        return self._sample(logits, arrays, plan, extras, None, guessed)
 
     def _sample(
         self,
@@ -278,8 +310,10 @@ class ModelRunner:
         plan: StepPlan,
         extras: PendingExtras | None,
         masks: TokenMasks | None,
+        guessed: Mapping[int, Sequence[int]],
     ) -> PendingTokens:
-        sampled = self._sampler.sample(logits, arrays.sampled_slots, arrays.positions[arrays.sampled] + 1, masks)
+        positions = arrays.positions[arrays.sampled] + 1
+        sampled = self._sampler.sample(logits, arrays.sampled_slots, positions, masks, guessed)
         note(self._newest, self._up(arrays.sampled_slots), sampled.tokens)
         if sampled.logprobs is not None:
             extras = extras or PendingExtras()
@@ -290,7 +324,7 @@ class ModelRunner:
         """What requests want of every prompt position: log-probabilities, an embedding."""
         extras = PendingExtras()
         for index, chunk in enumerate(plan.chunks):
-            params, first = chunk.request.params, int(arrays.query_start[index])
+            params, first = chunk.request.params, int(arrays.first_rows[index])
             if params.pooling is not None:
                 vector = self._pooler.add(chunk.request, chunk.start, hidden[first : first + chunk.num_tokens])
                 if vector is not None:

@@ -35,10 +35,12 @@ class ChunkMessage(msgspec.Struct, frozen=True, array_like=True):
     new_blocks: list[int]
     fresh_table: bool
     """new_blocks is the whole table: the request has moved in, or was preempted."""
+    guesses: list[int] = []
 
 
 class PlanMessage(msgspec.Struct, frozen=True, array_like=True, tag=True):
     num_decodes: int
+    num_verifying: int
     constrained: bool
     added: list[NewRequest]
     gone: list[int]
@@ -86,6 +88,7 @@ class PlanSender:
         chunks = [self._chunk(chunk, added) for chunk in plan.chunks]
         return PlanMessage(
             num_decodes=plan.num_decodes,
+            num_verifying=plan.num_verifying,
             constrained=plan.is_constrained,
             added=added,
             gone=[told.key for told in gone],
@@ -109,7 +112,7 @@ class PlanSender:
         told.blocks, told.num_blocks = chunk.block_ids, len(chunk.block_ids)
         return ChunkMessage(
             told.key, chunk.start, chunk.num_tokens, chunk.samples, chunk.slot, request.num_preemptions,
-            request.num_prompt_logprobs, new_tokens, new_blocks, fresh,
+            request.num_prompt_logprobs, new_tokens, new_blocks, fresh, list(chunk.guesses),
         )  # fmt: skip
 
 
@@ -127,6 +130,7 @@ class PlanReceiver:
             stores=[BlockMove(*move) for move in message.stores],
             loads=[BlockMove(*move) for move in message.loads],
             num_decodes=message.num_decodes,
+            num_verifying=message.num_verifying,
             constrained_elsewhere=message.constrained,
         )
         for key in message.gone:
@@ -142,4 +146,4 @@ class PlanReceiver:
             request.block_ids = told.new_blocks
         else:
             request.block_ids += told.new_blocks
-        return Chunk(request, told.start, told.num_tokens, told.samples, told.slot, request.block_ids)
+        return Chunk(request, told.start, told.num_tokens, told.samples, told.slot, request.block_ids, told.guesses)

@@ -37,6 +37,10 @@ class MaskStaging:
     def take(self, num_rows: int) -> np.ndarray:
         """Room for so many masks, [num_rows, words] int32, to be filled and then uploaded."""
         pinned = self._device.type == "cuda"
+        if num_rows > self._shape[0]:  # rows that verify guesses are more than there are slots
+            if pinned:
+                torch.cuda.synchronize()
+            self._shape, self._buffers = (2 * num_rows, self._shape[1]), []
         if not self._buffers:
             self._buffers = [_Buffer(*self._shape, pinned=pinned) for _ in range(2 if pinned else 1)]
         self._turn = (self._turn + 1) % len(self._buffers)

@@ -9,6 +9,7 @@ that the CPU does not know yet counts.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,6 +41,7 @@ class _StepEdits:
     allowed_rows: torch.Tensor | None
     bad: _Pairs | None
     """Each bad word's row and last token."""
+    bad_rows: list[int]
     bad_slots: torch.Tensor | None
     bad_beginnings: torch.Tensor | None
     """[num_words, _HISTORY] int64, aligned at the end, _ANY before the word."""
@@ -84,8 +86,18 @@ class LogitEdits:
             row[-len(tokens) :] = tokens
         self._history[slot] = self._up(row)
 
-    def apply(self, logits: torch.Tensor, slots: np.ndarray, positions: np.ndarray) -> None:
-        """Edit logits [n, vocab] (float32) in place; positions [n] are those of the tokens to be sampled."""
+    def catch_up(self, slot: int, request: Request) -> None:
+        """Tokens were generated without having been noted."""
+        if self._history is not None and any(len(word) > 1 for word in request.params.bad_words):
+            self._remember(slot, request.output_token_ids[-_HISTORY:])
+
+    def apply(
+        self, logits: torch.Tensor, slots: np.ndarray, positions: np.ndarray, guessed: Mapping[int, Sequence[int]]
+    ) -> None:
+        """Edit logits [n, vocab] (float32) in place; positions [n] are those of the tokens to be sampled.
+
+        guessed: see Sampler.sample.
+        """
         edits = self._edits_of(slots, positions)
         if edits.allowed is not None and edits.allowed_rows is not None:
             rows, tokens = edits.allowed.rows, edits.allowed.tokens
@@ -96,9 +108,26 @@ class LogitEdits:
             logits.index_put_((edits.added.rows, edits.added.tokens), edits.added_values, accumulate=True)
         if edits.bad is not None and self._history is not None and edits.bad_beginnings is not None:
             beginnings = edits.bad_beginnings
-            written = ((self._history[edits.bad_slots] == beginnings) | (beginnings == _ANY)).all(dim=1)
+            history = self._history[edits.bad_slots]
+            if guessed:
+                history = self._with_guesses(history, edits.bad_rows, guessed)
+            written = ((history == beginnings) | (beginnings == _ANY)).all(dim=1)
             forbidden = torch.where(written, -math.inf, 0.0)
             logits.index_put_((edits.bad.rows, edits.bad.tokens), forbidden, accumulate=True)
+
+    def _with_guesses(
+        self, history: torch.Tensor, rows: list[int], guessed: Mapping[int, Sequence[int]]
+    ) -> torch.Tensor:
+        """history [n, _HISTORY], each moved on by the guesses that come before its row."""
+        counts = self._up(np.array([len(guessed.get(row, ())) for row in rows], np.int64))
+        longest = max(map(len, guessed.values()))
+        following = np.full((len(rows), longest), _NOTHING, np.int64)
+        for place, row in enumerate(rows):
+            tokens = guessed.get(row, ())
+            following[place, : len(tokens)] = tokens
+        whole = torch.cat((history, self._up(following)), dim=1)
+        columns = torch.arange(_HISTORY, device=self._device) + counts[:, None]
+        return whole.gather(1, columns)
 
     def note(self, slots: np.ndarray, tokens: torch.Tensor) -> None:
         """These tokens [n] were drawn for the slots of the last `apply`."""
@@ -155,6 +184,7 @@ class LogitEdits:
             allowed=self._pairs(allowed),
             allowed_rows=self._up(allowed_rows) if allowed else None,
             bad=self._pairs([(row, last) for row, last, _, _ in bad]),
+            bad_rows=[row for row, _, _, _ in bad],
             bad_slots=self._up(np.array([slot for _, _, slot, _ in bad], np.int64)) if bad else None,
             bad_beginnings=self._up(beginnings) if bad else None,
             history_rows=history_rows,

@@ -26,7 +26,8 @@ class PendingExtras:
     def add_sampled(self, sampled: Sampled, plan: StepPlan) -> None:
         if sampled.logprobs is None or sampled.logprob_rows is None or sampled.num_logprobs is None:
             return
-        sampling = np.flatnonzero([chunk.samples for chunk in plan.chunks])
+        rows_of_chunks = [chunk.samples + len(chunk.guesses) for chunk in plan.chunks]
+        sampling = np.repeat(np.arange(len(rows_of_chunks)), rows_of_chunks)
         owners = sampling[sampled.logprob_rows].tolist()
         self.tokens.append((sampled.logprobs.to_host(), owners, sampled.num_logprobs.tolist()))
 
@@ -43,7 +44,8 @@ class PendingExtras:
         extras: dict[int, ChunkExtras] = {}
         for rows, owners, wanted in self.tokens:
             for index, logprobs in zip(owners, rows.read(wanted), strict=True):
-                extras.setdefault(index, ChunkExtras()).logprobs = [logprobs]
+                of_chunk = extras.setdefault(index, ChunkExtras())
+                of_chunk.logprobs = [*(of_chunk.logprobs or ()), logprobs]
         for index, rows, num_best in self.prompts:
             prompt_logprobs = rows.read([num_best] * len(rows.token_ids))
             extras.setdefault(index, ChunkExtras()).prompt_logprobs = prompt_logprobs

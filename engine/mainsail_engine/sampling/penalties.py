@@ -10,6 +10,8 @@ whether or not the CPU has. Definitions as in OpenAI's API (presence, frequency)
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 import torch
 
@@ -57,14 +59,26 @@ class TokenCounts:
             tokens, times = np.unique(np.array(request.output_token_ids, np.int64), return_counts=True)
             row[self._up(tokens)] += self._up(times.astype(np.int32))
 
-    def penalize(self, logits: torch.Tensor, slots: np.ndarray, rows: np.ndarray) -> None:
-        """In place, those rows of logits [n, vocab] (float32) whose slots ask for it."""
+    def penalize(
+        self, logits: torch.Tensor, slots: np.ndarray, rows: np.ndarray, guessed: Mapping[int, Sequence[int]]
+    ) -> None:
+        """In place, those rows of logits [n, vocab] (float32) whose slots ask for it. guessed: see Sampler.sample."""
         table = self._table()
         for first in range(0, len(rows), PIECE):
             some = rows[first : first + PIECE]
             index, held = self._up(some), self._up(slots[some])
             presence, frequency, repetition = self._up(self._penalties[:, slots[some]])
-            logits[index] = penalize(logits[index], table[held], presence, frequency, repetition)
+            counts = table[held]
+            pairs = [(place, token) for place, row in enumerate(some.tolist()) for token in guessed.get(row, ())]
+            if pairs:
+                places, tokens = self._up(np.ascontiguousarray(np.array(pairs, np.int64).T))
+                counts.index_put_((places, tokens), torch.ones_like(places, dtype=torch.int32), accumulate=True)
+            logits[index] = penalize(logits[index], counts, presence, frequency, repetition)
+
+    def catch_up(self, slot: int, tokens: Sequence[int]) -> None:
+        """These tokens were generated without having been counted."""
+        placed = self._up(np.array(tokens, np.int64))
+        self._table()[slot].index_add_(0, placed, torch.ones_like(placed, dtype=torch.int32))
 
     def count(self, slots: np.ndarray, tokens: torch.Tensor, rows: np.ndarray) -> None:
         """The tokens [n] of these rows were just drawn."""

@@ -13,7 +13,7 @@ a seeded request gives the same tokens in any batch.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +24,7 @@ from mainsail_engine.runner.token_masks import TokenMasks
 from mainsail_engine.sampling.edits import LogitEdits
 from mainsail_engine.sampling.logprobs import LogprobRows, logprob_rows
 from mainsail_engine.sampling.penalties import TokenCounts
-from mainsail_engine.step import FAILED_TOKEN, FORBIDDEN_TOKEN
+from mainsail_engine.step import FAILED_TOKEN, FORBIDDEN_TOKEN, StepPlan
 from mainsail_kernels import sample as kernels
 from mainsail_kernels.blocks import apply_token_bitmask
 
@@ -32,6 +32,9 @@ Send = Callable[[Sequence[np.ndarray]], list[torch.Tensor]]
 """Arrays to the device, in one copy."""
 DRAWS, EDITS, PENALTIES, LOGPROBS, PROMPT = 1, 2, 4, 8, 16
 """What a slot's request asks for beyond the best token. PROMPT: something of every prompt position."""
+
+
+NO_GUESSES: Mapping[int, Sequence[int]] = {}
 
 
 @dataclass(slots=True)
@@ -141,9 +144,12 @@ class Sampler:
         self.slots = SlotParameters(num_slots)
         self._edits = LogitEdits(num_slots, eos_token_ids, device)
         self._counts = TokenCounts(num_slots, vocab_size, device)
+        self._behind: dict[int, tuple[Request, int]] = {}
+        """Slots whose last step verified guesses, and how many output tokens were known before it."""
 
     def move_in(self, slot: int, request: Request) -> None:
         """This request runs in the slot from now on (again, perhaps: then with output that counts)."""
+        self._behind.pop(slot, None)
         self.slots.fill(slot, request)
         flags = int(self.slots.flags[slot])
         self._edits.move_in(slot, request if flags & EDITS else None)
@@ -154,13 +160,41 @@ class Sampler:
         """Whether the best token of the untouched logits is all that these slots ask for."""
         return not self.slots.asks(slots) & ~PROMPT
 
+    def verify(self, plan: StepPlan) -> Mapping[int, Sequence[int]]:
+        """Call before a plan is sampled. Returns which guesses come before each of its sampled rows, where some do.
+
+        The tokens of a step that verifies guesses are not taken note of by the step itself: which of them stand is
+        known when the next one is launched, on the CPU.
+        """
+        for slot, (request, known) in self._behind.items():
+            tokens = request.output_token_ids[known:]
+            if tokens and int(self.slots.flags[slot]) & PENALTIES:
+                self._counts.catch_up(slot, tokens)
+            self._edits.catch_up(slot, request)
+        self._behind.clear()
+        if not plan.num_verifying:
+            return {}
+        guessed: dict[int, Sequence[int]] = {}
+        row = 0
+        for chunk in plan.chunks:
+            guessed |= {row + ahead: chunk.guesses[:ahead] for ahead in range(1, 1 + len(chunk.guesses))}
+            row += chunk.samples + len(chunk.guesses)
+            if chunk.samples and int(self.slots.flags[chunk.slot]) & (EDITS | PENALTIES):
+                self._behind[chunk.slot] = chunk.request, len(chunk.request.output_token_ids)
+        return guessed
+
     def sample(
-        self, logits: torch.Tensor, slots: np.ndarray, positions: np.ndarray, masks: TokenMasks | None = None
+        self,
+        logits: torch.Tensor,
+        slots: np.ndarray,
+        positions: np.ndarray,
+        masks: TokenMasks | None = None,
+        guessed: Mapping[int, Sequence[int]] = NO_GUESSES,
     ) -> Sampled:
         """The next token of each row. logits [n, vocab], maybe changed in place; slots and positions [n] int64.
 
-        positions are those of the tokens to be sampled. masks: what grammars allow, for the rows that have one. A code
-        below 0 instead of a token: see step.py.
+        positions are those of the tokens to be sampled. masks: what grammars allow, for the rows that have one.
+        guessed: the guesses that come before a row's token (`verify`). A code below 0 instead of a token: see step.py.
         """
         asks, raw = self.slots.asks(slots), logits
         if asks & (EDITS | PENALTIES) or (masks is not None and asks & LOGPROBS):
@@ -171,14 +205,14 @@ class Sampler:
             sampled = Sampled(sample(logits, self.slots.rows(slots, positions, self._send)))
             return self._with_logprobs(sampled, raw, slots) if asks & LOGPROBS else sampled
         if asks & EDITS:
-            self._edits.apply(logits, slots, positions)
+            self._edits.apply(logits, slots, positions, guessed)
         if asks & PENALTIES:
-            self._counts.penalize(logits, slots, self._rows_with(slots, PENALTIES))
+            self._counts.penalize(logits, slots, self._rows_with(slots, PENALTIES), guessed)
         tokens = sample(logits, self.slots.rows(slots, positions, self._send))
         sampled = Sampled(_told_apart(tokens, raw))
-        if asks & EDITS:
+        if asks & EDITS and not guessed:
             self._edits.note(slots, tokens)
-        if asks & PENALTIES:
+        if asks & PENALTIES and not guessed:
             self._counts.count(slots, tokens, self._rows_with(slots, PENALTIES))
         return self._with_logprobs(sampled, raw, slots) if asks & LOGPROBS else sampled
 

@@ -9,6 +9,8 @@ A matcher that raises has lost its place: from then on it accepts nothing, which
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from itertools import takewhile
 
 import numpy as np
 
@@ -50,6 +52,19 @@ class Constraint:
     def _lose(self) -> None:
         log.exception("a grammar's matcher failed: its request cannot go on")
         self._lost = True
+
+    def conforming(self, tokens: Sequence[int]) -> list[int]:
+        """Those at the beginning that the grammar allows in turn, short of a stop token. None of them is accepted."""
+        if self.ended or self._lost:
+            return []
+        try:
+            taken = self._take(list(takewhile(lambda token: token not in self.stop_token_ids, tokens)))
+            if taken:
+                self.matcher.rollback(len(taken))
+        except Exception:
+            self._lose()
+            return []
+        return taken
 
     def forced(self, most: int, *, least: int = 1, may_end: bool = True) -> list[int]:
         """The tokens that must come next; they are accepted. Empty where the model has a choice.

@@ -41,6 +41,8 @@ class Row:
     constraint: Constraint
     no_stop: tuple[int, ...] = ()
     """Stop tokens that are not allowed yet (min_tokens)."""
+    after: tuple[int, ...] = ()
+    """Guesses that come before this row's token, and conform."""
 
 
 def constrained_rows(plan: StepPlan) -> list[Row]:
@@ -50,15 +52,19 @@ def constrained_rows(plan: StepPlan) -> list[Row]:
     jump forward has left the step's sample without a use.
     """
     rows: list[Row] = []
-    index = -1
+    index = 0
     for chunk in plan.chunks:
-        index += chunk.samples
+        if not chunk.samples:
+            continue
+        first, index = index, index + 1 + len(chunk.guesses)
         request = chunk.request
         constraint = request.constraint
-        if constraint is None or not chunk.samples or request.is_finished or not request.num_in_flight:
+        if constraint is None or request.is_finished or not request.num_in_flight:
             continue
-        early = len(request.output_token_ids) < request.params.min_tokens
-        rows.append(Row(index, request, constraint, constraint.stop_token_ids if early else ()))
+        for ahead in range(1 + len(chunk.guesses)):
+            early = len(request.output_token_ids) + ahead < request.params.min_tokens
+            no_stop = constraint.stop_token_ids if early else ()
+            rows.append(Row(first + ahead, request, constraint, no_stop, tuple(chunk.guesses[:ahead])))
     return rows
 
 
@@ -80,10 +86,18 @@ class MaskFiller:
         return lost
 
     def _all_at_once(self, rows: list[Row], masks: np.ndarray) -> bool:
-        """False: one of them failed, and nobody knows which."""
-        batch = self._together if len(rows) >= ROWS_PER_THREAD else self._alone
+        """In one call those rows whose request stands where its tokens end; then those that come after guesses.
+
+        False: one of them failed, and nobody knows which.
+        """
+        places = [place for place, row in enumerate(rows) if not row.after]
+        batch = self._together if len(places) >= ROWS_PER_THREAD else self._alone
+        matchers = [rows[place].constraint.matcher for place in places]
         try:
-            batch.batch_fill_next_token_bitmask([row.constraint.matcher for row in rows], masks, None, False)
+            batch.batch_fill_next_token_bitmask(matchers, masks, None if len(places) == len(rows) else places, False)
+            for place, row in enumerate(rows):
+                if row.after:
+                    _fill_after(row, masks, place)
         except Exception:
             log.exception("the masks of %d rows failed; they are filled one by one", len(rows))
             return False
@@ -94,7 +108,7 @@ class MaskFiller:
         for place, row in enumerate(rows):
             started = time.thread_time()
             try:
-                row.constraint.matcher.fill_next_token_bitmask(masks, place, False)
+                _fill_after(row, masks, place)
             except Exception:
                 log.exception("the mask of request %s failed", row.request.request_id)
                 masks[place] = ALL_ALLOWED
@@ -105,6 +119,20 @@ class MaskFiller:
                 if row.constraint.slow_fills >= MAX_SLOW_FILLS:
                     lost.append((row, TOO_SLOW))
         return lost
+
+
+def _fill_after(row: Row, masks: np.ndarray, place: int) -> None:
+    """The row's mask where its guesses have been accepted, for as long as it takes."""
+    matcher, accepted = row.constraint.matcher, 0
+    try:
+        for token in row.after:
+            if not matcher.accept_token(token, False):
+                raise RuntimeError("a guess was planned that the grammar does not allow")
+            accepted += 1
+        matcher.fill_next_token_bitmask(masks, place, False)
+    finally:
+        if accepted:
+            matcher.rollback(accepted)
 
 
 def _forbid(mask: np.ndarray, tokens: tuple[int, ...]) -> None:

@@ -11,13 +11,14 @@ import zmq
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mainsail_engine.cli import kv_events_config
+from mainsail_engine.cli import json_config
 from mainsail_engine.config import BLOCK_SIZE, KVEventsConfig
 from mainsail_engine.errors import InvalidConfigurationError
 from mainsail_engine.kv.block_pool import BlockPool
 from mainsail_engine.kv.events import END_OF_REPLAY, KVEvents, block_hash
 from mainsail_engine.kv.prefix_tree import Node, PrefixTree, pack_tokens
 
+FLAG = "--kv-events-config"
 LOCAL = KVEventsConfig(endpoint="tcp://127.0.0.1:0", replay_endpoint="tcp://127.0.0.1:0", topic="kv@pod")
 
 
@@ -102,14 +103,14 @@ class Picture:
     def __init__(self) -> None:
         self.held: set[int] = set()
 
-    def stored(self, stored: Node) -> None:
-        assert stored.parent is not None
-        assert stored.parent.parent is None or block_hash(stored.parent) in self.held
-        assert block_hash(stored) not in self.held
-        self.held.add(block_hash(stored))
+    def stored(self, node: Node) -> None:
+        assert node.parent is not None
+        assert node.parent.parent is None or block_hash(node.parent) in self.held
+        assert block_hash(node) not in self.held
+        self.held.add(block_hash(node))
 
-    def removed(self, removed: Node) -> None:
-        self.held.remove(block_hash(removed))
+    def removed(self, node: Node) -> None:
+        self.held.remove(block_hash(node))
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3), st.booleans()), max_size=40))
@@ -140,16 +141,18 @@ def test_a_subscriber_always_knows_what_is_held(moves: list[tuple[int, int, bool
 
 
 def test_the_flag_is_the_fields_own() -> None:
-    config = kv_events_config('{"enable_kv_cache_events": true, "publisher": "zmq", "endpoint": "tcp://*:6000"}')
+    config = json_config(
+        FLAG, '{"enable_kv_cache_events": true, "publisher": "zmq", "endpoint": "tcp://*:6000"}', KVEventsConfig
+    )
     assert config is not None
     assert config.endpoint == "tcp://*:6000"
-    assert kv_events_config(None) is None
+    assert json_config(FLAG, None, KVEventsConfig) is None
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"publisher": "kafka"}', '{"endpoints": "x"}', '{"hwm": 0}'])
 def test_a_wrong_flag_is_named(text: str) -> None:
-    with pytest.raises(InvalidConfigurationError, match="--kv-events-config"):
-        kv_events_config(text)
+    with pytest.raises(InvalidConfigurationError, match=FLAG):
+        json_config(FLAG, text, KVEventsConfig)
 
 
 def test_a_taken_port_is_named(events: KVEvents) -> None:

@@ -15,7 +15,7 @@ import torch
 
 from mainsail_engine.client import EngineDeadError
 from mainsail_engine.errors import StartupError
-from mainsail_engine.llm import LLM, SamplingParams
+from mainsail_engine.llm import LLM, Prompt, SamplingParams
 
 COMMON = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -51,12 +51,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @cache
-def answers(path: Path, ranks: int) -> list[list[int]]:
+def answers(path: Path, ranks: int, guesses: int = 0) -> list[list[int]]:
     """Greedy and sampled, of prompts that share a beginning, with a pool too small for all at once."""
+    speculative = {"method": "ngram", "num_speculative_tokens": guesses, "adaptive": False} if guesses else None
     prompts = [[5, 6, 7, 8] * 8 + [length] * length for length in (1, 9, 30, 55)] * 2
     greedy = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
     sampled = [SamplingParams(max_tokens=24, temperature=1.0, top_p=0.9, seed=i, ignore_eos=True) for i in range(4)]
-    with LLM(str(path), tensor_parallel_size=ranks, max_num_seqs=8, kv_cache_blocks=28, device="cpu") as llm:
+    with LLM(
+        str(path), tensor_parallel_size=ranks, max_num_seqs=8, kv_cache_blocks=28, speculative_config=speculative,
+        device="cpu",
+    ) as llm:  # fmt: skip
         outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], [greedy] * 4 + sampled)
     return [output.outputs[0].token_ids for output in outputs]
 
@@ -67,6 +71,10 @@ def test_ranks_give_the_tokens_of_one(folder: Path, family: str, ranks: int) -> 
     alone = answers(folder / family, 1)
     assert all(len(tokens) == 24 for tokens in alone)
     assert answers(folder / family, ranks) == alone
+
+
+def test_ranks_verify_guesses_together(folder: Path) -> None:
+    assert answers(folder / "Llama", 2, 5) == answers(folder / "Llama", 1)
 
 
 def test_a_size_that_does_not_divide_is_refused_with_those_that_do(folder: Path) -> None:
@@ -89,7 +97,8 @@ def test_a_lost_rank_is_noticed_and_ends_the_engine(folder: Path, number: signal
 
     def lose_a_rank() -> None:
         threading.Timer(0.3, rank.send_signal, (number,)).start()
-        llm.generate([{"prompt_token_ids": [5, 6, 7]}] * 64, endless)
+        prompts: list[Prompt] = [{"prompt_token_ids": [5, 6, 7]}] * 64
+        llm.generate(prompts, endless)
 
     try:
         started = time.monotonic()

@@ -14,6 +14,7 @@ from typing import Any
 import jsonschema
 import pytest
 import torch
+from benchmarks.speculation import Replay, always
 
 from mainsail_engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from mainsail_engine.core import EngineCore
@@ -21,6 +22,7 @@ from mainsail_engine.protocol import Abort, Add, RequestOutput
 from mainsail_engine.request import FinishReason, SamplingParams
 from mainsail_engine.runner.model_runner import ModelRunner
 from mainsail_engine.scheduler import Scheduler
+from mainsail_engine.speculative.speculator import Speculator
 from mainsail_engine.structured import grammar as g
 from mainsail_engine.structured import masks
 from mainsail_engine.structured.compiler import Compiler
@@ -56,12 +58,11 @@ def runner(tmp_path_factory: pytest.TempPathFactory) -> ModelRunner:
     return made
 
 
-def config(path: Path | str = "none", **scheduler: int) -> EngineConfig:
-    settings: dict[str, Any] = {"max_num_seqs": 48, "max_num_batched_tokens": 128} | scheduler
+def config(path: Path | str = "none", *, max_num_batched_tokens: int = 128) -> EngineConfig:
     return EngineConfig(
         model=ModelConfig(path=str(path), load_format="dummy"),
         cache=CacheConfig(num_blocks=512),
-        scheduler=SchedulerConfig(**settings),
+        scheduler=SchedulerConfig(max_num_seqs=48, max_num_batched_tokens=max_num_batched_tokens),
         device="cpu",
     )
 
@@ -70,9 +71,9 @@ class Engine:
     """A core over the shared runner; `run` drives it to the end, checking the books after every step."""
 
     def __init__(self, runner: ModelRunner, vocabulary: Vocabulary, *, depth: int, jump_forward: bool, blocks: int,
-                 **limits: Any) -> None:  # fmt: skip
+                 speculator: Speculator | None = None, **limits: Any) -> None:  # fmt: skip
         self.vocabulary, self.num_steps = vocabulary, 0
-        self.scheduler = Scheduler(config(**limits), blocks, 512, {2})
+        self.scheduler = Scheduler(config(**limits), blocks, 512, {2}, speculator=speculator)
         self.compiler = Compiler(lambda: vocabulary, jump_forward=jump_forward)
         self.core = EngineCore(self.scheduler, runner, depth=depth, compiler=self.compiler)
         self.outputs: list[RequestOutput] = []
@@ -162,6 +163,24 @@ def test_all_conform_and_the_pipeline_changes_nothing(engine: Callable[..., Engi
     assert results[0] == results[1] or jump_forward
     free = [{name: ids for name, ids in result.items() if int(name) % 4 == 1} for result in results]
     assert free[0] == free[1]
+
+
+@pytest.mark.parametrize("blocks", [512, 9])
+@pytest.mark.parametrize("jump_forward", [False, True])
+def test_guesses_change_nothing(engine: Callable[..., Engine], jump_forward: bool, blocks: int) -> None:
+    """Guesses right and wrong, some of which the grammar forbids; sampled, with min_tokens and penalties."""
+    params: dict[str, Any] = {"temperature": 1.0, "seed": 7, "min_tokens": 3, "frequency_penalty": 0.5}
+    plain = engine(jump_forward=jump_forward)
+    mixed(plain, **params)
+    expected = plain.run()
+    guesser = Replay(expected, right=0.8, vocab_size=49152)
+    guessing = engine(jump_forward=jump_forward, depth=2, blocks=blocks, speculator=always(guesser))
+    mixed(guessing, **params)
+    assert guessing.run() == expected
+    stats = guessing.scheduler.stats()
+    assert stats.num_draft_tokens > stats.num_accepted_tokens > 20
+    if blocks == 512:
+        assert guessing.num_steps < 0.6 * plain.num_steps
 
 
 def test_alone_as_in_a_batch(engine: Callable[..., Engine]) -> None:

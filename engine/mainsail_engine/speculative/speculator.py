@@ -1,0 +1,156 @@
+"""When to guess, and how much: between the scheduler, which plans, and a source, which guesses.
+
+A step with guesses runs alone: its requests' next positions depend on how many guesses are right, and the next guesses
+on the tokens themselves, so nothing is launched until both are on the CPU. That costs the host's part of a step (some
+tenths of a millisecond), once for all tokens that the step brings, and only where the policy finds that guessing pays
+for it: the measured times have it in them. Where guessing does not pay, steps overlap as ever.
+
+While it does, a few steps without guesses are run now and then, so that what guessing is compared with stays true;
+where a measured time alone speaks against it, it is tried again once in a while.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from mainsail_engine.config import SpeculativeConfig
+from mainsail_engine.request import Request
+from mainsail_engine.speculative.ngram import NgramSource
+from mainsail_engine.speculative.policy import FREE_ROWS, MAX_GUESSES, StepTimes, choose_lengths
+
+COMPARE_EVERY = 400
+"""After so many steps with guesses, some without."""
+COMPARE_STEPS = 6
+RETRY_EVERY = 200
+"""After so many steps that guessing might have paid in, but for a measured time, one with guesses."""
+WORTH_TRYING = 0.25
+"""Right guesses to be expected, for each decode, of a step that guessing might pay in."""
+
+
+class Source(Protocol):
+    """Where guesses come from."""
+
+    level_s: float
+    """Seconds that one more guess takes, for any number of requests."""
+    last_s: float
+    """Seconds that the last `guess` took."""
+
+    def saw(self, request: Request, token: int) -> None:
+        """The request's next output token; called for each, after it was appended."""
+        ...
+
+    def chances(self, request: Request, most: int) -> list[float]:
+        """For each of the request's next guesses that it is right, with all before it. Empty: there are none."""
+        ...
+
+    def guess(self, wanted: list[tuple[Request, int]]) -> list[list[int]]:
+        """At most so many guesses for each; every token of these requests is known."""
+        ...
+
+    def verified(self, request: Request, num_guesses: int, num_right: int) -> None: ...
+
+    def forget(self, request: Request) -> None:
+        """It is finished."""
+        ...
+
+
+@dataclass(slots=True)
+class SpeculationCounts:
+    """Since the start."""
+
+    num_drafts: int = 0
+    """Times that a request's guesses were verified."""
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    accepted_per_position: list[int] = field(default_factory=list[int])
+
+
+class Speculator:
+    def __init__(
+        self, config: SpeculativeConfig, source: Source | None = None, *, cuda: bool = False, overlap: bool = False
+    ) -> None:
+        """source: None for the request's own text. overlap: steps without guesses are planned ahead."""
+        self.source: Source = source or NgramSource(*config.ngram_sizes)
+        self._adaptive = config.adaptive
+        self._most = config.max_guesses
+        self._overlap = overlap
+        self.times = StepTimes(FREE_ROWS["cuda" if cuda else "cpu"])
+        self.counts = SpeculationCounts(accepted_per_position=[0] * self._most)
+        self._since_compared = self._comparing = self._spoken_against = 0
+
+    # -- what happens ------------------------------------------------------------------------------------------------
+
+    def measured(self, batch: int, rows: int, seconds: float, *, overlapped: bool) -> None:
+        """A step of `batch` decodes and nothing else, with rows - batch guesses, took so long."""
+        if rows > batch:
+            self._since_compared += 1
+        elif overlapped != self._overlap:
+            return  # the first after some that waited for their guesses: not how such steps run
+        self.times.observe(batch, rows, seconds - (self.source.last_s if rows > batch else 0.0))
+
+    def verified(self, request: Request, num_guesses: int, num_right: int) -> None:
+        counts = self.counts
+        counts.num_drafts += 1
+        counts.num_draft_tokens += num_guesses
+        counts.num_accepted_tokens += num_right
+        for position in range(num_right):
+            counts.accepted_per_position[position] += 1
+        self.source.verified(request, num_guesses, num_right)
+
+    # -- what to do --------------------------------------------------------------------------------------------------
+
+    def would_guess(self, requests: list[Request], batch: int) -> bool:
+        """Whether the next step is to have guesses, as far as can be known before the step in flight is read."""
+        return any(self._lengths(requests, [self._most] * len(requests), batch, MAX_GUESSES))
+
+    def guess(self, requests: list[Request], room: list[int], batch: int, max_guesses: int) -> list[list[int]]:
+        """Guesses for the next step, none or some for each; at most room[i] for requests[i], max_guesses in all.
+
+        Every token of these requests must be known.
+        """
+        lengths = self._lengths(requests, room, batch, min(max_guesses, MAX_GUESSES))
+        wanted = [(request, count) for request, count in zip(requests, lengths, strict=True) if count]
+        if not wanted:
+            return [[] for _ in requests]
+        self._spoken_against = 0
+        if self._since_compared >= COMPARE_EVERY:
+            self._since_compared, self._comparing = 0, COMPARE_STEPS
+        made = iter(self.source.guess(wanted))
+        return [next(made) if count else [] for count in lengths]
+
+    def _lengths(self, requests: list[Request], room: list[int], batch: int, max_guesses: int) -> list[int]:
+        chances = self.source.chances
+        rows = [
+            chances(request, min(most, self._most)) if most > 0 else []
+            for request, most in zip(requests, room, strict=True)
+        ]
+        if not self._adaptive:
+            return _as_they_come(rows, room, self._most, max_guesses)
+        if self._comparing:
+            self._comparing -= 1
+            return [0] * len(rows)
+        if not any(rows):
+            return [0] * len(rows)
+        again = self._spoken_against >= RETRY_EVERY
+        times = self._hopeful(batch) if again else self.times
+        lengths = choose_lengths(rows, batch, times, max_guesses=max_guesses, level_s=self.source.level_s)
+        if not any(lengths) and sum(map(sum, rows)) > WORTH_TRYING * batch:
+            self._spoken_against += 1
+        return lengths
+
+    def _hopeful(self, batch: int) -> StepTimes:
+        """As if no step with guesses had been measured, and rows were free."""
+        times = StepTimes(FREE_ROWS["cuda"])
+        times.observe(batch, batch, self.times.plain(batch) or 1.0)
+        return times
+
+
+def _as_they_come(rows: list[list[float]], room: list[int], most: int, max_guesses: int) -> list[int]:
+    """Without a policy: as many as there is room for, wherever there are guesses at all."""
+    lengths: list[int] = []
+    for row, limit in zip(rows, room, strict=True):
+        count = min(limit, most, max_guesses) if row else 0
+        lengths.append(max(0, count))
+        max_guesses -= lengths[-1]
+    return lengths
