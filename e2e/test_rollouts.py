@@ -215,8 +215,9 @@ def test_a_revision_that_keeps_crashing_rolls_back(kube: Kube, gateway_url: str,
 
 
 @pytest.mark.slow
-def test_a_rolling_update_that_fails_its_requests_goes_back(kube: Kube, gateway_url: str, services: None) -> None:
+def test_a_rolling_update_that_fails_its_requests_goes_back(cluster: Place, kube: Kube, gateway_url: str) -> None:
     """Without steps and without a gate to wait at: what the first new pod fails is enough."""
+    tiny.write(cluster.models / "tiny")
     plain = service("plain", uri="pvc://models/tiny", replicas=2)
     plain["spec"]["drain"] = {"timeout": "20s"}
     kube.apply(plain)
