@@ -37,7 +37,6 @@ EVENT = b"data: " + json.dumps({"choices": [{"delta": {"content": "x" * 150}}]})
 CHUNK = b"%x\r\n%b\r\n" % (len(EVENT), EVENT)
 END = b"0\r\n\r\n"
 KEY = "sk-" + "benchmark" * 4
-MESSAGES = [{"role": "user", "content": "Tell me about the sea."}]
 NOTED = b":ids %d 0=12345\n" % len(EVENT) + EVENT
 NOTED_CHUNK = b"%x\r\n%b\r\n" % (len(NOTED), NOTED)
 DONE = b"data: [DONE]\n\n"
@@ -57,7 +56,7 @@ def allow_many_files() -> None:
 
 
 async def upstream(port: int) -> None:
-    """Answers each request with `n` events, `pace_ms` apart, as its body asks."""
+    """Answers each request with so many events, so many ms apart, as its message says: routers write bodies anew."""
     allow_many_files()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -67,13 +66,13 @@ async def upstream(port: int) -> None:
                 if not head.startswith("post"):
                     writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}")
                     continue
-                wanted = json.loads(body)
+                count, pace_ms = map(int, json.loads(body)["messages"][0]["content"].split())
                 noted = "x-mainsail-stream: ids" in head
                 said = b"x-mainsail-stream: ids id=c-1 created=1\r\n\r\n"
                 chunk, done = (NOTED_CHUNK, NOTED_DONE) if noted else (CHUNK, DONE)
                 writer.write((HEAD[:-2] + said if noted else HEAD) + chunk)
-                for _ in range(wanted["n"] - 1):
-                    await asyncio.sleep(wanted["pace_ms"] / 1000)
+                for _ in range(count - 1):
+                    await asyncio.sleep(pace_ms / 1000)
                     writer.write(chunk)
                 writer.write(b"%x\r\n%b\r\n" % (len(done), done) + END)
         writer.close()
@@ -147,7 +146,8 @@ def running(*command: str) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def request(n: int, pace_ms: int) -> bytes:
-    body = json.dumps({"model": "m", "stream": True, "messages": MESSAGES, "n": n, "pace_ms": pace_ms}).encode()
+    messages = [{"role": "user", "content": f"{n} {pace_ms}"}]
+    body = json.dumps({"model": "m", "stream": True, "messages": messages}).encode()
     head = (
         b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer %b\r\n"
         b"content-type: application/json\r\ncontent-length: %d\r\n\r\n"
@@ -343,21 +343,20 @@ def pass_through(port: int, engine: int) -> None:
     uvicorn.Server(config).run()
 
 
-def table(rows: list[Figures]) -> Iterator[str]:
-    yield (
-        "| | TTFT p50 ms | added | TTFT p99 ms | added | CPU µs/request | CPU µs/event | requests/s a core "
-        "| streams a core at 50 events/s | KiB/idle stream | TTFT ms beside them |"
+COLUMNS = (
+    "| | TTFT p50 ms | added | TTFT p99 ms | added | CPU µs/request | CPU µs/event | requests/s a core "
+    "| streams a core at 50 events/s | KiB/idle stream | TTFT ms beside them |"
+)
+
+
+def line(row: Figures, direct: Figures) -> str:
+    return (
+        f"| {row.target} | {row.ttft_p50_ms:.2f} | {row.ttft_p50_ms - direct.ttft_p50_ms:.2f} "
+        f"| {row.ttft_p99_ms:.2f} | {row.ttft_p99_ms - direct.ttft_p99_ms:.2f} "
+        f"| {row.cpu_per_request_us:.0f} | {row.cpu_per_event_us:.0f} "
+        f"| {1e6 / max(row.cpu_per_request_us, 1):.0f} | {1e6 / max(row.cpu_per_event_us, 0.1) / 50:.0f} "
+        f"| {row.kib_per_idle_stream:.0f} | {row.ttft_beside_idle_ms:.2f} |"
     )
-    yield "|---" * 11 + "|"
-    direct = rows[0]
-    for row in rows:
-        yield (
-            f"| {row.target} | {row.ttft_p50_ms:.2f} | {row.ttft_p50_ms - direct.ttft_p50_ms:.2f} "
-            f"| {row.ttft_p99_ms:.2f} | {row.ttft_p99_ms - direct.ttft_p99_ms:.2f} "
-            f"| {row.cpu_per_request_us:.0f} | {row.cpu_per_event_us:.0f} "
-            f"| {1e6 / max(row.cpu_per_request_us, 1):.0f} | {1e6 / max(row.cpu_per_event_us, 0.1) / 50:.0f} "
-            f"| {row.kib_per_idle_stream:.0f} | {row.ttft_beside_idle_ms:.2f} |"
-        )
 
 
 async def beside(target: Target, folder: Path, engine: int, api: int, args: argparse.Namespace) -> Figures | None:
@@ -379,20 +378,20 @@ async def beside(target: Target, folder: Path, engine: int, api: int, args: argp
 async def main(args: argparse.Namespace) -> None:
     allow_many_files()
     engine, api = free_port(), free_port()
+    setting = {name: getattr(args, name) for name in ("requests", "streams", "events", "pace_ms", "idle")}
+    print(setting, COLUMNS, "|---" * 11 + "|", sep="\n", flush=True)
     with tempfile.TemporaryDirectory() as name, running(sys.executable, __file__, "--serve", str(engine)) as process:
         await ready(engine)
         rows = [await measure("direct", engine, process.pid, args)]
+        print(line(rows[0], rows[0]), flush=True)
         control = asyncio.create_task(api_server(api, engine))
         for target in (mainsail_with_keys, mainsail_2_workers, uvicorn_alone, nginx, vllm_router, sglang_router):
-            if args.only in ("", target.__name__):
-                row = await beside(target, Path(name), engine, api, args)
-                rows += [] if row is None else [row]
+            row = await beside(target, Path(name), engine, api, args) if args.only in ("", target.__name__) else None
+            if row is not None:
+                rows.append(row)
+                print(line(row, rows[0]), flush=True)
         control.cancel()
-    print(f"{args.requests} lone requests; {args.streams} streams of {args.events} events, {args.pace_ms} ms apart; "
-          f"{args.idle} idle streams")  # fmt: skip
-    print("\n".join(table(rows)))
     if args.json:
-        setting = {name: getattr(args, name) for name in ("requests", "streams", "events", "pace_ms", "idle")}
         result = {"setting": setting, "cores": os.cpu_count(), "rows": [asdict(row) for row in rows]}
         args.json.write_text(json.dumps(result, indent=1) + "\n")
 
