@@ -8,9 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from benchmarks.speculation import Replay, always
+from tests.engine.test_sampling_equivalences import mixed, run
 
-from mainsail_engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from mainsail_engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig, SpeculativeConfig
 from mainsail_engine.request import Request, SamplingParams
+from mainsail_engine.runner import model_runner
 from mainsail_engine.runner.batch import BlockTables, StepArrays, build
 from mainsail_engine.runner.cuda_graphs import LARGEST_DECODE, Layout, StepShape, decode_sizes, pack, shapes_of
 from mainsail_engine.runner.model_runner import ModelRunner
@@ -87,13 +90,14 @@ def test_a_packed_step_holds_its_rows_and_padding_that_does_nothing(decodes: int
     assert 12345 not in packed[layout.sampled].tolist()
 
 
-def make_runner(path: Path, graphs: bool) -> ModelRunner:
+def make_runner(path: Path, graphs: bool, *, guesses: bool = False) -> ModelRunner:
     (path / "config.json").write_text(json.dumps(TINY))
     return ModelRunner(
         EngineConfig(
             model=ModelConfig(path=str(path), load_format="dummy", dtype="float32"),
             cache=CacheConfig(num_blocks=NUM_BLOCKS),
             scheduler=SchedulerConfig(max_num_seqs=24),
+            speculative=SpeculativeConfig(method="ngram") if guesses else None,
             device="cuda",
             cuda_graphs=graphs,
         )
@@ -146,3 +150,17 @@ def test_graphs_and_overlap_change_no_token(tmp_path: Path) -> None:
     graphed = make_runner(tmp_path, True)
     assert tokens_of(graphed, overlap=False) == eager
     assert tokens_of(graphed, overlap=True) == eager
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", [0, 1 << 30])
+def test_verified_guesses_change_no_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heads: int) -> None:
+    """Rows of guesses as chunks and as decodes, replayed as graphs; sampled requests, penalties, log-probabilities."""
+    monkeypatch.setattr(model_runner, "SPREAD_HEADS", {"cuda": heads})
+    runner, jobs = make_runner(tmp_path, True, guesses=True), mixed(24)
+    plain, _ = run(runner, jobs, depth=2, num_blocks=599)
+    answers = {str(index): one.token_ids for index, one in enumerate(plain)}
+    guesser = always(Replay(answers, right=0.8, vocab_size=TINY["vocab_size"]))
+    got, stats = run(runner, jobs, depth=2, num_blocks=599, speculator=guesser)
+    assert [one.token_ids for one in got] == [one.token_ids for one in plain]
+    assert stats.num_draft_tokens > stats.num_accepted_tokens > 100
