@@ -71,7 +71,7 @@ class Replay:
 
     def verified(self, request: Request, num_guesses: int, num_right: int) -> None:
         for position in range(min(num_right + 1, num_guesses)):
-            self._rates.note(0, position < num_right)
+            self._rates.note(position, position < num_right)
 
     def forget(self, request: Request) -> None:
         """Nothing is kept."""

@@ -30,8 +30,6 @@ from mainsail_engine.step import Chunk, PendingStep, Runner, StepPlan
 
 PRIOR = (0.7, 0.7, 0.7)
 OVERALL_WEIGHT, OVERALL_FADE = 20.0, 0.998
-BELIEVED_FOR = 256
-"""Tokens without a guess after which a request's rates are forgotten: without guesses there is nothing to learn."""
 UNREAD = 2
 """Steps that may be launched before the oldest is read: the runner keeps buffers for so many and one more."""
 SMOOTHING = 0.2
@@ -50,7 +48,6 @@ class _Copy:
     num_written: int = 0
     """Leading positions whose KV is that of the request's tokens."""
     num_guessed: int = 0
-    since_guess: int = 0
 
 
 class DraftModel:
@@ -73,9 +70,7 @@ class DraftModel:
     def saw(self, request: Request, token: int) -> None:
         copy = self._copies.get(request.request_id)
         if copy is not None:
-            copy.since_guess += 1
-            if copy.since_guess >= BELIEVED_FOR:
-                copy.rates, copy.since_guess = self._fresh_rates(), 0
+            copy.rates.rest()
 
     def chances(self, request: Request, most: int) -> list[float]:
         if request.num_tokens + most > self._runner.max_model_len:
@@ -113,7 +108,7 @@ class DraftModel:
                 drafting.append((place, copy, count))
             self._add(catching_up, copy, copy.num_written, tokens, samples=tokens == missing)
             copy.num_written += tokens
-            copy.num_guessed, copy.since_guess = count, 0
+            copy.num_guessed = count
         guesses = self._draft(catching_up, drafting, len(wanted))
         self.last_s = self._clock() - started
         if drafting and behind <= CAUGHT_UP:

@@ -13,6 +13,7 @@ Pure: times come in as arguments.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 
@@ -34,19 +35,26 @@ FREE_ROWS = {"cuda": 192, "cpu": 1}
 """Rows up to which a step costs little more than reading the weights."""
 MAX_GUESSES = 1024
 """Of one step: bounds its logits."""
+FIRST_GUESSES = 4
+"""… and of the first, or one for each decode."""
 SMOOTHING = 0.2
+FORGOTTEN_AFTER = 1000
+"""Steps without one of its size after which a measured time is forgotten."""
+REST = 0.99
+"""What a request's past guesses count for, with each token that came without one being compared or verified."""
 OUTLIER = 3.0
-"""A step so many times as long as expected says something about the machine, not about steps."""
+"""A step so many times as long as expected says something about the machine, not about steps; so many times as short,
+that the ones before it did."""
 
 
 class HitRates:
     """How often a request's guesses are right, by how many before them were; recent ones count more."""
 
-    __slots__ = ("_fade", "_hits", "_tries")
+    __slots__ = ("_fade", "_hits", "_prior", "_tries", "_weight")
 
     def __init__(self, prior: Sequence[float], *, weight: float = PRIOR_WEIGHT, fade: float = FADE) -> None:
         """prior: the chances to begin with, one for each class of RUNS and one more; weight: in guesses."""
-        self._fade = fade
+        self._fade, self._prior, self._weight = fade, tuple(prior), weight
         self._hits = [chance * weight for chance in prior]
         self._tries = [weight] * len(prior)
 
@@ -55,6 +63,13 @@ class HitRates:
         at = bisect_right(RUNS, run)
         self._hits[at] = self._hits[at] * self._fade + hit
         self._tries[at] = self._tries[at] * self._fade + 1
+
+    def rest(self) -> None:
+        """A token came, and told nothing of guesses: what is known fades towards where it began."""
+        for at, chance in enumerate(self._prior):
+            began = chance * self._weight
+            self._hits[at] = began + REST * (self._hits[at] - began)
+            self._tries[at] = self._weight + REST * (self._tries[at] - self._weight)
 
     def chance(self, run: int) -> float:
         """That the next guess is right, after so many right ones: 0 .. 1."""
@@ -78,30 +93,40 @@ class HitRates:
 
 
 class _Curve:
-    """Seconds by a count, each measured point smoothed over time; counts are told apart by about a tenth."""
+    """Seconds by a count, each measured point smoothed over time; counts are told apart by about a tenth.
+
+    What was not measured for long is forgotten: contexts grow, and what slowed a step down may be over.
+    """
 
     def __init__(self) -> None:
-        self._points: dict[int, tuple[float, float]] = {}
+        self._points: dict[int, tuple[float, float, int]] = {}
+        """(count, seconds, number of the observation that touched it last)."""
+        self._num_observed = 0
         self._sorted: tuple[np.ndarray, np.ndarray] | None = None
 
     def observe(self, count: int, seconds: float) -> None:
-        key = round(8 * float(np.log2(count)))
+        self._num_observed += 1
+        key, now = round(8 * math.log2(count)), self._num_observed
         known = self._points.get(key)
-        if known is None:
-            self._points[key] = (count, seconds)
+        if known is None or seconds * OUTLIER < known[1]:
+            self._points[key] = (count, seconds, now)
         else:
             seconds = min(seconds, OUTLIER * known[1])
-            self._points[key] = (
-                known[0] + SMOOTHING * (count - known[0]), known[1] + SMOOTHING * (seconds - known[1]),
-            )  # fmt: skip
+            self._points[key] = (_towards(known[0], count), _towards(known[1], seconds), now)
+        if now % (FORGOTTEN_AFTER // 4) == 0:
+            self._points = {key: each for key, each in self._points.items() if each[2] > now - FORGOTTEN_AFTER}
         self._sorted = None
 
     def points(self) -> tuple[np.ndarray, np.ndarray]:
         """(counts, seconds), by count."""
         if self._sorted is None:
             known = sorted(self._points.values())
-            self._sorted = np.array([c for c, _ in known], np.float64), np.array([s for _, s in known], np.float64)
+            self._sorted = np.array([c for c, _, _ in known], float), np.array([s for _, s, _ in known], float)
         return self._sorted
+
+
+def _towards(old: float, new: float) -> float:
+    return old + SMOOTHING * (new - old)
 
 
 class StepTimes:
@@ -139,6 +164,11 @@ class StepTimes:
         inside = np.interp(rows, counts, seconds)
         beyond = seconds[-1] * self._growth(rows) / self._growth(counts[-1:])
         return np.maximum(np.where(rows > counts[-1], beyond, inside), floor)
+
+    def trusted(self, batch: int) -> int:
+        """How many guesses a step of `batch` decodes may have: not many more than the times of were measured."""
+        counts, _ = self._guessing.points()
+        return max(FIRST_GUESSES, batch, 2 * (int(counts[-1]) - batch) if len(counts) else 0)
 
     def _growth(self, rows: np.ndarray) -> np.ndarray:
         """What so many rows cost before anything was measured, relative to a few."""

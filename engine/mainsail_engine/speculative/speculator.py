@@ -22,8 +22,9 @@ from mainsail_engine.speculative.policy import FREE_ROWS, MAX_GUESSES, StepTimes
 COMPARE_EVERY = 400
 """After so many steps with guesses, some without."""
 COMPARE_STEPS = 6
-RETRY_EVERY = 200
-"""After so many steps that guessing might have paid in, but for a measured time, one with guesses."""
+RETRY_AFTER, RETRY_AT_MOST = 100, 1600
+"""After so many steps that guessing might have paid in, but for a measured time, one with a guess each; twice as many
+after each that changes nothing."""
 WORTH_TRYING = 0.25
 """Right guesses to be expected, for each decode, of a step that guessing might pay in."""
 
@@ -78,6 +79,7 @@ class Speculator:
         self.times = StepTimes(FREE_ROWS["cuda" if cuda else "cpu"])
         self.counts = SpeculationCounts(accepted_per_position=[0] * self._most)
         self._since_compared = self._comparing = self._spoken_against = 0
+        self._retry_after = RETRY_AFTER
 
     # -- what happens ------------------------------------------------------------------------------------------------
 
@@ -113,6 +115,10 @@ class Speculator:
         wanted = [(request, count) for request, count in zip(requests, lengths, strict=True) if count]
         if not wanted:
             return [[] for _ in requests]
+        if self._spoken_against >= self._retry_after:
+            self._retry_after = min(2 * self._retry_after, RETRY_AT_MOST)
+        else:
+            self._retry_after = RETRY_AFTER
         self._spoken_against = 0
         if self._since_compared >= COMPARE_EVERY:
             self._since_compared, self._comparing = 0, COMPARE_STEPS
@@ -132,18 +138,13 @@ class Speculator:
             return [0] * len(rows)
         if not any(rows):
             return [0] * len(rows)
-        again = self._spoken_against >= RETRY_EVERY
-        times = self._hopeful(batch) if again else self.times
-        lengths = choose_lengths(rows, batch, times, max_guesses=max_guesses, level_s=self.source.level_s)
+        if self._spoken_against >= self._retry_after:
+            return [min(1, len(row)) for row in rows] if batch <= max_guesses else [0] * len(rows)
+        most = min(max_guesses, self.times.trusted(batch))
+        lengths = choose_lengths(rows, batch, self.times, max_guesses=most, level_s=self.source.level_s)
         if not any(lengths) and sum(map(sum, rows)) > WORTH_TRYING * batch:
             self._spoken_against += 1
         return lengths
-
-    def _hopeful(self, batch: int) -> StepTimes:
-        """As if no step with guesses had been measured, and rows were free."""
-        times = StepTimes(FREE_ROWS["cuda"])
-        times.observe(batch, batch, self.times.plain(batch) or 1.0)
-        return times
 
 
 def _as_they_come(rows: list[list[float]], room: list[int], most: int, max_guesses: int) -> list[int]:
