@@ -11,6 +11,7 @@ does not own may hold anything, NaN included: nothing here lets them reach a res
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +56,23 @@ def gelu_tanh_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """gelu(gate) * up with the tanh approximation (Gemma), where gate_up is [n, 2*d] with the gate first."""
     gate, up = _wide(gate_up).chunk(2, dim=-1)
     return (F.gelu(gate, approximate="tanh") * up).to(gate_up.dtype)
+
+
+def add_lora(
+    y: torch.Tensor, x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, parts: Sequence[int],
+    rows: torch.Tensor, slots: torch.Tensor,
+) -> None:  # fmt: skip
+    """What each row's adapter makes of x is added to y in place; one product for each adapter of the batch."""
+    rank, slot_of_row = up.shape[2], slots.repeat_interleave(rows.shape[0] // slots.shape[0])
+    for slot in slots.unique().tolist():
+        own = rows[(slot_of_row == slot) & (rows >= 0)].long()
+        mid = _wide(x[own]) @ _wide(down[slot]).T
+        first = 0
+        for part, size in enumerate(parts):
+            ours = _wide(up[slot, first : first + size])
+            added = mid[:, part * rank : (part + 1) * rank] @ ours.T
+            y[own, first : first + size] = (_wide(y[own, first : first + size]) + added).to(y.dtype)
+            first += size
 
 
 def route(scores: torch.Tensor, per_token: int, *, normalized: bool) -> tuple[torch.Tensor, torch.Tensor]:
