@@ -25,6 +25,7 @@ from mainsail_engine.config import (
     CacheConfig,
     EngineConfig,
     KVEventsConfig,
+    LoraConfig,
     ModelConfig,
     SchedulerConfig,
     ServerConfig,
@@ -159,6 +160,12 @@ def _add_engine_flags(serve: argparse.ArgumentParser) -> None:
         help="share of the GPU's memory",
     )
     group.add_argument("--kv-events-config", help="a JSON object: tell subscribers what the prefix cache holds (ZMQ)")
+    group.add_argument("--enable-lora", action="store_true", help="take LoRA adapters beside the base model")
+    group.add_argument(
+        "--lora-modules", nargs="+", metavar="NAME=PATH", help="adapters (PEFT folders) to serve by name"
+    )
+    group.add_argument("--max-loras", type=int, default=LoraConfig().max_loras, help="adapters there at once")
+    group.add_argument("--max-lora-rank", type=int, default=LoraConfig().max_lora_rank, help="of any adapter")
     group.add_argument("--kv-cache-blocks", type=int, help="KV blocks of 16 tokens; default: what memory allows")
     group.add_argument(
         "--kv-offloading-size",
@@ -251,6 +258,20 @@ def json_config(flag: str, text: str | None, kind: type[Config]) -> Config | Non
         raise InvalidConfigurationError(f"{flag}: {error}") from None
 
 
+def lora_config(flags: argparse.Namespace) -> LoraConfig | None:
+    """Raises InvalidConfigurationError."""
+    given: Sequence[str] = getattr(flags, "lora_modules", ())
+    if not getattr(flags, "enable_lora", False) and not given:
+        return None
+    modules: list[tuple[str, str]] = []
+    for module in given:
+        name, _, path = module.partition("=")
+        if not name or not path:
+            raise InvalidConfigurationError(f"--lora-modules takes NAME=PATH, not {module!r}")
+        modules.append((name, path))
+    return LoraConfig(max_loras=flags.max_loras, max_lora_rank=flags.max_lora_rank, modules=tuple(modules))
+
+
 def engine_config(flags: argparse.Namespace) -> EngineConfig:
     """Raises InvalidConfigurationError."""
     profile = PROFILES[getattr(flags, "profile", "")]
@@ -283,6 +304,7 @@ def engine_config(flags: argparse.Namespace) -> EngineConfig:
             max_num_batched_tokens=chosen("max_num_batched_tokens"),
             max_inter_token_latency_ms=getattr(flags, "max_inter_token_latency_ms", None),
         ),
+        lora=lora_config(flags),
         tensor_parallel_size=flags.tensor_parallel_size,
         device=flags.device,
         overlap=flags.overlap,

@@ -30,6 +30,7 @@ from mainsail_engine.config import EngineConfig
 from mainsail_engine.errors import RequestError, StartupError
 from mainsail_engine.protocol import (
     Abort,
+    Adapters,
     Add,
     Compile,
     Compiled,
@@ -39,9 +40,11 @@ from mainsail_engine.protocol import (
     Failed,
     FirstScheduled,
     FromCore,
+    LoadAdapter,
     Ready,
     RequestOutput,
     StepOutputs,
+    UnloadAdapter,
     decode_from_core,
     encode,
     request_id_prefix,
@@ -110,6 +113,8 @@ class EngineClient:
         self.died = asyncio.Event()
         self.process: asyncio.subprocess.Process | None = None
         """The core, where this process started it."""
+        self.adapters: dict[str, str] = {}
+        """LoRA adapters that the core has: served name → path."""
         self.num_steps = 0
         self.progress_at_s = time.monotonic()
         """Monotonic time of the last step, or of the moment since when there is work."""
@@ -181,15 +186,33 @@ class EngineClient:
 
     async def control(self, action: str) -> None:
         """Have the core sleep or wake up, once nothing runs. Raises RequestError."""
-        control_id = self.new_request_id()
+        error = await self._controlled(Control(self.new_request_id(), action))
+        if error is not None:
+            raise RequestError(f"{action} failed: {error}", status=500, code="control_failed")
+
+    async def load_adapter(self, name: str, path: str) -> None:
+        """Have the core load a LoRA adapter beside what runs. Raises RequestError."""
+        error = await self._controlled(LoadAdapter(self.new_request_id(), name, path))
+        if error is not None:
+            raise RequestError(error, code="invalid_adapter")
+
+    async def unload_adapter(self, name: str) -> None:
+        """Have the core forget a LoRA adapter; what goes through it finishes. Raises RequestError."""
+        error = await self._controlled(UnloadAdapter(self.new_request_id(), name))
+        if error is not None:
+            raise RequestError(error, status=404, param="lora_name", code="model_not_found")
+
+    async def _controlled(self, command: Control | LoadAdapter | UnloadAdapter) -> str | None:
+        """What went wrong. Raises EngineDeadError."""
+        if not self.is_alive:
+            raise EngineDeadError(self.failure.message)
+        control_id = command.control_id
         done = self._controls[control_id] = asyncio.get_running_loop().create_future()
         try:
-            self._commands.send(encode(Control(control_id, action)))
-            controlled = await done
+            self._commands.send(encode(command))
+            return (await done).error
         finally:
             del self._controls[control_id]
-        if controlled.error is not None:
-            raise RequestError(f"{action} failed: {controlled.error}", status=500, code="control_failed")
 
     def submit(self, add: Add, sink: Sink) -> None:
         """Hand a request to the core; its outputs go to the sink. Raises EngineDeadError."""
@@ -238,7 +261,10 @@ class EngineClient:
             verdict = self._verdicts.get(message.compile_id)
             if verdict is not None and not verdict.done():
                 verdict.set_result(message.error)
+        elif isinstance(message, Adapters):
+            self.adapters = message.paths
         elif isinstance(message, Ready):
+            self.adapters = message.adapters
             if self._ready is not None and not self._ready.done():
                 self._ready.set_result(message)
         elif isinstance(message, Controlled):

@@ -142,6 +142,24 @@ class SpeculativeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
         return least, longest if longest is not None else max(3, least)
 
 
+class LoraConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """LoRA adapters beside the base model (--enable-lora)."""
+
+    max_loras: int = 8
+    """Adapters that are there at once, each with memory on the device from the start (--max-loras)."""
+    max_lora_rank: int = 16
+    """The largest rank that an adapter may have (--max-lora-rank)."""
+    modules: tuple[tuple[str, str], ...] = ()
+    """(served name, path) of those that are loaded at the start (--lora-modules)."""
+
+    def __post_init__(self) -> None:
+        _require(self.max_loras >= 1, "--max-loras must be at least 1")
+        _require(1 <= self.max_lora_rank <= 512, "--max-lora-rank must be between 1 and 512")
+        names = [name for name, _ in self.modules]
+        _require(len(names) <= self.max_loras, f"--lora-modules has {len(names)} adapters, more than --max-loras")
+        _require(len(set(names)) == len(names), "--lora-modules names an adapter twice")
+
+
 class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_num_seqs: int = 256
     """Requests that run at once: the height of every per-request tensor."""
@@ -177,6 +195,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Tell subscribers what the prefix cache holds (--kv-events-config). None: nobody is told."""
     speculative: SpeculativeConfig | None = None
     """Guess tokens and verify them together (--speculative-config). None: one token a step."""
+    lora: LoraConfig | None = None
+    """Adapters beside the base model. None: there are none (--enable-lora)."""
     tensor_parallel_size: int = 1
     """Devices that share every matrix of the model. Each is driven by a process of its own (a rank)."""
     device: str = "auto"

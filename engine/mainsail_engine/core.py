@@ -52,10 +52,12 @@ from mainsail_engine.protocol import (
     Failed,
     FirstScheduled,
     FromCore,
+    LoadAdapter,
     Ready,
     RequestOutput,
     SchedulerStats,
     StepOutputs,
+    UnloadAdapter,
     decode_to_core,
     encode,
     process_of,
@@ -71,7 +73,9 @@ if TYPE_CHECKING:
     from mainsail_engine.structured.grammar import Grammar
 
 if TYPE_CHECKING:
+    from mainsail_engine.adapters import AdapterDesk
     from mainsail_engine.kv.events import KVEvents
+    from mainsail_engine.model.lora import Adapter
     from mainsail_engine.scheduler import Scheduler
     from mainsail_engine.speculative.speculator import Speculator
 
@@ -82,6 +86,10 @@ IDLE_S = 0.005
 CUDA_LATENCY_MS = 40.0
 LINGER_MS = 2000
 """How long the last message may take to leave."""
+
+
+Command = Add | Abort | Control | LoadAdapter | UnloadAdapter
+"""What the loop does; grammars are compiled elsewhere."""
 
 
 class SchedulerLike(Protocol):
@@ -129,12 +137,15 @@ class EngineCore:
         depth: int,
         compiler: Compiler | None = None,
         sleeper: Sleeper | None = None,
+        adapters: AdapterDesk | None = None,
     ) -> None:
-        """compiler None: requests with a grammar are refused."""
+        """compiler None: requests with a grammar are refused; adapters None: those with an adapter are."""
         self._scheduler = scheduler
         self._runner = runner
         self._sleeper = sleeper
+        self._adapters = adapters
         self._controls: deque[Control] = deque()
+        self._answers: list[FromCore] = []
         self._asleep = False
         self._depth = depth
         self.compiler = compiler
@@ -158,14 +169,16 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._in_flight or self._refused or self._parked) or self._stats_due or self._scheduler.has_work
+        busy = self._adapters is not None and self._adapters.is_busy
+        waiting = self._in_flight or self._refused or self._parked or self._stats_due
+        return busy or bool(waiting) or self._scheduler.has_work
 
     def idle_s(self, now: float) -> float | None:
         """How long there is nothing to do, if no command comes. None: for ever."""
         wake_s = self._scheduler.wake_s
         return None if wake_s is None else max(IDLE_S, wake_s - now)
 
-    def handle(self, command: Add | Abort | Control, now: float) -> None:
+    def handle(self, command: Command, now: float) -> None:
         if isinstance(command, Add):
             if self._asleep:
                 self._refuse(command.request_id, "the engine is asleep: POST /wake_up first", "asleep")
@@ -173,8 +186,21 @@ class EngineCore:
             self._add(command, now)
         elif isinstance(command, Control):
             self._controls.append(command)
-        else:
+        elif isinstance(command, Abort):
             self._abort(command)
+        elif self._adapters is not None:
+            self._adapters.handle(command)
+        else:
+            self._answers.append(Controlled(command.control_id, "this engine takes no adapters: see --enable-lora"))
+
+    def take_answers(self) -> list[FromCore]:
+        """To controls, as far as they are done. Call it between two steps."""
+        answers, self._answers = self._answers, []
+        if self._adapters is not None:
+            answers += self._adapters.take_answers()
+        while (controlled := self.control()) is not None:
+            answers.append(controlled)
+        return answers
 
     def control(self) -> Controlled | None:
         """Do the next control once nothing runs. None: there is none, or something runs still."""
@@ -212,6 +238,8 @@ class EngineCore:
             deadline_s=None if add.timeout_s is None else now + add.timeout_s,
             output_token_ids=list(add.output_token_ids),
         )
+        if add.adapter and not self._adapt(request, add.adapter):
+            return
         if add.grammar is not None:
             try:
                 request.constraint = self._constraint(add, add.grammar, now)
@@ -228,6 +256,16 @@ class EngineCore:
         except RequestError as error:
             self._refuse(add.request_id, error.message)
 
+    def _adapt(self, request: Request, name: str) -> bool:
+        """Send the request through that adapter. False: it was refused, since there is none (any more)."""
+        loaded = self._adapters.table.use(name, request.request_id) if self._adapters is not None else None
+        if loaded is None:
+            self._refuse(request.request_id, f"the model {name!r} does not exist here (any more)", "model_not_found")
+            return False
+        request.adapter_slot = loaded.slot
+        request.cache_salt += loaded.salt
+        return True
+
     def _refuse(self, request_id: str, message: str, stop_reason: str | None = None) -> None:
         self._queued_since.pop(request_id, None)
         self._refused.append(RequestOutput(request_id, [], FinishReason.ERROR, stop_reason=stop_reason, error=message))
@@ -237,6 +275,8 @@ class EngineCore:
             self._queued_since.pop(request_id, None)
             self._parked.pop(request_id, None)
         self._scheduler.abort(abort.request_ids, abort.reason)
+        if self._adapters is not None:
+            self._adapters.table.release(abort.request_ids)
         self._stats_due = True
 
     # -- grammars --------------------------------------------------------------------------------------------------
@@ -308,6 +348,9 @@ class EngineCore:
         """What this step brought, and the requests that were refused since the last one."""
         self._stats_due = False
         refused, self._refused = self._refused, []
+        if self._adapters is not None:
+            ended = (output.request_id for output in (*outputs, *refused) if output.finish_reason is not None)
+            self._adapters.table.release(ended)
         first_scheduled, self._first_scheduled = self._first_scheduled, []
         return StepOutputs(
             step=self._num_steps,
@@ -384,7 +427,7 @@ class Mailbox:
 
     def __init__(self, start: CoreStart) -> None:
         self._context = zmq.Context()
-        self.commands: queue.SimpleQueue[Add | Abort | Control] = queue.SimpleQueue()
+        self.commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self.compiler: Compiler | None = None
         self._outgoing: queue.SimpleQueue[FromCore | None] = queue.SimpleQueue()
         reader = threading.Thread(
@@ -485,8 +528,8 @@ def run_loop(core: EngineCore, mailbox: Mailbox) -> None:
             _wait_for_command(core, mailbox, IDLE_S)
         while not mailbox.commands.empty():
             core.handle(mailbox.commands.get(), time.monotonic())
-        while (controlled := core.control()) is not None:
-            mailbox.send(controlled)
+        for answer in core.take_answers():
+            mailbox.send(answer)
         outputs = core.step(time.monotonic())
         if outputs is not None:
             mailbox.send(outputs)
@@ -557,6 +600,25 @@ class _Engine:
             overlap=pipeline_depth(self.config, device) > 1,
         )
 
+    def adapters(self) -> AdapterDesk | None:
+        """The adapters, those of the start loaded. Raises InvalidAdapterError."""
+        if self.config.lora is None:
+            return None
+        from mainsail_engine.adapters import AdapterDesk
+
+        desk = AdapterDesk(self.config.lora.max_loras, self)
+        desk.load_now(self.config.lora.modules)
+        return desk
+
+    def read_adapter(self, name: str, path: str) -> Adapter:
+        return self.model_runner.read_adapter(name, path)
+
+    def fill_adapter(self, slot: int, adapter: Adapter, name: str, path: str) -> None:
+        """On every rank: the others read it themselves, after this one has found it right."""
+        if self._workers:
+            self._workers.send_adapter(slot, name, path)
+        self.model_runner.fill_adapter(slot, adapter)
+
     def resting_runner(self) -> Runner:
         if self._workers:
             raise RuntimeError("an engine of several ranks cannot sleep")
@@ -591,7 +653,10 @@ def build(config: EngineConfig, on_lost: Callable[[str], None] = log.critical) -
         lambda: vocabulary_of(load_tokenizer(Path(config.model.path)), vocab_size, eos_token_ids),
         jump_forward=config.jump_forward,
     )
-    core = EngineCore(scheduler, runner, depth=pipeline_depth(config, device), compiler=compiler, sleeper=engine)
+    adapters = engine.adapters()
+    core = EngineCore(
+        scheduler, runner, depth=pipeline_depth(config, device), compiler=compiler, sleeper=engine, adapters=adapters
+    )
     if engine.events is not None:
         core.after_step = engine.events.flush
     warm_up(core)
@@ -603,6 +668,7 @@ def build(config: EngineConfig, on_lost: Callable[[str], None] = log.critical) -
         eos_token_ids=eos_token_ids,
         device=device,
         dtype=str(engine.model_runner.dtype).removeprefix("torch."),
+        adapters=adapters.table.paths if adapters is not None else {},
     )
     return core, ready
 

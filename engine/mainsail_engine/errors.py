@@ -41,6 +41,10 @@ class InvalidConfigurationError(StartupError):
     reason = "InvalidConfiguration"
 
 
+class InvalidAdapterError(StartupError):
+    reason = "InvalidAdapter"
+
+
 class OutOfMemoryError(StartupError):
     reason = "OutOfMemory"
 

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Coroutine, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar, cast
 
@@ -25,7 +25,14 @@ from pydantic import ValidationError
 
 from mainsail_engine.cli import check_model_path
 from mainsail_engine.client import EngineClient
-from mainsail_engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig, SpeculativeConfig
+from mainsail_engine.config import (
+    CacheConfig,
+    EngineConfig,
+    LoraConfig,
+    ModelConfig,
+    SchedulerConfig,
+    SpeculativeConfig,
+)
 from mainsail_engine.metrics import Metrics
 from mainsail_engine.protocol import FirstScheduled, StepOutputs, TokenLogprobs
 from mainsail_engine.request import Pooling
@@ -120,6 +127,16 @@ class EmbeddingOutput:
     embedding: list[float]
 
 
+@dataclass(frozen=True, slots=True)
+class LoRARequest:
+    """A LoRA adapter to go through: loaded from its path when its name is first used."""
+
+    lora_name: str
+    lora_int_id: int
+    """For the field's spelling; the name is what counts here."""
+    lora_path: str
+
+
 class LLM:
     """One model, loaded. Raises StartupError when it cannot be, and ValueError for parameters that make no sense."""
 
@@ -138,6 +155,9 @@ class LLM:
         tensor_parallel_size: int = 1,
         speculative_config: dict[str, Any] | None = None,
         device: str = "auto",
+        enable_lora: bool = False,
+        max_loras: int = LoraConfig().max_loras,
+        max_lora_rank: int = LoraConfig().max_lora_rank,
     ) -> None:
         self._config = EngineConfig(
             model=ModelConfig(path=model, dtype=dtype, load_format=load_format, max_model_len=max_model_len),
@@ -148,6 +168,7 @@ class LLM:
             ),
             scheduler=SchedulerConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens),
             speculative=None if speculative_config is None else msgspec.convert(speculative_config, SpeculativeConfig),
+            lora=LoraConfig(max_loras=max_loras, max_lora_rank=max_lora_rank) if enable_lora else None,
             tensor_parallel_size=tensor_parallel_size,
             device=device,
         )
@@ -186,11 +207,12 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
+        lora_request: LoRARequest | None = None,
     ) -> list[RequestOutput]:
         """Continue every prompt; the outputs are in the prompts' order."""
         many: list[Prompt] = [prompts] if isinstance(prompts, str | dict) else list(prompts)
         each = _spread(sampling_params, len(many))
-        return self._call(self._generate(many, each, _Progress(len(many), shown=use_tqdm)))
+        return self._call(self._generate(many, each, _Progress(len(many), shown=use_tqdm), lora_request))
 
     def chat(
         self,
@@ -198,13 +220,14 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
+        lora_request: LoRARequest | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation, or each of several."""
         single = bool(messages) and isinstance(messages[0], dict)
         many = cast("list[Messages]", [messages] if single else list(messages))
         each = _spread(sampling_params, len(many))
         prompts: list[Prompt] = [{"prompt_token_ids": ids} for ids in self._call(self._render(many))]
-        return self._call(self._generate(prompts, each, _Progress(len(many), shown=use_tqdm)))
+        return self._call(self._generate(prompts, each, _Progress(len(many), shown=use_tqdm), lora_request))
 
     def embed(self, prompts: Prompt | Sequence[Prompt], *, pooling: str = "mean") -> list[EmbeddingOutput]:
         """One vector of length 1 for each prompt: the mean of its last hidden states, or the last one ("last")."""
@@ -249,10 +272,14 @@ class LLM:
         return rendered
 
     async def _generate(
-        self, prompts: list[Prompt], params: list[SamplingParams], progress: _Progress
+        self, prompts: list[Prompt], params: list[SamplingParams], progress: _Progress, lora: LoRARequest | None
     ) -> list[RequestOutput]:
         """All are checked before the first one starts."""
         jobs = [await self._jobs(prompt, each) for prompt, each in zip(prompts, params, strict=True)]
+        if lora is not None:
+            if lora.lora_name not in self._client.adapters:
+                await self._started.load_adapter(lora.lora_name, lora.lora_path)
+            jobs = [[replace(job, adapter=lora.lora_name) for job in own] for own in jobs]
         arrival_s = time.monotonic()
 
         async def one(prompt: Prompt, own: list[Job]) -> RequestOutput:

@@ -1,9 +1,9 @@
 """The messages between API processes and the core process: msgspec structs as msgpack over ZMQ.
 
-API → core: `Add`, `Abort`, and `Compile` and `Control`, which are answered by `Compiled` and `Controlled`. Core → API:
-`Ready` once, then one `StepOutputs` for every step (its counter is the heartbeat), or `Failed` with the last breath.
-Draining is the API processes' business: the core just runs out of work. Text never crosses: the core deals in token ids
-only.
+API → core: `Add`, `Abort`, and `Compile`, `Control`, `LoadAdapter` and `UnloadAdapter`, which are answered by
+`Compiled` and `Controlled`. Core → API: `Ready` once, then one `StepOutputs` for every step (its counter is the
+heartbeat), or `Failed` with the last breath. Draining is the API processes' business: the core just runs out of work.
+Text never crosses: the core deals in token ids only.
 
 With several API processes, the id of a request, compile or control begins with its process's number
 (`request_id_prefix`): answers go back to where it came from. Process 0, the leader, hears of every step; the others of
@@ -35,6 +35,8 @@ class Add(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """What the answer must conform to."""
     session_id: str = ""
     """The client's name for the conversation, if it has one."""
+    adapter: str = ""
+    """The LoRA adapter to go through; empty: none."""
 
 
 class Compile(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -72,6 +74,28 @@ class Controlled(msgspec.Struct, frozen=True, tag=True, array_like=True):
     error: str | None = None
 
 
+class LoadAdapter(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Load a LoRA adapter beside what runs; answered by `Controlled`, after everybody was told by `Adapters`."""
+
+    control_id: str
+    name: str
+    path: str
+
+
+class UnloadAdapter(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Forget a LoRA adapter: requests that go through it finish. Answered as `LoadAdapter`."""
+
+    control_id: str
+    name: str
+
+
+class Adapters(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """The LoRA adapters that there are from now on."""
+
+    paths: dict[str, str]
+    """By served name."""
+
+
 class Ready(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Weights are loaded and one token was generated."""
 
@@ -82,6 +106,8 @@ class Ready(msgspec.Struct, frozen=True, tag=True, array_like=True):
     eos_token_ids: list[int]
     device: str
     dtype: str
+    adapters: dict[str, str] = {}
+    """LoRA adapters: served name → path."""
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -202,8 +228,8 @@ class Failed(msgspec.Struct, frozen=True, tag=True, array_like=True):
     message: str
 
 
-ToCore = Add | Abort | Compile | Control
-FromCore = Ready | StepOutputs | Compiled | Controlled | Failed
+ToCore = Add | Abort | Compile | Control | LoadAdapter | UnloadAdapter
+FromCore = Ready | StepOutputs | Compiled | Controlled | Adapters | Failed
 
 
 def request_id_prefix(process: int) -> str:

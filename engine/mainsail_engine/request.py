@@ -107,6 +107,8 @@ class Request:
     """Higher first."""
     cache_salt: str = ""
     """Requests share cached prefixes only with the same salt."""
+    adapter_slot: int = -1
+    """Where the LoRA adapter lies that this request goes through. -1: it goes through none."""
     user: str = ""
     """Whose account this request is charged to: users who wait are served fairly."""
     session_id: str = ""

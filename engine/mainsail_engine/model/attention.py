@@ -1,4 +1,4 @@
-"""What a layer's attention needs to know of a ragged batch: built once a step, used by every layer.
+"""What a layer needs to know of a ragged batch: built once a step, used by every layer.
 
 Decodes (one query each) come first and go to the decode kernel; chunks of prompts follow and go to the prefill kernel.
 """
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from mainsail_engine.model.lora import AdapterRows
 from mainsail_kernels.attention_decode import DecodeWorkspace, paged_attention_decode
 from mainsail_kernels.attention_prefill import paged_attention_prefill
 from mainsail_kernels.kv_write import rope_and_write_kv
@@ -32,6 +33,8 @@ class Attention:
     """Of the chunks; an upper bound will do."""
     workspace: DecodeWorkspace | None = None
     """The decode kernel's scratch, one for all steps of a stream (CUDA)."""
+    adapters: AdapterRows | None = None
+    """Which rows go through which LoRA adapter. None: no row does."""
 
     def attend(
         self, query: torch.Tensor, kv: torch.Tensor, scale: float, *, window: int = 0, soft_cap: float = 0.0

@@ -34,6 +34,6 @@ class Gemma2ForCausalLM(GemmaForCausalLM):
             x, residual = norm(x, layer.input_norm, eps, residual)
             x, _ = norm(self.attend(layer, x, attention, kv), layer.post_norm, eps, None)
             x, residual = norm(x, layer.more["pre_feedforward"], eps, residual)
-            x, _ = norm(self.parallel.sum(layer.mlp(x)), layer.more["post_feedforward"], eps, None)
+            x, _ = norm(self.feed(layer, x, attention), layer.more["post_feedforward"], eps, None)
         x, _ = norm(x, self.norm, eps, residual)
         return x

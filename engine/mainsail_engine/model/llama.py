@@ -11,7 +11,7 @@ another way (norms elsewhere) are subclasses in files of their own.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
@@ -21,7 +21,8 @@ from mainsail_engine.model.architecture import Architecture
 from mainsail_engine.model.attention import Attention
 from mainsail_engine.model.linear import Weight, linear, packed, scaled
 from mainsail_engine.model.loader import Part, Weights
-from mainsail_engine.model.mlp import Mlp, dense_mlp, expert_mlp
+from mainsail_engine.model.lora import AdapterSlots, Site
+from mainsail_engine.model.mlp import DenseMlp, Mlp, PackedMlp, dense_mlp, expert_mlp
 from mainsail_engine.model.parallel import SINGLE, Parallel
 from mainsail_engine.model.rotary import cos_sin_table, no_rotation
 from mainsail_kernels.rms_norm import rms_norm
@@ -45,6 +46,8 @@ class Layer:
     """The rotation of this kind of layer."""
     more: dict[str, torch.Tensor]
     """Norms that only some families have."""
+    sites: dict[str, Site] = field(default_factory=dict[str, Site])
+    """Where LoRA adapters add to the matrices above; empty without adapters."""
 
 
 class LlamaForCausalLM:
@@ -137,7 +140,7 @@ class LlamaForCausalLM:
             x, residual = norm(x, layer.input_norm, eps, residual)
             x = self.attend(layer, x, attention, kv)
             x, residual = norm(x, layer.post_norm, eps, residual)
-            x = self.parallel.sum(layer.mlp(x))
+            x = self.feed(layer, x, attention)
         x, _ = norm(x, self.norm, eps, residual)
         return x
 
@@ -155,15 +158,35 @@ class LlamaForCausalLM:
         """Attention with its projections, [num_tokens, hidden_size] to the same."""
         a = self.architecture
         query = attention.rotate_and_write(
-            self._project(layer, x), kv, layer.cos_sin,
+            self._project(layer, x, attention), kv, layer.cos_sin,
             num_heads=self.num_heads, num_kv_heads=self.num_kv_heads,
             q_norm=layer.q_norm, k_norm=layer.k_norm, eps=a.rms_norm_eps,
         )  # fmt: skip
         seen = attention.attend(query, kv, a.scale, window=layer.window, soft_cap=a.attention_soft_cap)
-        return self.parallel.sum(linear(seen.flatten(1), layer.output))
+        seen = seen.flatten(1)
+        out = linear(seen, layer.output)
+        if attention.adapters is not None:
+            attention.adapters.add(out, seen, layer.sites["output"])
+        return self.parallel.sum(out)
 
-    def _project(self, layer: Layer, x: torch.Tensor) -> torch.Tensor:
-        return linear(x, layer.qkv, layer.qkv_bias)
+    def feed(self, layer: Layer, x: torch.Tensor, attention: Attention) -> torch.Tensor:
+        """The MLP, [num_tokens, hidden_size] to the same."""
+        mlp, rows = layer.mlp, attention.adapters
+        if rows is None or not isinstance(mlp, DenseMlp | PackedMlp) or "down" not in layer.sites:
+            return self.parallel.sum(mlp(x))
+        return self.parallel.sum(mlp.adapted(x, rows, layer.sites["gate_up"], layer.sites["down"]))
+
+    def _project(self, layer: Layer, x: torch.Tensor, attention: Attention) -> torch.Tensor:
+        """Queries, keys and values of all heads, side by side."""
+        qkv = linear(x, layer.qkv, layer.qkv_bias)
+        if attention.adapters is not None:
+            attention.adapters.add(qkv, x, layer.sites["qkv"])
+        return qkv
+
+    def take_adapters(self, slots: AdapterSlots) -> None:
+        """From now on rows may go through the adapters in these slots."""
+        for layer, sites in zip(self.layers, slots.layers, strict=True):
+            layer.sites = sites
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[n, hidden_size] to [n, vocab_size], in the model's dtype."""

@@ -13,9 +13,10 @@ import torch
 from mainsail_engine.model.architecture import Activation, Architecture, Experts
 from mainsail_engine.model.linear import Fp8Weight, Weight, gated_packed, linear, packed, scaled, silu_gated
 from mainsail_engine.model.loader import Part, Weights
+from mainsail_engine.model.lora import AdapterRows, Site
 from mainsail_engine.model.parallel import Parallel
 from mainsail_kernels.moe import grouped_mlp, route
-from mainsail_kernels.silu_mul import gelu_tanh_mul
+from mainsail_kernels.silu_mul import gelu_tanh_mul, silu_mul
 
 
 class Mlp(Protocol):
@@ -41,6 +42,10 @@ class DenseMlp:
             return linear(silu_gated(x, self.gate_up), self.down)
         return linear(gelu_tanh_mul(linear(x, self.gate_up)), self.down)
 
+    def adapted(self, x: torch.Tensor, rows: AdapterRows, gate_up: Site, down: Site) -> torch.Tensor:
+        """The same, with what each row's adapter adds to both matrices."""
+        return _adapted(x, linear(x, self.gate_up), self.down, self.activation, rows, gate_up, down)
+
     def packed(self) -> Mlp:
         down, gate_up = packed(self.down), self.gate_up
         if not isinstance(down, torch.Tensor) or not down.is_mkldnn or not isinstance(gate_up, torch.Tensor):
@@ -64,8 +69,25 @@ class PackedMlp:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return linear(gated_packed(x, self.gate, self.up, self.activation), self.down)
 
+    def adapted(self, x: torch.Tensor, rows: AdapterRows, gate_up: Site, down: Site) -> torch.Tensor:
+        """As DenseMlp's."""
+        mixed = torch.cat((linear(x, self.gate), linear(x, self.up)), dim=1)
+        return _adapted(x, mixed, self.down, self.activation, rows, gate_up, down)
+
     def packed(self) -> Mlp:
         return self
+
+
+def _adapted(
+    x: torch.Tensor, mixed: torch.Tensor, down: torch.Tensor, activation: Activation,
+    rows: AdapterRows, gate_up_site: Site, down_site: Site,
+) -> torch.Tensor:  # fmt: skip
+    """From gate and up, mixed [n, 2 * channels], to the MLP's output with what each row's adapter adds."""
+    rows.add(mixed, x, gate_up_site)
+    inner = silu_mul(mixed) if activation == "silu" else gelu_tanh_mul(mixed)
+    out = linear(inner, down)
+    rows.add(out, inner, down_site)
+    return out
 
 
 @dataclass(slots=True)

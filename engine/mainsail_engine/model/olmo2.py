@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from mainsail_engine.model.attention import Attention
-from mainsail_engine.model.linear import linear
 from mainsail_engine.model.llama import Layer, LlamaForCausalLM, norm
 from mainsail_engine.model.loader import Weights
 
@@ -33,11 +32,11 @@ class Olmo2ForCausalLM(LlamaForCausalLM):
         x = self.embed(token_ids)
         for layer, kv in zip(self.layers, kv_cache, strict=True):
             x = x + norm(self.attend(layer, x, attention, kv), layer.post_norm, eps, None)[0]
-            x = x + norm(layer.mlp(x), layer.more["post_feedforward_layernorm"], eps, None)[0]
+            x = x + norm(self.feed(layer, x, attention), layer.more["post_feedforward_layernorm"], eps, None)[0]
         return norm(x, self.norm, eps, None)[0]
 
-    def _project(self, layer: Layer, x: torch.Tensor) -> torch.Tensor:
-        a, qkv = self.architecture, linear(x, layer.qkv, layer.qkv_bias)
+    def _project(self, layer: Layer, x: torch.Tensor, attention: Attention) -> torch.Tensor:
+        a, qkv = self.architecture, super()._project(layer, x, attention)
         q, k = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
         query, _ = norm(qkv[:, :q], layer.more["self_attn.q_norm"], a.rms_norm_eps, None)
         key, _ = norm(qkv[:, q : q + k], layer.more["self_attn.k_norm"], a.rms_norm_eps, None)

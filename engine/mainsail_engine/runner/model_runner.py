@@ -14,11 +14,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mainsail_engine.config import BLOCK_SIZE, EngineConfig
-from mainsail_engine.errors import InvalidConfigurationError, OutOfMemoryError
+from mainsail_engine.config import BLOCK_SIZE, EngineConfig, LoraConfig
+from mainsail_engine.errors import InvalidAdapterError, InvalidConfigurationError, OutOfMemoryError
 from mainsail_engine.model.architecture import Architecture, read_architecture
 from mainsail_engine.model.attention import Attention
 from mainsail_engine.model.attention_cpu import CpuAttention
+from mainsail_engine.model.llama import LlamaForCausalLM
+from mainsail_engine.model.lora import Adapter, AdapterRows, AdapterSlots, read_adapter
 from mainsail_engine.model.parallel import SINGLE, Parallel
 from mainsail_engine.model.quantization import Fp8, Quantization, read_quantization
 from mainsail_engine.model.registry import load_model
@@ -38,6 +40,7 @@ from mainsail_engine.speculative.policy import MAX_GUESSES
 from mainsail_engine.step import BlockCopy, Chunk, StepPlan, StepResult
 from mainsail_kernels.attention_decode import decode_workspace
 from mainsail_kernels.blocks import copy_blocks
+from mainsail_kernels.lora import tiles_of
 from mainsail_kernels.tokens import note, resolve
 
 CUDA_BATCHED_TOKENS = 8192
@@ -154,6 +157,7 @@ class ModelRunner:
                 self.architecture, path, dummy=config.model.load_format == "dummy", dtype=self.dtype,
                 max_positions=self.max_model_len, device=self.device, parallel=parallel, quantization=quantization,
             )  # fmt: skip
+            self._adapters = self._take_adapters(config.lora)
             self._take_pool(config)
         except torch.OutOfMemoryError as error:
             raise OutOfMemoryError(
@@ -161,6 +165,32 @@ class ModelRunner:
             ) from error
         self._warm_up()
         self._padded = self._pad(config) if self.device.type == "cuda" else None
+
+    def _take_adapters(self, config: LoraConfig | None) -> AdapterSlots | None:
+        if config is None:
+            return None
+        if not isinstance(self._model, LlamaForCausalLM):
+            raise InvalidConfigurationError(f"--enable-lora: adapters of {self.architecture.name} are not supported")
+        slots = AdapterSlots(
+            self.architecture, self._parallel, num_slots=config.max_loras, rank=config.max_lora_rank,
+            device=self.device, dtype=self.dtype,
+        )  # fmt: skip
+        self._model.take_adapters(slots)
+        return slots
+
+    def read_adapter(self, name: str, path: str) -> Adapter:
+        """From the disk to the CPU, checked; beside running steps. Raises InvalidAdapterError."""
+        if self._adapters is None:
+            raise InvalidAdapterError("this engine takes no adapters: start it with --enable-lora")
+        adapter = read_adapter(Path(path), name, self.architecture)
+        self._adapters.check(adapter, name)
+        return adapter
+
+    def fill_adapter(self, slot: int, adapter: Adapter) -> None:
+        """Put a checked adapter into a slot that no request of a later step uses yet."""
+        if self._adapters is None:
+            raise RuntimeError("there are no slots for adapters")
+        self._adapters.fill(slot, adapter)
 
     def sleep(self) -> None:
         """Weights to the host, the KV pool and all graphs dropped. Nothing may be launched until `wake_up`."""
@@ -256,13 +286,14 @@ class ModelRunner:
             self._sampler.move_in(chunk.slot, chunk.request)
         guessed = self._sampler.verify(plan)
         whole = bool(self._sampler.slots.asks(arrays.slots) & PROMPT)
-        shape = self._padded.shape_for(arrays) if self._padded and not whole else None
+        adapters = self._adapter_rows(plan)
+        shape = self._padded.shape_for(arrays) if self._padded and not whole and adapters is None else None
         if self._padded and shape:
             logits, tokens = self._padded.launch(shape, arrays)
             if self._sampler.wants_best(arrays.sampled_slots) and not plan.is_constrained:
                 return self._pending(tokens)
             return self._sample_or_wait(logits, arrays, plan, None, guessed)
-        hidden, sampled = self._forward(arrays)
+        hidden, sampled = self._forward(arrays, adapters)
         extras = self._prompt_extras(plan, arrays, hidden) if whole else None
         if not len(arrays.sampled):
             return self._pending(torch.empty(0, dtype=torch.int64), extras)
@@ -276,7 +307,15 @@ class ModelRunner:
         heads = plan.num_verifying * self._model.num_kv_heads
         return 0 < heads < SPREAD_HEADS[self.device.type] and rows <= self._decode_rows
 
-    def _forward(self, arrays: StepArrays) -> tuple[torch.Tensor, torch.Tensor]:
+    def _adapter_rows(self, plan: StepPlan) -> AdapterRows | None:
+        """None: no row of this step goes through an adapter, and CUDA graphs may serve it."""
+        slots = np.array([chunk.request.adapter_slot for chunk in plan.chunks], np.int64)
+        if self._adapters is None or (slots < 0).all():
+            return None
+        rows, tiles = tiles_of(np.repeat(slots, [chunk.num_tokens for chunk in plan.chunks]))
+        return AdapterRows(*self._uploads.send([rows, tiles]))
+
+    def _forward(self, arrays: StepArrays, adapters: AdapterRows | None) -> tuple[torch.Tensor, torch.Tensor]:
         """A step as it is, kernel by kernel: (hidden states [num_tokens, hidden_size], sampled rows)."""
         token_ids, from_slots, sampled, *rest = self._uploads.send(
             [
@@ -287,7 +326,9 @@ class ModelRunner:
         )  # fmt: skip
         if len(arrays.from_device):
             token_ids = resolve(token_ids, from_slots, self._newest)
-        return self._model.forward(token_ids, self._attention(arrays, *rest), self.kv_cache), sampled
+        attention = self._attention(arrays, *rest)
+        attention.adapters = adapters
+        return self._model.forward(token_ids, attention, self.kv_cache), sampled
 
     def _sample_or_wait(
         self,

@@ -20,6 +20,7 @@ class NewRequest(msgspec.Struct, frozen=True, array_like=True):
     request_id: str
     prompt_token_ids: list[int]
     params: SamplingParams
+    adapter_slot: int
 
 
 class ChunkMessage(msgspec.Struct, frozen=True, array_like=True):
@@ -58,8 +59,16 @@ class MasksMessage(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """[len(rows), ceil(vocab / 32)] int32."""
 
 
+class AdapterMessage(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Read this LoRA adapter and put it into this slot, before the next plan. Rank 0 has read it too: it is right."""
+
+    slot: int
+    name: str
+    path: str
+
+
 encode = msgspec.msgpack.Encoder().encode
-decode = msgspec.msgpack.Decoder(PlanMessage | MasksMessage).decode
+decode = msgspec.msgpack.Decoder(PlanMessage | MasksMessage | AdapterMessage).decode
 
 
 @dataclass(slots=True, eq=False)
@@ -104,7 +113,9 @@ class PlanSender:
         if told is None:
             told = self._told[id(request)] = _Told(self._next_key, request)
             self._next_key += 1
-            added.append(NewRequest(told.key, request.request_id, request.prompt_token_ids, request.params))
+            added.append(
+                NewRequest(told.key, request.request_id, request.prompt_token_ids, request.params, request.adapter_slot)
+            )
         new_tokens = request.output_token_ids[told.num_outputs :]
         fresh = told.blocks is not chunk.block_ids or told.num_blocks > len(chunk.block_ids)
         new_blocks = chunk.block_ids[0 if fresh else told.num_blocks :]
@@ -123,7 +134,9 @@ class PlanReceiver:
     def plan(self, message: PlanMessage) -> StepPlan:
         """The sender's plan, of requests of our own. Call once for every message, in order."""
         for new in message.added:
-            self._requests[new.key] = Request(new.request_id, new.prompt_token_ids, new.params, arrival_time_s=0.0)
+            self._requests[new.key] = Request(
+                new.request_id, new.prompt_token_ids, new.params, arrival_time_s=0.0, adapter_slot=new.adapter_slot
+            )
         plan = StepPlan(
             chunks=[self._chunk(chunk) for chunk in message.chunks],
             copies=[BlockCopy(*copy) for copy in message.copies],

@@ -11,7 +11,7 @@ import sys
 import threading
 from collections import deque
 from functools import partial
-from typing import cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 import msgspec
 import numpy as np
@@ -19,9 +19,12 @@ import zmq
 
 from mainsail_engine.child import take_orders
 from mainsail_engine.errors import StartupError
-from mainsail_engine.runner.replicate import MasksMessage, PlanReceiver, decode
+from mainsail_engine.runner.replicate import AdapterMessage, MasksMessage, PlanReceiver, decode
 from mainsail_engine.runner.workers import Beat, WorkerStart
 from mainsail_engine.step import PendingLogits, PendingStep, Runner
+
+if TYPE_CHECKING:
+    from mainsail_engine.model.lora import Adapter
 
 log = logging.getLogger(__name__)
 BEAT_S = 1.0
@@ -52,7 +55,14 @@ class Progress:
             self._changed.clear()
 
 
-def follow(runner: Runner, plans: zmq.Socket[bytes], progress: Progress) -> None:
+class RankRunner(Runner, Protocol):
+    """What a rank needs of its model runner."""
+
+    def read_adapter(self, name: str, path: str) -> Adapter: ...
+    def fill_adapter(self, slot: int, adapter: Adapter) -> None: ...
+
+
+def follow(runner: RankRunner, plans: zmq.Socket[bytes], progress: Progress) -> None:
     """Forever: launch what comes, wait for the oldest step when two are in flight or nothing comes."""
     receiver = PlanReceiver()
     in_flight: deque[PendingStep] = deque()
@@ -66,6 +76,9 @@ def follow(runner: Runner, plans: zmq.Socket[bytes], progress: Progress) -> None
         message = decode(plans.recv())
         if isinstance(message, MasksMessage):
             unsampled.popleft().sample(message.rows, partial(_copy_masks, message.words))
+            continue
+        if isinstance(message, AdapterMessage):
+            runner.fill_adapter(message.slot, runner.read_adapter(message.name, message.path))
             continue
         plan = receiver.plan(message)
         pending = runner.launch(plan)

@@ -26,7 +26,7 @@ import zmq
 from mainsail_engine.config import EngineConfig
 from mainsail_engine.model.architecture import read_architecture
 from mainsail_engine.model.parallel import SINGLE, Parallel, check_divides
-from mainsail_engine.runner.replicate import MasksMessage, PlanSender, encode
+from mainsail_engine.runner.replicate import AdapterMessage, MasksMessage, PlanSender, encode
 from mainsail_engine.step import PendingLogits, PendingStep, Runner, StepPlan, StepResult
 
 SILENT_S = 5.0
@@ -96,6 +96,9 @@ class Workers:
         self._num_sent += 1
         self._unfinished.append((self._num_sent, time.monotonic()))
         self._plans.send(encode(self._sender.message(plan)))
+
+    def send_adapter(self, slot: int, name: str, path: str) -> None:
+        self._plans.send(encode(AdapterMessage(slot, name, path)))
 
     def send_masks(self, rows: Sequence[int], words: bytes) -> None:
         self._plans.send(encode(MasksMessage(list(rows), words)))

@@ -77,6 +77,8 @@ class ApiServer:
     def build_serving(self, ready: Ready, tokenizer: Tokenizer | None) -> Serving:
         config = self.config
         names = config.served_model_names or (Path(self.engine.model.path).name,)
+        if both := sorted(set(names) & set(ready.adapters)):
+            raise InvalidConfigurationError(f"--lora-modules: {both[0]} is the base model's name too")
         metrics = Metrics(names[0], ready.max_model_len, self.board.cells)
         metrics.set_cache_info(ready, enable_prefix_caching=self.engine.cache.enable_prefix_caching)
         metrics.is_asleep = lambda: self.board.is_asleep

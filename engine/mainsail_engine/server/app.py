@@ -10,7 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp
 
 from mainsail_engine.errors import RequestError
@@ -37,6 +37,7 @@ def build_app(
     app = FastAPI(title="Mainsail engine", version=version(), docs_url=None, redoc_url=None)
     _add_error_handlers(app)
     _add_generation(app, serving)
+    _add_adapters(app, serving)
     _add_text(app, serving)
     _add_operations(app, serving, look, drain)
     limited = BodyLimit(InProgress(ResumedBody(app), serving.board))
@@ -85,7 +86,8 @@ def _add_generation(app: FastAPI, serving: Serving) -> None:
 
     @app.get("/v1/models")
     async def list_models() -> schemas.ModelList:
-        return schemas.ModelList(data=[_card(serving, name) for name in serving.model_names])
+        names = (*serving.model_names, *serving.client.adapters)
+        return schemas.ModelList(data=[_card(serving, name) for name in names])
 
     @app.get("/v1/models/{name:path}", responses={404: ERRORS[404]})
     async def get_model(name: str) -> schemas.ModelCard:
@@ -96,9 +98,28 @@ def _add_generation(app: FastAPI, serving: Serving) -> None:
 
 
 def _card(serving: Serving, name: str) -> schemas.ModelCard:
+    path = serving.client.adapters.get(name)
     return schemas.ModelCard(
-        id=name, created=serving.created_s, root=serving.model_path, max_model_len=serving.max_model_len
+        id=name,
+        created=serving.created_s,
+        root=path or serving.model_path,
+        parent=serving.model_names[0] if path else None,
+        max_model_len=serving.max_model_len,
     )
+
+
+def _add_adapters(app: FastAPI, serving: Serving) -> None:
+    @app.post("/v1/load_lora_adapter", responses=ERRORS)
+    async def load_lora_adapter(body: schemas.LoadAdapterRequest) -> PlainTextResponse:
+        await serving.load_adapter(body.lora_name, body.lora_path)
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
+
+    @app.post("/v1/unload_lora_adapter", responses=ERRORS)
+    async def unload_lora_adapter(body: schemas.UnloadAdapterRequest) -> PlainTextResponse:
+        await serving.client.unload_adapter(body.lora_name)
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+    del load_lora_adapter, unload_lora_adapter
 
 
 def _add_text(app: FastAPI, serving: Serving) -> None:

@@ -48,6 +48,7 @@ async def _job(serving: Serving, body: EmbeddingRequest, given: str | list[int])
         priority=body.priority or 0,
         cache_salt=body.cache_salt or "",
         user=body.user or "",
+        adapter=serving.adapter_of(body.model),
         timeout_s=body.timeout,
     )
 

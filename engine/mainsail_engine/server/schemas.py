@@ -553,7 +553,8 @@ class ModelCard(BaseModel):
     created: int
     owned_by: str = "mainsail"
     root: str
-    parent: None = None
+    parent: str | None = None
+    """Of a LoRA adapter: the base model."""
     max_model_len: int
 
 
@@ -571,6 +572,21 @@ class TokenizeResponse(BaseModel):
 
 class SleepState(BaseModel):
     is_sleeping: bool
+
+
+class LoadAdapterRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    lora_name: str = Field(min_length=1)
+    """What clients then ask for as `model`."""
+    lora_path: str = Field(min_length=1)
+    """A folder where the server runs, with adapter_config.json and adapter_model.safetensors."""
+
+
+class UnloadAdapterRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    lora_name: str = Field(min_length=1)
 
 
 class DetokenizeResponse(BaseModel):

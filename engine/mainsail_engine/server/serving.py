@@ -64,6 +64,8 @@ class Job:
     cache_salt: str = ""
     user: str = ""
     session_id: str = ""
+    adapter: str = ""
+    """The LoRA adapter to go through; empty: none."""
     timeout_s: float | None = None
     delivered: Delivered | None = None
     """The answer goes on after this."""
@@ -190,16 +192,27 @@ class Serving:
         if self.is_asleep:
             self.board.add("woken")
 
+    async def load_adapter(self, name: str, path: str) -> None:
+        """Serve the adapter at that path under that name, beside what runs. Raises RequestError."""
+        self.check_open()
+        if name in self.model_names:
+            raise RequestError(f"{name!r} is the base model's name", param="lora_name", code="invalid_adapter")
+        await self.client.load_adapter(name, path)
+
     def text(self) -> Tokenizer:
         if self.tokenizer is None:
             raise RequestError("this model has no tokenizer: send token ids as the prompt", param="prompt")
         return self.tokenizer
 
     def check_model(self, name: str | None) -> None:
-        if name is not None and name not in self.model_names:
-            known = ", ".join(self.model_names)
+        if name is not None and name not in self.model_names and name not in self.client.adapters:
+            known = ", ".join((*self.model_names, *self.client.adapters))
             message = f"the model {name!r} does not exist here; served: {known}"
             raise RequestError(message, status=404, param="model", code="model_not_found")
+
+    def adapter_of(self, name: str | None) -> str:
+        """The LoRA adapter that a model's name stands for; empty: it is the base model."""
+        return name if name is not None and name in self.client.adapters else ""
 
     async def encode(self, text: str, *, add_special_tokens: bool, param: str) -> list[int]:
         """Token ids; long texts in a thread, so that no stream stalls."""
@@ -293,6 +306,7 @@ class Serving:
                 skip_special_tokens=body.skip_special_tokens is not False,
                 priority=body.priority or 0,
                 cache_salt=body.cache_salt or "",
+                adapter=self.adapter_of(body.model),
                 session_id="" if answer else body.session_id or "",
                 user=body.user or "",
                 timeout_s=body.timeout,
@@ -501,6 +515,7 @@ class Generation:
             self._id, job.prompt_token_ids, job.params, job.priority, job.cache_salt, job.user, job.timeout_s,
             grammar=job.grammar,
             session_id=job.session_id,
+            adapter=job.adapter,
             output_token_ids=[] if delivered is None else delivered.token_ids,
         )  # fmt: skip
         self._serving.client.submit(add, self)
@@ -569,6 +584,8 @@ def generation_error(output: RequestOutput) -> RequestError:
         return RequestError(message, code="grammar_failed")
     if output.stop_reason == "asleep":
         return RequestError(message, status=503, code="asleep")
+    if output.stop_reason == "model_not_found":
+        return RequestError(message, status=404, param="model", code="model_not_found")
     if output.stop_reason == "forbidden":
         return RequestError(message, code="no_token_allowed")
     return RequestError(message, status=500, code="generation_failed")
