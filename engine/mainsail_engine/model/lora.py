@@ -15,7 +15,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -178,7 +178,7 @@ def module_shapes(a: Architecture, parallel: Parallel) -> dict[str, Shape]:
 
 def read_adapter(path: Path, name: str, a: Architecture) -> Adapter:
     """A folder with adapter_config.json and adapter_model.safetensors. Raises InvalidAdapterError."""
-    from safetensors.torch import load_file
+    from safetensors import torch as safetensors
 
     config, weights = path / "adapter_config.json", path / "adapter_model.safetensors"
     missing = [file.name for file in (config, weights) if not file.is_file()]
@@ -186,7 +186,7 @@ def read_adapter(path: Path, name: str, a: Architecture) -> Adapter:
         raise InvalidAdapterError(f"adapter {name!r}: {path} has no {' and no '.join(missing)}")
     try:
         settings = json.loads(config.read_text())
-        tensors: dict[str, torch.Tensor] = load_file(weights)  # pyright: ignore[reportUnknownVariableType]
+        tensors: dict[str, torch.Tensor] = cast(Any, safetensors).load_file(weights)
     except Exception as error:
         raise InvalidAdapterError(f"adapter {name!r}: {path} is damaged or cut off ({error})") from error
     _check_settings(settings, name)

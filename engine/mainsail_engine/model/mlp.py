@@ -79,7 +79,7 @@ class PackedMlp:
 
 
 def _adapted(
-    x: torch.Tensor, mixed: torch.Tensor, down: torch.Tensor, activation: Activation,
+    x: torch.Tensor, mixed: torch.Tensor, down: Weight, activation: Activation,
     rows: AdapterRows, gate_up_site: Site, down_site: Site,
 ) -> torch.Tensor:  # fmt: skip
     """From gate and up, mixed [n, 2 * channels], to the MLP's output with what each row's adapter adds."""

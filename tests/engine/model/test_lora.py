@@ -61,13 +61,13 @@ def save_adapter(model: Any, folder: Path, name: str, rank: int, targets: list[s
     return model
 
 
-def runner_of(path: Path, **lora: Any) -> ModelRunner:
+def runner_of(path: Path, max_lora_rank: int = 8) -> ModelRunner:
     return ModelRunner(
         EngineConfig(
             model=ModelConfig(path=str(path), max_model_len=256),
             cache=CacheConfig(num_blocks=64),
             scheduler=SchedulerConfig(max_num_seqs=4),
-            lora=LoraConfig(**{"max_loras": 3, "max_lora_rank": 8} | lora),
+            lora=LoraConfig(max_loras=3, max_lora_rank=max_lora_rank),
             device="cpu",
         )
     )
