@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mainsail_engine.llm import LLM, LoRARequest, SamplingParams
+    from mainsail_engine.llm import LLM, LoRARequest, SamplingParams, StructuredOutputsParams
 
-__all__ = ["LLM", "LoRARequest", "SamplingParams"]
+__all__ = ["LLM", "LoRARequest", "SamplingParams", "StructuredOutputsParams"]
 
 
 def __getattr__(name: str) -> Any:

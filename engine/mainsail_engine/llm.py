@@ -40,6 +40,7 @@ from mainsail_engine.request import SamplingParams as CoreParams
 from mainsail_engine.server.admission import Admission
 from mainsail_engine.server.answers import Answer, collect
 from mainsail_engine.server.chat import as_template_messages
+from mainsail_engine.server.constraints import content_grammar
 from mainsail_engine.server.embeddings import unit_vector
 from mainsail_engine.server.errors import from_validation
 from mainsail_engine.server.logprobs import TokenTexts
@@ -57,6 +58,21 @@ class TokensPrompt(TypedDict):
 
 Prompt = str | TokensPrompt
 Messages = list[dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StructuredOutputsParams:
+    """What the text must conform to: exactly one of the first six."""
+
+    json: dict[str, Any] | str | None = None
+    """A JSON Schema, or its text."""
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    """EBNF; the first rule is `root`."""
+    json_object: bool | None = None
+    structural_tag: dict[str, Any] | str | None = None
+    disable_any_whitespace: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +102,7 @@ class SamplingParams:
     """With each token its log-probability and those of so many best ones."""
     prompt_logprobs: int | None = None
     truncate_prompt_tokens: int | None = None
+    structured_outputs: StructuredOutputsParams | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,12 +238,20 @@ class LLM:
         *,
         use_tqdm: bool = True,
         lora_request: LoRARequest | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template_kwargs: dict[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """Answer one conversation, or each of several."""
+        """Answer one conversation, or each of several; or go on with their last messages (continue_final_message)."""
         single = bool(messages) and isinstance(messages[0], dict)
         many = cast("list[Messages]", [messages] if single else list(messages))
         each = _spread(sampling_params, len(many))
-        prompts: list[Prompt] = [{"prompt_token_ids": ids} for ids in self._call(self._render(many))]
+        fields: dict[str, Any] = {
+            "add_generation_prompt": add_generation_prompt and not continue_final_message,
+            "continue_final_message": continue_final_message,
+            "chat_template_kwargs": chat_template_kwargs,
+        }
+        prompts: list[Prompt] = [{"prompt_token_ids": ids} for ids in self._call(self._render(many, fields))]
         return self._call(self._generate(prompts, each, _Progress(len(many), shown=use_tqdm), lora_request))
 
     def embed(self, prompts: Prompt | Sequence[Prompt], *, pooling: str = "mean") -> list[EmbeddingOutput]:
@@ -263,12 +288,17 @@ class LLM:
             raise RuntimeError("the engine is closed")
         return self._serving
 
-    async def _render(self, conversations: list[Messages]) -> list[list[int]]:
+    async def _render(self, conversations: list[Messages], fields: dict[str, Any]) -> list[list[int]]:
         rendered: list[list[int]] = []
         for messages in conversations:
-            request = _validated(ChatCompletionRequest, {"model": "", "messages": messages})
-            plain = as_template_messages(request.messages)
-            rendered.append(await self._started.encode_chat(plain, add_generation_prompt=True, variables=None))
+            request = _validated(ChatCompletionRequest, {"model": "", "messages": messages, **fields})
+            text = self._started.render_chat(
+                as_template_messages(request.messages),
+                add_generation_prompt=request.add_generation_prompt is not False,
+                continue_final_message=bool(request.continue_final_message),
+                variables=request.chat_template_kwargs,
+            )
+            rendered.append(await self._started.encode(text, add_special_tokens=False, param="messages"))
         return rendered
 
     async def _generate(
@@ -315,6 +345,8 @@ class LLM:
     async def _jobs(self, prompt: Prompt, params: SamplingParams) -> list[Job]:
         given = prompt if isinstance(prompt, str) else prompt["prompt_token_ids"]
         fields = asdict(params)
+        if params.structured_outputs is not None:
+            fields["structured_outputs"] = {k: v for k, v in fields["structured_outputs"].items() if v is not None}
         if params.logit_bias is not None:
             fields["logit_bias"] = {str(token): value for token, value in params.logit_bias.items()}
         body = _validated(CompletionRequest, {"model": "", "prompt": given, **fields})
@@ -322,7 +354,12 @@ class LLM:
         if body.truncate_prompt_tokens is not None:
             ids = ids[-body.truncate_prompt_tokens :]
         max_tokens = serving.check_length(ids, body.max_tokens, param="prompt", max_tokens_param="max_tokens")
-        return serving.make_jobs(body, ids, max_tokens, logprobs=body.logprobs, prompt_logprobs=body.prompt_logprobs)
+        jobs = serving.make_jobs(body, ids, max_tokens, logprobs=body.logprobs, prompt_logprobs=body.prompt_logprobs)
+        grammar = content_grammar(body)
+        if grammar is None:
+            return jobs
+        await serving.compile(grammar[0], param=grammar[1], timeout_s=None)
+        return [replace(job, grammar=grammar[0]) for job in jobs]
 
     def _on_step(self, step: StepOutputs) -> None:
         if self._serving is not None:

@@ -200,7 +200,7 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._requests or self._outputs) or self._plans_in_flight > 0
+        return bool(self._requests or self._outputs) or self._plans_in_flight > 0 or self.kv.host.is_loading
 
     @property
     def wake_s(self) -> float | None:

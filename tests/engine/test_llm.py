@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
+import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mainsail_engine import LLM, SamplingParams
+from mainsail_engine import LLM, SamplingParams, StructuredOutputsParams
 from mainsail_engine.errors import InvalidConfigurationError, ModelNotFoundError, RequestError
 
 pytestmark = pytest.mark.model
@@ -49,6 +52,57 @@ def test_several_answers(llm: LLM) -> None:
     output = llm.generate("The weather", SamplingParams(n=3, seed=1, max_tokens=8))[0]
     assert [answer.index for answer in output.outputs] == [0, 1, 2]
     assert len({answer.text for answer in output.outputs}) > 1
+
+
+def test_structured_outputs(llm: LLM) -> None:
+    schema = {"type": "object", "properties": {"age": {"type": "integer", "maximum": 99}}, "required": ["age"]}
+    forms = (
+        StructuredOutputsParams(choice=["left", "right"]), StructuredOutputsParams(regex="[0-9]{3}-[0-9]{2}"),
+        StructuredOutputsParams(json=schema), StructuredOutputsParams(grammar='root ::= "yes" | "no"'),
+    )  # fmt: skip
+    params = [SamplingParams(temperature=0, max_tokens=40, structured_outputs=form) for form in forms]
+    texts = [output.outputs[0].text for output in llm.generate(["The answer:"] * 4, params)]
+    assert texts[0] in ("left", "right")
+    assert re.fullmatch("[0-9]{3}-[0-9]{2}", texts[1])
+    assert json.loads(texts[2])["age"] <= 99
+    assert texts[3] in ("yes", "no")
+    with pytest.raises(RequestError, match="structured_outputs"):
+        llm.generate("x", SamplingParams(structured_outputs=StructuredOutputsParams(regex="(")))
+    with pytest.raises(ValueError, match="exactly one"):
+        llm.generate("x", SamplingParams(structured_outputs=StructuredOutputsParams()))
+
+
+def test_an_answer_that_is_begun(llm: LLM) -> None:
+    begun = [
+        {"role": "user", "content": "What is the capital of France?"},
+        {"role": "assistant", "content": "The capital of"},
+    ]
+    (output,) = llm.chat(begun, SamplingParams(temperature=0, max_tokens=10), continue_final_message=True)
+    assert output.outputs[0].text == " France is Paris."
+
+
+def test_log_probabilities_of_prompt_and_answer(llm: LLM) -> None:
+    output = llm.generate("The sun is", SamplingParams(temperature=0, max_tokens=3, logprobs=2, prompt_logprobs=1))[0]
+    assert output.prompt_logprobs is not None
+    assert len(output.prompt_logprobs) == len(output.prompt_token_ids)
+    assert output.prompt_logprobs[0] is None
+    answer = output.outputs[0]
+    assert answer.logprobs is not None
+    assert [entry[token].rank for token, entry in zip(answer.token_ids, answer.logprobs, strict=True)] == [1, 1, 1]
+    assert "".join(e[t].decoded_token for t, e in zip(answer.token_ids, answer.logprobs, strict=True)) == answer.text
+
+
+def test_progress_is_shown_where_somebody_looks(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr("sys.stderr", seen := Terminal())
+    llm.generate(["a", "b"], GREEDY)
+    assert "2/2" in seen.getvalue()
+    monkeypatch.setattr("sys.stderr", quiet := Terminal())
+    llm.generate(["a", "b"], GREEDY, use_tqdm=False)
+    assert quiet.getvalue() == ""
 
 
 def test_bad_parameters_are_named(llm: LLM) -> None:

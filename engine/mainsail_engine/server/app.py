@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 from fastapi import FastAPI
@@ -17,18 +18,21 @@ from mainsail_engine.errors import RequestError
 from mainsail_engine.server import schemas
 from mainsail_engine.server.chat import as_template_messages, chat_completion
 from mainsail_engine.server.completions import completion
+from mainsail_engine.server.description import describe
 from mainsail_engine.server.embeddings import embeddings
 from mainsail_engine.server.errors import error_response, from_validation
 from mainsail_engine.server.handover import ResumedBody
 from mainsail_engine.server.health import Verdict, body
 from mainsail_engine.server.middleware import ApiKey, BodyLimit, HttpMetrics, InProgress
-from mainsail_engine.server.response_schemas import ResponsesRequest
+from mainsail_engine.server.response_schemas import ModelResponse, ResponsesRequest
 from mainsail_engine.server.responses import create_response
 from mainsail_engine.server.serving import Serving
 from mainsail_engine.version import version
 
-STATUSES = (400, 401, 404, 413, 429, 500, 503)
-ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": schemas.ErrorBody} for status in STATUSES}
+ERRORS: dict[int | str, dict[str, Any]] = {400: {"model": schemas.ErrorBody}}
+"""Named once for its schema to be there: description.py puts it where it belongs."""
+PROBE: dict[int | str, dict[str, Any]] = {200: {"model": schemas.ProbeState}, 503: {"model": schemas.ProbeState}}
+EXPOSITION: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
 
 
 def build_app(
@@ -40,6 +44,7 @@ def build_app(
     _add_adapters(app, serving)
     _add_text(app, serving)
     _add_operations(app, serving, look, drain)
+    app.openapi = cache(lambda: describe(app, needs_key=api_key is not None))
     limited = BodyLimit(InProgress(ResumedBody(app), serving.board))
     return HttpMetrics(ApiKey(limited, api_key) if api_key else limited, serving.metrics)
 
@@ -76,7 +81,7 @@ def _add_generation(app: FastAPI, serving: Serving) -> None:
     async def create_completion(body: schemas.CompletionRequest, request: Request) -> Response:
         return await completion(serving, body, request)
 
-    @app.post("/v1/responses", responses=ERRORS)
+    @app.post("/v1/responses", responses={200: {"model": ModelResponse}, **ERRORS})
     async def create_model_response(body: ResponsesRequest, request: Request) -> Response:
         return await create_response(serving, body, request)
 
@@ -89,7 +94,7 @@ def _add_generation(app: FastAPI, serving: Serving) -> None:
         names = (*serving.model_names, *serving.client.adapters)
         return schemas.ModelList(data=[_card(serving, name) for name in names])
 
-    @app.get("/v1/models/{name:path}", responses={404: ERRORS[404]})
+    @app.get("/v1/models/{name:path}", responses=ERRORS)
     async def get_model(name: str) -> schemas.ModelCard:
         serving.check_model(name)
         return _card(serving, name)
@@ -154,15 +159,15 @@ async def _tokenize(serving: Serving, body: schemas.TokenizeRequest) -> list[int
 def _add_operations(
     app: FastAPI, serving: Serving, look: Callable[[str], Verdict | None], drain: Callable[[], None]
 ) -> None:
-    @app.get("/health")
-    @app.get("/health/live")
-    @app.get("/health/ready")
-    @app.get("/health/startup")
+    @app.get("/health", responses=PROBE)
+    @app.get("/health/live", responses=PROBE)
+    @app.get("/health/ready", responses=PROBE)
+    @app.get("/health/startup", responses=PROBE)
     async def health(request: Request) -> Response:
         verdict = look(request.url.path) or Verdict(False, "no such probe")
         return Response(body(verdict), status_code=200 if verdict.ok else 503, media_type="application/json")
 
-    @app.get("/metrics")
+    @app.get("/metrics", responses=EXPOSITION, response_class=PlainTextResponse)
     async def metrics() -> Response:
         return Response(serving.metrics.exposition(), headers={"content-type": CONTENT_TYPE_LATEST})
 
@@ -177,8 +182,8 @@ def _add_operations(
         return {"status": "draining"}
 
     @app.post("/sleep", responses=ERRORS)
-    async def sleep(request: Request) -> schemas.SleepState:
-        check_level(request.query_params.get("level", "1"))
+    async def sleep(level: str = "1") -> schemas.SleepState:
+        check_level(level)
         await serving.sleep()
         return schemas.SleepState(is_sleeping=True)
 

@@ -35,10 +35,9 @@ def as_template_messages(messages: list[Message]) -> list[dict[str, Any]]:
 
 
 def _as_template_message(message: Message) -> dict[str, Any]:
-    content = message.content
     plain: dict[str, Any] = {
         "role": "system" if message.role == "developer" else message.role,
-        "content": "\n".join(part.text for part in content) if isinstance(content, list) else content or "",
+        "content": message.text(),
     }
     if message.name is not None:
         plain["name"] = message.name
@@ -109,7 +108,8 @@ async def plan_chat(serving: Serving, body: ChatCompletionRequest) -> tuple[Plan
     tools = (body.tools or []) if choice != "none" else []
     text = serving.render_chat(
         as_template_messages(body.messages),
-        add_generation_prompt=body.add_generation_prompt is not False,
+        add_generation_prompt=body.add_generation_prompt is not False and not body.continue_final_message,
+        continue_final_message=bool(body.continue_final_message),
         variables=body.chat_template_kwargs,
         tools=[tool.model_dump(exclude_none=True) for tool in tools],
     )
@@ -158,6 +158,8 @@ def _choice(
     if answer.reader is not None:
         with_reasoning = body.include_reasoning is not False
         message = message_of(answer.events, answer_id, index, with_reasoning=with_reasoning)
+    if body.echoed:
+        message["content"] = body.echoed + (message["content"] or "")
     choice = {
         "index": index,
         "message": message,
@@ -205,7 +207,7 @@ class _Chunks:
             called = tell_of_call(events)
             self._metrics.tools_parsed(mode="streaming", called=called, request_type="chat_completions")
         started, self._started[index] = self._started[index], True
-        first = b"" if started else self._writer.choice(_first_choice(index))
+        first = b"" if started else self._writer.choice(_first_choice(index, self._body.echoed))
         if answer.reader is not None:
             return first + self._read(index, delta, self._messages[index].of(events))
         if self._plain and delta.finish_reason is None:
@@ -247,6 +249,6 @@ class _Chunks:
         return self._writer.no_choice(usage=usage([self._jobs[0]], self._answers)) + DONE
 
 
-def _first_choice(index: int) -> dict[str, Any]:
-    delta = {"role": "assistant", "content": ""}
+def _first_choice(index: int, echoed: str) -> dict[str, Any]:
+    delta = {"role": "assistant", "content": echoed}
     return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}

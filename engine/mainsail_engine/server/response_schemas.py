@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BaseModel, Field
 
 from mainsail_engine.server.schemas import (
     INT64,
@@ -133,3 +133,55 @@ class ResponsesRequest(Strict):
     service_tier: Annotated[Any, neutral("auto", "default")] = None
     prompt: Annotated[Any, neutral()] = None
     stream_options: Annotated[Any, neutral({"include_obfuscation": False})] = None
+
+
+class OutputPart(BaseModel):
+    type: Literal["output_text", "reasoning_text"]
+    text: str
+
+
+class OutputItem(BaseModel):
+    """A message, a function call, or reasoning."""
+
+    type: Literal["message", "function_call", "reasoning"]
+    id: str
+    status: Literal["completed", "incomplete"]
+    role: Literal["assistant"] | None = None
+    content: list[OutputPart] | None = None
+    summary: list[OutputPart] | None = None
+    call_id: str | None = None
+    name: str | None = None
+    arguments: str | None = None
+
+
+class InputTokensDetails(BaseModel):
+    cached_tokens: int
+
+
+class OutputTokensDetails(BaseModel):
+    reasoning_tokens: int
+
+
+class ResponseUsage(BaseModel):
+    input_tokens: int
+    input_tokens_details: InputTokensDetails
+    output_tokens: int
+    output_tokens_details: OutputTokensDetails
+    total_tokens: int
+
+
+class ModelResponse(BaseModel):
+    """What comes back; the request's own settings beside it."""
+
+    id: str
+    object: Literal["response"]
+    created_at: int
+    status: Literal["completed", "incomplete"]
+    error: None
+    incomplete_details: dict[str, str] | None
+    instructions: str | None
+    max_output_tokens: int | None
+    model: str
+    output: list[OutputItem]
+    usage: ResponseUsage
+    metadata: dict[str, str]

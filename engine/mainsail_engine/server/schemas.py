@@ -7,10 +7,22 @@ declared `neutral(…)`: their neutral values pass, anything else is a 400 that 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    Tag,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError, core_schema
 
 from mainsail_engine.structured.grammar import GrammarError
 
@@ -24,27 +36,37 @@ MAX_BAD_WORDS = 256
 MAX_TOOLS = 128
 
 
-def neutral(*values: Any) -> AfterValidator:
-    """A field that is refused unless it is null or one of these values (of the very same type)."""
+@dataclass(frozen=True, slots=True)
+class _Only:
+    """null or one of these values (of the very same type), and described so; anything else is refused."""
 
-    def check(value: Any) -> Any:
-        if value is None or any(type(value) is type(item) and value == item for item in values):
+    values: tuple[Any, ...]
+    refusal: PydanticCustomError
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return {"enum": [None, *self.values]}
+
+    def _check(self, value: Any) -> Any:
+        if value is None or any(type(value) is type(item) and value == item for item in self.values):
             return value
-        hint = f", or set it to {values[0]!r}" if values else ""
-        raise PydanticCustomError("unsupported", "is not supported by this engine; leave it out{hint}", {"hint": hint})
-
-    return AfterValidator(check)
+        raise self.refusal
 
 
-def removed(instead: str) -> AfterValidator:
+def neutral(*values: Any) -> _Only:
+    """A field that is refused unless it is null or one of these values."""
+    hint = f", or set it to {values[0]!r}" if values else ""
+    message = "is not supported by this engine; leave it out{hint}"
+    return _Only(values, PydanticCustomError("unsupported", message, {"hint": hint}))
+
+
+def removed(instead: str) -> _Only:
     """A field of old that would be dangerous to overlook: the output would be unconstrained."""
-
-    def check(value: Any) -> Any:
-        if value is None:
-            return value
-        raise PydanticCustomError("unsupported", "was removed; use {instead}", {"instead": instead})
-
-    return AfterValidator(check)
+    return _Only((), PydanticCustomError("unsupported", "was removed; use {instead}", {"instead": instead}))
 
 
 def _as_list(value: Any) -> Any:
@@ -274,6 +296,11 @@ class Message(Strict):
     audio: Annotated[Any, neutral()] = None
     function_call: Annotated[Any, neutral()] = None
 
+    def text(self) -> str:
+        """The parts of the content joined, as templates get it."""
+        content = self.content
+        return "\n".join(part.text for part in content) if isinstance(content, list) else content or ""
+
     @model_validator(mode="after")
     def _has_content(self) -> Message:
         if self.content is None and not (self.role == "assistant" and self.tool_calls):
@@ -334,8 +361,26 @@ class ChatCompletionRequest(GenerationRequest):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     """A routing hint of OpenAI's: prefixes are found here without one."""
-    echo: Annotated[Any, neutral(False)] = None
-    continue_final_message: Annotated[Any, neutral(False)] = None
+    continue_final_message: bool | None = None
+    """The last message is left open: the answer goes on where it ends. Not with add_generation_prompt."""
+    echo: bool | None = None
+    """The answer begins with the last message, where that is the assistant's."""
+
+    @model_validator(mode="after")
+    def _check_final_message(self) -> ChatCompletionRequest:
+        if self.continue_final_message and self.add_generation_prompt:
+            message = "add_generation_prompt: not with continue_final_message, which leaves the last message open"
+            raise PydanticCustomError("add_generation_prompt", message)
+        if self.continue_final_message and not (self.messages[-1].content and not self.messages[-1].tool_calls):
+            message = "continue_final_message: the last message has no text to go on from"
+            raise PydanticCustomError("continue_final_message", message)
+        return self
+
+    @property
+    def echoed(self) -> str:
+        """What the answer begins with."""
+        last = self.messages[-1]
+        return last.text() if self.echo and last.role == "assistant" else ""
 
     @model_validator(mode="after")
     def _check_tools(self) -> ChatCompletionRequest:
@@ -568,6 +613,11 @@ class TokenizeResponse(BaseModel):
     max_model_len: int
     tokens: list[int]
     token_strs: list[str] | None = None
+
+
+class ProbeState(BaseModel):
+    status: Literal["ok", "failed"]
+    message: str
 
 
 class SleepState(BaseModel):

@@ -231,16 +231,19 @@ class Serving:
         add_generation_prompt: bool,
         variables: dict[str, Any] | None,
         tools: list[dict[str, Any]] | None = None,
+        continue_final_message: bool = False,
     ) -> str:
-        """The conversation as the model's template writes it. Raises RequestError."""
+        """The conversation as the model's template writes it; at its end the next answer's beginning, or the last
+        message left open. Raises RequestError."""
         template = self.text().template
         if template is None:
             raise RequestError("this model has no chat template: use /v1/completions", param="messages")
         if not self.answer_format.template_has_tools:
             messages, tools = with_tools_written_out(messages, tools), None
         return template.render(
-            messages, add_generation_prompt=add_generation_prompt, tools=tools or None, variables=variables
-        )
+            messages, add_generation_prompt=add_generation_prompt, tools=tools or None, variables=variables,
+            continue_final_message=continue_final_message,
+        )  # fmt: skip
 
     async def encode_chat(
         self, messages: list[dict[str, Any]], *, add_generation_prompt: bool, variables: dict[str, Any] | None

@@ -45,6 +45,10 @@ def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
     return environment
 
 
+_END = "\x00end of the last message\x00"
+"""Marks where a message that is continued ends; no tokenizer ever sees it."""
+
+
 class ChatTemplate:
     """One compiled template and the special tokens that it may name (`bos_token`, `eos_token`, …)."""
 
@@ -63,8 +67,28 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         tools: list[dict[str, Any]] | None = None,
         variables: dict[str, Any] | None = None,
+        continue_final_message: bool = False,
     ) -> str:
-        """The prompt's text. Raises RequestError (400) when the template refuses the messages."""
+        """The prompt's text. Raises RequestError (400) when the template refuses the messages.
+
+        continue_final_message: it ends with the last message's content, whatever the template writes after that.
+        """
+        if not continue_final_message:
+            return self._render(messages, add_generation_prompt, tools, variables)
+        marked = [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + _END}]
+        text, found, _ = self._render(marked, False, tools, variables).rpartition(_END)
+        if not found:
+            message = "this model's chat template does not show the last message: it cannot be continued"
+            raise RequestError(message, param="continue_final_message")
+        return text
+
+    def _render(
+        self,
+        messages: list[dict[str, Any]],
+        add_generation_prompt: bool,
+        tools: list[dict[str, Any]] | None,
+        variables: dict[str, Any] | None,
+    ) -> str:
         context = {**self._special_tokens, **(variables or {})}
         try:
             return self._template.render(

@@ -134,6 +134,16 @@ def tiny_engine(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> I
     running.close()
 
 
+@pytest.fixture(scope="session")
+def small_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """The same with a context of 64 tokens: whatever is asked for ends soon."""
+    model = make_tiny_model(tmp_path_factory.mktemp("small") / "model", max_len=64)
+    folder = tmp_path_factory.mktemp("small-engine")
+    running = start(folder, model, "--kv-cache-blocks", "512", "--max-num-seqs", "64", "--api-server-count", "2")
+    yield running
+    running.close()
+
+
 @pytest.fixture
 def launch_engine(tmp_path: Path) -> Iterator[Callable[..., Engine]]:
     """Starts the command with any arguments, and cleans up."""

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -145,14 +146,24 @@ def test_the_cores_death_is_an_error_and_an_exit(own_engine: Callable[..., Any])
 def test_a_hung_step_fails_liveness_and_the_core_goes_with_its_parent(
     own_engine: Callable[..., Any], waiting: Callable[..., None]
 ) -> None:
-    engine = own_engine("--live-limit", "1")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    engine = own_engine("--live-limit", "1", "--health-port", str(port))
     core = engine.core_pid()
     stream = Stream(engine.url, 3000)
     assert stream.begun.wait(60)
+
+    def live() -> set[int]:
+        """As the listener of its own thread says, and the API's."""
+        addresses = (f"http://127.0.0.1:{port}", engine.url)
+        return {engine.http.get(f"{address}/health/live").status_code for address in addresses}
+
+    assert live() == {200}
     os.kill(core, signal.SIGSTOP)
-    waiting(lambda: engine.http.get(engine.url + "/health/live").status_code == 503, "liveness to fail")
+    waiting(lambda: live() == {503}, "liveness to fail", timeout_s=10)
     os.kill(core, signal.SIGCONT)
-    waiting(lambda: engine.http.get(engine.url + "/health/live").status_code == 200, "liveness to come back")
+    waiting(lambda: live() == {200}, "liveness to come back")
     engine.process.kill()
     waiting(lambda: not Path(f"/proc/{core}").exists() or _is_zombie(core), "the core to end with its parent")
 

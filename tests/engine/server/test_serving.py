@@ -69,6 +69,27 @@ async def test_async_stream(async_client: openai.AsyncOpenAI) -> None:
     assert "".join(pieces)
 
 
+def test_an_answer_that_is_begun_goes_on(client: openai.OpenAI, engine: Any) -> None:
+    """continue_final_message and echo, whole and streamed; the prompt ends where the message does."""
+    begun: Any = [*FRANCE, {"role": "assistant", "content": "The capital of"}]
+    ask: dict[str, Any] = {"model": "smol", "messages": begun, "temperature": 0, "max_tokens": 10}
+    extra = {"continue_final_message": True, "add_generation_prompt": False, "return_token_ids": True}
+    plain = client.chat.completions.create(**ask, extra_body=extra)
+    assert plain.choices[0].message.content == " France is Paris."
+    prompt = engine.post("/detokenize", tokens=plain.to_dict()["prompt_token_ids"]).json()["prompt"]
+    assert prompt.endswith("<|im_start|>assistant\nThe capital of")
+    echoed = client.chat.completions.create(**ask, extra_body={**extra, "echo": True})
+    assert echoed.choices[0].message.content == "The capital of France is Paris."
+    stream = client.chat.completions.create(**ask, extra_body={**extra, "echo": True}, stream=True)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == "The capital of France is Paris."
+    for fields, param in (
+        ({"messages": begun, "continue_final_message": True, "add_generation_prompt": True}, "add_generation_prompt"),
+        ({"messages": [{"role": "user", "content": ""}], "continue_final_message": True}, "continue_final_message"),
+    ):
+        refused = engine.chat(**fields)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
+
+
 def test_an_error_is_the_clients_class(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError):
         client.chat.completions.create(model="nobody", messages=FRANCE)

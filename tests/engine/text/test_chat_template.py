@@ -40,3 +40,16 @@ def test_variables_cannot_replace_the_messages() -> None:
 def test_a_broken_template_is_said_at_the_start() -> None:
     with pytest.raises(UnsupportedModelError, match="broken"):
         ChatTemplate("{% if %}", {})
+
+
+@pytest.mark.parametrize("content", ["{{ m['content'] }}", "{{ m['content'] | trim }}"])
+def test_the_last_message_is_left_open(content: str) -> None:
+    template = ChatTemplate(f"{{% for m in messages %}}[{{{{ m['role'] }}}}]{content}<end>{{% endfor %}}", {})
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "I say "}]
+    assert template.render(messages, continue_final_message=True) == "[user]Hi<end>[assistant]I say "
+
+
+def test_a_message_that_the_template_hides_cannot_go_on() -> None:
+    with pytest.raises(RequestError) as caught:
+        ChatTemplate("nothing", {}).render([{"role": "user", "content": "x"}], continue_final_message=True)
+    assert caught.value.param == "continue_final_message"
