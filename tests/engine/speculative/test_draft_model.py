@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
+import msgspec
 import pytest
 from tests.engine.test_sampling_equivalences import MAX_LEN, VOCAB, mixed, reference, run, same, tiny
 from tests.engine.tiny import make_tiny_model
 
 from mainsail_engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig, SpeculativeConfig
+from mainsail_engine.core import EngineCore, build
 from mainsail_engine.errors import InvalidConfigurationError
+from mainsail_engine.protocol import Add, Control, Controlled
+from mainsail_engine.request import SamplingParams
 from mainsail_engine.runner.model_runner import ModelRunner
 from mainsail_engine.speculative.draft_model import DraftModel, draft_blocks
 from mainsail_engine.speculative.load import check_vocabularies, load_draft
@@ -98,3 +103,32 @@ def test_the_drafts_pool_is_bounded_and_holds_one_request_at_least():
     assert draft_blocks(100, max_num_seqs=4, max_model_len=8192, room_bytes=10**9) == 4 * 256
     assert draft_blocks(100, max_num_seqs=4, max_model_len=8192, room_bytes=60_000) == 600
     assert draft_blocks(100, max_num_seqs=4, max_model_len=8192, room_bytes=0) == 513
+
+
+def test_an_engine_with_a_draft_answers_sleeps_and_answers_again(tmp_path):
+    """The whole of a core, as `serve` makes it; the draft is the model itself."""
+    path = make_tiny_model(tmp_path / "model", max_len=256)
+    wanted = SpeculativeConfig(method="draft_model", model=str(path), num_speculative_tokens=4, adaptive=False)
+    plain = EngineConfig(model=ModelConfig(path=str(path)), cache=CacheConfig(num_blocks=64), device="cpu")
+    answers: list[list[int]] = []
+    for speculative in (None, wanted):
+        core, _ = build(msgspec.structs.replace(plain, speculative=speculative))
+        answers.append(tokens_of(core, "a"))
+        core.handle(Control("s", "sleep"), time.monotonic())
+        assert core.control() == Controlled("s", None)
+        core.handle(Control("w", "wake_up"), time.monotonic())
+        assert core.control() == Controlled("w", None)
+        answers.append(tokens_of(core, "b"))
+        stats = core._scheduler.stats()
+        assert (stats.num_accepted_tokens > 20) == (speculative is not None)
+    assert all(answer == answers[0] for answer in answers)
+
+
+def tokens_of(core: EngineCore, name: str) -> list[int]:
+    params = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)
+    core.handle(Add(name, [5, 6, 7], params), time.monotonic())
+    tokens: list[int] = []
+    while core.has_work:
+        step = core.step(time.monotonic())
+        tokens += [token for output in (step.outputs if step else []) for token in output.token_ids]
+    return tokens
