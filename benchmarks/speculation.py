@@ -24,7 +24,7 @@ import json
 import random
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -238,8 +238,7 @@ def cases(bench: Bench, fixed: int) -> list[tuple[str, Callable[..., Text], floa
     ]
 
 
-def rows(bench: Bench, args: argparse.Namespace) -> list[dict[str, Any]]:
-    table: list[dict[str, Any]] = []
+def rows(bench: Bench, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for batch in args.batches:
         bench.rate(random_text(batch, args, bench.vocab_size, 0.0), None)
         for name, make_text, temperature, make_speculator in cases(bench, args.fixed):
@@ -254,12 +253,11 @@ def rows(bench: Bench, args: argparse.Namespace) -> list[dict[str, Any]]:
             plain, with_guesses = (sum(rates[key]) / len(rates[key]) for key in (False, True))
             row = {"batch": batch, "case": name, "tokens_per_s": round(with_guesses, 1)}
             row |= {"without": round(plain, 1), "speed_up": round(with_guesses / plain, 3)}
-            table.append(row | {"tokens_per_step": round(per_step, 2)})
             print(
                 f"batch {batch:4}  {name:22} {plain:9.1f} -> {with_guesses:9.1f} tokens/s  "
                 f"{with_guesses / plain:6.2f} x  {per_step:5.2f} tokens a step", flush=True,
             )  # fmt: skip
-    return table
+            yield row | {"tokens_per_step": round(per_step, 2)}
 
 
 def main() -> None:
@@ -282,9 +280,11 @@ def main() -> None:
     cuda = bench.device.startswith("cuda")
     card = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
     result: dict[str, Any] = {"card": card, "torch": torch.__version__, "model": Path(args.model).name}
-    result |= {"prompt": args.prompt, "answer": args.answer, "rows": rows(bench, args)}
-    if args.output:
-        args.output.write_text(json.dumps(result, indent=2) + "\n")
+    result |= {"prompt": args.prompt, "answer": args.answer, "rows": []}
+    for row in rows(bench, args):
+        result["rows"].append(row)
+        if args.output:
+            args.output.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -27,10 +27,12 @@ import numpy as np
 import torch
 
 from mainsail_engine.chunking import STEP_ROWS
+from mainsail_engine.config import MAX_SPECULATIVE_TOKENS
 from mainsail_engine.model.architecture import Architecture
 from mainsail_engine.model.attention import Attention
 from mainsail_engine.runner.batch import StepArrays
 from mainsail_engine.runner.uploads import Uploads
+from mainsail_engine.speculative.policy import MAX_ROWS
 from mainsail_kernels.attention_decode import DecodeWorkspace
 from mainsail_kernels.tokens import note, resolve
 
@@ -38,6 +40,8 @@ log = logging.getLogger(__name__)
 LARGEST_DECODE = 1024
 LARGEST_MIXED = STEP_ROWS[-1]
 """Tokens. Larger steps keep the device busy for longer than it takes to launch them."""
+VERIFY_ROWS = (64, 128, 192, 256, 384, 512, 768, MAX_ROWS)
+"""Of steps that verify guesses as chunks."""
 MOST_CHUNKS = 32
 """Prompts in a mixed step that is replayed."""
 
@@ -54,6 +58,8 @@ class StepShape:
     decodes: int
     chunks: int
     sampled: int
+    longest: int = 0
+    """Rows of the longest chunk, where chunks verify guesses and every row is sampled. 0: as long as the step."""
 
     @property
     def is_mixed(self) -> bool:
@@ -66,13 +72,15 @@ def decode_sizes(largest: int) -> list[int]:
     return [size for size in sizes if size < largest] + [min(largest, LARGEST_DECODE)]
 
 
-def shapes_of(max_num_seqs: int) -> list[StepShape]:
-    """Every shape, from small to large within its kind; decodes first."""
+def shapes_of(max_num_seqs: int, *, guesses: bool = False) -> list[StepShape]:
+    """Every shape, from small to large within its kind; decodes first, then with guesses those that verify them."""
     decodes = [StepShape(n, n, 0, n) for n in decode_sizes(max_num_seqs)]
     mixed = [
         StepShape(n, min(n, max_num_seqs), min(n, max_num_seqs, MOST_CHUNKS), min(n, max_num_seqs)) for n in STEP_ROWS
     ]
-    return decodes + mixed
+    rows = VERIFY_ROWS if guesses else ()
+    verify = [StepShape(n, min(n, max_num_seqs), min(n, max_num_seqs), n, 1 + MAX_SPECULATIVE_TOKENS) for n in rows]
+    return decodes + verify + mixed
 
 
 def graph_bytes(architecture: Architecture, max_num_seqs: int) -> int:
@@ -158,12 +166,13 @@ class PaddedSteps:
         max_num_seqs: int,
         max_blocks: int,
         capture: bool,
+        guesses: bool = False,
     ) -> None:
         """newest [num_slots + 1] int64 holds every slot's newest token; its last row belongs to padding."""
         self._forward, self._logits, self._greedy = forward, logits, greedy
         self._newest, self._uploads, self._workspace = newest, uploads, workspace
         self._spare_slot = newest.shape[0] - 1
-        self._shapes = shapes_of(max_num_seqs)
+        self._shapes = shapes_of(max_num_seqs, guesses=guesses)
         self._layouts = {shape: Layout.of(shape) for shape in self._shapes}
         rows = max(shape.decodes + shape.chunks for shape in self._shapes)
         numbers = max(layout.tables for layout in self._layouts.values()) + rows * max_blocks
@@ -207,7 +216,7 @@ class PaddedSteps:
             chunk_start=packed[layout.starts],
             seq_lens=packed[layout.lengths],
             num_decodes=shape.decodes,
-            max_query_len=shape.tokens,
+            max_query_len=shape.longest or shape.tokens,
             workspace=self._workspace,
         )
         hidden = self._forward(token_ids, attention)
@@ -221,6 +230,7 @@ class PaddedSteps:
         n, chunks = len(arrays.token_ids), len(arrays.slots) - arrays.num_decodes
         for shape in self._shapes:
             fits = shape.decodes >= arrays.num_decodes and shape.sampled >= len(arrays.sampled)
+            fits = fits and (not shape.longest or shape.longest >= arrays.max_query_len)
             if fits and shape.tokens >= n and shape.is_mixed == (chunks > 0) and shape.chunks >= chunks:
                 return shape
         return None

@@ -36,7 +36,7 @@ from mainsail_engine.sampling.extras import PendingExtras
 from mainsail_engine.sampling.logprobs import prompt_logprob_rows
 from mainsail_engine.sampling.pooling import Pooler
 from mainsail_engine.sampling.sampler import PROMPT, Sampler, greedy
-from mainsail_engine.speculative.policy import MAX_GUESSES
+from mainsail_engine.speculative.policy import MAX_ROWS
 from mainsail_engine.step import BlockCopy, Chunk, StepPlan, StepResult
 from mainsail_kernels.attention_decode import decode_workspace
 from mainsail_kernels.blocks import copy_blocks
@@ -141,7 +141,7 @@ class ModelRunner:
         self.vocab_size = self.architecture.vocab_size
         self._budget = batched_tokens(config, self.device)
         guessing = config.speculative is not None
-        self._guess_rows = min(self._budget, MAX_GUESSES) if guessing else 0
+        self._guess_rows = MAX_ROWS if guessing else 0
         slots = config.scheduler.max_num_seqs
         self._decode_rows = max(slots, SPREAD_ROWS) if guessing else slots
         if self.device.type == "cpu":
@@ -221,6 +221,7 @@ class ModelRunner:
                 max_num_seqs=self._decode_rows,
                 max_blocks=self._tables.rows.shape[1],
                 capture=config.cuda_graphs and self._model.captures_graphs,
+                guesses=config.speculative is not None,
             )
 
     def _take_pool(self, config: EngineConfig) -> None:

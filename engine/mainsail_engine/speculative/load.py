@@ -51,6 +51,7 @@ def load_draft(config: EngineConfig) -> Draft:
         ),
         cache=CacheConfig(num_blocks=_blocks(config, architecture, longest, device), enable_prefix_caching=False),
         kv_events=None,
+        lora=None,
         speculative=None,
         tensor_parallel_size=1,
     )  # fmt: skip

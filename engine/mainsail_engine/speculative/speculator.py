@@ -17,7 +17,7 @@ from typing import Protocol
 from mainsail_engine.config import SpeculativeConfig
 from mainsail_engine.request import Request
 from mainsail_engine.speculative.ngram import NgramSource
-from mainsail_engine.speculative.policy import FREE_ROWS, MAX_GUESSES, StepTimes, choose_lengths
+from mainsail_engine.speculative.policy import FREE_ROWS, MAX_ROWS, StepTimes, choose_lengths
 
 COMPARE_EVERY = 400
 """After so many steps with guesses, some without."""
@@ -104,14 +104,14 @@ class Speculator:
 
     def would_guess(self, requests: list[Request], batch: int) -> bool:
         """Whether the next step is to have guesses, as far as can be known before the step in flight is read."""
-        return any(self._lengths(requests, [self._most] * len(requests), batch, MAX_GUESSES))
+        return any(self._lengths(requests, [self._most] * len(requests), batch, MAX_ROWS - batch))
 
     def guess(self, requests: list[Request], room: list[int], batch: int, max_guesses: int) -> list[list[int]]:
         """Guesses for the next step, none or some for each; at most room[i] for requests[i], max_guesses in all.
 
         Every token of these requests must be known.
         """
-        lengths = self._lengths(requests, room, batch, min(max_guesses, MAX_GUESSES))
+        lengths = self._lengths(requests, room, batch, min(max_guesses, MAX_ROWS - batch))
         wanted = [(request, count) for request, count in zip(requests, lengths, strict=True) if count]
         if not wanted:
             return [[] for _ in requests]

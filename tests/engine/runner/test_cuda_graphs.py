@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +11,31 @@ import pytest
 import torch
 from benchmarks.speculation import Replay, always
 from tests.engine.test_sampling_equivalences import mixed, run
+from tests.engine.tiny import make_tiny_model
 
-from mainsail_engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig, SpeculativeConfig
+from mainsail_engine.config import (
+    MAX_SPECULATIVE_TOKENS,
+    CacheConfig,
+    EngineConfig,
+    ModelConfig,
+    SchedulerConfig,
+    SpeculativeConfig,
+)
 from mainsail_engine.request import Request, SamplingParams
 from mainsail_engine.runner import model_runner
 from mainsail_engine.runner.batch import BlockTables, StepArrays, build
-from mainsail_engine.runner.cuda_graphs import LARGEST_DECODE, Layout, StepShape, decode_sizes, pack, shapes_of
+from mainsail_engine.runner.cuda_graphs import (
+    LARGEST_DECODE,
+    Layout,
+    PaddedSteps,
+    StepShape,
+    decode_sizes,
+    pack,
+    shapes_of,
+)
 from mainsail_engine.runner.model_runner import ModelRunner
+from mainsail_engine.sampling.sampler import greedy
+from mainsail_engine.speculative.policy import MAX_ROWS
 from mainsail_engine.step import Chunk, StepPlan
 
 TINY = {
@@ -46,6 +65,64 @@ def test_shapes_have_room_for_every_row(max_num_seqs: int) -> None:
         assert shape.decodes <= shape.tokens
         assert shape.sampled >= min(shape.tokens, max_num_seqs, LARGEST_DECODE)
         assert shape.is_mixed or shape.tokens == shape.decodes == shape.sampled
+
+
+@pytest.mark.parametrize("max_num_seqs", [1, 24, 256])
+def test_shapes_that_verify_sample_every_row(max_num_seqs: int) -> None:
+    verify = [shape for shape in shapes_of(max_num_seqs, guesses=True) if shape.longest]
+    assert [shape for shape in shapes_of(max_num_seqs, guesses=True) if not shape.longest] == shapes_of(max_num_seqs)
+    assert all(shape.sampled == shape.tokens and shape.longest == 1 + MAX_SPECULATIVE_TOKENS for shape in verify)
+    assert max(shape.tokens for shape in verify) == MAX_ROWS
+
+
+def verifying_plan(singles: int, verifying: int) -> StepPlan:
+    """Decodes with their tokens known, some of which verify five guesses."""
+    plan = StepPlan(num_decodes=singles, num_verifying=verifying)
+    for i in range(singles + verifying):
+        prompt = [(7 * i + 3 * place) % 90 + 1 for place in range(20 + i)]
+        request = Request(str(i), prompt, SamplingParams(max_tokens=40, temperature=0.0), 0.0, slot=i)
+        request.block_ids = [4 * i, 4 * i + 1, 4 * i + 2, 4 * i + 3]
+        guesses = [11, 12, 13, 14, 15] if i >= singles else []
+        plan.chunks.append(Chunk(request, 19 + i, 1 + len(guesses), True, i, request.block_ids, guesses))
+    return plan
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(("singles", "verifying"), [(0, 1), (3, 2), (2, 9), (0, 12)])
+def test_a_padded_step_of_guesses_is_as_it_is(tmp_path: Path, singles: int, verifying: int) -> None:
+    """The arithmetic of the shape that CUDA captures, on the CPU: the same logits for every row."""
+    config = EngineConfig(
+        model=ModelConfig(path=str(make_tiny_model(tmp_path / "tiny"))), cache=CacheConfig(num_blocks=64),
+        scheduler=SchedulerConfig(max_num_seqs=12), speculative=SpeculativeConfig(method="ngram"), device="cpu",
+    )  # fmt: skip
+    runner, plan = ModelRunner(config), verifying_plan(singles, verifying)
+    for chunk in plan.chunks:  # the prompts, but for their last token
+        runner.launch(StepPlan(chunks=[replace(chunk, start=0, num_tokens=chunk.start, samples=False, guesses=())]))
+    arrays, _ = build(plan, runner._tables)
+    before = runner.kv_cache.clone()
+    hidden, sampled = runner._forward(arrays, None)
+    expected = runner._model.logits(hidden[sampled])
+    runner.kv_cache.copy_(before)
+    steps = PaddedSteps(
+        lambda token_ids, attention: runner._model.forward(token_ids, attention, runner.kv_cache), runner._model.logits,
+        greedy, runner._newest, runner._uploads, workspace=None, max_num_seqs=12, max_blocks=4, capture=False,
+        guesses=True,
+    )  # fmt: skip
+    shape = steps.shape_for(arrays)
+    assert shape is not None
+    assert shape.longest
+    layout, decodes = steps._layouts[shape], arrays.num_decodes
+    packed = steps._packed.numpy()
+    pack(packed[: layout.tables + arrays.block_tables.size], layout, shape, arrays, spare_slot=12)
+    used = arrays.block_tables.shape[1]
+    tables = torch.from_numpy(arrays.block_tables)
+    steps._tables[:decodes, :used] = tables[:decodes]
+    steps._tables[shape.decodes : shape.decodes + len(tables) - decodes, :used] = tables[decodes:]
+    logits, tokens = steps._run(shape)
+    rows = len(arrays.sampled)
+    assert rows == singles + 6 * verifying
+    torch.testing.assert_close(logits[:rows], expected, atol=1e-4, rtol=1e-4)
+    assert tokens[:rows].tolist() == expected.argmax(-1).tolist()
 
 
 def step_arrays(decodes: int, chunks: list[int]) -> StepArrays:
