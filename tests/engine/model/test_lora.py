@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from mainsail_engine.model.attention import Attention
 from mainsail_engine.model.lora import AdapterRows, AdapterSlots, module_shapes, read_adapter
 from mainsail_engine.model.parallel import Parallel
 from mainsail_engine.request import Request, SamplingParams
+from mainsail_engine.runner import model_runner
 from mainsail_engine.runner.model_runner import ModelRunner
 from mainsail_engine.step import Chunk, StepPlan
 from mainsail_kernels.lora import tiles_of
@@ -123,8 +125,10 @@ def test_a_batch_of_many_adapters_equals_peft(served: tuple[ModelRunner, Any]) -
 
 
 @torch.inference_mode()
-def test_greedy_tokens_of_a_mixed_batch_equal_each_alone(served: tuple[ModelRunner, Any]) -> None:
-    """Prompts in chunks, then decodes, through plans as the scheduler makes them."""
+def test_greedy_tokens_of_a_mixed_batch_equal_each_alone(
+    served: tuple[ModelRunner, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts in chunks, then decodes, then guesses, through plans as the scheduler makes them."""
     runner, _ = served
     slots = (0, -1, 2)
     requests = [
@@ -152,6 +156,15 @@ def test_greedy_tokens_of_a_mixed_batch_equal_each_alone(served: tuple[ModelRunn
             done += size
         assert alone.output_token_ids == request.output_token_ids
     assert len({tuple(request.output_token_ids) for request in requests}) == 3, "the adapters change nothing"
+    for heads in (0, 1 << 30):  # rows of guesses as chunks and as decodes
+        monkeypatch.setattr(model_runner, "SPREAD_HEADS", {"cpu": heads})
+        plan, expected = StepPlan(num_verifying=3), list[int]()
+        for request in requests:
+            first, *guesses = request.output_token_ids[:6]
+            begun = replace(request, output_token_ids=[first])
+            plan.chunks.append(Chunk(begun, begun.num_tokens - 1, 6, True, begun.slot, begun.block_ids, guesses))
+            expected += request.output_token_ids[1:7]
+        assert runner.launch(plan).result().token_ids == expected
 
 
 def test_a_slot_is_used_again_without_a_trace(tmp_path: Path) -> None:
