@@ -23,6 +23,7 @@ import random
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,8 @@ PEER: dict[str, dict[str, Any]] = {
         "step_ms": {1: 1.83, 8: 2.63, 32: 2.81, 64: 4.07, 128: 6.21, 256: 10.77},
         "prefill": 419_000, "mixed": 23_216, "long": None,
     },
+    "llama-3-8b fp8": {"step_ms": {1: 3.50, 32: 5.56, 128: 9.47, 256: 15.7}, "prefill": 79_000, "mixed": None,
+                       "long": None},
     "qwen3-30b-a3b": {"step_ms": {1: 4.13, 128: 21.5}, "prefill": 72_000, "mixed": None, "long": None},
 }  # fmt: skip
 
@@ -64,13 +67,21 @@ def measured_bandwidth() -> float:
     return 2 * source.numel() / sorted(times)[len(times) // 2]
 
 
-def step_bytes(a: Architecture, batch: int, context: int) -> int:
-    """bf16 bytes that a decode step must read: every weight but the embedding table, and the KV."""
+@dataclass(frozen=True)
+class Widths:
+    """Bytes of a number; the head is always bf16."""
+
+    weight: float = 2.0
+    kv: float = 2.0
+
+
+def step_bytes(a: Architecture, batch: int, context: int, widths: Widths) -> float:
+    """Bytes that a decode step must read: every weight but the embedding table, and the KV."""
     qkv = (a.num_heads + 2 * a.num_kv_heads) * a.head_dim * a.hidden_size
     layer = qkv + a.num_heads * a.head_dim * a.hidden_size + round(_mlp_weights(a, batch))
-    weights = a.num_layers * layer + a.vocab_size * a.hidden_size
+    head = 2 * a.vocab_size * a.hidden_size
     kv = 2 * a.num_layers * a.num_kv_heads * a.head_dim * context * batch
-    return 2 * (weights + kv)
+    return head + a.num_layers * layer * widths.weight + kv * widths.kv
 
 
 def _mlp_weights(a: Architecture, batch: int) -> float:
@@ -160,8 +171,10 @@ def sleep_rows(load: Load) -> Iterator[tuple[str, float]]:
         yield f"first token afterwards, {turn} time", time.perf_counter() - started
 
 
-def rows(load: Load, name: str, architecture: Architecture, wanted: set[str], bandwidth: float) -> list[dict[str, Any]]:
-    peer = PEER[name]
+def rows(
+    load: Load, name: str, architecture: Architecture, wanted: set[str], bandwidth: float, widths: Widths,
+    batches: list[int], peer: dict[str, Any],
+) -> list[dict[str, Any]]:  # fmt: skip
     table: list[dict[str, Any]] = []
 
     def note(row: str, unit: str, ours: float, floor: float | None, theirs: float | None) -> None:
@@ -170,8 +183,8 @@ def rows(load: Load, name: str, architecture: Architecture, wanted: set[str], ba
         print(f"{name} {row:24} {ours:10.2f} {unit:8} {over}   peer {theirs}", flush=True)
 
     if "step" in wanted:
-        for batch in STEP_BATCHES:
-            floor = step_bytes(architecture, batch, 1024) / bandwidth * 1e3
+        for batch in batches:
+            floor = step_bytes(architecture, batch, 1024, widths) / bandwidth * 1e3
             note(f"decode step, batch {batch}", "ms", decode_step_ms(load, batch), floor, peer["step_ms"].get(batch))
     if "prefill" in wanted:
         for _ in range(64):
@@ -189,7 +202,7 @@ def rows(load: Load, name: str, architecture: Architecture, wanted: set[str], ba
         tokens, seconds = load.drain()
         note("512 x 1000/1000", "tok/s", tokens / seconds, None, peer["long"])
     if "deep" in wanted:
-        floor = step_bytes(architecture, 1, 32_800) / bandwidth * 1e3
+        floor = step_bytes(architecture, 1, 32_800, widths) / bandwidth * 1e3
         note("decode step, 1 x 32k", "ms", decode_step_ms(load, 1, 32_700), floor, None)
     for batch in (256, 1) if "sampling" in wanted else ():
         for setting, ms, greedy_ms in sampling_rows(load, batch):
@@ -202,8 +215,11 @@ def rows(load: Load, name: str, architecture: Architecture, wanted: set[str], ba
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--model", default="llama-3-8b", choices=sorted(PEER))
+    parser.add_argument("--model", default="llama-3-8b", choices=sorted(name for name in PEER if " " not in name))
     parser.add_argument("--rows", default="step,prefill,mixed,long")
+    parser.add_argument("--quantization", default="auto", choices=("auto", "fp8", "int4"))
+    parser.add_argument("--kv-cache-dtype", default="auto", choices=("auto", "fp8"))
+    parser.add_argument("--batches", default=",".join(map(str, STEP_BATCHES)), help="of the decode steps")
     parser.add_argument("--max-num-seqs", type=int, default=256)
     parser.add_argument("--max-model-len", type=int, default=4096)
     parser.add_argument("--no-graphs", action="store_true")
@@ -215,8 +231,13 @@ def main() -> None:
     bandwidth = measured_bandwidth()
     torch.cuda.empty_cache()
     config = EngineConfig(
-        model=ModelConfig(path=str(MODELS / args.model), load_format="dummy", max_model_len=args.max_model_len),
-        cache=CacheConfig(enable_prefix_caching=False),
+        model=ModelConfig(
+            path=str(MODELS / args.model),
+            load_format="dummy",
+            max_model_len=args.max_model_len,
+            quantization=args.quantization,
+        ),
+        cache=CacheConfig(enable_prefix_caching=False, dtype=args.kv_cache_dtype),
         scheduler=SchedulerConfig(max_num_seqs=args.max_num_seqs, max_inter_token_latency_ms=0),
         device="cuda",
         overlap=not args.no_overlap,
@@ -229,11 +250,19 @@ def main() -> None:
     load = Load(core, ready.vocab_size)
     load.add(1000, 8)
     load.drain()
-    table = rows(load, args.model, read_architecture(MODELS / args.model), set(args.rows.split(",")), bandwidth)
+    weight = {"fp8": 1.0, "int4": (4 + 24 / 128) / 8}.get(args.quantization, 2.0)
+    widths = Widths(weight, 1.0 if args.kv_cache_dtype == "fp8" else 2.0)
+    named = args.model if args.quantization == "auto" else f"{args.model} {args.quantization}"
+    peer = PEER.get(named, {"step_ms": {}, "prefill": None, "mixed": None, "long": None})
+    table = rows(
+        load, named, read_architecture(MODELS / args.model), set(args.rows.split(",")), bandwidth, widths,
+        [int(batch) for batch in args.batches.split(",")], peer,
+    )  # fmt: skip
     if args.output:
         result = {
             "card": torch.cuda.get_device_name(), "torch": torch.__version__, "model": args.model,
-            "commit": args.commit, "command": " ".join(["python", *sys.argv]), "max_num_seqs": args.max_num_seqs,
+            "quantization": args.quantization, "kv_cache_dtype": args.kv_cache_dtype, "commit": args.commit,
+            "command": " ".join(["python", *sys.argv]), "max_num_seqs": args.max_num_seqs,
             "graphs": config.cuda_graphs, "overlap": config.overlap, "start_s": round(start_s, 1),
             "copy_GB_per_s": round(bandwidth / 1e9), "rows": table,
         }  # fmt: skip

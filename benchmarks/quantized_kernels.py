@@ -75,7 +75,8 @@ def configurations(kind: str, rows: int) -> Iterator[QuantizedConfig]:
     if rows == 1 and kind == "fp8":
         tiles = itertools.product((1, 2, 4, 8), (1024, 2048, 4096), (4,), (1, 2))
     elif rows == 1:
-        tiles = itertools.product((4, 8, 16), (64, 128, 256), (4, 8), (1, 3))
+        wide = ((128, 1), (256, 2), (512, 4))
+        tiles = ((out, words, warps, stages) for out in (2, 4, 8) for words, warps in wide for stages in (1, 2))
     elif kind == "fp8":
         tiles = itertools.product((64, 128), (128, 256), (4, 8), (3, 4))
     else:

@@ -18,6 +18,7 @@ import msgspec
 
 from mainsail_engine.config import (
     DTYPES,
+    KV_DTYPES,
     LOAD_FORMATS,
     QUANTIZATIONS,
     REASONING_PARSERS,
@@ -166,6 +167,10 @@ def _add_engine_flags(serve: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--max-loras", type=int, default=LoraConfig().max_loras, help="adapters there at once")
     group.add_argument("--max-lora-rank", type=int, default=LoraConfig().max_lora_rank, help="of any adapter")
+    group.add_argument(
+        "--kv-cache-dtype", choices=KV_DTYPES, default="auto",
+        help="fp8: half the bytes a token; auto: fp8 where the checkpoint has scales for it, else the model's",
+    )  # fmt: skip
     group.add_argument("--kv-cache-blocks", type=int, help="KV blocks of 16 tokens; default: what memory allows")
     group.add_argument(
         "--kv-offloading-size",
@@ -291,6 +296,7 @@ def engine_config(flags: argparse.Namespace) -> EngineConfig:
             max_model_len=getattr(flags, "max_model_len", None),
         ),
         cache=CacheConfig(
+            dtype=flags.kv_cache_dtype,
             num_blocks=getattr(flags, "kv_cache_blocks", None),
             memory_utilization=flags.gpu_memory_utilization,
             enable_prefix_caching=flags.enable_prefix_caching,

@@ -14,6 +14,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 TOOL_CALL_PARSERS = ("auto", "hermes", "llama3_json", "mistral", "pythonic")
 REASONING_PARSERS = ("auto", "none", "think", "deepseek_r1", "qwen3", "mistral")
 LOAD_FORMATS = ("auto", "dummy")
+KV_DTYPES = ("auto", "fp8", "fp8_e4m3")
 QUANTIZATIONS = ("auto", "fp8", "int4", "gguf")
 BLOCK_SIZE = 16
 """Tokens in a KV block. One value: kernels, prefix tree and host tier are built and tuned for it."""
@@ -46,6 +47,9 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CacheConfig(msgspec.Struct, frozen=True, kw_only=True):
+    dtype: str = "auto"
+    """What keys and values are held in (--kv-cache-dtype). auto: FP8 where the checkpoint has scales for it, else the
+    model's dtype. fp8 (e4m3) doubles the tokens that fit."""
     num_blocks: int | None = None
     """KV blocks of 16 tokens (--kv-cache-blocks). None: what memory_utilization leaves."""
     memory_utilization: float = 0.92
@@ -59,6 +63,7 @@ class CacheConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Share of the KV blocks whose time in the cache is measured (--kv-cache-metrics-sample). 0: none."""
 
     def __post_init__(self) -> None:
+        _require(self.dtype in KV_DTYPES, f"--kv-cache-dtype must be one of {', '.join(KV_DTYPES)}")
         _require(self.num_blocks is None or self.num_blocks >= 2, "--kv-cache-blocks must be at least 2")
         _require(
             self.offloading_size_gib is None or 0 <= self.offloading_size_gib < float("inf"),

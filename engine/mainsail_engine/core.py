@@ -667,7 +667,7 @@ def build(config: EngineConfig, on_lost: Callable[[str], None] = log.critical) -
         vocab_size=vocab_size,
         eos_token_ids=eos_token_ids,
         device=device,
-        dtype=str(engine.model_runner.dtype).removeprefix("torch."),
+        dtype=str(engine.model_runner.kv_dtype).removeprefix("torch."),
         adapters=adapters.table.paths if adapters is not None else {},
     )
     return core, ready

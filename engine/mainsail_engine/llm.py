@@ -163,6 +163,8 @@ class LLM:
         *,
         dtype: str = "auto",
         load_format: str = "auto",
+        quantization: str = "auto",
+        kv_cache_dtype: str = "auto",
         max_model_len: int | None = None,
         max_num_seqs: int = SchedulerConfig().max_num_seqs,
         max_num_batched_tokens: int | None = None,
@@ -177,8 +179,11 @@ class LLM:
         max_lora_rank: int = LoraConfig().max_lora_rank,
     ) -> None:
         self._config = EngineConfig(
-            model=ModelConfig(path=model, dtype=dtype, load_format=load_format, max_model_len=max_model_len),
+            model=ModelConfig(
+                path=model, dtype=dtype, load_format=load_format, quantization=quantization, max_model_len=max_model_len
+            ),
             cache=CacheConfig(
+                dtype=kv_cache_dtype,
                 num_blocks=kv_cache_blocks,
                 memory_utilization=gpu_memory_utilization,
                 enable_prefix_caching=enable_prefix_caching,

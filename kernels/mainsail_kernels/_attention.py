@@ -8,6 +8,7 @@ Dao et al., "FlashAttention", 2022).
 import torch
 
 from mainsail_kernels._triton import require, tl, triton
+from mainsail_kernels.reference_quantized import FP8
 
 LOG2_E = 1.4426950408889634
 
@@ -31,6 +32,8 @@ def check_attention(
     soft_cap: float,
 ) -> None:
     """Raise ValueError unless the tensors of an attention call fit together."""
+    same = kv.dtype in (query.dtype, FP8)
+    require(same, f"kv must be {query.dtype} as the queries, or float8_e4m3fn, not {kv.dtype}")
     require(query.dim() == 3 and query.stride(2) == 1, f"query must be [n, heads, dim], got {tuple(query.shape)}")
     require(kv.dim() == 5 and kv.shape[1] == 2, f"kv must be [blocks, 2, heads, size, dim], got {tuple(kv.shape)}")
     require(kv.stride(4) == 1 and kv.stride(3) == kv.shape[4], "kv: the (size, dim) tile must be contiguous")

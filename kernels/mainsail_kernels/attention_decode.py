@@ -168,8 +168,8 @@ def _decode_kernel(
         readable = owned[:, None]
         if DIM != HEAD_DIM:
             readable = readable & (channel < HEAD_DIM)[None, :]
-        k = tl.load(kv + tile, mask=readable, other=0.0)
-        v = tl.load(kv + side_stride + tile, mask=readable, other=0.0)
+        k = tl.load(kv + tile, mask=readable, other=0.0).to(q.dtype)
+        v = tl.load(kv + side_stride + tile, mask=readable, other=0.0).to(q.dtype)
         scores = scaled_scores(tl.dot(q, tl.trans(k)), scale, soft_cap, SOFT_CAP)
         visible = owned
         if WINDOW:

@@ -75,6 +75,8 @@ def _attend_range(
         else:
             k = tl.load(kv_ptr + tile)
             v = tl.load(kv_ptr + side_stride + tile)
+        k = k.to(q.dtype)
+        v = v.to(q.dtype)
         scores = tl.dot(q, tl.trans(k))
         # Without a cap the factor joins the subtraction below: one fused multiply-add a score.
         factor = scale * 1.4426950408889634

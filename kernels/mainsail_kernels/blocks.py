@@ -68,6 +68,7 @@ def copy_blocks(kv_cache: torch.Tensor, src: torch.Tensor, dst: torch.Tensor, nu
     than for equal lengths and a contiguous cache.
     """
     _check_cache(kv_cache)
+    kv_cache = _as_bytes(kv_cache)
     same = src.shape == dst.shape == num_tokens.shape and src.dim() == 1
     require(same, f"copy_blocks: src, dst, num_tokens are {[tuple(t.shape) for t in (src, dst, num_tokens)]}")
     if src.numel() == 0:
@@ -128,6 +129,7 @@ def _stage(kv_cache: torch.Tensor, blocks: torch.Tensor, staging: torch.Tensor, 
     shape = (blocks.numel(), kv_cache.shape[0], *kv_cache.shape[2:])
     fits = staging.shape == shape and staging.dtype == kv_cache.dtype and staging.is_contiguous()
     require(fits, f"staging must be contiguous {shape} {kv_cache.dtype}, got {tuple(staging.shape)} {staging.dtype}")
+    kv_cache, staging = _as_bytes(kv_cache), _as_bytes(staging)
     if blocks.numel() == 0:
         return
     if not runs_kernels(kv_cache):
@@ -147,6 +149,11 @@ def _stage(kv_cache: torch.Tensor, blocks: torch.Tensor, staging: torch.Tensor, 
         BLOCK=min(next_power_of_2(size), 4096),
         num_warps=4,
     )
+
+
+def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """Numbers of 8 bits as bytes: a copy does not care what they mean, and not every operation takes FP8."""
+    return tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor
 
 
 def _check_cache(kv_cache: torch.Tensor) -> None:

@@ -12,7 +12,8 @@ they are kept in that form, so that nothing is rounded twice and Q4_K takes 4.6 
 
 Codes are packed in 32-bit words so that a kernel never shuffles: word j of a group holds, from its lowest bits on,
 inputs j, j + group/8, j + 2 * group/8, … (4 bits). So bits 4p of neighbouring words are neighbouring inputs, and one
-word has one scale. An integer becomes a float by putting it under the exponent of 2**23: two instructions a weight.
+word has one scale. An integer becomes a float by putting it, where it lies, under the exponent that makes its last bit
+a one.
 
     1 row        codes meet the row in registers; a group's sum is scaled once a word
     a few rows   a tile is dequantized in registers, then tl.dot; inputs split over programs where outputs are few
@@ -115,8 +116,14 @@ def _scale_and_offset(
 @triton.jit
 def _code(words, PLACE: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr):
     """The code at this place of each word, less ZERO, as float32."""
-    code = (words >> (BITS * PLACE)) & ((1 << BITS) - 1)
-    return (code | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + ZERO)
+    # Where it lies, if its bits are all in a float's mantissa; else after one shift that the places beyond share.
+    HERE: tl.constexpr = BITS * PLACE
+    SHIFT: tl.constexpr = 0 if HERE + BITS <= 23 else (12 if BITS == 4 else 16)
+    AT: tl.constexpr = HERE - SHIFT
+    EXPONENT: tl.constexpr = (150 - AT) << 23
+    BASE: tl.constexpr = (1 << (23 - AT)) + ZERO
+    bits = (words >> SHIFT) & (((1 << BITS) - 1) << AT)
+    return (bits | EXPONENT).to(tl.float32, bitcast=True) - BASE
 
 
 @triton.jit

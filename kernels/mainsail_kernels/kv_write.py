@@ -12,7 +12,9 @@ the width of the cos|sin table, pass through. A slot of -1 (reference.NO_SLOT) w
 import torch
 
 from mainsail_kernels import reference
+from mainsail_kernels._fp8 import to_e4m3
 from mainsail_kernels._triton import (
+    INTERPRETED,
     dependent_launch,
     next_power_of_2,
     require,
@@ -21,6 +23,7 @@ from mainsail_kernels._triton import (
     triton,
     wait_for_inputs,
 )
+from mainsail_kernels.reference_quantized import FP8
 
 _HEADS_PER_PROGRAM = 16
 
@@ -40,6 +43,8 @@ def _rope_write_kernel(
     kv_side_stride,
     kv_head_stride,
     eps,
+    k_scale,
+    v_scale,
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -50,6 +55,8 @@ def _rope_write_kernel(
     HAS_Q_NORM: tl.constexpr,
     HAS_K_NORM: tl.constexpr,
     HEADS: tl.constexpr,
+    FP8: tl.constexpr,
+    ROUND: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
@@ -113,13 +120,21 @@ def _rope_write_kernel(
     cached = kv_ptr + kv_offset + channel
     tl.store(query, turned_first.to(query_ptr.dtype.element_ty), mask=is_query & fits)
     tl.store(query + HALF, turned_second.to(query_ptr.dtype.element_ty), mask=is_query & fits)
-    tl.store(cached, turned_first.to(kv_ptr.dtype.element_ty), mask=writes & fits)
-    tl.store(cached + HALF, turned_second.to(kv_ptr.dtype.element_ty), mask=writes & fits)
+    if FP8:
+        scale = tl.where(is_value, v_scale, k_scale)
+        tl.store(cached, to_e4m3(turned_first / scale, ROUND), mask=writes & fits)
+        tl.store(cached + HALF, to_e4m3(turned_second / scale, ROUND), mask=writes & fits)
+    else:
+        tl.store(cached, turned_first.to(kv_ptr.dtype.element_ty), mask=writes & fits)
+        tl.store(cached + HALF, turned_second.to(kv_ptr.dtype.element_ty), mask=writes & fits)
     if REST_PADDED > 0:
         query = query_ptr + q_offset + 2 * HALF + tail
         cached = kv_ptr + kv_offset + 2 * HALF + tail
         tl.store(query, rest.to(query_ptr.dtype.element_ty), mask=is_query & tail_fits)
-        tl.store(cached, rest.to(kv_ptr.dtype.element_ty), mask=writes & tail_fits)
+        if FP8:
+            tl.store(cached, to_e4m3(rest / scale, ROUND), mask=writes & tail_fits)
+        else:
+            tl.store(cached, rest.to(kv_ptr.dtype.element_ty), mask=writes & tail_fits)
 
 
 def rope_and_write_kv(
@@ -134,12 +149,15 @@ def rope_and_write_kv(
     q_norm: torch.Tensor | None = None,
     k_norm: torch.Tensor | None = None,
     eps: float = 1e-6,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> torch.Tensor:
     """Norm (when weights [head_dim] are given) and rotate q and k, write k and v to kv; returns the queries.
 
     qkv [num_tokens, (num_heads + 2*num_kv_heads) * head_dim]; positions [num_tokens]; cos_sin [max_pos, rotary_dim]
     (cosines, then sines); kv [num_blocks, 2, num_kv_heads, block_size, head_dim] of one layer; slot_mapping
     [num_tokens] int64, block * block_size + offset, or -1 to write nothing. Returns [num_tokens, num_heads, head_dim].
+    kv of e4m3 gets keys over k_scale and values over v_scale, which otherwise do nothing.
     Raises ValueError when the shapes do not fit together. Slots must differ from one another.
     """
     num_tokens = _check(qkv, positions, cos_sin, kv, slot_mapping, num_heads, num_kv_heads)
@@ -155,6 +173,8 @@ def rope_and_write_kv(
             q_norm=q_norm,
             k_norm=k_norm,
             eps=eps,
+            k_scale=k_scale,
+            v_scale=v_scale,
         )
     head_dim, half = kv.shape[4], cos_sin.shape[1] // 2
     query = torch.empty((num_tokens, num_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
@@ -176,6 +196,8 @@ def rope_and_write_kv(
         kv.stride(1),
         kv.stride(2),
         eps,
+        k_scale,
+        v_scale,
         NUM_HEADS=num_heads,
         NUM_KV_HEADS=num_kv_heads,
         HEAD_DIM=head_dim,
@@ -186,6 +208,8 @@ def rope_and_write_kv(
         HAS_Q_NORM=q_norm is not None,
         HAS_K_NORM=k_norm is not None,
         HEADS=_HEADS_PER_PROGRAM,
+        FP8=kv.dtype == FP8,
+        ROUND=INTERPRETED,
         num_warps=max(_HEADS_PER_PROGRAM // 4, 1),
         **dependent_launch(qkv.device),
     )

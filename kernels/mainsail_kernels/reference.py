@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from mainsail_kernels.reference_quantized import widen_blocks, widen_rows
+from mainsail_kernels.reference_quantized import FP8, to_fp8, widen_blocks, widen_rows
 
 NO_SLOT = -1
 """Slot of a token whose keys and values must not be written (padding)."""
@@ -129,6 +129,8 @@ def rope_and_write_kv(
     q_norm: torch.Tensor | None = None,
     k_norm: torch.Tensor | None = None,
     eps: float = 1e-6,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> torch.Tensor:
     """Split qkv, norm and rotate queries and keys, write keys and values to their slots; returns the queries."""
     head_dim, block_size = kv.shape[-1], kv.shape[-2]
@@ -142,9 +144,14 @@ def rope_and_write_kv(
     kept = (slot_mapping >= 0).nonzero().squeeze(1)
     slots = slot_mapping[kept]
     blocks, offsets = slots // block_size, slots % block_size
-    kv[blocks, 0, :, offsets] = rotate(key, cos, sin)[kept].to(kv.dtype)
-    kv[blocks, 1, :, offsets] = value[kept].to(kv.dtype)
+    kv[blocks, 0, :, offsets] = as_cached(rotate(key, cos, sin)[kept], kv.dtype, k_scale)
+    kv[blocks, 1, :, offsets] = as_cached(value[kept], kv.dtype, v_scale)
     return rotate(query, cos, sin).to(qkv.dtype)
+
+
+def as_cached(x: torch.Tensor, dtype: torch.dtype, scale: float) -> torch.Tensor:
+    """Keys or values as a cache of that type holds them: of e4m3 over their scale."""
+    return to_fp8(x, torch.tensor(scale)) if dtype == FP8 else x.to(dtype)
 
 
 def _soft_capped(scores: torch.Tensor, soft_cap: float) -> torch.Tensor:

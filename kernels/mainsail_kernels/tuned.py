@@ -183,7 +183,7 @@ def grouped_config(device: torch.device, rows: int, num_out: int, num_in: int) -
     if INTERPRETED:
         return QuantizedConfig(16, 16, 4, 1, split=3) if rows <= 20 else None
     if rows == 1:
-        return QuantizedConfig(8, 256, 4, 1)
+        return QuantizedConfig(4, 256, 2, 1)  # 128 words a warp: its threads hold the inputs that they multiply
     if rows > 64:
         return None
     split = _split(-(-num_out // 128), multiprocessors(device))

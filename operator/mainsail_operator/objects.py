@@ -209,6 +209,8 @@ def arguments(owner: Owner, spec: InferenceServiceSpec) -> list[str]:
         "--max-model-len": engine.max_model_len,
         "--max-num-batched-tokens": engine.max_batched_tokens,
         "--kv-cache-blocks": kv.blocks,
+        "--quantization": None if engine.quantization == "auto" else engine.quantization,
+        "--kv-cache-dtype": None if kv.dtype == "auto" else kv.dtype,
         "--kv-offloading-size": None if kv.host_memory is None else f"{_gibibytes(kv.host_memory):g}",
         "--tensor-parallel-size": engine.tensor_parallel_size if engine.tensor_parallel_size > 1 else None,
     }

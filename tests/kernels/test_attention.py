@@ -127,6 +127,22 @@ def test_prefill_leaves_rows_outside_its_chunks_alone(paged, close, device, dtyp
     assert bool((out[131:] == 7.0).all())
 
 
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(8, 2, 64), (4, 4, 32)])
+def test_fp8_cache_is_read_as_what_it_holds(heads, kv_heads, dim, paged, close, device, dtype):
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        pytest.skip("this card has no FP8")
+    batch = paged([1, 33, 200, 60], kv_heads, dim, seed=8)
+    kv = batch.kv.to(torch.float8_e4m3fn)
+    query = torch.randn(4, heads, dim).to(device, dtype)
+    out = paged_attention_decode(query, kv, batch.tables, batch.lens, 0.1)
+    close(out, reference.paged_attention_decode(query.double(), kv.double(), batch.tables, batch.lens, 0.1))
+    starts = torch.tensor([0, 1, 20, 70, 75], dtype=torch.int32, device=device)
+    query = torch.randn(75, heads, dim).to(device, dtype)
+    args = (batch.tables, starts, batch.lens, 50, 0.1)
+    out = paged_attention_prefill(query, kv, *args)
+    close(out, reference.paged_attention_prefill(query.double(), kv.double(), *args))
+
+
 def test_wrong_shapes_are_refused_by_name(paged, device, dtype):
     batch = paged([20], 2, 64, seed=4)
     query = torch.randn(1, 8, 64).to(device, dtype)

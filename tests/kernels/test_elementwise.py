@@ -1,6 +1,7 @@
 """RMS norm, activations, rotary with the KV write, block copies and the token bitmask against their references."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -45,15 +46,41 @@ def test_rope_and_write(heads, kv_heads, dim, rotary, norms, close, device, dtyp
     angles = torch.rand(50, rotary // 2) * 6
     cos_sin = torch.cat((angles.cos(), angles.sin()), dim=1).to(device)
     positions = torch.randint(50, (tokens,)).to(device)
-    weights = {f"{side}_norm": torch.rand(dim).to(device, dtype) for side in norms}
+    weights: dict[str, Any] = {f"{side}_norm": torch.rand(dim).to(device, dtype) for side in norms}
     kv = torch.full((3, 2, kv_heads, 16, dim), float("nan")).to(device, dtype)
     wide_kv, counts = kv.double(), {"num_heads": heads, "num_kv_heads": kv_heads}
     query = rope_and_write_kv(qkv, positions, cos_sin, kv, slots.to(device), **counts, **weights, eps=1e-6)
-    wide = {name: weight.double() for name, weight in weights.items()}
+    wide: dict[str, Any] = {name: weight.double() for name, weight in weights.items()}
     args = (qkv.double(), positions, cos_sin.double(), wide_kv, slots.to(device))
     close(query, reference.rope_and_write_kv(*args, **counts, **wide, eps=1e-6))
     assert torch.equal(kv.isnan(), wide_kv.isnan()), "written where it must not be, or not where it must"
     close(kv.nan_to_num(), wide_kv.nan_to_num())
+
+
+@pytest.mark.parametrize(("dim", "rotary"), [(32, 32), (96, 72)])
+def test_rope_and_write_fp8(dim, rotary, close, device, dtype):
+    """Keys and values over their scales, to the nearest number of e4m3; what is too large becomes the largest."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        pytest.skip("this card has no FP8")
+    tokens, heads, kv_heads = 7, 4, 2
+    qkv = torch.randn(tokens, (heads + 2 * kv_heads) * dim).to(device, dtype)
+    qkv[0, -1] = 1e4
+    angles = torch.rand(50, rotary // 2) * 6
+    cos_sin = torch.cat((angles.cos(), angles.sin()), dim=1).to(device)
+    positions = torch.randint(50, (tokens,)).to(device)
+    slots = torch.tensor([3, 16, -1, 47, 0, -1, 31]).to(device)
+    kv = torch.full((3, 2, kv_heads, 16, dim), float("nan")).to(device, torch.float8_e4m3fn)
+    truth = kv.clone()
+    counts: dict[str, Any] = {"num_heads": heads, "num_kv_heads": kv_heads, "k_scale": 0.5, "v_scale": 0.02}
+    query = rope_and_write_kv(qkv, positions, cos_sin, kv, slots, **counts)
+    wide = reference.rope_and_write_kv(qkv.double(), positions, cos_sin.double(), truth, slots, **counts)
+    close(query, wide)
+    assert torch.equal(kv.float().isnan(), truth.float().isnan())
+    off = (kv.float() - truth.float()).nan_to_num().abs()
+    # Next to the middle of two numbers float32 and float64 may go to different ones.
+    assert (off <= truth.float().nan_to_num().abs() / 7).all()
+    assert (off > 0).float().mean() < 0.01
+    assert kv.float()[0, 1, -1, 3, -1] == 448
 
 
 def test_rotation_keeps_lengths_and_depends_on_distance_alone(device):
@@ -74,15 +101,17 @@ def test_copy_blocks_copies_the_head_of_a_block_in_every_layer(device, dtype):
     assert torch.equal(cache, before)
 
 
-def test_blocks_go_to_staging_and_back(device, dtype):
+@pytest.mark.parametrize("kind", [None, torch.float8_e4m3fn])
+def test_blocks_go_to_staging_and_back(kind, device, dtype):
+    dtype = kind or dtype
     cache = torch.randn(3, 6, 2, 2, 16, 24).to(device, dtype)
     staging = torch.empty(2, 3, 2, 2, 16, 24, device=device, dtype=dtype)
     gather_blocks(cache, torch.tensor([4, 1], device=device), staging)
-    assert torch.equal(staging[0], cache[:, 4])
-    assert torch.equal(staging[1], cache[:, 1])
+    assert torch.equal(staging[0].float(), cache[:, 4].float())
+    assert torch.equal(staging[1].float(), cache[:, 1].float())
     scatter_blocks(cache, torch.tensor([0, 2], device=device), staging)
-    assert torch.equal(cache[:, 0], cache[:, 4])
-    assert torch.equal(cache[:, 2], cache[:, 1])
+    assert torch.equal(cache[:, 0].float(), cache[:, 4].float())
+    assert torch.equal(cache[:, 2].float(), cache[:, 1].float())
 
 
 def _packed(allowed: torch.Tensor) -> torch.Tensor:

@@ -91,6 +91,15 @@ def test_the_revision_is_what_changes_the_pod(make_spec, change, same: bool) -> 
     assert (objects.revision_of(make_spec(**change)) == objects.revision_of(make_spec())) is same
 
 
+def test_quantization_reaches_the_command_line_where_it_is_asked_for(owner, make_spec, settings) -> None:
+    """And not else: what a service had before the fields were there must stay the same revision."""
+    plain = container(objects.deployment(owner, make_spec(), 1, settings))
+    assert not {"--quantization", "--kv-cache-dtype"} & set(plain["args"])
+    spec = make_spec(engine={"quantization": "fp8", "kvCache": {"dtype": "fp8"}})
+    found = container(objects.deployment(owner, spec, 1, settings))["args"]
+    assert found[found.index("--quantization") + 1] == found[found.index("--kv-cache-dtype") + 1] == "fp8"
+
+
 def test_pod_template_merges_as_kubernetes_does(owner, make_spec, settings) -> None:
     spec = make_spec(
         podTemplate={

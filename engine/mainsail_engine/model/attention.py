@@ -6,6 +6,7 @@ Decodes (one query each) come first and go to the decode kernel; chunks of promp
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -13,6 +14,17 @@ from mainsail_engine.model.lora import AdapterRows
 from mainsail_kernels.attention_decode import DecodeWorkspace, paged_attention_decode
 from mainsail_kernels.attention_prefill import paged_attention_prefill
 from mainsail_kernels.kv_write import rope_and_write_kv
+from mainsail_kernels.reference_quantized import FP8
+
+
+class KVScales(NamedTuple):
+    """Of a layer whose KV cache is in FP8: what is stored is keys and values over these."""
+
+    key: float = 1.0
+    value: float = 1.0
+
+
+UNSCALED = KVScales()
 
 
 @dataclass(slots=True)
@@ -37,19 +49,29 @@ class Attention:
     """Which rows go through which LoRA adapter. None: no row does."""
 
     def attend(
-        self, query: torch.Tensor, kv: torch.Tensor, scale: float, *, window: int = 0, soft_cap: float = 0.0
+        self,
+        query: torch.Tensor,
+        kv: torch.Tensor,
+        scale: float,
+        *,
+        window: int = 0,
+        soft_cap: float = 0.0,
+        kv_scales: KVScales = UNSCALED,
     ) -> torch.Tensor:
         """query [num_tokens, num_heads, head_dim] to its context in kv: the same shape.
 
         window: how many of the newest tokens are seen, its own among them (0: all); soft_cap bounds the scores (0: no).
+        kv_scales: of a kv in FP8; keys and values are what it holds times these.
         """
+        if kv.dtype == FP8:
+            scale *= kv_scales.key
         n = self.num_decodes
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
         if n:
             self._decode(query[:n], kv, scale, window, soft_cap, out[:n])
         if len(self.seq_lens) > n:
             self._prefill(query, kv, scale, window, soft_cap, out)
-        return out
+        return out if kv.dtype != FP8 or kv_scales.value == 1.0 else out.mul_(kv_scales.value)
 
     def rotate_and_write(
         self,
@@ -62,11 +84,13 @@ class Attention:
         q_norm: torch.Tensor | None,
         k_norm: torch.Tensor | None,
         eps: float,
+        kv_scales: KVScales = UNSCALED,
     ) -> torch.Tensor:
         """Norm and rotate qkv's heads, write keys and values to kv: queries [num_tokens, num_heads, head_dim]."""
         return rope_and_write_kv(
             qkv, self.positions, cos_sin, kv, self.slot_mapping,
             num_heads=num_heads, num_kv_heads=num_kv_heads, q_norm=q_norm, k_norm=k_norm, eps=eps,
+            k_scale=kv_scales.key, v_scale=kv_scales.value,
         )  # fmt: skip
 
     def _decode(

@@ -22,7 +22,9 @@ import torch
 import torch.nn.functional as F
 
 from mainsail_engine.config import BLOCK_SIZE
-from mainsail_engine.model.attention import Attention
+from mainsail_engine.model.attention import UNSCALED, Attention, KVScales
+from mainsail_kernels.reference import as_cached
+from mainsail_kernels.reference_quantized import FP8
 
 
 @dataclass(slots=True)
@@ -34,15 +36,19 @@ class Gather:
     padding: torch.Tensor
     """int64: positions of the gathered buffer [2 * num_seqs * num_kv_heads * length] that no sequence owns."""
     buffer: torch.Tensor
-    """[2 * num_seqs * num_kv_heads * blocks, 16 * head_dim]."""
+    """[2 * num_seqs * num_kv_heads * blocks, 16 * head_dim], of a cache in FP8 the bytes."""
 
-    def read(self, kv: torch.Tensor, num_seqs: int) -> torch.Tensor:
-        """Keys and values of a layer, [2, num_seqs * num_kv_heads, length, head_dim]. Valid until the next read."""
+    def read(self, kv: torch.Tensor, num_seqs: int, dtype: torch.dtype) -> torch.Tensor:
+        """Keys and values of a layer, [2, num_seqs * num_kv_heads, length, head_dim]. Valid until the next read.
+
+        dtype: what a kv in FP8 is widened to; another has it already."""
         head_dim = kv.shape[4]
-        torch.index_select(kv.view(-1, BLOCK_SIZE * head_dim), 0, self.rows, out=self.buffer)
+        cached = kv.view(torch.uint8) if kv.dtype == FP8 else kv
+        torch.index_select(cached.view(-1, BLOCK_SIZE * head_dim), 0, self.rows, out=self.buffer)
         if self.padding.numel():
-            self.buffer.view(-1, head_dim).index_fill_(0, self.padding, 0.0)
-        return self.buffer.view(2, num_seqs * kv.shape[2], -1, head_dim)
+            self.buffer.view(-1, head_dim).index_fill_(0, self.padding, 0)
+        found = self.buffer.view(FP8).to(dtype) if kv.dtype == FP8 else self.buffer
+        return found.view(2, num_seqs * kv.shape[2], -1, head_dim)
 
 
 def plan_gather(block_tables: torch.Tensor, seq_lens: torch.Tensor, kv: torch.Tensor) -> Gather:
@@ -53,7 +59,8 @@ def plan_gather(block_tables: torch.Tensor, seq_lens: torch.Tensor, kv: torch.Te
     rows = block_tables[:, :blocks].long().view(1, n, 1, blocks) * (2 * heads) + side_head
     foreign = torch.arange(blocks * BLOCK_SIZE) >= seq_lens[:, None]
     padding = foreign[None, :, None, :].expand(2, n, heads, blocks * BLOCK_SIZE).reshape(-1).nonzero().squeeze(1)
-    buffer = torch.empty(rows.numel(), BLOCK_SIZE * head_dim, dtype=kv.dtype)
+    held = torch.uint8 if kv.dtype == FP8 else kv.dtype
+    buffer = torch.empty(rows.numel(), BLOCK_SIZE * head_dim, dtype=held)
     return Gather(rows.reshape(-1), padding, buffer)
 
 
@@ -94,12 +101,13 @@ class CpuAttention(Attention):
         q_norm: torch.Tensor | None,
         k_norm: torch.Tensor | None,
         eps: float,
+        kv_scales: KVScales = UNSCALED,
     ) -> torch.Tensor:
         head_dim = kv.shape[-1]
         if cos_sin.shape[1] != head_dim or (q_norm is not None and q_norm.dtype != qkv.dtype):
             return Attention.rotate_and_write(
                 self, qkv, kv, cos_sin, num_heads=num_heads, num_kv_heads=num_kv_heads,
-                q_norm=q_norm, k_norm=k_norm, eps=eps,
+                q_norm=q_norm, k_norm=k_norm, eps=eps, kv_scales=kv_scales,
             )  # fmt: skip
         heads = qkv.view(qkv.shape[0], num_heads + 2 * num_kv_heads, head_dim)
         if q_norm is not None and k_norm is not None:
@@ -113,7 +121,12 @@ class CpuAttention(Attention):
         rotated = torch.addcmul(moving * cos, moving.roll(head_dim // 2, -1), sin)
         if self._places is None:
             self._places = _places(self.slot_mapping, num_kv_heads)
-        written = torch.cat((rotated[:, num_heads:], heads[:, num_heads + num_kv_heads :]), dim=1)
+        key, value = rotated[:, num_heads:], heads[:, num_heads + num_kv_heads :]
+        if kv.dtype == FP8:
+            halves = zip((key, value), kv_scales, strict=True)
+            key, value = (as_cached(half, FP8, by).view(torch.uint8) for half, by in halves)
+            kv = kv.view(torch.uint8)
+        written = torch.cat((key, value), dim=1)
         kv.view(-1, head_dim).index_copy_(0, self._places, written.view(-1, head_dim))
         return rotated[:, :num_heads]
 
@@ -127,7 +140,7 @@ class CpuAttention(Attention):
         kv_heads = kv.shape[2]
         if self._gather is None:
             self._gather = plan_gather(self.block_tables[:n], self.seq_lens[:n], kv)
-        key, value = self._gather.read(kv, n)
+        key, value = self._gather.read(kv, n, query.dtype)
         packed = query.reshape(n * kv_heads, num_heads // kv_heads, head_dim)
         hidden = self._hidden_from(packed, key.shape[1], window)
         weights = torch.baddbmm(hidden, packed, key.transpose(1, 2), alpha=scale).softmax(-1)
@@ -175,7 +188,7 @@ def _attend(
     num_queries, num_heads, head_dim = query.shape
     kv_heads = kv.shape[2]
     group = num_heads // kv_heads
-    key, value = chunk.gather.read(kv, 1)
+    key, value = chunk.gather.read(kv, 1, query.dtype)
     if window not in chunk.masks:
         chunk.masks[window] = _causal(chunk, num_queries, key.shape[1], window).repeat(group, 1)
     packed = query.view(num_queries, kv_heads, group, head_dim).permute(1, 2, 0, 3)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from mainsail_engine.model.architecture import Architecture
-from mainsail_engine.model.attention import Attention
+from mainsail_engine.model.attention import Attention, KVScales
 from mainsail_engine.model.linear import Weight, linear, packed, scaled
 from mainsail_engine.model.loader import Part, Weights
 from mainsail_engine.model.lora import AdapterSlots, Site
@@ -44,6 +44,8 @@ class Layer:
     """How many of the newest tokens are seen; 0: all."""
     cos_sin: torch.Tensor
     """The rotation of this kind of layer."""
+    kv_scales: KVScales
+    """Used where the KV cache is in FP8."""
     more: dict[str, torch.Tensor]
     """Norms that only some families have."""
     sites: dict[str, Site] = field(default_factory=dict[str, Site])
@@ -103,6 +105,7 @@ class LlamaForCausalLM:
             mlp=mlp.packed(),
             window=a.window(index),
             cos_sin=rotation,
+            kv_scales=KVScales(*(weights.scalar(f"{at}.self_attn.{x}_scale") for x in "kv")),
             more=self._more_norms(weights, at),
         )
 
@@ -160,9 +163,11 @@ class LlamaForCausalLM:
         query = attention.rotate_and_write(
             self._project(layer, x, attention), kv, layer.cos_sin,
             num_heads=self.num_heads, num_kv_heads=self.num_kv_heads,
-            q_norm=layer.q_norm, k_norm=layer.k_norm, eps=a.rms_norm_eps,
+            q_norm=layer.q_norm, k_norm=layer.k_norm, eps=a.rms_norm_eps, kv_scales=layer.kv_scales,
         )  # fmt: skip
-        seen = attention.attend(query, kv, a.scale, window=layer.window, soft_cap=a.attention_soft_cap)
+        seen = attention.attend(
+            query, kv, a.scale, window=layer.window, soft_cap=a.attention_soft_cap, kv_scales=layer.kv_scales
+        )
         seen = seen.flatten(1)
         out = linear(seen, layer.output)
         if attention.adapters is not None:

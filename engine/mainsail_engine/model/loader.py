@@ -89,6 +89,10 @@ class Weights:
             self._fill_rows(member, parts)
         return out
 
+    def scalar(self, name: str, default: float = 1.0) -> float:
+        """A number that the checkpoint may have."""
+        return float(self.raw(name).float().max()) if self.has(name) else default
+
     def has_matrix(self, module: str) -> bool:
         """Whether the checkpoint has this module's matrix, in whatever form."""
         return self._source is not None and any(name.startswith(f"{module}.") for name in self._source.names)

@@ -113,12 +113,19 @@ def choose_dtype(name: str, architecture: Architecture, device: torch.device) ->
     return named.get(architecture.dtype, torch.bfloat16) if architecture.dtype != "float32" else torch.bfloat16
 
 
-def check_device(quantization: Quantization, device: torch.device) -> None:
-    """Raises InvalidConfigurationError for FP8 weights on a GPU without FP8."""
+def choose_kv_dtype(name: str, quantization: Quantization, dtype: torch.dtype) -> torch.dtype:
+    """auto: FP8 where the checkpoint brings scales for it, else the model's."""
+    wanted = quantization.kv_scales if name == "auto" else name.startswith("fp8")
+    return torch.float8_e4m3fn if wanted else dtype
+
+
+def check_device(quantization: Quantization, kv_dtype: torch.dtype, device: torch.device) -> None:
+    """Raises InvalidConfigurationError for FP8 on a GPU without."""
     wanted = quantization.online == "fp8" or any(isinstance(group.form, Fp8) for group in quantization.groups)
+    wanted = wanted or kv_dtype == torch.float8_e4m3fn
     if wanted and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         raise InvalidConfigurationError(
-            "FP8 weights need a GPU of compute capability 8.9 or more (Ada, Hopper), which "
+            "FP8 weights and FP8 KV need a GPU of compute capability 8.9 or more (Ada, Hopper), which "
             f"{torch.cuda.get_device_name(device)} has not"
         )
 
@@ -136,6 +143,9 @@ class ModelRunner:
         self._parallel = parallel
         self.device = choose_device(config.device, parallel.rank)
         self.dtype = choose_dtype(config.model.dtype, self.architecture, self.device)
+        quantization = read_quantization(path, config.model.quantization)
+        self.kv_dtype = choose_kv_dtype(config.cache.dtype, quantization, self.dtype)
+        check_device(quantization, self.kv_dtype, self.device)
         self.max_model_len = _model_len(config.model.max_model_len, self.architecture)
         self.eos_token_ids = self.architecture.eos_token_ids
         self.vocab_size = self.architecture.vocab_size
@@ -148,8 +158,6 @@ class ModelRunner:
             set_cpu_threads(parallel.size)
         else:
             torch.cuda.set_device(self.device)
-        quantization = read_quantization(path, config.model.quantization)
-        check_device(quantization, self.device)
         self._uploads = Uploads(self.device)
         self._padded: PaddedSteps | None = None
         try:
@@ -195,7 +203,7 @@ class ModelRunner:
     def sleep(self) -> None:
         """Weights to the host, the KV pool and all graphs dropped. Nothing may be launched until `wake_up`."""
         self._padded = self._workspace = None
-        self.kv_cache = torch.empty(0, dtype=self.dtype)
+        self.kv_cache = torch.empty(0, dtype=self.kv_dtype)
         if self.device.type == "cuda":
             torch.cuda.synchronize()
             move_tensors(self._model, to_host)
@@ -226,7 +234,7 @@ class ModelRunner:
 
     def _take_pool(self, config: EngineConfig) -> None:
         a, slots = self.architecture, config.scheduler.max_num_seqs
-        per_block = memory.block_bytes(a.num_layers, self._model.num_kv_heads, a.head_dim, self.dtype)
+        per_block = memory.block_bytes(a.num_layers, self._model.num_kv_heads, a.head_dim, self.kv_dtype)
         if config.cache.num_blocks is not None:
             self.num_blocks = config.cache.num_blocks
         elif self.device.type == "cpu":
@@ -252,7 +260,7 @@ class ModelRunner:
         a = self.architecture
         heads, kv_heads = self._model.num_heads, self._model.num_kv_heads
         shape = (a.num_layers, num_blocks, 2, kv_heads, BLOCK_SIZE, a.head_dim)
-        self.kv_cache = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        self.kv_cache = torch.zeros(shape, dtype=self.kv_dtype, device=self.device)
         self._tables = BlockTables(slots, -(-self.max_model_len // BLOCK_SIZE))
         self._sampler = Sampler(slots, a.vocab_size, self.eos_token_ids, self.device, self._uploads.send)
         self._pooler = Pooler()

@@ -21,6 +21,9 @@ OWNED_FLAGS: dict[str, str] = {
     "--host-memory": "spec.engine.kvCache.hostMemory",
     "--dtype": "spec.engine.dtype",
     "--load-format": "spec.engine.loadFormat",
+    "--quantization": "spec.engine.quantization",
+    "-q": "spec.engine.quantization",
+    "--kv-cache-dtype": "spec.engine.kvCache.dtype",
     "--gpu-memory-utilization": "spec.engine.kvCache.memoryFraction",
     "--kv-cache-blocks": "spec.engine.kvCache.blocks",
     "--enable-prefix-caching": "spec.engine.kvCache.prefixCaching",
@@ -60,6 +63,12 @@ class KvCacheSpec(Model):
         "sessions come back from there instead of being computed again. It counts against the memory limit. "
         "0 turns it off. Default: a quarter of the free memory, at most as much as the accelerator's KV cache; none "
         "without an accelerator.",
+    )
+    dtype: Literal["auto", "fp8"] = Field(
+        default="auto",
+        description="Number format of keys and values. fp8 (e4m3) holds twice the tokens in the same memory, for a "
+        "small loss of quality, and needs an accelerator with FP8 (compute capability 8.9). auto takes fp8 where the "
+        "model brings scales for it, and the model's own format else.",
     )
     prefix_caching: bool = Field(
         default=True,
@@ -119,6 +128,12 @@ class EngineSpec(Model):
         default="auto",
         description="auto loads the weights. dummy makes random ones of the right shapes, to test capacity and "
         "rollouts without the download; its answers are noise.",
+    )
+    quantization: Literal["auto", "fp8", "int4", "gguf"] = Field(
+        default="auto",
+        description="How weights are held. auto takes a model quantized beforehand as it is (compressed-tensors, fp8, "
+        "AWQ, GPTQ), and a .gguf file in dtype. fp8 and int4 quantize a model that is not while it loads: half or a "
+        "quarter of the memory. gguf keeps the types of a .gguf file.",
     )
     kv_cache: KvCacheSpec = Field(default_factory=KvCacheSpec, description="The KV cache: its size and its reuse.")
     extra_args: list[Annotated[str, Field(min_length=1, max_length=512)]] = Field(

@@ -22,7 +22,10 @@ from mainsail_engine.model.loader import Part, Weights
 from mainsail_engine.model.parallel import Parallel
 from mainsail_engine.model.quantization import from_quantization_config, matches, read_quantization
 from mainsail_engine.model.sources import SafetensorsSource
+from mainsail_engine.request import Request, SamplingParams
 from mainsail_engine.runner.model_runner import ModelRunner
+from mainsail_engine.runner.swap import HostMemory, HostSwap
+from mainsail_engine.step import BlockCopy, BlockMove, Chunk, StepPlan
 from mainsail_kernels import reference_quantized as reference
 from mainsail_kernels.grouped import Codes, dequantize
 
@@ -51,11 +54,13 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_plain(tmp_path_factory.mktemp("plain"))
 
 
-def runner_of(path: Path, quantization: str = "auto", load_format: str = "auto") -> ModelRunner:
+def runner_of(
+    path: Path, quantization: str = "auto", load_format: str = "auto", kv_cache_dtype: str = "auto"
+) -> ModelRunner:
     return ModelRunner(
         EngineConfig(
             model=ModelConfig(path=str(path), max_model_len=128, quantization=quantization, load_format=load_format),
-            cache=CacheConfig(num_blocks=16),
+            cache=CacheConfig(num_blocks=16, dtype=kv_cache_dtype),
             scheduler=SchedulerConfig(max_num_seqs=4),
             device="cpu",
         )
@@ -186,6 +191,69 @@ def test_dummy_weights_take_the_form_of_the_config(form: str, plain: Path, tmp_p
     runner = runner_of(tmp_path, load_format="dummy")
     assert isinstance(model_of(runner).layers[0].mlp.down, Codes if form == "awq" else Fp8Weight)
     assert logits(runner).isfinite().all()
+
+
+def generate(runner: ModelRunner, prompt: list[int], count: int, chunk: int) -> list[int]:
+    """Greedy tokens: the prompt in chunks, then one at a time, over a poisoned cache."""
+    runner.kv_cache.fill_(float("nan"))
+    request = Request("r", prompt, SamplingParams(max_tokens=count, temperature=0.0), 0.0, slot=0,
+                      block_ids=[i * 5 % 16 for i in range(8)])  # fmt: skip
+    done = 0
+    while len(request.output_token_ids) < count:
+        size = min(request.num_tokens - done, chunk)
+        samples = done + size == request.num_tokens
+        plan = StepPlan(chunks=[Chunk(request, done, size, samples, 0, request.block_ids)])
+        plan.num_decodes = int(size == 1 and samples)
+        request.output_token_ids += runner.launch(plan).result().token_ids
+        done += size
+    return request.output_token_ids
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Qwen3", "Gemma2"])
+def test_a_cache_in_fp8_gives_nearly_the_same(kind: str, tmp_path: Path) -> None:
+    """With soft caps and norms of heads too; chunked, whole and token by token see the same cache."""
+    folder = save_plain(tmp_path, kind)
+    plain_runner, runner = runner_of(folder), runner_of(folder, kv_cache_dtype="fp8")
+    assert runner.kv_cache.dtype == torch.float8_e4m3fn
+    assert runner.kv_cache.nbytes * 4 == plain_runner.kv_cache.nbytes
+    assert 1e-4 < distance(logits(runner), logits(plain_runner)) < 0.08
+    prompt = list(range(3, 50))
+    assert generate(runner, prompt, 8, chunk=47) == generate(runner, prompt, 8, chunk=20)
+
+
+def test_scales_of_the_checkpoint_keep_large_keys_and_values_in_range(plain: Path, tmp_path: Path) -> None:
+    """Values 2,000 times as large do not fit into e4m3, but for their scale; auto takes FP8 because it is there."""
+    scheme = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
+    checkpoints.compressed_fp8(plain, tmp_path, cache=scheme)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for layer in range(2):
+        at = f"model.layers.{layer}.self_attn"
+        tensors[f"{at}.v_proj.weight_scale"] *= 2000.0
+        tensors[f"{at}.o_proj.weight_scale"] /= 2000.0
+    save_file(tensors, tmp_path / "model.safetensors")
+    clipped = logits(runner_of(tmp_path))
+    numbers = {"k_scale": 0.5, "v_scale": 20.0}
+    scales = {f"model.layers.{i}.self_attn.{x}": torch.tensor(n) for i in range(2) for x, n in numbers.items()}
+    save_file(tensors | scales, tmp_path / "model.safetensors")
+    runner = runner_of(tmp_path)
+    assert runner.kv_cache.dtype == torch.float8_e4m3fn
+    truth = logits(runner_of(plain))
+    assert distance(logits(runner), truth) < 0.2 < distance(clipped, truth)
+
+
+def test_a_cache_in_fp8_goes_to_host_memory_and_back(plain: Path) -> None:
+    runner = runner_of(plain, kv_cache_dtype="fp8")
+    runner.kv_cache.copy_(torch.randn(runner.kv_cache.shape))
+    before = runner.kv_cache.clone()
+    memory = HostMemory((2, 2, 2, 16, 16), torch.float8_e4m3fn, 1 << 20)
+    swap = HostSwap(runner.kv_cache, memory)
+    swap.store([BlockMove(device=3, host=0), BlockMove(device=7, host=1)])
+    swap.load([BlockMove(device=5, host=1)])
+    assert torch.equal(runner.kv_cache[:, 5].float(), before[:, 7].float())
+    runner._copy([BlockCopy(src=3, dst=9, num_tokens=5)])
+    after = runner.kv_cache.float()
+    assert torch.equal(after[:, 9, :, :, :5], before.float()[:, 3, :, :, :5])
+    assert torch.equal(after[:, 9, :, :, 5:], before.float()[:, 9, :, :, 5:])
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
