@@ -250,7 +250,7 @@ def main() -> None:
     load = Load(core, ready.vocab_size)
     load.add(1000, 8)
     load.drain()
-    weight = {"fp8": 1.0, "int4": (4 + 24 / 128) / 8}.get(args.quantization, 2.0)
+    weight = {"fp8": 1.0, "int4": (4 + 24 / 32) / 8}.get(args.quantization, 2.0)
     widths = Widths(weight, 1.0 if args.kv_cache_dtype == "fp8" else 2.0)
     named = args.model if args.quantization == "auto" else f"{args.model} {args.quantization}"
     peer = PEER.get(named, {"step_ms": {}, "prefill": None, "mixed": None, "long": None})

@@ -68,7 +68,7 @@ def runner_of(model: Path, form: dict[str, str]) -> ModelRunner:
     return ModelRunner(
         EngineConfig(
             model=ModelConfig(
-                path=str(model), max_model_len=WINDOW, dtype=form.get("dtype", "auto"),
+                path=str(model), max_model_len=WINDOW, dtype=form.get("dtype", "float32"),
                 quantization=form.get("quantization", "auto"),
             ),
             cache=CacheConfig(num_blocks=WINDOW // 16 + 2, dtype=form.get("kv_cache_dtype", "auto")),

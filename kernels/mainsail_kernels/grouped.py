@@ -118,7 +118,7 @@ def _code(words, PLACE: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr):
     """The code at this place of each word, less ZERO, as float32."""
     # Where it lies, if its bits are all in a float's mantissa; else after one shift that the places beyond share.
     HERE: tl.constexpr = BITS * PLACE
-    SHIFT: tl.constexpr = 0 if HERE + BITS <= 23 else (12 if BITS == 4 else 16)
+    SHIFT: tl.constexpr = 0 if HERE + BITS <= 23 else (12 if BITS == 4 else 16)  # pyright: ignore[reportAssignmentType]
     AT: tl.constexpr = HERE - SHIFT
     EXPONENT: tl.constexpr = (150 - AT) << 23
     BASE: tl.constexpr = (1 << (23 - AT)) + ZERO

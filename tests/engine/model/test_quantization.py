@@ -12,9 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.engine.model import checkpoints
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from mainsail_engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from mainsail_engine.errors import InvalidConfigurationError, StartupError, UnsupportedModelError
+from mainsail_engine.llm import LLM
+from mainsail_engine.llm import SamplingParams as LLMParams
 from mainsail_engine.model.attention import Attention
 from mainsail_engine.model.gguf_codes import LAYOUTS, Blocks, codes_of
 from mainsail_engine.model.linear import Fp8Weight, RowsOf, Weight, linear, scaled
@@ -59,7 +62,9 @@ def runner_of(
 ) -> ModelRunner:
     return ModelRunner(
         EngineConfig(
-            model=ModelConfig(path=str(path), max_model_len=128, quantization=quantization, load_format=load_format),
+            model=ModelConfig(
+                path=str(path), dtype="float32", max_model_len=128, quantization=quantization, load_format=load_format
+            ),
             cache=CacheConfig(num_blocks=16, dtype=kv_cache_dtype),
             scheduler=SchedulerConfig(max_num_seqs=4),
             device="cpu",
@@ -254,6 +259,23 @@ def test_a_cache_in_fp8_goes_to_host_memory_and_back(plain: Path) -> None:
     after = runner.kv_cache.float()
     assert torch.equal(after[:, 9, :, :, :5], before.float()[:, 3, :, :, :5])
     assert torch.equal(after[:, 9, :, :, 5:], before.float()[:, 9, :, :, 5:])
+
+
+def test_two_ranks_give_the_tokens_of_one(plain: Path, tmp_path: Path) -> None:
+    """Each reads its own groups only, of fused rows and of columns."""
+    checkpoints.gptq(plain, tmp_path)
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(96)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.save(str(tmp_path / "tokenizer.json"))
+    greedy = LLMParams(max_tokens=24, temperature=0.0, ignore_eos=True)
+    found: list[list[int]] = []
+    for ranks in (1, 2):
+        settings: dict[str, Any] = {"tensor_parallel_size": ranks, "max_num_seqs": 2, "kv_cache_blocks": 16}
+        with LLM(str(tmp_path), dtype="float32", device="cpu", **settings) as llm:
+            outputs = llm.generate([{"prompt_token_ids": list(range(3, 40))}], greedy)
+        found.append(list(outputs[0].outputs[0].token_ids))
+    assert len(found[0]) == 24
+    assert found[1] == found[0]
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
