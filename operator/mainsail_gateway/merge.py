@@ -9,7 +9,8 @@ import http.client
 import logging
 import socket
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from urllib.parse import parse_qs, urlencode
 
@@ -154,30 +155,39 @@ class Merged:
     def metrics(self, names: Sequence[str]) -> bytes:
         """All workers' metrics, or only those of these names, in Prometheus' text form."""
         target = "/metrics?" + urlencode([("name[]", name) for name in names])
-        found: list[Metric] = []
-        answering = 0
-        for worker, path in self._sockets.items():
-            try:
-                status, text = ask(path, target)
-            except (OSError, http.client.HTTPException) as error:
-                log.warning("worker %s does not tell its metrics: %s", worker, str(error) or type(error).__name__)
-                continue
-            if status == 200:
-                families = list(text_string_to_metric_families(text.decode()))
-                found += families
-                answering += 1
-                with self._lock:
-                    self._seen.setdefault(worker, {}).update(counted(families))
-        with self._lock:
-            gone = dict(self._gone)
-        result = merged(found, gone)
+        answers = {worker: self._told_by(worker, target) for worker in self._sockets}
+        told = [families for families in answers.values() if families is not None]
+        gone = self._not_told({worker for worker, families in answers.items() if families is None})
+        result = merged((family for families in told for family in families), gone)
         if not names or WORKERS in names:
             workers = GaugeMetricFamily(WORKERS, "Processes behind this port that answer.")
-            workers.add_metric((), answering)
+            workers.add_metric((), len(told))
             result.append(workers)
         registry = CollectorRegistry()
         registry.register(_Told(result))
         return generate_latest(registry)
+
+    def _not_told(self, silent: Set[str]) -> dict[Series, float]:
+        """What workers had counted that have died, or do not answer now."""
+        with self._lock:
+            gone = Counter(self._gone)
+            for worker in silent:
+                gone.update(self._seen.get(worker, {}))
+        return dict(gone)
+
+    def _told_by(self, worker: str, target: str) -> list[Metric] | None:
+        """What one worker counts, which is remembered; None: it does not answer."""
+        try:
+            status, text = ask(self._sockets[worker], target)
+        except (OSError, http.client.HTTPException) as error:
+            log.warning("worker %s does not tell its metrics: %s", worker, str(error) or type(error).__name__)
+            return None
+        if status != 200:
+            return None
+        families = list(text_string_to_metric_families(text.decode()))
+        with self._lock:
+            self._seen.setdefault(worker, {}).update(counted(families))
+        return families
 
     def debug(self, query: str) -> tuple[int, bytes]:
         """What one worker says; `worker=N` names which, without it the first."""

@@ -260,6 +260,7 @@ class Relay:
                     _failed(call, endpoint, load, metrics, error)
             if answering:
                 call.revision = endpoint.revision
+            if answering or (call.started and failure.reason not in ("connect", "refused")):
                 if not _goes_on(call, pool, failure, metrics):
                     break
                 # Alone, it may have lost just this connection: better asked again than not at all.

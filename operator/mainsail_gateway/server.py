@@ -54,13 +54,30 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
+def notice_death(transport: asyncio.Transport, after_s: float) -> None:
+    """A client that vanished sends no reset: without this its stream would run on, at the engine's cost. Probes while
+    nothing is sent, and a bound on how long what was sent may stay unconfirmed."""
+    sock = transport.get_extra_info("socket")
+    if sock is None:
+        return
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, max(1, round(after_s / 4)))
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, max(1, round(after_s / 4)))
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(after_s * 1000))
+
+
 class LimitedProtocol(HttpToolsProtocol):
     """uvicorn's connection, which bounds neither the size nor the time of a request's head: here it is bounded."""
 
     max_header_bytes = 64 * 1024
+    client_timeout_s = 120.0
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
+        # Later than the relay itself gives up a client that takes nothing, and says so.
+        notice_death(transport, self.client_timeout_s + 10.0)
         self.head_bytes = 0
         self.head_since: float | None = time.monotonic()
         self.closing_since: float | None = None
@@ -237,6 +254,7 @@ def _report(task: asyncio.Task[Any]) -> None:
 def configure(gateway: Gateway) -> uvicorn.Config:
     settings = gateway.settings
     LimitedProtocol.max_header_bytes = settings.max_header_bytes
+    LimitedProtocol.client_timeout_s = settings.client_timeout_s
     logging.getLogger("uvicorn.error").addFilter(_NotOurs())
     return uvicorn.Config(
         gateway,  # pyright: ignore[reportArgumentType]  # our ASGI types are wider than uvicorn's TypedDicts

@@ -63,6 +63,7 @@ class Upstream:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
+        assert task is not None
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         self.connections += 1
@@ -102,7 +103,9 @@ async def answer(up: Upstream, seen: Seen, reader, writer: asyncio.StreamWriter)
                 "object": "chat.completion.chunk",
                 "created": 1,
                 "model": model,
-                "choices": [{"index": 0, "delta": {"content": word}, "finish_reason": None}],
+                "choices": [
+                    {"index": 0, "delta": {"content": word}, "finish_reason": "stop" if word == " world" else None}
+                ],
             }
             writer.write(chunk(b"data: " + json.dumps(event).encode() + b"\n\n"))
             await writer.drain()

@@ -2,12 +2,18 @@
 
 import asyncio
 import json
+import os
+from typing import Any
 
 import httpx
 import openai
 import pytest
 
-BODY = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # or it asks the network when it is imported
+import litellm as _litellm
+
+litellm: Any = _litellm
+BODY: Any = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 CHAT = "/v1/chat/completions"
 
 
@@ -26,6 +32,24 @@ async def test_openai_client_streams_and_not(kit):
     assert json.loads(up.seen[0].body) == BODY
     assert gw.metric("mainsail:gateway_requests_total", namespace="default", service="m", code="200") == 2
     assert gw.metric("mainsail:gateway_time_to_first_token_seconds_count", namespace="default", service="m") == 1
+
+
+async def test_litellm_and_curl_unchanged(kit):
+    up = await kit.upstream()
+    async with kit.gateway(kit.service(up.endpoint())) as gw:
+        ask = {"model": "openai/m", "messages": BODY["messages"], "api_base": gw.url + "/v1", "api_key": "x"}
+        whole = await litellm.acompletion(**ask, num_retries=0)
+        assert whole.choices[0].message.content == "Hello world"
+        chunks = [chunk async for chunk in await litellm.acompletion(**ask, num_retries=0, stream=True)]
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "Hello world"
+        with pytest.raises(litellm.NotFoundError):
+            await litellm.acompletion(**{**ask, "model": "openai/nobody"}, num_retries=0)
+        curl = await asyncio.create_subprocess_exec(
+            "curl", "-sSN", "--fail-with-body", gw.url + CHAT, "-H", "Content-Type: application/json",
+            "-d", json.dumps({**BODY, "stream": True}), stdout=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        said, _ = await curl.communicate()
+        assert (curl.returncode, said.count(b"data: ")) == (0, 3)
 
 
 async def test_models_of_all_services(kit):

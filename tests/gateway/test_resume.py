@@ -121,6 +121,22 @@ async def test_an_only_endpoint_is_asked_again(kit):
         assert await answer == WHOLE
 
 
+async def test_who_broke_is_asked_again_when_the_other_breaks_too(kit):
+    """Of two replicas one lost a connection in the middle, the other before it answered: neither need be gone."""
+    times = 0
+
+    async def twice(up, seen, reader, writer):
+        nonlocal times
+        times += 1
+        await (begins(kit) if times == 1 else goes_on(kit))(up, seen, reader, writer)
+
+    other = await kit.upstream(kit.raw(b"HTTP/1.1 200 OK\r\nconte"))
+    async with first_alone(kit, twice, other) as (gw, answer):
+        assert await answer == WHOLE
+    assert (times, len(other.seen)) == (2, 1)
+    assert gw.metric("mainsail:gateway_failovers_total", service="m") == 2
+
+
 async def test_a_request_that_breaks_engine_after_engine_is_not_let_loose_on_all(kit):
     ups = [await kit.upstream(begins(kit)) for _ in range(8)]
     async with kit.gateway(kit.service(*(up.endpoint(str(n)) for n, up in enumerate(ups)))) as gw:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -104,6 +105,19 @@ async def test_a_body_that_does_not_come_is_given_up(kit):
         assert (await reader.readuntil(b"\r\n")).split(b" ")[1] == b"408"
         writer.close()
     assert not up.seen
+
+
+async def test_a_client_that_vanishes_is_noticed_by_the_kernel(kit):
+    """No packet can be lost on loopback, so what the kernel was told is looked at."""
+    async with kit.gateway(kit.service(), client_timeout_s=30.0) as gw:
+        _, writer = await asyncio.open_connection("127.0.0.1", gw.port)
+        await kit.until(lambda: gw.server.server_state.connections)
+        (connection,) = gw.server.server_state.connections
+        sock = connection.transport.get_extra_info("socket")
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        names = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT, socket.TCP_USER_TIMEOUT)
+        assert [sock.getsockopt(socket.IPPROTO_TCP, name) for name in names] == [10, 10, 3, 40_000]
+        writer.close()
 
 
 MIDDLES = {
