@@ -171,9 +171,10 @@ class StepTimes:
         return max(FIRST_GUESSES, batch, 2 * (int(counts[-1]) - batch) if len(counts) else 0)
 
     def _growth(self, rows: np.ndarray) -> np.ndarray:
-        """What so many rows cost before anything was measured, relative to a few."""
-        free = self._free_rows
-        return np.where(rows <= free, 1.0, 1.0 + 0.25 * (rows - free) / max(free, 1)) if free > 1 else 1.0 + rows / 8
+        """What so many rows cost before anything was measured, relative to none: an optimistic guess."""
+        if self._free_rows <= 1:
+            return 1.0 + rows / 8
+        return 1.0 + 0.25 * np.maximum(rows - self._free_rows, 0) / self._free_rows
 
 
 def choose_lengths(
