@@ -27,6 +27,7 @@ from mainsail_engine.model.quantization import from_quantization_config, matches
 from mainsail_engine.model.sources import SafetensorsSource
 from mainsail_engine.request import Request, SamplingParams
 from mainsail_engine.runner.model_runner import ModelRunner
+from mainsail_engine.runner.sleep import move_tensors
 from mainsail_engine.runner.swap import HostMemory, HostSwap
 from mainsail_engine.step import BlockCopy, BlockMove, Chunk, StepPlan
 from mainsail_kernels import reference_quantized as reference
@@ -276,6 +277,19 @@ def test_two_ranks_give_the_tokens_of_one(plain: Path, tmp_path: Path) -> None:
         found.append(list(outputs[0].outputs[0].token_ids))
     assert len(found[0]) == 24
     assert found[1] == found[0]
+
+
+@pytest.mark.parametrize("form", ["awq", "compressed int4", "fp8 blocks"])
+def test_a_sleep_finds_every_tensor_of_quantized_matrices(form: str, plain: Path, tmp_path: Path) -> None:
+    checkpoints.FORMS[form](plain, tmp_path)
+    mlps = [layer.mlp for layer in model_of(runner_of(tmp_path)).layers]
+    x = torch.randn(3, 64)
+    before = mlps[1](x)
+    held = sum(t.nbytes for name, t in load_file(tmp_path / "model.safetensors").items() if ".mlp." in name)
+    assert move_tensors(mlps, torch.Tensor.clone) > 0.9 * held
+    assert torch.equal(mlps[1](x), before)
+    move_tensors(mlps, torch.zeros_like)
+    assert not mlps[1](x).any(), "a tensor stayed where it was"
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
