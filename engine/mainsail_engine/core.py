@@ -348,6 +348,9 @@ class EngineCore:
         """What this step brought, and the requests that were refused since the last one."""
         self._stats_due = False
         refused, self._refused = self._refused, []
+        for output in outputs if self._queued_since else ():
+            if output.finish_reason is not None:  # its deadline came first
+                self._queued_since.pop(output.request_id, None)
         if self._adapters is not None:
             ended = (output.request_id for output in (*outputs, *refused) if output.finish_reason is not None)
             self._adapters.table.release(ended)

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from itertools import islice
 from typing import TYPE_CHECKING, TypedDict
 
@@ -59,6 +59,8 @@ WASTE_STEPS = 32
 """The gauge of unused room is taken anew every so many steps: it looks at every request."""
 MEASURED_PREFILL = 256
 """A step with so many prompt tokens tells how long computing KV takes."""
+MANY_DEADLINES = 64
+"""So many more of them than live requests need, and those of finished requests are looked for."""
 LOADS_PER_STEP = 128
 """Blocks that one plan begins to load: enough to keep the bus busy, few enough that others' loads come in between."""
 
@@ -110,7 +112,7 @@ class Scheduler:
         self._accounts: dict[str, Account] = {}
         """By request id: whom its tokens are charged to."""
         self._deadlines: list[tuple[float, int, Request]] = []
-        """Heap; finished requests are dropped when they come up."""
+        """Heap; finished requests are dropped when they come up, or when they are the most of it."""
         self._outputs: list[RequestOutput] = []
         """What happened between two commits."""
         self._prefilling: list[Request] = []
@@ -756,6 +758,9 @@ class Scheduler:
         request.move(RequestStatus.FINISHED)
         request.finish_reason = reason
         del self._requests[request.request_id], self._accounts[request.request_id]
+        if len(self._deadlines) > 2 * len(self._requests) + MANY_DEADLINES:
+            self._deadlines = [entry for entry in self._deadlines if not entry[2].is_finished]
+            heapify(self._deadlines)
         if self._speculator is not None:
             self._speculator.source.forget(request)
         self._waiting.leave(request)

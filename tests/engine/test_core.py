@@ -108,6 +108,15 @@ def test_the_time_in_the_queue_is_told_once() -> None:
     assert first[0].queue_time_s >= 0
 
 
+def test_a_request_whose_deadline_comes_first_leaves_nothing_behind() -> None:
+    core, _ = make()
+    core.handle(Add("late", [1, 2], SamplingParams(max_tokens=2), timeout_s=0.5), 0.0)
+    outputs = core.step(1.0)
+    assert outputs is not None
+    assert [(o.request_id, o.stop_reason) for o in outputs.outputs] == [("late", "deadline")]
+    assert core._queued_since == {}
+
+
 def test_a_request_that_can_never_run_fails_alone() -> None:
     core, _ = make()
     core.handle(add("long", prompt=100), 0.0)

@@ -671,6 +671,18 @@ def test_equal_users_are_served_equally_whatever_they_ask():
     assert 0.8 < got["prompts"] / got["answers"] < 1.25
 
 
+def test_finished_requests_are_not_kept_for_their_deadlines():
+    engine = Engine()
+    for index in range(500):
+        engine.add(prompt(index, 5), max_tokens=1, timeout=3600.0)
+        engine.run()
+    assert len(engine.scheduler._deadlines) < 100
+    late = engine.add(prompt(7, 5), max_tokens=100, timeout=0.05, ignore_eos=True)
+    for _ in range(10):
+        engine.step()
+    assert late.finish_reason is FinishReason.ERROR
+
+
 def test_where_a_prompts_kv_came_from_and_how_long_it_stayed():
     engine = Engine(num_blocks=8, max_model_len=120, host=40, metrics_sample=1.0, sessions=False)
     lives = []
