@@ -8,12 +8,14 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import os
 import socket
 import subprocess
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import httpx
 import openai
@@ -24,10 +26,14 @@ from e2e.cluster.place import Place
 from e2e.kube import Kube, KubectlError, Object, condition, wait_for
 from e2e.services import client, pods, service, steady_traffic, wait_ready, wait_routed
 
+os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # or it asks the network when it is imported
+import litellm as _litellm
+
+litellm: Any = _litellm
 SYSTEM = "mainsail-system"
 URI = "pvc://models/tiny"
-ASK = {"model": "front", "prompt": "Tell me", "max_tokens": 8, "temperature": 0}
-CANARY = {
+ASK: Object = {"model": "front", "prompt": "Tell me", "max_tokens": 8, "temperature": 0}
+CANARY: Object = {
     "strategy": "Canary",
     "steps": [{"weight": 25, "hold": "1h"}],
     "gate": {"minRequests": 100000, "onInconclusive": "Hold"},
@@ -58,6 +64,9 @@ def test_clients_work_unchanged(gateway_url: str, front: Object) -> None:
     assert whole.usage.completion_tokens == 8
     pieces = list(api.completions.create(**ASK, stream=True))
     assert "".join(piece.choices[0].text for piece in pieces if piece.choices) == whole.choices[0].text
+    lite = {"model": "text-completion-openai/front", "api_base": f"{gateway_url}/v1", "api_key": "none"}
+    told = litellm.text_completion(**lite, prompt="Tell me", max_tokens=8, temperature=0, num_retries=0)
+    assert told.choices[0].text == whole.choices[0].text
     command = ["curl", "-sSN", "--fail-with-body", f"{gateway_url}/v1/completions", "-H",
                "Content-Type: application/json", "-d", json.dumps(ASK | {"stream": True})]  # fmt: skip
     printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
@@ -113,7 +122,8 @@ def test_a_virtual_model(kube: Kube, gateway_url: str, front: Object) -> None:
     kube.apply(route)
     try:
         wait_routed(gateway_url, "smart")
-        raw = client(gateway_url).completions.with_raw_response.create(**ASK | {"model": "smart"})
+        ask: Object = ASK | {"model": "smart"}
+        raw = client(gateway_url).completions.with_raw_response.create(**ask)
         assert raw.headers["x-mainsail-answered-by"] == "default/front"
         assert raw.parse().model == "front"
         told = wait_for("a status", lambda: condition(kube.get("modelroute", "smart"), "Ready"), timeout_s=40)
@@ -138,6 +148,7 @@ def gateways(kube: Kube) -> list[str]:
 
 def test_keys_and_their_limits(kube: Kube, front: Object) -> None:
     """A gateway of its own, as the chart makes it with auth.mode=Keys."""
+    sleeper: Object = ASK | {"model": "sleeper"}
     kube.apply(*keyed_gateway(kube), key_secret("few", API_KEY, requestsPerMinute="3", models="fr*"))
     try:
         kube.run("rollout", "status", "deployment/keyed", "-n", SYSTEM, timeout_s=120)
@@ -153,7 +164,7 @@ def test_keys_and_their_limits(kube: Kube, front: Object) -> None:
                 api.completions.create(**ASK)
             assert int(error.value.response.headers["retry-after"]) >= 1
             with pytest.raises(openai.PermissionDeniedError):
-                api.completions.create(**ASK | {"model": "sleeper"})
+                api.completions.create(**sleeper)
             kube.apply(key_secret("few", "sk-" + "new" * 10))
             wait_for("the old key refused", lambda: not listed(api), timeout_s=20)
     finally:
@@ -222,7 +233,7 @@ def answers(url: str) -> bool:
 
 def test_twenty_held_requests_wake_a_service(kube: Kube, gateway_url: str, front: Object) -> None:
     wait_for("the sleeper at zero", lambda: not pods(kube, "sleeper"), timeout_s=120, story=kube.story)
-    ask = ASK | {"model": "sleeper"}
+    ask: Object = ASK | {"model": "sleeper"}
 
     async def held() -> list[str]:
         api = openai.AsyncOpenAI(base_url=f"{gateway_url}/v1", api_key="none", max_retries=0, timeout=150)

@@ -1,0 +1,92 @@
+"""The chart as helm renders it: keys, TLS, several workers, rights on Secrets."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from e2e import product
+from e2e.cluster.place import Place
+from e2e.kube import Object
+
+SYSTEM = product.NAMESPACE
+CHART = Path(__file__).parents[1] / "charts/mainsail"
+Render = Callable[..., list[Object]]
+
+
+@pytest.fixture(scope="module")
+def render(cluster: Place) -> Render:
+    """`helm template` with these settings."""
+
+    def rendered(*settings: str) -> list[Object]:
+        command = [cluster.programs / "helm", "template", "mainsail", CHART, "--namespace", SYSTEM]
+        command += [part for setting in settings for part in ("--set", setting)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        if done.returncode:
+            raise ValueError(done.stderr)
+        return [found for found in yaml.safe_load_all(done.stdout) if found]
+
+    return rendered
+
+
+def gateway(objects: list[Object]) -> Object:
+    return named(objects, "Deployment", "mainsail-gateway")
+
+
+def named(objects: list[Object], kind: str, name: str) -> Object:
+    return next(found for found in objects if (found["kind"], found["metadata"]["name"]) == (kind, name))
+
+
+def flags(deployment: Object) -> dict[str, list[str]]:
+    """Each flag of the gateway with its values."""
+    args: list[str] = deployment["spec"]["template"]["spec"]["containers"][0]["args"]
+    found: dict[str, list[str]] = {}
+    for flag, value in zip(args[::2], args[1::2], strict=True):
+        found.setdefault(flag, []).append(value)
+    return found
+
+
+def test_without_settings_nobody_may_read_secrets(render: Render) -> None:
+    objects = render()
+    told = flags(gateway(objects))
+    assert (told["--auth"], told["--workers"]) == (["anonymous"], ["1"])
+    assert told.keys().isdisjoint({"--keys-namespace", "--tls-cert", "--external-namespace"})
+    of_gateway = [found for found in objects if "gateway" in found["metadata"]["name"] and "rules" in found]
+    assert of_gateway
+    assert not any("secrets" in rule["resources"] for found in of_gateway for rule in found["rules"])
+
+
+def test_settings_become_flags_rights_and_files(render: Render) -> None:
+    objects = render("gateway.auth.mode=Keys", "gateway.auth.namespace=keys", "gateway.tls.secretName=front",
+                     "gateway.externalNamespaces={a,b}", "gateway.workers=3")  # fmt: skip
+    deployment = gateway(objects)
+    told = flags(deployment)
+    assert (told["--auth"], told["--keys-namespace"], told["--workers"]) == (["keys"], ["keys"], ["3"])
+    assert told["--external-namespace"] == ["a", "b"]
+    assert told["--tls-cert"] == ["/etc/mainsail/tls/tls.crt"]
+    pod = deployment["spec"]["template"]["spec"]
+    assert {"name": "tls", "secret": {"secretName": "front"}} in pod["volumes"]
+    mounts = pod["containers"][0]["volumeMounts"]
+    assert {"name": "tls", "mountPath": "/etc/mainsail/tls", "readOnly": True} in mounts
+    for name, namespaces in (("mainsail-gateway-keys", {"keys"}), ("mainsail-gateway-external", {"a", "b"})):
+        roles = [x for x in objects if x["kind"] == "Role" and x["metadata"]["name"] == name]
+        bindings = [x for x in objects if x["kind"] == "RoleBinding" and x["metadata"]["name"] == name]
+        assert (
+            {x["metadata"]["namespace"] for x in roles} == {x["metadata"]["namespace"] for x in bindings} == namespaces
+        )
+        reads = [{"apiGroups": [""], "resources": ["secrets"], "verbs": ["get", "list", "watch"]}]
+        assert all(role["rules"] == reads for role in roles)
+        account = {"kind": "ServiceAccount", "name": "mainsail-gateway", "namespace": SYSTEM}
+        assert all(binding["subjects"] == [account] for binding in bindings)
+
+
+@pytest.mark.parametrize(
+    "wrong", ["gateway.auth.mode=keys", "gateway.workers=0", "gateway.tls.secret=x", "gateway.externalNamespaces=a"]
+)
+def test_a_wrong_setting_is_refused(render: Render, wrong: str) -> None:
+    with pytest.raises(ValueError, match="gateway"):
+        render(wrong)
