@@ -21,6 +21,7 @@ import logging
 import os
 import random
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -230,9 +231,14 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     bandwidth = measured_bandwidth()
     torch.cuda.empty_cache()
+    model = MODELS / args.model
+    if args.max_model_len > read_architecture(model).max_position_embeddings:
+        shapes = json.loads((model / "config.json").read_text()) | {"max_position_embeddings": args.max_model_len}
+        model = Path(tempfile.mkdtemp())
+        (model / "config.json").write_text(json.dumps(shapes))
     config = EngineConfig(
         model=ModelConfig(
-            path=str(MODELS / args.model),
+            path=str(model),
             load_format="dummy",
             max_model_len=args.max_model_len,
             quantization=args.quantization,
@@ -255,7 +261,7 @@ def main() -> None:
     named = args.model if args.quantization == "auto" else f"{args.model} {args.quantization}"
     peer = PEER.get(named, {"step_ms": {}, "prefill": None, "mixed": None, "long": None})
     table = rows(
-        load, named, read_architecture(MODELS / args.model), set(args.rows.split(",")), bandwidth, widths,
+        load, named, read_architecture(model), set(args.rows.split(",")), bandwidth, widths,
         [int(batch) for batch in args.batches.split(",")], peer,
     )  # fmt: skip
     if args.output:

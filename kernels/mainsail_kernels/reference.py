@@ -369,3 +369,41 @@ def resolve(tokens: torch.Tensor, from_slots: torch.Tensor, newest: torch.Tensor
 def note(newest: torch.Tensor, slots: torch.Tensor, tokens: torch.Tensor) -> None:
     """newest[slots] = tokens, a failed row's code below 0 as 0."""
     newest[slots.long()] = tokens.clamp(min=0)
+
+
+IN_PROMPT = 1 << 30
+"""Of a token's count: the prompt has it."""
+_PIECE = 64
+"""Rows at once: bounds the intermediate tensors."""
+
+
+def penalize(
+    logits: torch.Tensor,
+    counts: torch.Tensor,
+    rows: torch.Tensor,
+    slots: torch.Tensor,
+    presence: torch.Tensor,
+    frequency: torch.Tensor,
+    repetition: torch.Tensor,
+) -> None:
+    """See logits.penalize. OpenAI's presence and frequency penalties; repetition as in Keskar et al., "CTRL", 2019."""
+    for first in range(0, len(rows), _PIECE):
+        some = slice(first, first + _PIECE)
+        count = counts[slots[some]]
+        written = count & (IN_PROMPT - 1)
+        x = logits[rows[some]]
+        factor = torch.where(count > 0, repetition[some, None], 1.0)
+        x = torch.where(x > 0, x / factor, x * factor)
+        logits[rows[some]] = x - frequency[some, None] * written - presence[some, None] * (written > 0)
+
+
+def best_logprobs(
+    logits: torch.Tensor, tokens: torch.Tensor, num_best: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See logits.best_logprobs."""
+    wide = logits.float() if logits.dtype != torch.float64 else logits
+    total = wide.logsumexp(dim=-1, keepdim=True)
+    own = wide.gather(1, tokens[:, None])
+    ranks = (wide > own).sum(dim=-1) + 1
+    best, where = wide.topk(num_best, dim=-1)
+    return torch.cat((tokens[:, None], where), dim=1), torch.cat((own, best), dim=1) - total, ranks

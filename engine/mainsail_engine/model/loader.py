@@ -28,6 +28,7 @@ from mainsail_engine.model.quantized import (
     read_int,
     stack_rows,
 )
+from mainsail_engine.model.reader import Reader
 from mainsail_engine.model.sources import ALL, GgufSource, Source, open_source
 
 PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -63,6 +64,7 @@ class Weights:
         self.device = device
         self.dtype = dtype
         self._random = torch.Generator(device=device).manual_seed(0)
+        self._reader = Reader(device) if source is not None and device.type == "cuda" else None
 
     def has(self, name: str) -> bool:
         return self._source is not None and name in self._source.names
@@ -79,6 +81,7 @@ class Weights:
         """Parts of tensors, one below the other, as one parameter."""
         out = self._empty((sum(part.part_shape[0] for part in parts), *parts[0].part_shape[1:]), dtype)
         self._fill_rows(out, parts)
+        self._wait()
         return out
 
     def stacked(self, stack: Sequence[Sequence[Part]]) -> torch.Tensor:
@@ -87,6 +90,7 @@ class Weights:
         out = self._empty((len(stack), rows, *stack[0][0].part_shape[1:]), None)
         for member, parts in zip(out, stack, strict=True):
             self._fill_rows(member, parts)
+        self._wait()
         return out
 
     def scalar(self, name: str, default: float = 1.0) -> float:
@@ -180,12 +184,20 @@ class Weights:
             self._fill(out[first : first + count], part)
             first += count
 
+    def _wait(self) -> None:
+        if self._reader is not None:
+            self._reader.wait()
+
     def _empty(self, shape: tuple[int, ...], dtype: torch.dtype | None) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
 
     def _fill(self, out: torch.Tensor, part: Part) -> None:
         if self._source is not None:
-            out.copy_(self._checked(self._source, part))
+            self._check(self._source, part)
+            whole_rows = part.part_shape[1:] == part.shape[1:]
+            span = self._source.span(part.name, part.rows) if whole_rows else None
+            if self._reader is None or span is None or not self._reader.read(span, out):
+                out.copy_(self._checked(self._source, part))
         elif out.dim() == 1 and part.name.endswith("norm.weight"):
             out.fill_(1.0)
         else:
@@ -216,6 +228,8 @@ class Weights:
         """Raises UnexpectedTensorError if the checkpoint holds tensors that nobody asked for (but the ignored ones)."""
         if self._source is None:
             return
+        if self._reader is not None:
+            self._reader.close()
         left = sorted(self._source.names - self._asked - ignored)
         if left:
             more = f" and {len(left) - 3} more" if len(left) > 3 else ""

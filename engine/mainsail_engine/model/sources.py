@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +25,16 @@ from mainsail_engine.model.gguf_codes import Blocks
 ALL = slice(None)
 
 
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Where a part of a tensor lies in one piece: in a file, in bytes."""
+
+    file: Path
+    offset: int
+    num_bytes: int
+    dtype: torch.dtype
+
+
 class Source(Protocol):
     names: frozenset[str]
     described: str
@@ -33,6 +44,10 @@ class Source(Protocol):
 
     def tensor(self, name: str, rows: slice = ALL, columns: slice = ALL) -> torch.Tensor:
         """That part of it, on the CPU, in the checkpoint's dtype; columns are the second dimension's."""
+        ...
+
+    def span(self, name: str, rows: slice = ALL) -> Span | None:
+        """Where those rows of it are to be read, as they are. None: `tensor` is the only way."""
         ...
 
 
@@ -59,10 +74,12 @@ class SafetensorsSource:
         if missing:
             raise ModelNotFoundError(f"{folder} lacks {', '.join(missing)}, which its index names")
         self._handles: dict[str, Any] = {}
+        self._spans: dict[str, Span] = {}
         try:
             for file in files:
                 handle: Any = safe_open(file, framework="pt")
                 self._handles |= dict.fromkeys(handle.keys(), handle)
+                self._spans |= _spans_of(file)
         except Exception as error:
             raise UnsupportedModelError(f"{folder}: a safetensors file is damaged or cut off ({error})") from error
         self.names = frozenset(self._handles)
@@ -75,6 +92,33 @@ class SafetensorsSource:
             return self._handles[name].get_tensor(name)
         view = self._handles[name].get_slice(name)
         return view[rows] if len(view.get_shape()) < 2 else view[rows, columns]
+
+    def span(self, name: str, rows: slice = ALL) -> Span | None:
+        whole, shape = self._spans.get(name), self.shape(name)
+        if whole is None or rows == ALL or not shape:
+            return whole
+        start, stop, step = rows.indices(shape[0])
+        if step != 1 or not shape[0]:
+            return None
+        each = whole.num_bytes // shape[0]
+        return Span(whole.file, whole.offset + start * each, max(stop - start, 0) * each, whole.dtype)
+
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def _spans_of(file: Path) -> dict[str, Span]:
+    """Of every tensor in a safetensors file whose type has a name in _DTYPES (the format: a length, JSON, data)."""
+    with file.open("rb") as data:
+        length = int.from_bytes(data.read(8), "little")
+        header: dict[str, Any] = json.loads(data.read(length))
+    header.pop("__metadata__", None)
+    spans: dict[str, Span] = {}
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        if entry["dtype"] in _DTYPES:
+            spans[name] = Span(file, 8 + length + begin, end - begin, _DTYPES[entry["dtype"]])
+    return spans
 
 
 _GGUF_LAYER = {
@@ -134,6 +178,10 @@ class GgufSource:
 
     def tensor(self, name: str, rows: slice = ALL, columns: slice = ALL) -> torch.Tensor:
         return _part(self._whole(name), rows, columns)
+
+    def span(self, name: str, rows: slice = ALL) -> Span | None:
+        del name, rows
+        return None
 
     def _whole(self, name: str) -> torch.Tensor:
         raw = self._tensors[name]
@@ -198,6 +246,13 @@ class SplitSource:
         whole, first, count = self._whole[name]
         start, stop, _ = rows.indices(count)
         return self._source.tensor(whole, slice(first + start, first + stop), columns)
+
+    def span(self, name: str, rows: slice = ALL) -> Span | None:
+        if name not in self._whole:
+            return self._source.span(name, rows)
+        whole, first, count = self._whole[name]
+        start, stop, _ = rows.indices(count)
+        return self._source.span(whole, slice(first + start, first + stop))
 
 
 def open_source(path: Path, architecture: Architecture) -> Source:

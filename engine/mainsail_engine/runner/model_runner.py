@@ -8,6 +8,7 @@ are read. On the CPU a launch computes at once, and the same code runs.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,9 +26,10 @@ from mainsail_engine.model.parallel import SINGLE, Parallel
 from mainsail_engine.model.quantization import Fp8, Quantization, read_quantization
 from mainsail_engine.model.registry import load_model
 from mainsail_engine.request import Request, SamplingParams
-from mainsail_engine.runner import memory
+from mainsail_engine.runner import device_memory, memory
 from mainsail_engine.runner.batch import BlockTables, StepArrays, build
 from mainsail_engine.runner.cuda_graphs import PaddedSteps, graph_bytes
+from mainsail_engine.runner.device_memory import DeviceMemory
 from mainsail_engine.runner.sleep import move_tensors, to_device, to_host
 from mainsail_engine.runner.threads import multiplies_bfloat16, set_cpu_threads
 from mainsail_engine.runner.token_masks import MaskStaging, TokenMasks
@@ -159,13 +161,15 @@ class ModelRunner:
         else:
             torch.cuda.set_device(self.device)
         self._uploads = Uploads(self.device)
+        self._memory = DeviceMemory(self.device) if device_memory.available(self.device) else None
         self._padded: PaddedSteps | None = None
         try:
-            self._model = load_model(
-                self.architecture, path, dummy=config.model.load_format == "dummy", dtype=self.dtype,
-                max_positions=self.max_model_len, device=self.device, parallel=parallel, quantization=quantization,
-            )  # fmt: skip
-            self._adapters = self._take_adapters(config.lora)
+            with self._memory.lasting() if self._memory else nullcontext():
+                self._model = load_model(
+                    self.architecture, path, dummy=config.model.load_format == "dummy", dtype=self.dtype,
+                    max_positions=self.max_model_len, device=self.device, parallel=parallel, quantization=quantization,
+                )  # fmt: skip
+                self._adapters = self._take_adapters(config.lora)
             self._take_pool(config)
         except torch.OutOfMemoryError as error:
             raise OutOfMemoryError(
@@ -201,7 +205,13 @@ class ModelRunner:
         self._adapters.fill(slot, adapter)
 
     def sleep(self) -> None:
-        """Weights to the host, the KV pool and all graphs dropped. Nothing may be launched until `wake_up`."""
+        """Weights to the host, the KV pool's memory given back. Nothing may be launched until `wake_up`.
+
+        Graphs and scratch stay where the device's memory can be taken again at the same addresses; else they go too.
+        """
+        if self._memory:
+            self._memory.release()
+            return
         self._padded = self._workspace = None
         self.kv_cache = torch.empty(0, dtype=self.kv_dtype)
         if self.device.type == "cuda":
@@ -210,7 +220,10 @@ class ModelRunner:
             torch.cuda.empty_cache()
 
     def wake_up(self, config: EngineConfig) -> None:
-        """The weights back, and an empty pool of the same size."""
+        """The weights back, and an empty pool of the same size. Raises OutOfMemoryError; then it may be tried again."""
+        if self._memory:
+            self._memory.restore()
+            return
         if self.device.type == "cuda":
             move_tensors(self._model, to_device(self.device))
         self._allocate(self.num_blocks, config.scheduler.max_num_seqs)
@@ -249,18 +262,23 @@ class ModelRunner:
             del self.kv_cache
             torch.cuda.empty_cache()
         self.num_blocks = self._parallel.smallest(self.num_blocks)
-        self._allocate(self.num_blocks, slots)
+        self._allocate(self.num_blocks, slots, self._memory)
 
     def _set_aside(self, config: EngineConfig) -> int:
         """Bytes for what the profiling pass does not show: graphs, and the logits of rows that verify guesses."""
         graphs = graph_bytes(self.architecture, self._decode_rows) if config.cuda_graphs else 0
         return graphs + 8 * self._guess_rows * self.vocab_size
 
-    def _allocate(self, num_blocks: int, slots: int) -> None:
+    def _allocate(self, num_blocks: int, slots: int, pool_memory: DeviceMemory | None = None) -> None:
+        """The KV pool (in pool_memory, if there is one) and everything that has a row for each slot."""
         a = self.architecture
         heads, kv_heads = self._model.num_heads, self._model.num_kv_heads
         shape = (a.num_layers, num_blocks, 2, kv_heads, BLOCK_SIZE, a.head_dim)
-        self.kv_cache = torch.zeros(shape, dtype=self.kv_dtype, device=self.device)
+        if pool_memory:
+            num_bytes = torch.Size(shape).numel() * self.kv_dtype.itemsize
+            self.kv_cache = pool_memory.passing(num_bytes).view(self.kv_dtype).view(shape)
+        else:
+            self.kv_cache = torch.zeros(shape, dtype=self.kv_dtype, device=self.device)
         self._tables = BlockTables(slots, -(-self.max_model_len // BLOCK_SIZE))
         self._sampler = Sampler(slots, a.vocab_size, self.eos_token_ids, self.device, self._uploads.send)
         self._pooler = Pooler()

@@ -25,17 +25,18 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
+from weakref import finalize
 
 import numpy as np
 import torch
 
-from mainsail_engine.runner.pinned import pin, unpin
+from mainsail_engine.pinned import pin, unpin
 from mainsail_engine.step import BlockMove, PendingLogits, PendingStep, Runner, StepPlan, StepResult
 from mainsail_kernels.blocks import gather_blocks, scatter_blocks
 
 log = logging.getLogger(__name__)
-PIECE_BYTES = 32 << 20
-"""Host memory is taken in pieces of about this size."""
+PIECE_BYTES = 8 << 20
+"""Host memory is taken in pieces of about this size: pinning one holds the driver for less than a step takes."""
 PINNING_SHARE = 0.2
 """Of the time that pinning goes on, the share in which it holds the driver."""
 STAGING_BYTES = 64 << 20
@@ -56,8 +57,12 @@ class HostMemory:
         self._pieces: list[torch.Tensor] = []
         self.num_blocks = 0
         """Grows while memory is being pinned."""
+        self._stop = threading.Event()
         if device is not None:
-            threading.Thread(target=self._take_all, name="pin-host-memory", daemon=True).start()
+            thread = threading.Thread(target=self._take_all, name="pin-host-memory", daemon=True)
+            thread.start()
+            finalize(self, _end_pinning, self._stop, thread)
+            finalize(self, _give_back, self._pieces, device).atexit = False
         else:
             self._take_all()
 
@@ -65,7 +70,7 @@ class HostMemory:
         """Piece by piece until there is enough, or no more to be had."""
         if self._device is not None:
             torch.cuda.set_device(self._device)  # this thread's
-        while self.num_blocks < self._wanted:
+        while self.num_blocks < self._wanted and not self._stop.is_set():
             blocks = min(self._per_piece, self._wanted - self.num_blocks)
             try:
                 piece = self._take(blocks)
@@ -86,13 +91,8 @@ class HostMemory:
             flat[:: mmap.PAGESIZE] = 0  # the pages are there before the driver is asked to keep them
             started_s = time.monotonic()
             pin(flat)
-            time.sleep((time.monotonic() - started_s) * (1 / PINNING_SHARE - 1))
+            self._stop.wait((time.monotonic() - started_s) * (1 / PINNING_SHARE - 1))
         return flat.view(self._dtype).view(blocks, *self._shape)
-
-    def __del__(self) -> None:
-        if self._device is not None:
-            for piece in self._pieces:
-                unpin(piece)
 
     def runs(self, hosts: Sequence[int]) -> Iterator[tuple[int, int, torch.Tensor]]:
         """(first, stop, the host memory of hosts[first:stop]) for every run of neighbours."""
@@ -103,6 +103,27 @@ class HostMemory:
                 piece, at = divmod(hosts[first], self._per_piece)
                 yield first, stop, self._pieces[piece][at : at + stop - first]
                 first = stop
+
+
+def _end_pinning(stop: threading.Event, pinning: threading.Thread) -> None:
+    """The memory is no longer wanted, or the process ends, which must find no thread in the driver."""
+    stop.set()
+    if pinning is not threading.current_thread():
+        pinning.join()
+
+
+def _give_back(pieces: list[torch.Tensor], device: torch.device) -> None:
+    """Not while the process ends: a thread that is in the driver then takes the process down with an abort."""
+    if not threading.main_thread().is_alive():
+        return
+    threading.Thread(target=_unpin, args=(pieces, device), name="unpin-host-memory", daemon=True).start()
+
+
+def _unpin(pieces: list[torch.Tensor], device: torch.device) -> None:
+    """It takes about a second for 32 GiB: not on the thread that wants to sleep."""
+    torch.cuda.synchronize(device)
+    while pieces:
+        unpin(pieces.pop())
 
 
 class HostSwap:

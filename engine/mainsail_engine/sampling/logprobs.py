@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from mainsail_engine.protocol import TokenLogprobs
+from mainsail_kernels.logits import best_logprobs
 
 PIECE = 128
 """Rows at once: 64 MiB of float32 for a vocabulary of 128k."""
@@ -78,11 +79,4 @@ def _joined(pieces: list[LogprobRows]) -> LogprobRows:
 
 
 def _piece(logits: torch.Tensor, tokens: torch.Tensor, num_best: int) -> LogprobRows:
-    logits = logits.float()
-    total = logits.logsumexp(dim=-1, keepdim=True)
-    own = logits.gather(1, tokens[:, None])
-    ranks = (logits > own).sum(dim=-1) + 1
-    if not num_best:
-        return LogprobRows(tokens[:, None], own - total, ranks)
-    best, where = logits.topk(min(num_best, logits.shape[1]), dim=-1)
-    return LogprobRows(torch.cat((tokens[:, None], where), dim=1), torch.cat((own, best), dim=1) - total, ranks)
+    return LogprobRows(*best_logprobs(logits, tokens, min(num_best, logits.shape[1])))

@@ -16,25 +16,11 @@ import numpy as np
 import torch
 
 from mainsail_engine.request import Request
+from mainsail_kernels.logits import penalize
+from mainsail_kernels.reference import IN_PROMPT
 
-IN_PROMPT = 1 << 30
 PIECE = 64
-"""Rows that are penalized at once: bounds the intermediate tensors."""
-
-
-def penalize(
-    logits: torch.Tensor,
-    counts: torch.Tensor,
-    presence: torch.Tensor,
-    frequency: torch.Tensor,
-    repetition: torch.Tensor,
-) -> torch.Tensor:
-    """logits [n, vocab] float32 after the penalties (each [n]) for counts [n, vocab] int32."""
-    seen = counts > 0
-    factor = torch.where(seen, repetition[:, None], 1.0)
-    logits = torch.where(logits > 0, logits / factor, logits * factor)
-    written = counts & (IN_PROMPT - 1)
-    return logits - frequency[:, None] * written - presence[:, None] * (written > 0)
+"""Rows of guesses that are penalized at once: bounds the copy of their counts."""
 
 
 class TokenCounts:
@@ -63,17 +49,24 @@ class TokenCounts:
         self, logits: torch.Tensor, slots: np.ndarray, rows: np.ndarray, guessed: Mapping[int, Sequence[int]]
     ) -> None:
         """In place, those rows of logits [n, vocab] (float32) whose slots ask for it. guessed: see Sampler.sample."""
-        table = self._table()
-        for first in range(0, len(rows), PIECE):
-            some = rows[first : first + PIECE]
-            index, held = self._up(some), self._up(slots[some])
-            presence, frequency, repetition = self._up(self._penalties[:, slots[some]])
-            counts = table[held]
-            pairs = [(place, token) for place, row in enumerate(some.tolist()) for token in guessed.get(row, ())]
-            if pairs:
-                places, tokens = self._up(np.ascontiguousarray(np.array(pairs, np.int64).T))
-                counts.index_put_((places, tokens), torch.ones_like(places, dtype=torch.int32), accumulate=True)
-            logits[index] = penalize(logits[index], counts, presence, frequency, repetition)
+        ahead = np.array([bool(guessed.get(row)) for row in rows.tolist()], bool)
+        sampled, verifying, table = rows[~ahead], rows[ahead], self._table()
+        if len(sampled):
+            self._penalize(logits, sampled, slots[sampled], table, self._up(slots[sampled]))
+        for first in range(0, len(verifying), PIECE):
+            some = verifying[first : first + PIECE]
+            counts = table[self._up(slots[some])]
+            pairs = [(place, token) for place, row in enumerate(some.tolist()) for token in guessed[row]]
+            places, tokens = self._up(np.ascontiguousarray(np.array(pairs, np.int64).T))
+            counts.index_put_((places, tokens), torch.ones_like(places, dtype=torch.int32), accumulate=True)
+            self._penalize(logits, some, slots[some], counts, torch.arange(len(some), device=self._device))
+
+    def _penalize(
+        self, logits: torch.Tensor, rows: np.ndarray, slots: np.ndarray, counts: torch.Tensor, places: torch.Tensor
+    ) -> None:
+        """Those rows, of these slots, by the counts in these rows of `counts`."""
+        presence, frequency, repetition = self._up(self._penalties[:, slots])
+        penalize(logits, counts, self._up(rows), places, presence, frequency, repetition)
 
     def catch_up(self, slot: int, tokens: Sequence[int]) -> None:
         """These tokens were generated without having been counted."""

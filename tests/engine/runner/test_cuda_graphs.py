@@ -167,18 +167,20 @@ def test_a_packed_step_holds_its_rows_and_padding_that_does_nothing(decodes: int
     assert 12345 not in packed[layout.sampled].tolist()
 
 
-def make_runner(path: Path, graphs: bool, *, guesses: bool = False) -> ModelRunner:
-    (path / "config.json").write_text(json.dumps(TINY))
-    return ModelRunner(
-        EngineConfig(
-            model=ModelConfig(path=str(path), load_format="dummy", dtype="float32"),
-            cache=CacheConfig(num_blocks=NUM_BLOCKS),
-            scheduler=SchedulerConfig(max_num_seqs=24),
-            speculative=SpeculativeConfig(method="ngram") if guesses else None,
-            device="cuda",
-            cuda_graphs=graphs,
-        )
+def runner_config(path: Path, graphs: bool, num_blocks: int, *, guesses: bool = False) -> EngineConfig:
+    return EngineConfig(
+        model=ModelConfig(path=str(path), load_format="dummy", dtype="float32"),
+        cache=CacheConfig(num_blocks=num_blocks),
+        scheduler=SchedulerConfig(max_num_seqs=24),
+        speculative=SpeculativeConfig(method="ngram") if guesses else None,
+        device="cuda",
+        cuda_graphs=graphs,
     )
+
+
+def make_runner(path: Path, graphs: bool, num_blocks: int = NUM_BLOCKS, *, guesses: bool = False) -> ModelRunner:
+    (path / "config.json").write_text(json.dumps(TINY))
+    return ModelRunner(runner_config(path, graphs, num_blocks, guesses=guesses))
 
 
 def blocks_of(index: int) -> list[int]:
@@ -241,3 +243,19 @@ def test_verified_guesses_change_no_token(tmp_path: Path, monkeypatch: pytest.Mo
     got, stats = run(runner, jobs, depth=2, num_blocks=599, speculator=guesser)
     assert [one.token_ids for one in got] == [one.token_ids for one in plain]
     assert stats.num_draft_tokens > stats.num_accepted_tokens > 100
+
+
+@pytest.mark.gpu
+def test_a_sleep_gives_the_memory_back_and_changes_no_token(tmp_path: Path) -> None:
+    runner = make_runner(tmp_path, True, num_blocks=30_000)
+    before = tokens_of(runner, overlap=True)
+    awake, _ = torch.cuda.mem_get_info()
+    runner.sleep()
+    asleep, _ = torch.cuda.mem_get_info()
+    assert asleep - awake >= runner.kv_cache.nbytes
+    taken = torch.ones(runner.kv_cache.nbytes // 4, device="cuda")  # somebody else writes where the pool was
+    del taken
+    torch.cuda.empty_cache()
+    runner.wake_up(runner_config(tmp_path, True, 30_000))
+    assert not runner.kv_cache.any()
+    assert tokens_of(runner, overlap=True) == before

@@ -12,7 +12,6 @@ import torch
 from mainsail_engine.request import Request, SamplingParams
 from mainsail_engine.runner.uploads import Uploads
 from mainsail_engine.sampling.logprobs import PIECE, logprob_rows, prompt_logprob_rows
-from mainsail_engine.sampling.penalties import penalize
 from mainsail_engine.sampling.sampler import Sampler
 from mainsail_engine.step import FAILED_TOKEN, FORBIDDEN_TOKEN
 
@@ -107,9 +106,8 @@ def test_penalties_in_pieces_are_as_one_row() -> None:
     logits = torch.randn(150, VOCAB, generator=torch.Generator().manual_seed(1))
     tokens = made.sample(logits, rows, np.full(150, 9)).tokens.tolist()
     for slot in rows:
-        counts = torch.bincount(torch.tensor(outputs[slot], dtype=torch.int64), minlength=VOCAB).int()[None]
-        one = torch.ones(1)
-        alone = penalize(logits[slot][None], counts, 0.3 * one, one, one)
+        times = torch.bincount(torch.tensor(outputs[slot], dtype=torch.int64), minlength=VOCAB)
+        alone = logits[slot] - times - 0.3 * (times > 0)
         assert int(alone.argmax()) == tokens[slot]
 
 

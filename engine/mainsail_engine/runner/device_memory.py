@@ -1,0 +1,232 @@
+"""Device memory that can be given back and taken again at the same addresses: what /sleep and /wake_up are about.
+
+    reserve ──▶ addresses, for good        create, map ──▶ memory behind them        unmap, release ──▶ addresses only
+
+With CUDA's virtual memory management an allocation is two things, addresses and memory. A sleep copies what must last
+(weights) to the host and gives the memory back, but keeps the addresses; waking up puts memory behind them again. So
+every tensor, every captured graph and every kernel's argument stays valid, and nothing is built anew. The idea is that
+of vLLM's sleep mode; here torch's allocator of a memory pool is served by two functions of this module.
+
+Where the driver lacks these functions (`available` says so), runner/sleep.py moves tensor by tensor instead.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import mmap
+import time
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, cast
+
+import torch
+
+from mainsail_engine.errors import OutOfMemoryError
+from mainsail_engine.transfers import Transfers
+
+log = logging.getLogger(__name__)
+_PINNED, _ON_DEVICE, _READ_WRITE = 1, 1, 3
+"""CU_MEM_ALLOCATION_TYPE_PINNED, CU_MEM_LOCATION_TYPE_DEVICE, CU_MEM_ACCESS_FLAGS_PROT_READWRITE."""
+_OUT_OF_MEMORY = 2
+
+
+class _Location(ctypes.Structure):
+    _fields_ = [("type", ctypes.c_int), ("id", ctypes.c_int)]
+
+
+class _Flags(ctypes.Structure):
+    _fields_ = [
+        ("compression", ctypes.c_ubyte), ("rdma", ctypes.c_ubyte), ("usage", ctypes.c_ushort),
+        ("reserved", ctypes.c_ubyte * 4),
+    ]  # fmt: skip
+
+
+class _Properties(ctypes.Structure):
+    """CUmemAllocationProp."""
+
+    _fields_ = [
+        ("type", ctypes.c_int), ("handle_types", ctypes.c_int), ("location", _Location),
+        ("win32", ctypes.c_void_p), ("flags", _Flags),
+    ]  # fmt: skip
+
+
+class _Access(ctypes.Structure):
+    """CUmemAccessDesc."""
+
+    _fields_ = [("location", _Location), ("flags", ctypes.c_int)]
+
+
+_Allocate = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p)
+
+
+@dataclass(slots=True)
+class _Region:
+    address: int
+    size: int
+    handle: int | None
+    """None: there is no memory behind the addresses."""
+    lasting: bool
+    saved: torch.Tensor | None = None
+    """What a lasting region held, on the host."""
+
+
+class _Bytes:
+    """A region for torch.as_tensor."""
+
+    def __init__(self, address: int, num_bytes: int) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (num_bytes,), "typestr": "|u1", "data": (address, False), "version": 3,
+        }  # fmt: skip
+
+
+@cache
+def _driver() -> Any:
+    """CUDA's driver library; None where it is not there, or too old."""
+    try:
+        library = ctypes.CDLL("libcuda.so.1")
+        return library if library.cuMemAddressReserve and library.cuMemCreate and library.cuMemMap else None
+    except (OSError, AttributeError):
+        return None
+
+
+def available(device: torch.device) -> bool:
+    return (
+        device.type == "cuda"
+        and torch.version.hip is None
+        and _driver() is not None
+        and hasattr(torch._C, "_cuda_customAllocator")  # pyright: ignore[reportPrivateUsage]
+    )
+
+
+class DeviceMemory:
+    """The regions of one device. Only for the thread that launches steps, with nothing running."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._regions: dict[int, _Region] = {}
+        torch.zeros(1, device=device)  # the driver's functions need a context
+        self._properties = _Properties(type=_PINNED, location=_Location(_ON_DEVICE, device.index or 0))
+        granularity = ctypes.c_size_t()
+        _call("cuMemGetAllocationGranularity", ctypes.byref(granularity), ctypes.byref(self._properties), 0)
+        self._granularity = granularity.value
+        # torch keeps their addresses only. It frees when it ends, and then no Python can be called any more: it gets a
+        # function of C that does nothing. What lasts is freed with the process.
+        self._functions = _Allocate(self._allocate_lasting), ctypes.CDLL(None).getpid
+        addresses = [cast(int, ctypes.cast(function, ctypes.c_void_p).value) for function in self._functions]
+        make: Any = torch._C._cuda_customAllocator  # pyright: ignore[reportPrivateUsage, reportUnknownMemberType, reportAttributeAccessIssue, reportUnknownVariableType]
+        self._allocator: Any = make(*addresses)
+        self._pool = torch.cuda.MemPool(self._allocator)
+
+    @contextmanager
+    def lasting(self) -> Generator[None]:
+        """What is allocated within is kept over a sleep."""
+        with torch.cuda.use_mem_pool(self._pool, self._device):
+            yield
+
+    def passing(self, num_bytes: int) -> torch.Tensor:
+        """[num_bytes] uint8, zeros; after a sleep, zeros again. Raises OutOfMemoryError."""
+        region = self._take(num_bytes, lasting=False)
+        tensor = torch.as_tensor(_Bytes(region.address, num_bytes), device=self._device)
+        return tensor.zero_()
+
+    def release(self) -> int:
+        """Save what lasts, and give all memory back. Returns the number of bytes saved."""
+        began_s = time.monotonic()
+        torch.cuda.synchronize(self._device)
+        lasting = [region for region in self._regions.values() if region.lasting and region.handle is not None]
+        saved = _host_memory(sum(region.size for region in lasting))
+        with Transfers(self._device) as transfers:
+            first = 0
+            for region in lasting:
+                region.saved = saved[first : first + region.size]
+                first += region.size
+                transfers.to_host(self._tensor(region), region.saved)
+            transfers.wait()
+        saved_s = time.monotonic()
+        for region in self._regions.values():
+            self._unmap(region)
+        log.info(
+            "asleep: %.1f GB saved in %.2f s, memory given back in %.2f s",
+            len(saved) / 1e9, saved_s - began_s, time.monotonic() - saved_s,
+        )  # fmt: skip
+        return len(saved)
+
+    def restore(self) -> None:
+        """Memory behind every address again, with what was saved. Raises OutOfMemoryError."""
+        began_s = time.monotonic()
+        for region in self._regions.values():
+            if region.handle is None:
+                self._map(region)
+        mapped_s = time.monotonic()
+        with Transfers(self._device) as transfers:
+            for region in self._regions.values():
+                if region.saved is not None:
+                    transfers.to_device(region.saved, self._tensor(region))
+                elif not region.lasting:
+                    self._tensor(region).zero_()
+            transfers.wait()
+        for region in self._regions.values():
+            region.saved = None
+        log.info("awake: memory taken in %.2f s, filled in %.2f s", mapped_s - began_s, time.monotonic() - mapped_s)
+
+    def _tensor(self, region: _Region) -> torch.Tensor:
+        return torch.as_tensor(_Bytes(region.address, region.size), device=self._device)
+
+    def _take(self, num_bytes: int, *, lasting: bool) -> _Region:
+        size = -(-num_bytes // self._granularity) * self._granularity
+        address = ctypes.c_uint64()
+        zero = ctypes.c_uint64(0)
+        _call("cuMemAddressReserve", ctypes.byref(address), ctypes.c_size_t(size), ctypes.c_size_t(0), zero, zero)
+        region = _Region(address.value, size, None, lasting)
+        try:
+            self._map(region)
+        except OutOfMemoryError:
+            _call("cuMemAddressFree", ctypes.c_uint64(region.address), ctypes.c_size_t(size))
+            raise
+        self._regions[region.address] = region
+        return region
+
+    def _map(self, region: _Region) -> None:
+        handle, size, zero = ctypes.c_uint64(), ctypes.c_size_t(region.size), ctypes.c_uint64(0)
+        address = ctypes.c_uint64(region.address)
+        _call("cuMemCreate", ctypes.byref(handle), size, ctypes.byref(self._properties), zero)
+        region.handle = handle.value
+        _call("cuMemMap", address, size, ctypes.c_size_t(0), handle, zero)
+        access = _Access(self._properties.location, _READ_WRITE)
+        _call("cuMemSetAccess", address, size, ctypes.byref(access), ctypes.c_size_t(1))
+
+    def _unmap(self, region: _Region) -> None:
+        if region.handle is not None:
+            _call("cuMemUnmap", ctypes.c_uint64(region.address), ctypes.c_size_t(region.size))
+            _call("cuMemRelease", ctypes.c_uint64(region.handle))
+            region.handle = None
+
+    def _allocate_lasting(self, num_bytes: int, device: int, stream: int | None) -> int | None:
+        """For torch's allocator, which frees what it can and tries again after a None."""
+        del device, stream
+        try:
+            return self._take(num_bytes, lasting=True).address
+        except OutOfMemoryError:
+            return None
+
+
+def _host_memory(num_bytes: int) -> torch.Tensor:
+    """[num_bytes] uint8, in large pages where there are some: taking small ones costs more than copying."""
+    if not num_bytes:
+        return torch.empty(0, dtype=torch.uint8)
+    pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=torch.uint8)
+
+
+def _call(name: str, *arguments: object) -> None:
+    status: int = getattr(_driver(), name)(*arguments)
+    if status == _OUT_OF_MEMORY:
+        raise OutOfMemoryError("the device has too little memory")
+    if status != 0:
+        raise RuntimeError(f"{name}: CUDA driver error {status}")
