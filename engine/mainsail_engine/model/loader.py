@@ -197,14 +197,13 @@ class Weights:
             whole_rows = part.part_shape[1:] == part.shape[1:]
             span = self._source.span(part.name, part.rows) if whole_rows else None
             if self._reader is None or span is None or not self._reader.read(span, out):
-                out.copy_(self._checked(self._source, part))
+                out.copy_(self._plain(self._source, part))
         elif out.dim() == 1 and part.name.endswith("norm.weight"):
             out.fill_(1.0)
         else:
             out.normal_(0.0, 0.02, generator=self._random)
 
-    def _checked(self, source: Source, part: Part) -> torch.Tensor:
-        self._check(source, part)
+    def _plain(self, source: Source, part: Part) -> torch.Tensor:
         tensor = source.tensor(part.name, part.rows, part.columns)
         if tensor.dtype not in PLAIN:
             raise UnsupportedModelError(

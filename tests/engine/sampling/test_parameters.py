@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,8 +43,9 @@ def draw(params: dict, draws: int, slots: int = 500) -> np.ndarray:
     made, counts = sampler(slots), np.zeros(VOCAB, np.int64)
     every = np.arange(slots)
     for turn in range(draws // slots):
-        for slot in every:
-            made.move_in(slot, request(slot, **{"seed": slot + turn * slots} | params))
+        for slot in range(slots):
+            settings: dict[str, Any] = {"seed": slot + turn * slots} | params
+            made.move_in(slot, request(slot, **settings))
         position = np.full(slots, len(PROMPT) + len(OUTPUT))
         tokens = made.sample(base_logits().repeat(slots, 1), every, position).tokens
         counts += np.bincount(tokens.numpy(), minlength=VOCAB)
@@ -101,7 +103,7 @@ def test_penalties_in_pieces_are_as_one_row() -> None:
     made, rows = sampler(150), np.arange(150)
     rng = random.Random(1)
     outputs = [[rng.randrange(VOCAB) for _ in range(rng.randrange(12))] for _ in rows]
-    for slot in rows:
+    for slot in range(150):
         made.move_in(slot, request(slot, outputs[slot], temperature=0.0, frequency_penalty=1.0, presence_penalty=0.3))
     logits = torch.randn(150, VOCAB, generator=torch.Generator().manual_seed(1))
     tokens = made.sample(logits, rows, np.full(150, 9)).tokens.tolist()
@@ -175,6 +177,8 @@ def test_log_probabilities_are_the_models_own_and_for_who_asked() -> None:
     sampled = made.sample(logits, np.arange(3), np.full(3, 8))
     expected = base_logits().double().log_softmax(-1)
     assert sampled.logprobs is not None
+    assert sampled.logprob_rows is not None
+    assert sampled.num_logprobs is not None
     assert sampled.logprob_rows.tolist() == [0, 2]
     first, second = sampled.logprobs.read(sampled.num_logprobs.tolist())
     assert first.token_ids == [2, *expected.topk(2).indices.tolist()]
