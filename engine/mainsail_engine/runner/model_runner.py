@@ -161,7 +161,8 @@ class ModelRunner:
         else:
             torch.cuda.set_device(self.device)
         self._uploads = Uploads(self.device)
-        self._memory = DeviceMemory(self.device) if device_memory.available(self.device) else None
+        sleeps = parallel.size == 1  # an engine of several ranks cannot
+        self._memory = DeviceMemory(self.device) if sleeps and device_memory.available(self.device) else None
         self._padded: PaddedSteps | None = None
         try:
             with self._memory.lasting() if self._memory else nullcontext():
