@@ -2,8 +2,10 @@
 
     python -m benchmarks.serving_cpu --output-json benchmarks/results/serving_cpu.json
 
-logging: tokens/s with --enable-log-requests over without, rounds of both in turn. refusals: how long a client waits for
-its 429 while the queue is full, and what Retry-After says. metrics: the server's own times over what clients measured.
+logging: CPU seconds of all the server's processes for the same requests, with --enable-log-requests over without, in
+turn (a busy server's throughput is what its CPU time allows; time on the clock would measure the neighbours). refusals:
+how long a client waits for its 429 while the queue is full, and what Retry-After says. metrics: the server's own times
+over what clients measured.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -35,9 +38,21 @@ ROOT = Path(__file__).resolve().parents[1]
 NAMES = ("time_to_first_token", "inter_token_latency", "e2e_request_latency")
 
 
+@dataclass(frozen=True, slots=True)
+class Server:
+    url: str
+    pid: int
+
+    def cpu_s(self) -> float:
+        """CPU time of all its processes so far."""
+        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+        fields = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in (self.pid, *children)]
+        return sum(int(each[11]) + int(each[12]) for each in fields) / os.sysconf("SC_CLK_TCK")
+
+
 @contextmanager
-def served(model: Path, *flags: str) -> Iterator[str]:
-    """A server with these flags; its address."""
+def served(model: Path, *flags: str) -> Iterator[Server]:
+    """A server with these flags."""
     environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'engine'}{os.pathsep}{ROOT / 'kernels'}"}
     command = [sys.executable, "-m", "mainsail_engine.cli", "serve", "--model", str(model), "--host", "127.0.0.1"]
     with tempfile.NamedTemporaryFile("w+") as log:
@@ -48,32 +63,34 @@ def served(model: Path, *flags: str) -> Iterator[str]:
                 if process.poll() is not None:
                     raise RuntimeError(Path(log.name).read_text())
                 time.sleep(0.05)
-            yield found.group(1)
+            yield Server(found.group(1), process.pid)
         finally:
             process.terminate()
             process.wait()
 
 
-async def throughput(url: str, requests: int) -> float:
-    """Tokens per second, of short requests: logging costs by the request."""
-    figures = await run(Load(url, "tiny", requests, 32, 16, 32, 0.0, 200))
+async def cpu_s_of(server: Server, requests: int) -> float:
+    """CPU seconds that short requests take: logging costs by the request."""
+    before_s = server.cpu_s()
+    figures = await run(Load(server.url, "tiny", requests, 32, 16, 32, 0.0, 200))
     if figures["failed"]:
         raise RuntimeError(figures["errors"])
-    return float(figures["output_tokens_per_s"])
+    return server.cpu_s() - before_s
 
 
 async def logging_cost(model: Path, rounds: int, requests: int) -> dict[str, Any]:
     with served(model) as plain, served(model, "--enable-log-requests") as logged:
-        for url in (plain, logged):
-            await throughput(url, requests // 2)
-        ratios, rates = list[float](), list[float]()
+        for server in (plain, logged):
+            await cpu_s_of(server, requests // 2)
+        ratios, without_s = list[float](), list[float]()
         for number in range(rounds):
             order = (plain, logged) if number % 2 else (logged, plain)
-            rate = {url: await throughput(url, requests) for url in order}
-            ratios.append(rate[logged] / rate[plain])
-            rates.append(rate[plain])
+            spent_s = {server: await cpu_s_of(server, requests) for server in order}
+            ratios.append(spent_s[logged] / spent_s[plain])
+            without_s.append(spent_s[plain])
     return {
-        "tokens_per_s_without": round(statistics.median(rates), 1),
+        "requests_a_round": requests,
+        "cpu_s_without": round(statistics.median(without_s), 3),
         "with_over_without_median": round(statistics.median(ratios), 4),
         "with_over_without": [round(ratio, 4) for ratio in ratios],
     }
@@ -83,9 +100,12 @@ async def refusals(model: Path, count: int) -> dict[str, Any]:
     """A full queue, and clients that come one after another."""
     body = {"model": "tiny", "prompt": [5] * 64, "max_tokens": 1500, "ignore_eos": True}
     content = json.dumps({**body, "max_tokens": 1}).encode()
-    with served(model, "--max-num-seqs", "8", "--max-num-queued-reqs", "8") as url:
-        busy = [asyncio.create_task(watch(url, "/v1/completions", body)) for _ in range(16)]
-        await asyncio.sleep(1.0)
+    with served(model, "--max-num-seqs", "8", "--max-num-queued-reqs", "8") as server:
+        url = server.url
+        busy = [asyncio.create_task(watch(url, "/v1/completions", body)) for _ in range(8)]
+        await until(url, "vllm:num_requests_running", 8)
+        busy += [asyncio.create_task(watch(url, "/v1/completions", body)) for _ in range(8)]
+        await until(url, "mainsail:queued_requests", 8)
         waits_s, said, statuses = list[float](), list[str](), list[int]()
         for _ in range(count):
             status, retry_after, wait_s = await asyncio.to_thread(refused, url, content)
@@ -106,6 +126,20 @@ async def refusals(model: Path, count: int) -> dict[str, Any]:
     }
 
 
+async def until(url: str, name: str, value: float) -> None:
+    """Wait for a gauge."""
+    for _ in range(200):
+        text = await asyncio.to_thread(exposition, url)
+        if re.search(rf"^{name}{{.*}} {value:.1f}$", text, re.M):
+            return
+        await asyncio.sleep(0.02)
+    raise RuntimeError(f"{name} did not become {value}")
+
+
+def exposition(url: str) -> str:
+    return urllib.request.urlopen(f"{url}/metrics", timeout=10).read().decode()
+
+
 def refused(url: str, content: bytes) -> tuple[int, str, float]:
     """(status, Retry-After, seconds from connecting to the answer)."""
     host, _, port = url.removeprefix("http://").partition(":")
@@ -119,7 +153,7 @@ def refused(url: str, content: bytes) -> tuple[int, str, float]:
 
 
 def scrape(url: str) -> dict[str, float]:
-    text = urllib.request.urlopen(f"{url}/metrics", timeout=10).read().decode()
+    text = exposition(url)
     return {
         name: float(re.search(rf"^vllm:{name}{{.*}} (\S+)$", text, re.M).group(1))  # type: ignore[union-attr]
         for name in (f"{each}_seconds_{kind}" for each in NAMES for kind in ("sum", "count"))
@@ -128,7 +162,8 @@ def scrape(url: str) -> dict[str, float]:
 
 async def metrics_over_clients(model: Path) -> dict[str, Any]:
     """Sums of 32 streams: the server's times over the clients'."""
-    with served(model) as url:
+    with served(model) as server:
+        url = server.url
         await watch(url, "/v1/completions", {"model": "tiny", "prompt": [9] * 50, "max_tokens": 5})
         before = scrape(url)
         bodies = (
