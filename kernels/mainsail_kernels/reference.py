@@ -23,7 +23,12 @@ NO_SLOT = -1
 BAD_ROW = -1
 """Token reported for a row of logits that holds NaN or +inf, or nothing but -inf."""
 SAMPLE_CHUNK = 4096
-"""Logits are summed in chunks of this many tokens, in this order, whatever the batch: a part of the definition."""
+"""A token is drawn in two moves, first its chunk of this many, then itself in it: a part of the definition."""
+CHUNKS, TOKENS = 0, 1
+"""What noise is for: the last word of its counter."""
+FEW = 256
+"""Best tokens among which top-k and top-p mostly find their threshold: finding so many is far cheaper than a sort."""
+_LOW = 0xFFFFFFFF
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
@@ -259,29 +264,31 @@ def argmax(logits: torch.Tensor) -> torch.Tensor:
     return torch.where(best.isfinite(), token, BAD_ROW)
 
 
-def uniform(seeds: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
-    """A number in [0, 1) for each (seed, step): 24 bits of the first word of Philox 4x32, 10 rounds.
+def gumbel(seeds: torch.Tensor, steps: torch.Tensor, what: int, first: torch.Tensor, count: int) -> torch.Tensor:
+    """Gumbel noise, -log(-log(u)), of the indices from first[row] on: [n, count] float32; all multiples of four.
 
-    The key is the seed and the counter is the step, both as two 32-bit words (Salmon et al., "Parallel random
-    numbers: as easy as 1, 2, 3", 2011), so a row draws the same number in whatever batch it runs.
+    u is 23 bits of Philox 4x32, 10 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011): the key
+    is the seed, the counter (step as two words, index // 4, what), and index % 4 picks one of the four words. A pure
+    function of its arguments, so a row draws the same noise in whatever batch it runs. what: CHUNKS or TOKENS.
     """
-    low = 0xFFFFFFFF
-    key0, key1 = seeds & low, (seeds >> 32) & low
-    c0, c1 = steps & low, (steps >> 32) & low
-    c2, c3 = torch.zeros_like(c0), torch.zeros_like(c0)
+    groups = first[:, None] // 4 + torch.arange(count // 4, device=first.device)
+    words = torch.stack(_philox(seeds[:, None], steps[:, None], groups, what), dim=-1).flatten(1)
+    u = ((words >> 9).float() + 0.5) * 2.0**-23
+    return -torch.log(-torch.log(u))
+
+
+def _philox(seeds: torch.Tensor, steps: torch.Tensor, index: torch.Tensor, what: int) -> tuple[torch.Tensor, ...]:
+    """Four 32-bit words for each counter, as int64; all broadcast to the shape of index."""
+    key0, key1 = seeds & _LOW, (seeds >> 32) & _LOW
+    c0, c1 = (steps & _LOW).expand_as(index), ((steps >> 32) & _LOW).expand_as(index)
+    c2, c3 = index, torch.full_like(index, what)
     for _ in range(10):
-        high0, low0 = _multiply_wide(c0, 0xD2511F53)
-        high1, low1 = _multiply_wide(c2, 0xCD9E8D57)
-        c0, c1, c2, c3 = high1 ^ c1 ^ key0, low1, high0 ^ c3 ^ key1, low0
-        key0, key1 = (key0 + 0x9E3779B9) & low, (key1 + 0xBB67AE85) & low
-    return (c0 >> 8).float() * 2.0**-24
-
-
-def _multiply_wide(a: torch.Tensor, b: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """High and low 32-bit words of a*b for unsigned 32-bit values held in int64 (the product itself would overflow)."""
-    low_part, high_part = a * (b & 0xFFFF), a * (b >> 16)
-    total = low_part + ((high_part & 0xFFFF) << 16)
-    return (high_part >> 16) + (total >> 32), total & 0xFFFFFFFF
+        # A product of two words overflows int64, whose bits are those of the unsigned product all the same.
+        first, second = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1 = (second >> 32 & _LOW) ^ c1 ^ key0, second & _LOW
+        c2, c3 = (first >> 32 & _LOW) ^ c3 ^ key1, first & _LOW
+        key0, key1 = (key0 + 0x9E3779B9) & _LOW, (key1 + 0xBB67AE85) & _LOW
+    return c0, c1, c2, c3
 
 
 def kept_tokens(
@@ -293,19 +300,36 @@ def kept_tokens(
     the top_k, reaches p; min_p whatever has at least min_p times the best token's probability.
     """
     x = _wide(logits)
-    ordered = x.sort(dim=-1, descending=True).values
-    k = torch.where(top_k > 0, top_k, x.shape[-1]).clamp(max=x.shape[-1]).long()
-    rank = torch.arange(x.shape[-1], device=x.device)
-    kth = ordered.gather(1, k[:, None] - 1)
     heat = torch.where(temperature > 0, temperature, 1.0).to(x.dtype)[:, None]
-    weights = torch.exp((ordered - ordered[:, :1]) / heat).masked_fill(ordered < kth, 0.0)
-    before = weights.cumsum(dim=-1) - weights
-    inside = before < top_p.to(x.dtype)[:, None] * weights.sum(dim=-1, keepdim=True)
-    last = torch.where(inside, rank, 0).amax(dim=-1, keepdim=True)
-    floor = torch.maximum(kth, ordered.gather(1, last))
-    floor = torch.where((top_p < 1.0)[:, None], floor, kth)
-    least = ordered[:, :1] + heat * torch.log(min_p.to(x.dtype))[:, None]
-    return (x >= torch.maximum(floor, least)) & (x > -math.inf)
+    best = x.amax(dim=-1, keepdim=True)
+    floor = best + heat * torch.log(min_p.to(x.dtype))[:, None]
+    if bool(((top_k > 0) | (top_p < 1.0)).any()):
+        found, enough = _threshold(x, heat, top_k, top_p, min(FEW, x.shape[-1]))
+        rest = (~enough).nonzero().squeeze(1)
+        if len(rest):
+            found[rest], _ = _threshold(x[rest], heat[rest], top_k[rest], top_p[rest], x.shape[-1])
+        floor = torch.maximum(floor, found)
+    return (x >= floor) & (x > -math.inf)
+
+
+def _threshold(
+    x: torch.Tensor, heat: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, count: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The least logit that top_k and top_p keep, [n, 1], and where the `count` best of a row were enough to tell, [n]."""
+    vocab = x.shape[-1]
+    k = torch.where(top_k > 0, top_k, vocab).clamp(max=vocab).long()[:, None]
+    ordered = x.topk(count, dim=-1).values if count < vocab else x.sort(dim=-1, descending=True).values
+    best = ordered[:, :1]
+    kth = torch.where(k < vocab, ordered.gather(1, k.clamp(max=count) - 1), -math.inf)
+    total = torch.exp((x - best) / heat).masked_fill(x < kth, 0.0).sum(dim=-1, keepdim=True)
+    wanted = top_p.to(x.dtype)[:, None] * total
+    mass = torch.exp((ordered - best) / heat).masked_fill(ordered < kth, 0.0).cumsum(dim=-1)
+    limited = (top_p < 1.0)[:, None]
+    inside = torch.cat((torch.zeros_like(wanted), mass[:, :-1]), dim=1) < wanted
+    last = torch.where(inside, torch.arange(count, device=x.device), 0).amax(dim=-1, keepdim=True)
+    floor = torch.where(limited, torch.maximum(kth, ordered.gather(1, last)), kth)
+    enough = ((k <= count) | (k >= vocab)) & (~limited | (mass[:, -1:] >= wanted))
+    return floor, enough.squeeze(1) | (count == vocab)
 
 
 def sample(
@@ -317,22 +341,29 @@ def sample(
     seeds: torch.Tensor,
     steps: torch.Tensor,
 ) -> torch.Tensor:
-    """One token per row by inverting the distribution function at uniform(seed, step); temperature 0 is argmax."""
+    """One token per row by the Gumbel-max trick, in two draws; temperature 0 is argmax.
+
+    First the chunk of SAMPLE_CHUNK tokens with the largest log(mass) + noise, then its token with the largest
+    logit / temperature + noise: exactly the softmax's distribution. A small change of the logits moves the sums a
+    little and the noise not at all, so it changes the token in few draws only, as inverting a distribution function
+    does not promise.
+    """
     greedy = argmax(logits)
     if bool((temperature <= 0).all()):
         return greedy
     x = _wide(logits)
     heat = torch.where(temperature > 0, temperature, 1.0).to(x.dtype)[:, None]
-    filtered = bool(((top_k > 0) | (top_p < 1.0) | (min_p > 0.0)).any())
-    best = x.amax(dim=-1, keepdim=True)
-    weights = torch.exp((x - best) / heat)
-    if filtered:
-        weights = weights * kept_tokens(logits, temperature, top_k, top_p, min_p)
-    running = weights.cumsum(dim=-1)
-    target = uniform(seeds, steps).to(x.dtype)[:, None] * running[:, -1:]
-    drawn = (running <= target).sum(dim=-1)
-    last = torch.where(weights > 0, torch.arange(x.shape[-1], device=x.device), 0).amax(dim=-1)
-    drawn = torch.minimum(drawn, last)
+    x = (x - x.amax(dim=-1, keepdim=True)) / heat
+    if bool(((top_k > 0) | (top_p < 1.0) | (min_p > 0.0)).any()):
+        x = x.masked_fill(~kept_tokens(logits, temperature, top_k, top_p, min_p), -math.inf)
+    width = min(SAMPLE_CHUNK, x.shape[1] + -x.shape[1] % 4)
+    chunks = F.pad(x, (0, -x.shape[1] % width), value=-math.inf).view(len(x), -1, width)
+    count, first = chunks.shape[1], torch.zeros_like(seeds)
+    mass = chunks.exp().sum(-1).log() + gumbel(seeds, steps, CHUNKS, first, count + -count % 4)[:, :count]
+    chosen = mass.argmax(-1)
+    scores = chunks[torch.arange(len(x), device=x.device), chosen]
+    scores = scores + gumbel(seeds, steps, TOKENS, chosen * width, width)
+    drawn = chosen * width + scores.argmax(-1)
     return torch.where((temperature <= 0) | (greedy == BAD_ROW), greedy, drawn)
 
 

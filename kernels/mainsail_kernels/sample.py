@@ -2,13 +2,15 @@
 
     1. per chunk of 4096 logits   best logit and where, and the sum of exp((x - best) / temperature)
     2. per row                    the threshold that top-k, top-p and min-p ask for; the mass of each chunk above
-                                  it; one uniform number picks a chunk, then a token inside it
+                                  it; the chunk with the largest log(mass) + noise; its token with the largest
+                                  logit / temperature + noise
 
 The kept set of every filter is "logits at or above a threshold". The threshold is the largest value at which enough
 tokens (top-k) or enough probability (top-p) lie at or above; both only grow as the value falls, so three pivots a pass
-quarter the interval until one distinct logit is left in it, and passes skip chunks whose best lies below. One number
-per row, Philox of (seed, step), makes the same seed draw the same token in whatever batch it runs: chunks and the order
-of sums are fixed by the vocabulary alone. The meaning of every parameter is in reference.py.
+quarter the interval until one distinct logit is left in it, and passes skip chunks whose best lies below. The noise is
+Gumbel's, a pure function (Philox) of seed, step and token, so the same seed draws the same token in whatever batch it
+runs, and a logit that another order of sums has moved by a bit changes hardly any draw. The meaning of every parameter
+is in reference.py.
 """
 
 import torch
@@ -64,11 +66,12 @@ def _argmax_kernel(best_ptr, where_ptr, out_ptr, num_chunks, CHUNKS: tl.constexp
 
 
 @triton.jit
-def _philox_uniform(seed, step):
-    """Philox 4x32-10 with the seed as key and the step as counter; 24 bits of its first word, as [0, 1)."""
+def _gumbel(seed, step, what: tl.constexpr, index):
+    """reference.gumbel of each index: every lane computes the four words of its group and takes its own."""
     key0, key1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
-    c0, c1 = step.to(tl.uint32), (step >> 32).to(tl.uint32)
-    c2, c3 = c0 * 0, c0 * 0
+    group = (index // 4).to(tl.uint32)
+    c0, c1 = step.to(tl.uint32) + group * 0, (step >> 32).to(tl.uint32) + group * 0
+    c2, c3 = group, group * 0 + what
     for _ in tl.static_range(10):
         first = c0.to(tl.uint64) * 0xD2511F53
         second = c2.to(tl.uint64) * 0xCD9E8D57
@@ -77,7 +80,10 @@ def _philox_uniform(seed, step):
         c1, c3 = second.to(tl.uint32), first.to(tl.uint32)
         key0 = (key0.to(tl.uint64) + 0x9E3779B9).to(tl.uint32)
         key1 = (key1.to(tl.uint64) + 0xBB67AE85).to(tl.uint32)
-    return (c0 >> 8).to(tl.float32) * 5.9604644775390625e-08
+    lane = index % 4
+    word = tl.where(lane == 0, c0, tl.where(lane == 1, c1, tl.where(lane == 2, c2, c3)))
+    u = ((word >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07
+    return -tl.log(-tl.log(u))
 
 
 @triton.jit
@@ -216,18 +222,14 @@ def _draw_kernel(
     else:
         floor = float("-inf")
 
-    running = tl.cumsum(mass, axis=0)
-    number = _philox_uniform(tl.load(seeds_ptr + row).to(tl.int64), tl.load(steps_ptr + row).to(tl.int64))
-    target = number * tl.sum(tl.where(index == CHUNKS - 1, running, 0.0), axis=0)
-    chosen = tl.sum((running <= target).to(tl.int32), axis=0)
-    chosen = tl.minimum(chosen, tl.max(tl.where(mass > 0, index, 0), axis=0))
-    before = tl.sum(tl.where(index == chosen - 1, running, 0.0), axis=0)
+    seed, step = tl.load(seeds_ptr + row).to(tl.int64), tl.load(steps_ptr + row).to(tl.int64)
+    score = tl.where(mass > 0, tl.log(mass) + _gumbel(seed, step, 0, index), float("-inf"))
+    chosen = tl.min(tl.where(score == tl.max(score, axis=0), index, CHUNKS), axis=0)
     token = chosen * CHUNK + lane
     x = tl.load(row_ptr + token, mask=token < vocab, other=float("-inf")).to(tl.float32)
-    weight = tl.where((x >= floor) & (x > float("-inf")), tl.exp((x - top) / heat), 0.0)
-    picked = tl.sum((tl.cumsum(weight, axis=0) <= target - before).to(tl.int32), axis=0)
-    # Rounding may put the target past the last kept token, or on one of weight zero before the first.
-    picked = tl.minimum(picked, tl.max(tl.where(weight > 0, lane, 0), axis=0))
+    kept = (x >= floor) & (x > float("-inf"))
+    score = tl.where(kept, (x - top) / heat + _gumbel(seed, step, 1, token), float("-inf"))
+    picked = tl.min(tl.where(score == tl.max(score, axis=0), lane, CHUNK), axis=0)
     tl.store(out_ptr + row, (chosen * CHUNK + picked).to(tl.int64))
 
 

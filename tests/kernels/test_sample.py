@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mainsail_kernels import reference
+from mainsail_kernels._triton import INTERPRETED
 from mainsail_kernels.sample import argmax, sample
 
 
@@ -19,10 +20,13 @@ def _draw(logits, device, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, see
     return sample(logits.to(device), floats[0], ks, floats[1], floats[2], seeds, steps.to(device)).cpu()
 
 
-def test_random_numbers_are_philox():
-    # The published vector of Philox 4x32-10 for a zero counter and key begins with 0x6627e8d5.
+def test_noise_is_made_of_philox():
+    # The published vector of Philox 4x32-10 for a zero counter and key.
     zero = torch.zeros(1, dtype=torch.int64)
-    assert reference.uniform(zero, zero).item() == (0x6627E8D5 >> 8) / 2**24
+    words = torch.tensor([0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8])
+    u = ((words >> 9).double() + 0.5) / 2**23
+    expected = -(-u.log()).log()
+    torch.testing.assert_close(reference.gumbel(zero, zero, 0, zero, 4)[0].double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_argmax_takes_the_lowest_of_equals_and_reports_broken_rows(device):
@@ -49,22 +53,59 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
-@pytest.mark.parametrize("vocab", [50, 9000])
-def test_the_drawn_token_inverts_the_distribution(settings, vocab, device):
-    logits = (torch.randn(2, vocab) * 2).to(torch.bfloat16).float()  # rounded: with ties
-    drawn = _draw(logits, device, seed=7, **settings)
-    n = len(drawn)
-    numbers = reference.uniform(torch.full((n,), 7), torch.arange(n)).double()
+def _parts(logits, settings, seed):
+    """The two draws of a row in float64: log(mass) + noise of the chunks, x / temperature + noise of all tokens."""
+    n, vocab = logits.shape
     vectors = [torch.full((n,), float(settings.get(k, d))) for k, d in
                (("temperature", 1.0), ("top_k", 0), ("top_p", 1.0), ("min_p", 0.0))]  # fmt: skip
     kept = reference.kept_tokens(logits.double(), vectors[0], vectors[1].int(), vectors[2], vectors[3])
-    weights = torch.softmax(logits.double() / vectors[0][:, None], -1) * kept
-    running = (weights / weights.sum(-1, keepdim=True)).cumsum(-1)
+    x = (logits.double() / vectors[0][:, None]).masked_fill(~kept, -math.inf)
+    padded = torch.nn.functional.pad(x, (0, -vocab % reference.SAMPLE_CHUNK), value=-math.inf)
+    masses = padded.view(n, -1, reference.SAMPLE_CHUNK).logsumexp(-1)
+    seeds, steps, first = torch.full((n,), seed), torch.arange(n), torch.zeros(n, dtype=torch.int64)
+    chunk_noise = reference.gumbel(seeds, steps, reference.CHUNKS, first, 4 * -(-masses.shape[1] // 4))
+    noise = reference.gumbel(seeds, steps, reference.TOKENS, first, padded.shape[1])
+    return masses + chunk_noise[:, : masses.shape[1]], padded + noise
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("vocab", [50, 9001])
+def test_the_drawn_token_is_the_noisiest_of_the_noisiest_chunk(settings, vocab, device):
+    logits = (torch.randn(4, vocab) * 2).to(torch.bfloat16).float()  # rounded: with ties
+    drawn = _draw(logits, device, seed=7, **settings)
+    chunks, tokens = _parts(logits, settings, seed=7)
     for row, token in enumerate(drawn.tolist()):
-        assert kept[row, token]
-        after, before = running[row, token], running[row, token - 1] if token else 0.0
-        assert before - 1e-5 <= numbers[row] <= after + 1e-5
+        chunk = token // reference.SAMPLE_CHUNK
+        assert chunks[row, chunk] >= chunks[row].max() - 1e-4
+        own = tokens[row, chunk * reference.SAMPLE_CHUNK :][: reference.SAMPLE_CHUNK]
+        assert tokens[row, token] >= own.max() - 1e-4
+
+
+def test_small_changes_of_the_logits_change_few_draws(device):
+    """As another order of sums makes them. Inverting the distribution function, a third of the draws would change."""
+    rows = 30 if INTERPRETED else 300
+    logits = (torch.randn(9001) * 1.5).expand(rows, -1)
+    draws = [_draw(logits + 0.01 * torch.randn(9001), device, seed=5) for _ in range(2)]
+    assert (draws[0] != draws[1]).sum() <= rows // 20
+    assert len(set(draws[0].tolist())) > rows // 2
+
+
+def test_what_is_kept_is_the_same_whether_or_not_a_few_best_tell():
+    """Rows that a few best tokens decide beside rows that need them all, against the definition by a sort."""
+    logits = torch.cat((torch.randn(20, 3000), torch.randn(20, 3000) * 6)).to(torch.bfloat16).double()
+    n = len(logits)
+    k, p = torch.randint(0, 600, (n,)), torch.rand(n).double()
+    k[::3], p[1::3] = 0, 1.0
+    kept = reference.kept_tokens(logits, torch.ones(n), k, p, torch.zeros(n))
+    for row in range(n):
+        ordered = logits[row].sort(descending=True).values
+        floor = ordered[k[row] - 1] if k[row] else ordered[-1]
+        among = logits[row].masked_fill(logits[row] < floor, -math.inf)
+        weights = torch.softmax(among, -1)
+        if p[row] < 1:
+            above = torch.stack([weights[logits[row] > value].sum() for value in ordered[:, None]])
+            floor = torch.maximum(floor, ordered[above < p[row]][-1])
+        assert kept[row].equal(logits[row] >= floor)
 
 
 def test_a_row_draws_the_same_token_in_any_batch(device):
