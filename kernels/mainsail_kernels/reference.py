@@ -315,7 +315,7 @@ def kept_tokens(
 def _threshold(
     x: torch.Tensor, heat: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, count: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The least logit that top_k and top_p keep, [n, 1], and where the `count` best of a row were enough to tell, [n]."""
+    """The least logit that top_k and top_p keep, [n, 1], and whether the `count` best of a row could tell, [n]."""
     vocab = x.shape[-1]
     k = torch.where(top_k > 0, top_k, vocab).clamp(max=vocab).long()[:, None]
     ordered = x.topk(count, dim=-1).values if count < vocab else x.sort(dim=-1, descending=True).values
