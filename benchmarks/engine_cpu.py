@@ -116,7 +116,8 @@ def vllm_peer(python: str, checkpoint: Path, dtype: str, *, all_cores: bool = Fa
     if all_cores:
         cores = sorted(os.sched_getaffinity(0))
         environment["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
-    command = [python, str(Path(__file__).with_name("vllm_cpu.py")), str(checkpoint), dtype, str(prompts)]
+    # -P: the folder of this file must not be searched for modules, it has a kernels.py
+    command = [python, "-P", str(Path(__file__).with_name("vllm_cpu.py")), str(checkpoint), dtype, str(prompts)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     for line in done.stdout.splitlines():
         if line.startswith("RESULT "):
@@ -153,18 +154,20 @@ def ratios(mine: dict[str, Any], peer: dict[str, Any]) -> dict[str, float]:
 
 def measure(args: argparse.Namespace, result: dict[str, Any]) -> None:
     net = None if args.no_transformers and not args.vllm_python else load_net(args.model)
-    with tempfile.TemporaryDirectory() as folder:
-        if args.vllm_python:
-            save_checkpoint(net, Path(folder))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.checkpoint or Path(temporary)
+        if args.vllm_python and not (folder / "config.json").exists():
+            save_checkpoint(net, folder)
         for dtype in args.dtypes.split(","):
             one: dict[str, Any] = {"ours": ours(args.model, dtype)}
             result[dtype] = one
+            print(json.dumps({dtype: one}), flush=True)
             if not args.no_transformers:
                 one["transformers"] = transformers_peer(net, dtype)
             if args.vllm_python:
-                one["vllm"] = vllm_peer(args.vllm_python, Path(folder), dtype)
+                one["vllm"] = vllm_peer(args.vllm_python, folder, dtype)
                 if args.vllm_all_cores:
-                    one["vllm_all_cores"] = vllm_peer(args.vllm_python, Path(folder), dtype, all_cores=True)
+                    one["vllm_all_cores"] = vllm_peer(args.vllm_python, folder, dtype, all_cores=True)
             one["ratios"] = {name: ratios(one["ours"], peer) for name, peer in one.items() if name != "ours"}
             print(json.dumps({dtype: one}), flush=True)
             if args.output:
@@ -177,6 +180,7 @@ def main() -> None:
     parser.add_argument("--dtypes", default="bfloat16,float32")
     parser.add_argument("--no-transformers", action="store_true")
     parser.add_argument("--vllm-python", help="the interpreter of an environment with vllm-cpu")
+    parser.add_argument("--checkpoint", type=Path, help="where to keep vLLM's: it finds what it compiled by the path")
     parser.add_argument("--vllm-all-cores", action="store_true", help="vLLM once more, bound to every core")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()

@@ -58,7 +58,8 @@ class CacheConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Keep the KV of finished requests in the prefix tree until its room is needed."""
     offloading_size_gib: float | None = None
     """Host memory for KV that the device has no room for (--kv-offloading-size, GiB; pinned on CUDA). 0: none. None: on
-    CUDA a quarter of the memory that this process may still take, at most as much as the pool; on the CPU none."""
+    CUDA a quarter of the memory that this process may still take, at most as much as the pool; on the CPU, and with
+    several ranks (which share what is given), none."""
     metrics_sample: float = 0.01
     """Share of the KV blocks whose time in the cache is measured (--kv-cache-metrics-sample). 0: none."""
 

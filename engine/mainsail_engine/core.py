@@ -567,6 +567,7 @@ class _Engine:
         from mainsail_engine.runner.memory import offloading_bytes
         from mainsail_engine.runner.model_runner import batched_tokens
         from mainsail_engine.runner.swap import with_host_memory
+        from mainsail_engine.runner.workers import host_bytes
         from mainsail_engine.scheduler import Scheduler
 
         runner, config = self.model_runner, self.config
@@ -584,11 +585,12 @@ class _Engine:
             self.events.cleared()
             scheduler.kv.tree.watchers += (self.events,)
         if self._workers:
-            return scheduler, self._workers.all_ranks(runner)
-        host_bytes = offloading_bytes(
+            own = with_host_memory(runner, runner.kv_cache, host_bytes(config))
+            return scheduler, self._workers.all_ranks(own)
+        size = offloading_bytes(
             config.cache.offloading_size_gib, pool_bytes=runner.kv_cache.nbytes, cuda=runner.device.type == "cuda"
         )
-        return scheduler, with_host_memory(runner, runner.kv_cache, host_bytes)
+        return scheduler, with_host_memory(runner, runner.kv_cache, size)
 
     def _speculator(self, device: str) -> Speculator | None:
         """What guesses tokens, if anything does."""
@@ -623,16 +625,18 @@ class _Engine:
         self.model_runner.fill_adapter(slot, adapter)
 
     def resting_runner(self) -> Runner:
-        if self._workers:
-            raise RuntimeError("an engine of several ranks cannot sleep")
         return self.model_runner
 
     def sleep(self) -> None:
+        if self._workers:
+            self._workers.sleep()
         self.model_runner.sleep()
         if self.draft is not None:
             self.draft.runner.sleep()
 
     def wake_up(self) -> tuple[Scheduler, Runner]:
+        if self._workers:
+            self._workers.wake_up()
         self.model_runner.wake_up(self.config)
         if self.draft is not None:
             self.draft.runner.wake_up(self.draft.config)

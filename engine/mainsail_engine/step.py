@@ -80,6 +80,8 @@ class StepPlan:
     """The first num_decodes chunks have exactly one token and sample."""
     planned_s: float = 0.0
     """Monotonic clock."""
+    num_loaded: int = 0
+    """On a rank above 0: so many loads are known to be done on rank 0, and this plan may read what they brought."""
     constrained_elsewhere: bool = False
     """On a rank above 0: rank 0, which has the grammars, says that the plan is constrained."""
     decode_context: int = 0

@@ -49,6 +49,16 @@ class PlanMessage(msgspec.Struct, frozen=True, array_like=True, tag=True):
     copies: list[tuple[int, int, int]]
     stores: list[tuple[int, int]]
     loads: list[tuple[int, int]]
+    num_loaded: int
+    """Loads, of all plans before, that are known to be done on the sender (step.StepPlan)."""
+
+
+class SleepMessage(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Weights to the host, KV dropped. Nothing is in flight."""
+
+
+class WakeUpMessage(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """The way back. It ends with a step that all ranks compute together."""
 
 
 class MasksMessage(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -68,7 +78,7 @@ class AdapterMessage(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 encode = msgspec.msgpack.Encoder().encode
-decode = msgspec.msgpack.Decoder(PlanMessage | MasksMessage | AdapterMessage).decode
+decode = msgspec.msgpack.Decoder(PlanMessage | MasksMessage | AdapterMessage | SleepMessage | WakeUpMessage).decode
 
 
 @dataclass(slots=True, eq=False)
@@ -88,7 +98,7 @@ class PlanSender:
         """By the identity of the request, which the entry keeps alive."""
         self._next_key = 0
 
-    def message(self, plan: StepPlan) -> PlanMessage:
+    def message(self, plan: StepPlan, num_loaded: int = 0) -> PlanMessage:
         """What to tell of this plan. Call once for every plan, in the order of their launch, before it is launched."""
         gone = [told for told in self._told.values() if told.request.is_finished]
         for told in gone:
@@ -105,6 +115,7 @@ class PlanSender:
             copies=[(copy.src, copy.dst, copy.num_tokens) for copy in plan.copies],
             stores=[(move.device, move.host) for move in plan.stores],
             loads=[(move.device, move.host) for move in plan.loads],
+            num_loaded=num_loaded,
         )
 
     def _chunk(self, chunk: Chunk, added: list[NewRequest]) -> ChunkMessage:
@@ -142,6 +153,7 @@ class PlanReceiver:
             copies=[BlockCopy(*copy) for copy in message.copies],
             stores=[BlockMove(*move) for move in message.stores],
             loads=[BlockMove(*move) for move in message.loads],
+            num_loaded=message.num_loaded,
             num_decodes=message.num_decodes,
             num_verifying=message.num_verifying,
             constrained_elsewhere=message.constrained,

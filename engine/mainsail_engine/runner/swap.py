@@ -152,6 +152,9 @@ class HostSwap:
         """Blocks that have arrived since the start. wait: until all loads begun so far are done."""
         return self._num_loaded
 
+    def order_after(self, num_loaded: int) -> None:
+        """What is queued from now on may read the first num_loaded blocks that were loaded."""
+
 
 class CudaHostSwap(HostSwap):
     """Copies on streams of their own."""
@@ -214,6 +217,12 @@ class CudaHostSwap(HostSwap):
         blocks = torch.tensor([move.device for move in moves], dtype=torch.int64, pin_memory=True)
         return blocks.to(self._cache.device, non_blocking=True)
 
+    def order_after(self, num_loaded: int) -> None:
+        for number, done in self._pending:
+            torch.cuda.current_stream().wait_event(done)
+            if number >= num_loaded:
+                break
+
     def num_loaded(self, *, wait: bool) -> int:
         while self._pending:
             number, done = self._pending[0]
@@ -257,9 +266,16 @@ class SwappingRunner:
     def num_host_blocks(self) -> int:
         return self._swap.num_blocks
 
+    @property
+    def num_loaded(self) -> int:
+        """Blocks that have arrived so far."""
+        return self._swap.num_loaded(wait=False)
+
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> SwappingStep:
         """See step.Runner."""
+        if plan.num_loaded:
+            self._swap.order_after(plan.num_loaded)
         if plan.stores:
             self._swap.store(plan.stores)
         if plan.loads:

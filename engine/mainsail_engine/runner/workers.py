@@ -26,7 +26,15 @@ import zmq
 from mainsail_engine.config import EngineConfig
 from mainsail_engine.model.architecture import read_architecture
 from mainsail_engine.model.parallel import SINGLE, Parallel, check_divides
-from mainsail_engine.runner.replicate import AdapterMessage, MasksMessage, PlanSender, encode
+from mainsail_engine.runner.replicate import (
+    AdapterMessage,
+    MasksMessage,
+    PlanSender,
+    SleepMessage,
+    WakeUpMessage,
+    encode,
+)
+from mainsail_engine.runner.swap import SwappingRunner
 from mainsail_engine.step import PendingLogits, PendingStep, Runner, StepPlan, StepResult
 
 SILENT_S = 5.0
@@ -50,6 +58,10 @@ class Beat(msgspec.Struct, frozen=True, array_like=True):
     rank: int
     num_done: int
     """Steps that have been computed."""
+    times_begun: int
+    """1, and one more for each time that it fell asleep or woke up."""
+    num_host_blocks: int
+    """Of host memory, by now."""
 
 
 class Workers:
@@ -73,6 +85,9 @@ class Workers:
         self._num_done = dict.fromkeys(ranks, 0)
         self._last_beat = dict.fromkeys(ranks, float("inf"))
         """Silence counts from the first beat: before it a rank loads its weights."""
+        self._host_blocks: dict[int, tuple[int, int]] = dict.fromkeys(ranks, (0, 0))
+        """(how often it has begun, how many host blocks it has since)."""
+        self._times_begun = 1
         self._processes = {
             rank: _spawn(
                 WorkerStart(config=config, rank=rank, store_port=store_port, plans_address=plans, beats_address=beats)
@@ -92,10 +107,28 @@ class Workers:
         self._wait_ready()
         return TensorParallelRunner(runner, self)
 
-    def send(self, plan: StepPlan) -> None:
+    @property
+    def num_host_blocks(self) -> int:
+        """How many host blocks every other rank has by now."""
+        return min(blocks if begun == self._times_begun else 0 for begun, blocks in self._host_blocks.values())
+
+    def sleep(self) -> None:
+        """With nothing in flight."""
+        self._begin_anew(SleepMessage())
+
+    def wake_up(self) -> None:
+        """Rank 0 must do so at the same time: it ends with a step of all."""
+        self._begin_anew(WakeUpMessage())
+
+    def _begin_anew(self, message: SleepMessage | WakeUpMessage) -> None:
+        self._times_begun += 1
+        self._plans.send(encode(message))
+
+    def send(self, plan: StepPlan, num_loaded: int) -> None:
+        """num_loaded: see step.StepPlan."""
         self._num_sent += 1
         self._unfinished.append((self._num_sent, time.monotonic()))
-        self._plans.send(encode(self._sender.message(plan)))
+        self._plans.send(encode(self._sender.message(plan, num_loaded)))
 
     def send_adapter(self, slot: int, name: str, path: str) -> None:
         self._plans.send(encode(AdapterMessage(slot, name, path)))
@@ -113,6 +146,7 @@ class Workers:
             if self._beats.poll(TICK_MS):
                 beat = decode(self._beats.recv())
                 self._num_done[beat.rank] = beat.num_done
+                self._host_blocks[beat.rank] = beat.times_begun, beat.num_host_blocks
                 self._last_beat[beat.rank] = time.monotonic()
                 while self._unfinished and self._unfinished[0][0] <= min(self._num_done.values()):
                     self._unfinished.popleft()
@@ -132,6 +166,12 @@ class Workers:
             late = ", ".join(str(rank) for rank, done in self._num_done.items() if done < number)
             return f"tensor-parallel rank {late} has not finished a step within {self._step_limit_s:g} s"
         return None
+
+
+def host_bytes(config: EngineConfig) -> int:
+    """A rank's share of the host memory for KV. Only what is asked for: ranks would measure what is free each for
+    itself, and all at once."""
+    return int((config.cache.offloading_size_gib or 0.0) * 2**30) // config.tensor_parallel_size
 
 
 def start_ranks(config: EngineConfig, on_lost: Callable[[str], None]) -> tuple[Parallel, Workers | None]:
@@ -162,8 +202,6 @@ def _spawn(start: WorkerStart) -> subprocess.Popen[bytes]:
 class TensorParallelRunner:
     """step.Runner over all ranks: what rank 0's own runner does, after the others were told."""
 
-    num_host_blocks = 0
-
     def __init__(self, runner: Runner, workers: Workers) -> None:
         self._runner = runner
         self._workers = workers
@@ -172,9 +210,14 @@ class TensorParallelRunner:
         self.eos_token_ids = runner.eos_token_ids
         self.vocab_size = runner.vocab_size
 
+    @property
+    def num_host_blocks(self) -> int:
+        own = self._runner.num_host_blocks
+        return min(own, self._workers.num_host_blocks) if own else 0
+
     def launch(self, plan: StepPlan) -> PendingStep | PendingLogits:
         """Start one step on every rank; see step.Runner."""
-        self._workers.send(plan)
+        self._workers.send(plan, self._runner.num_loaded if isinstance(self._runner, SwappingRunner) else 0)
         try:
             pending = self._runner.launch(plan)
         except RuntimeError:
