@@ -137,7 +137,7 @@ def save_checkpoint(net: Any, folder: Path) -> None:
     import transformers
 
     config = {key: value for key, value in net.config.to_dict().items() if key != "quantization_config"}
-    plain = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
+    plain: Any = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
     plain.load_state_dict(net.state_dict())
     plain.to(torch.bfloat16).save_pretrained(folder)
 
@@ -175,7 +175,7 @@ def measure(args: argparse.Namespace, result: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("model")
     parser.add_argument("--dtypes", default="bfloat16,float32")
     parser.add_argument("--no-transformers", action="store_true")
