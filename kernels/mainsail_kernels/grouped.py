@@ -338,7 +338,11 @@ def grouped_linear(x: torch.Tensor, codes: Codes, bias: torch.Tensor | None = No
     out, num_in = codes.shape
     require(x.dim() == 2 and x.shape[1] == num_in, f"grouped_linear: x {tuple(x.shape)}, codes [{out}, {num_in}]")
     require(bias is None or bias.shape == (out,), "grouped_linear: bias must be [out]")
-    config = grouped_config(x.device, x.shape[0], out, num_in) if runs_kernels(x) and x.shape[0] else None
+    if not runs_kernels(x):
+        wide = x if x.dtype == torch.float64 else x.float()
+        product = F.linear(wide, dequantize(codes, wide.dtype), None if bias is None else bias.to(wide.dtype))
+        return product.to(x.dtype)
+    config = grouped_config(x.device, x.shape[0], out, num_in) if x.shape[0] else None
     if config is None or x.stride(1) != 1:
         return F.linear(x, dequantize(codes, x.dtype), bias)
     return _launch(x, codes, bias, config)
