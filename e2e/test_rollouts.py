@@ -212,25 +212,3 @@ def test_a_revision_that_keeps_crashing_rolls_back(kube: Kube, gateway_url: str,
                      r["reason"] != "GateFailed" and r, timeout_s=240, story=kube.story)  # fmt: skip
     assert found["reason"] in ("OOMKilled", "CrashLoop"), json.dumps(found)
     assert uids(kube, "errors") == before
-
-
-@pytest.mark.slow
-def test_a_rolling_update_that_fails_its_requests_goes_back(cluster: Place, kube: Kube, gateway_url: str) -> None:
-    """Without steps and without a gate to wait at: what the first new pod fails is enough."""
-    tiny.write(cluster.models / "tiny")
-    plain = service("plain", uri="pvc://models/tiny", replicas=2)
-    plain["spec"]["drain"] = {"timeout": "20s"}
-    kube.apply(plain)
-    try:
-        wait_ready(kube, "plain", serving=2)
-        wait_routed(gateway_url, "plain")
-        before, stable = uids(kube, "plain"), rollout(kube, "plain")["target"]
-        with steady_traffic(gateway_url, "plain", streams=4, max_tokens=4):
-            kube.apply(with_fault(plain, error_rate=0.5))
-            found = wait_phase(kube, "plain", "RolledBack", target_not=stable)
-        assert found["reason"] == "GateFailed"
-        assert "maxErrorRate" in found["message"]
-        assert before.keys() & uids(kube, "plain").keys(), "it was never replaced altogether"
-        assert _serving(kube, "plain") == 2
-    finally:
-        kube.delete("mis", "plain", wait=False)

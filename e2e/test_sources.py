@@ -166,11 +166,11 @@ def test_a_bucket_and_a_registry(kube: Kube, gateway_url: str, folders, both_sto
     cache = {"claim": "cache"}
     # The limit is below what lies there already: what nobody uses goes, what is in use stays.
     kube.apply(bought("bucket", stores.S3_URI, cache=cache | {"limit": "1Mi"}),
-               bought("image", stores.OCI_URI, cache=cache), cramped())  # fmt: skip
+               bought("image", stores.OCI_URI, cache=cache))  # fmt: skip
     told(kube, "bucket", "CredentialsRefused", "AWS_ACCESS_KEY_ID")
     told(kube, "image", "CredentialsRefused", "")
     kube.apply(stores.secret(both_stores[0], both_stores[1], stores.ACCOUNT[1]))
-    kube.apply(bought("missing", f"s3://{stores.BUCKET}/none", cache=cache))
+    kube.apply(bought("missing", f"s3://{stores.BUCKET}/none", cache=cache), cramped())
     told(kube, "missing", "ModelNotFound", "none")
     told(kube, "cramped", "DiskFull", "make room")
     for name in ("bucket", "image"):
@@ -195,7 +195,7 @@ def told(kube: Kube, name: str, reason: str, words: str) -> None:
 def old_copy(cache: Path, name: str, size: int) -> Path:
     """A copy as an earlier fetch left it a day ago."""
     folder, lock = cache / name, cache / f".{name}.lock"
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     (folder / "model.safetensors").write_bytes(os.urandom(size))
     lock.touch()
     yesterday = time.time() - 86_400
