@@ -38,6 +38,10 @@ class ModelSpec(msgspec.Struct, frozen=True):
     servedNames: list[str] | None = None
 
 
+class AdapterSpec(msgspec.Struct, frozen=True):
+    name: str
+
+
 class EngineSpec(msgspec.Struct, frozen=True):
     maxModelLen: int | None = None
     maxNumSeqs: int = 256
@@ -62,6 +66,7 @@ class ScalingSpec(msgspec.Struct, frozen=True):
 
 class ServiceSpec(msgspec.Struct, frozen=True):
     model: ModelSpec = ModelSpec()
+    adapters: list[AdapterSpec] | None = None
     engine: EngineSpec = EngineSpec()
     admission: AdmissionSpec = AdmissionSpec()
     scaling: ScalingSpec | None = None
@@ -204,11 +209,13 @@ def _age(item: InferenceService | ModelRoute) -> tuple[str, str, str]:
 
 def _service(item: InferenceService, endpoints: Mapping[str, Endpoint]) -> Service:
     revisions = (item.status and item.status.revisions) or []
+    names = item.spec.model.servedNames or [item.metadata.name]
+    adapters = [adapter.name for adapter in item.spec.adapters or ()]
     return Service(
         namespace=item.metadata.namespace,
         name=item.metadata.name,
         created=_epoch(item.metadata.creationTimestamp),
-        served_names=tuple(dict.fromkeys(item.spec.model.servedNames or [item.metadata.name])),
+        served_names=tuple(dict.fromkeys([*names, *adapters])),
         max_model_len=item.spec.engine.maxModelLen,
         endpoints=tuple(endpoints[key] for key in sorted(endpoints)),
         weights=tuple((r.name, r.weight) for r in revisions) if any(r.weight > 0 for r in revisions) else (),

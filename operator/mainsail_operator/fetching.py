@@ -23,6 +23,7 @@ from lightkube.utils.quantity import parse_quantity
 from mainsail_fetch.source import file_in, folder, parse
 from mainsail_operator.settings import Settings
 from mainsail_operator.types import JSON, InferenceServiceSpec
+from mainsail_operator.types.model import SecretReference
 
 CONTAINER = "fetch"
 LABEL = "mainsail.dev/fetch-for"
@@ -66,29 +67,36 @@ def mount(*, read_only: bool) -> JSON:
     return {"name": _VOLUME, "mountPath": _ROOT} | ({"readOnly": True} if read_only else {})
 
 
-def container(spec: InferenceServiceSpec, settings: Settings, *, stay: bool = False, image: str | None = None) -> JSON:
-    """The container that fetches; `spec.podTemplate` may add to it under its name."""
+def container(spec: InferenceServiceSpec, settings: Settings, *, stay: bool = False) -> JSON:
+    """The container that fetches the model; `spec.podTemplate` may add to it under its name."""
     model = spec.model
-    arguments = [model.uri, f"{_ROOT}/{copy_name(spec)}", "--revision", model.revision]
+    arguments = [model.uri, f"{_ROOT}/{copy_name(spec)}", "--revision", model.revision, "--port", str(PORT)]
+    found = fetcher(CONTAINER, [*arguments, *(["--stay"] if stay else [])], model.secret_ref, settings)
+    found["ports"] = [{"name": "progress", "containerPort": PORT, "protocol": "TCP"}]
+    found["volumeMounts"].append(mount(read_only=False))
+    return found
+
+
+def fetcher(name: str, arguments: list[str], secret: SecretReference | None, settings: Settings) -> JSON:
+    """A container that runs mainsail-fetch; the caller mounts where it fetches to."""
     found: JSON = {
-        "name": CONTAINER,
-        "image": image or settings.fetch_image,
+        "name": name,
+        "image": settings.fetch_image,
         "imagePullPolicy": settings.fetch_image_pull_policy,
         "command": ["mainsail-fetch"],
-        "args": [*arguments, "--port", str(PORT), *(["--stay"] if stay else [])],
+        "args": arguments,
         "env": [{"name": "HOME", "value": "/tmp"}],
-        "ports": [{"name": "progress", "containerPort": PORT, "protocol": "TCP"}],
         "resources": {"requests": {"cpu": "100m", "memory": "128Mi"}, "limits": {"memory": "2Gi"}},
         "securityContext": {
             "allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]},
         },
-        "volumeMounts": [{"name": "tmp", "mountPath": "/tmp"}, mount(read_only=False)],
+        "volumeMounts": [{"name": "tmp", "mountPath": "/tmp"}],
     }  # fmt: skip
-    if model.secret_ref is not None:
+    if secret is not None:
         # As variables and not as files: a Secret that is missing is then in the pod's status, and not only in an event.
-        docker = {"secretKeyRef": {"name": model.secret_ref.name, "key": ".dockerconfigjson", "optional": True}}
+        docker = {"secretKeyRef": {"name": secret.name, "key": ".dockerconfigjson", "optional": True}}
         found["env"].append({"name": "OCI_DOCKER_CONFIG", "valueFrom": docker})
-        found["envFrom"] = [{"secretRef": {"name": model.secret_ref.name}}]
+        found["envFrom"] = [{"secretRef": {"name": secret.name}}]
     return found
 
 

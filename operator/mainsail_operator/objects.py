@@ -17,7 +17,7 @@ from typing import Any, cast
 
 from lightkube.utils.quantity import parse_quantity
 
-from mainsail_operator import fetching
+from mainsail_operator import adapters, fetching
 from mainsail_operator.settings import Settings
 from mainsail_operator.types import API_VERSION, JSON, KIND, InferenceServiceSpec, pvc_source, seconds
 
@@ -218,7 +218,7 @@ def arguments(owner: Owner, spec: InferenceServiceSpec) -> list[str]:
         found += [flag, str(value)] if value is not None else []
     found += ["--gpu-memory-utilization", f"{kv.memory_fraction:g}"]
     found += [] if kv.prefix_caching else ["--no-enable-prefix-caching"]
-    return found + list(engine.extra_args)
+    return found + adapters.arguments(spec) + list(engine.extra_args)
 
 
 def _gibibytes(quantity: int | str) -> float:
@@ -245,6 +245,7 @@ def _container(owner: Owner, spec: InferenceServiceSpec, image: str, pull_policy
         mounts.append(fetching.mount(read_only=True))
     if pvc_source(spec.model.uri):
         mounts.append({"name": "model", "mountPath": "/models", "readOnly": True})
+    mounts += adapters.mounts(spec)
     return {
         "name": CONTAINER,
         "image": image,
@@ -304,6 +305,7 @@ def _pod(owner: Owner, spec: InferenceServiceSpec, settings: Settings) -> JSON:
         volumes.append({"name": "model", "persistentVolumeClaim": {"claimName": source.claim, "readOnly": True}})
     if fetching.is_fetched(spec):
         volumes.append(fetching.volume(spec))
+    volumes += adapters.volumes(spec)
     pod = _account(owner) | {
         "terminationGracePeriodSeconds": grace_period_s(spec),
         # A lost node (a spot instance taken back) is replaced soon; Kubernetes' own default is five minutes.
@@ -319,8 +321,10 @@ def _pod(owner: Owner, spec: InferenceServiceSpec, settings: Settings) -> JSON:
         "containers": [_container(owner, spec, settings.engine_image, settings.engine_image_pull_policy)],
         "volumes": volumes,
     }
-    if fetching.is_fetched(spec):
-        pod["initContainers"] = [fetching.container(spec, settings)]
+    fetchers = [fetching.container(spec, settings)] if fetching.is_fetched(spec) else []
+    fetchers += adapters.init_containers(spec, settings)
+    if fetchers:
+        pod["initContainers"] = fetchers
     return merged(pod, spec.pod_template.spec)
 
 

@@ -50,6 +50,14 @@ def test_names_and_endpoints():
     assert table.models["b"].endpoints == ()
 
 
+def test_adapters_are_names_of_their_service():
+    meta = {"name": "base", "namespace": "default", "creationTimestamp": "2026-01-01T00:00:00Z"}
+    spec = {"adapters": [{"name": "sql", "uri": "hf://org/sql"}, {"name": "poet", "uri": "file:///poet"}]}
+    table = build([msgspec.convert({"metadata": meta, "spec": spec}, InferenceService)], [])
+    assert table.models["base"].served_names == ("base", "sql", "poet")
+    assert table.models["sql"] is table.models["poet"] is table.models["base"]
+
+
 def test_revisions_and_their_weights():
     status = {"revisions": [{"name": "a-77", "weight": 10, "replicas": 1}, {"name": "a-66", "weight": 90}]}
     item = msgspec.convert(

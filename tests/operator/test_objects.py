@@ -26,6 +26,31 @@ def test_arguments_follow_the_spec(owner, make_spec) -> None:
     assert line.endswith("--x=1")
 
 
+def test_adapters_are_fetched_or_mounted_and_named(owner, make_spec, settings) -> None:
+    spec = make_spec(
+        adapters=[
+            {"name": "sql", "uri": "hf://org/sql", "secretRef": {"name": "hub"}},
+            {"name": "pirate", "uri": "pvc://claim/a/pirate"},
+            {"name": "poet", "uri": "file:///opt/poet"},
+        ]
+    )
+    pod = objects.deployment(owner, spec, 1, settings)["spec"]["template"]["spec"]
+    (engine,), (fetch,) = pod["containers"], pod["initContainers"]
+    line = " ".join(engine["args"])
+    assert "--lora-modules sql=/adapters/0 pirate=/adapters-1/a/pirate poet=/opt/poet" in line
+    assert fetch["name"] == "fetch-adapter-0"
+    assert fetch["args"] == ["hf://org/sql", "/adapters/0"]
+    assert fetch["envFrom"] == [{"secretRef": {"name": "hub"}}]
+    for one in (engine, fetch):
+        mounted = {mount["name"] for mount in one["volumeMounts"]}
+        assert mounted <= {volume["name"] for volume in pod["volumes"]}
+    assert {"name": "adapters", "mountPath": "/adapters"} in fetch["volumeMounts"]
+    assert {"name": "adapters", "mountPath": "/adapters", "readOnly": True} in engine["volumeMounts"]
+    assert {"name": "adapters-1", "mountPath": "/adapters-1", "readOnly": True} in engine["volumeMounts"]
+    assert objects.revision_of(spec) != objects.revision_of(make_spec())
+    assert objects.revision_of(make_spec(adapters=[])) == objects.revision_of(make_spec())
+
+
 def test_served_name_defaults_to_the_name(owner, make_spec) -> None:
     assert "--served-model-name demo" in " ".join(objects.arguments(owner, make_spec()))
 

@@ -155,6 +155,19 @@ class CacheSpec(Model):
     )
 
 
+class AdapterSpec(Model):
+    """A LoRA adapter beside the model."""
+
+    name: ServedName = Field(description="What clients put in the request's `model` field to go through the adapter.")
+    uri: Uri = Field(
+        description="Where the adapter lies: a folder with adapter_config.json and adapter_model.safetensors, by the "
+        "same kinds of URI as spec.model.uri. Fetched ones are fetched by each replica before it starts."
+    )
+    secret_ref: SecretReference | None = Field(
+        default=None, description="A Secret with what the source asks for, as spec.model.secretRef."
+    )
+
+
 class ModelSpec(Model):
     """Which model, and under which names clients ask for it."""
 

@@ -6,7 +6,7 @@ from pydantic import ConfigDict, Field
 
 from mainsail_operator.types.admission import AdmissionSpec
 from mainsail_operator.types.engine import EngineSpec
-from mainsail_operator.types.model import ModelSpec
+from mainsail_operator.types.model import AdapterSpec, ModelSpec
 from mainsail_operator.types.pod import PodTemplateSpec, ResourcesSpec
 from mainsail_operator.types.rollout import DrainSpec, RolloutSpec
 from mainsail_operator.types.scaling import ScalingSpec
@@ -38,6 +38,13 @@ class InferenceServiceSpec(Model):
     )
 
     model: ModelSpec = Field(description="The model to serve.")
+    adapters: list[AdapterSpec] = Field(
+        default_factory=list[AdapterSpec],
+        max_length=16,
+        description="LoRA adapters that every replica serves beside the model, each under a name of its own; requests "
+        "of different adapters run in one batch. A change rolls out as any other.",
+        json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]},
+    )
     engine: EngineSpec = Field(default_factory=EngineSpec, description="How the engine runs the model.")
     resources: ResourcesSpec = Field(
         default_factory=ResourcesSpec,
