@@ -261,7 +261,7 @@ class _Rewriter:
         if form in FORMATS:
             self._refuse_if(bool(out), f"{path}: minLength and maxLength cannot be enforced beside format")
             return {"format": form}
-        return out
+        return {"pattern": _bounded(out)} if out else out
 
     def _number(self, node: Schema, path: str, depth: int) -> Schema:
         for key, value in node.items():
@@ -324,6 +324,13 @@ def _names(value: Any, path: str) -> list[str]:
     if not isinstance(value, list) or not all(isinstance(name, str) for name in names):
         raise SchemaError(f"{path}: must be a list of names")
     return cast("list[str]", names)
+
+
+def _bounded(bounds: Schema) -> str:
+    """Strings of a length, as a pattern: xgrammar's own rule for them lets control characters through, which JSON does
+    not allow in a string. As in that rule there are no escapes, whose length would not be their text's."""
+    least, most = bounds.get("minLength", 0), bounds.get("maxLength", "")
+    return f'^[^"\\\\\\x00-\\x1f]{{{least},{most}}}$'
 
 
 def _count(value: Any, path: str) -> int:

@@ -100,6 +100,30 @@ def test_pydantic_schemas_pass() -> None:
     enforceable(Person.model_json_schema(), strict=True)
 
 
+@pytest.mark.model
+@pytest.mark.parametrize(
+    ("bounds", "good", "bad"),
+    [
+        ({"maxLength": 3}, ["", "é日z", "~ '"], ["four", "\x02", "a\tb", "\x1f", "\n"]),
+        ({"minLength": 2}, ["ab", "a long one"], ["", "a", "a\x00"]),
+        ({"minLength": 1, "maxLength": 2}, ["x", "xy"], ["", "xyz", "\r"]),
+    ],
+)
+def test_strings_of_a_length_hold_no_control_characters(
+    grammars: Any, bounds: dict[str, int], good: list[str], bad: list[str]
+) -> None:
+    """Raw ones would make the answer invalid JSON."""
+    grammar = g.json_schema({"type": "string", **bounds}, strict=True)
+
+    def accepts(text: str) -> bool:
+        constraint = grammars.constraint(grammar, jump_forward=False)
+        ids = [grammars.vocabulary.tokens.index(bytes([byte])) for byte in f'"{text}"'.encode()]
+        return all(constraint.accept(token) for token in ids)
+
+    assert [text for text in good if not accepts(text)] == []
+    assert [text for text in bad if accepts(text)] == []
+
+
 # -- random schemas ---------------------------------------------------------------------------------------------------
 
 NAMES = st.sampled_from(["a", "b", "name", "größe", "x y", 'q"', "id"])
