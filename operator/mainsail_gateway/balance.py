@@ -214,18 +214,16 @@ def pick(
     if not candidates:
         return None
     saved = {**index.saved(prefixes), **known} if prefixes else {}
+    drawn = dict(saved)
     if prefixes and not any(key in saved for key, _ in index.get(prefixes[-1].key)):
         home = rendezvous(prefixes[-1].key, candidates)[0]
-        saved[home.key] = prefixes[-1].tokens
-
-    def remaining(load: Load) -> int:
-        return max(1, weight - saved.get(load.key, 0))
+        drawn[home.key] = prefixes[-1].tokens  # where the next one like it is sent too; nothing is there yet
 
     def cost(load: Load) -> tuple[bool, float, int, str]:
-        return _cost(load, weight - STICKINESS * saved.get(load.key, 0), now)
+        return _cost(load, weight - STICKINESS * drawn.get(load.key, 0), now)
 
     best = min(candidates, key=cost)
-    return best, remaining(best)
+    return best, max(1, weight - saved.get(best.key, 0))
 
 
 def _full(load: Load, now: float) -> bool:

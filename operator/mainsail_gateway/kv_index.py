@@ -107,7 +107,8 @@ class KVIndex:
         for prefix in prefixes[:-1]:
             part = blocks.upto(blocks.tokens * prefix.tokens / max(1, whole.tokens))
             before = self._texts.get(prefix.key)
-            self._remember(prefix.key, part if before is None else before.common(part) or part)
+            common = part if before is None else before.common(part)
+            self._remember(prefix.key, common if common.hashes else part)
         self._remember(whole.key, blocks)
 
     def _remember(self, key: bytes, blocks: Blocks) -> None:

@@ -18,14 +18,19 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
+from prometheus_client.samples import Sample
 
 from mainsail_gateway.health import Checks, Health, checks
 
 log = logging.getLogger(__name__)
 
 ASK_S = 2.0
-SAME = frozenset("mainsail:gateway_" + name for name in ("endpoints", "name_conflicts", "invalid_keys"))
-"""Gauges that say the same in every worker: the highest counts."""
+SAME = frozenset(
+    "mainsail:gateway_" + name for name in ("endpoints", "name_conflicts", "invalid_keys", "parked_sessions")
+)
+"""Gauges that say (nearly) the same in every worker: the highest counts."""
+SESSIONS_KV = "mainsail:gateway_sessions_kv_tokens"
+"""So does this one, but for held sessions, each of which is held by one worker."""
 WORKERS = "mainsail:gateway_workers"
 
 Series = tuple[str, tuple[tuple[str, str], ...]]
@@ -68,7 +73,7 @@ def merged(families: Iterable[Metric], gone: Mapping[Series, float]) -> list[Met
             if series not in values:
                 values[series] = sample.value + gone.get(series, 0.0)
             else:
-                values[series] = _joined(family, values[series], sample.value)
+                values[series] = _joined(family, sample, values[series])
     for name, values in sums.items():
         for series in gone.keys() - values.keys():
             if _family_of(series[0]) == name:
@@ -76,10 +81,11 @@ def merged(families: Iterable[Metric], gone: Mapping[Series, float]) -> list[Met
     return [_family(kinds[name], values) for name, values in sums.items()]
 
 
-def _joined(family: Metric, known: float, more: float) -> float:
+def _joined(family: Metric, sample: Sample, known: float) -> float:
     if family.name.endswith("_created"):
-        return min(known, more)
-    return max(known, more) if family.name in SAME else known + more
+        return min(known, sample.value)
+    same = family.name in SAME or (family.name == SESSIONS_KV and sample.labels.get("state") != "held")
+    return max(known, sample.value) if same else known + sample.value
 
 
 def _family(kind: Metric, values: Mapping[Series, float]) -> Metric:

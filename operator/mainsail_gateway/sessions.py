@@ -156,6 +156,7 @@ class Sessions:
         self._arrivals = itertools.count()
         self._expiry: list[tuple[float, int, Session]] = []
         self._serial = itertools.count()
+        self._num_measured = 0
         self._scale = 1.0
         """Tokens that prompts turned out to have, to what they were taken to have."""
 
@@ -238,7 +239,9 @@ class Sessions:
 
     def measured(self, session: Session, tokens: int, estimate: int) -> None:
         """An engine says how many tokens the prompt has that was taken to have `estimate`."""
-        self._scale += 0.1 * (min(4.0, max(0.25, tokens / max(1, estimate))) - self._scale)
+        ratio = min(4.0, max(0.25, tokens / max(1, estimate)))
+        self._num_measured += 1
+        self._scale += max(0.1, 1 / self._num_measured) * (ratio - self._scale)
         if session.state is State.TURN:
             self._release(session)
             session.tokens, session.shared_tokens = tokens, min(session.shared_tokens, tokens)

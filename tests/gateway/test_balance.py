@@ -47,6 +47,13 @@ def test_affinity_costs_no_more_than_a_cache_is_worth(fleet, weight, home, serve
         assert at_home
 
 
+def test_nothing_of_a_new_prefix_is_counted_as_cached():
+    """It has a home, which draws it, but all of it is still to be computed there."""
+    found = balance.pick([Load("a", 0.0), Load("b", 0.0)], 700, PREFIX, PrefixIndex(), NOW)
+    assert found is not None
+    assert found[1] == 700
+
+
 @given(loads, st.binary(min_size=8, max_size=8))
 def test_gateways_agree_on_a_new_prefix_and_a_departure_moves_only_its_own(fleet, key):
     for load in fleet:

@@ -50,6 +50,9 @@ def test_metrics_of_workers_are_one_gateways(requests, dead):
         took = Histogram("mainsail:gateway_y", "y", buckets=(1, 3), registry=registry)
         Gauge("mainsail:gateway_endpoints", "e", registry=registry).set(7)
         Gauge("mainsail:gateway_running", "r", registry=registry).set(len(worker))
+        wanted = Gauge("mainsail:gateway_sessions_kv_tokens", "k", ("state",), registry=registry)
+        wanted.labels("held").set(len(worker))
+        wanted.labels("live").set(len(worker))
         for request in worker:
             count.labels(str(request)).inc()
             took.observe(request)
@@ -62,7 +65,10 @@ def test_metrics_of_workers_are_one_gateways(requests, dead):
     assert found["mainsail:gateway_y_count", ()] == len(whole)
     assert found["mainsail:gateway_y_bucket", (("le", "1.0"),)] == sum(r <= 1 for r in whole)
     assert found["mainsail:gateway_endpoints", ()] == 7
-    assert found["mainsail:gateway_running", ()] == sum(map(len, requests[: len(texts)]))
+    living = [len(worker) for worker in requests[: len(texts)]]
+    assert found["mainsail:gateway_running", ()] == sum(living)
+    assert found["mainsail:gateway_sessions_kv_tokens", (("state", "held"),)] == sum(living), "each is held by one"
+    assert found["mainsail:gateway_sessions_kv_tokens", (("state", "live"),)] == max(living), "all may know the same"
 
 
 @given(st.integers(1, 9), st.integers(1, 600), st.integers(0, 600))

@@ -14,11 +14,12 @@ vllm:num_requests_waiting{engine="0",model_name="m"} 4.0
 vllm:kv_cache_usage_perc{engine="0",model_name="m"} 0.25
 vllm:kv_cache_usage_perc{engine="1",model_name="m"} 0.5
 vllm:cache_config_info{block_size="16",num_gpu_blocks="100",engine="0"} 1.0
+mainsail:sessions_kv_kept_blocks{engine="0",model_name="m"} 7.0
 """
 
 
 def test_engines_behind_one_address_add_up():
-    assert read(EXPOSITION) == Reading(running=5, waiting=4, kv_usage=0.5, kv_tokens=1600)
+    assert read(EXPOSITION) == Reading(running=5, waiting=4, kv_usage=0.5, kv_tokens=1600, kept_tokens=112)
 
 
 @pytest.mark.parametrize("text", [b"", b"\xff\x00", b"go_goroutines 3\n", b"vllm:num_requests_running x\n"])
@@ -40,4 +41,5 @@ async def test_endpoints_are_read_and_broken_ones_harm_nobody(kit):
     running.cancel()
     assert loads[good.endpoint("good").key].kv_tokens == 1600
     assert loads[good.endpoint("good").key].others > 0
+    assert loads[good.endpoint("good").key].resident == 1600 // 2 + 112, "what requests hold, and what is kept"
     assert loads[cut.endpoint("cut").key].kv_tokens == 0
