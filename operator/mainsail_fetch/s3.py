@@ -8,10 +8,13 @@ all where AWS_SKIP_SIGNATURE is true.
 from __future__ import annotations
 
 import os
+import ssl
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import certifi
 import obstore
 from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
 from obstore.store import S3Store
@@ -21,6 +24,14 @@ from mainsail_fetch.remote import RemoteFile
 from mainsail_fetch.source import S3Source
 
 _CHUNK = 8 << 20
+
+
+def trusted(environment: Mapping[str, str], paths: ssl.DefaultVerifyPaths) -> dict[str, str]:
+    """What to add to the environment so that obstore finds certificates, without which it does not even speak plain
+    HTTP: certifi's where the image has none of its own and nobody named any."""
+    named = "SSL_CERT_FILE" in environment or "SSL_CERT_DIR" in environment
+    there = bool(paths.cafile) or bool(paths.capath and any(Path(paths.capath).iterdir()))
+    return {} if named or there else {"SSL_CERT_FILE": certifi.where()}
 
 
 class Bucket:
@@ -33,7 +44,11 @@ class Bucket:
                                "allow_http": plain},
             "retry_config": {"max_retries": 3, "retry_timeout": timedelta(seconds=30)},
         }  # fmt: skip
-        self._store = S3Store(source.bucket, **options)
+        os.environ.update(trusted(os.environ, ssl.get_default_verify_paths()))
+        try:
+            self._store = S3Store(source.bucket, **options)
+        except BaseError as error:
+            raise FetchError("SourceUnreachable", f"{self._what}: {' '.join(str(error).split())[:400]}") from error
 
     def files(self) -> list[RemoteFile]:
         path = self._source.path

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ssl
 from pathlib import Path
+from typing import Any
 
 import boto3
 import httpx
 import pytest
 from moto.server import ThreadedMotoServer
+
+from mainsail_fetch.s3 import trusted
 
 FILES = {"config.json": b"{}", "model.safetensors": b"w" * 200_000, "deep/er/tokenizer.json": b"[]"}
 
@@ -62,9 +66,25 @@ def test_one_object(fetch, account, tmp_path: Path) -> None:
         ("s3://models/tiny", {"AWS_ACCESS_KEY_ID": "AKIAWRONG"}, "CredentialsRefused"),
         ("s3://models/tiny", {"AWS_SECRET_ACCESS_KEY": "wrong"}, "CredentialsRefused"),
         ("s3://models/tiny", {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, "SourceUnreachable"),
+        ("s3://models/tiny", {"SSL_CERT_FILE": "/nothing", "SSL_CERT_DIR": "/nothing"}, "SourceUnreachable"),
     ],
 )
 def test_failures_say_why(fetch, account, tmp_path: Path, uri: str, change: dict[str, str], reason: str) -> None:
     done = fetch(uri, tmp_path / "m", **(account | change))
     assert (done.code, done.reason) == (1, reason), done.log
     assert done.message
+
+
+def test_an_image_without_certificates_gets_some(tmp_path: Path) -> None:
+    def paths(cafile: str | None, capath: Path | None) -> ssl.DefaultVerifyPaths:
+        make: Any = ssl.DefaultVerifyPaths
+        return make(cafile, str(capath) if capath else None, "", "", "", "")
+
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "one.pem").touch()
+    (tmp_path / "empty").mkdir()
+    for none in (paths(None, None), paths(None, tmp_path / "empty")):
+        assert Path(trusted({}, none)["SSL_CERT_FILE"]).read_text().count("BEGIN CERTIFICATE") > 50
+        assert trusted({"SSL_CERT_FILE": "/own"}, none) == {}
+    assert trusted({}, paths("/etc/ssl/certs/ca.crt", None)) == {}
+    assert trusted({}, paths(None, tmp_path / "full")) == {}
