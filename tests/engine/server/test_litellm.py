@@ -19,9 +19,12 @@ WEATHER = {
     "type": "function",
     "function": {
         "name": "get_weather",
-        "parameters": {"type": "object", "properties": {"city": {"enum": ["Oslo"]}}, "required": ["city"]},
+        "parameters": {
+            "type": "object", "properties": {"city": {"enum": ["Oslo"]}}, "required": ["city"],
+            "additionalProperties": False,
+        },
     },
-}
+}  # fmt: skip
 
 
 @pytest.fixture
