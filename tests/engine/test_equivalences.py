@@ -1,8 +1,9 @@
 """Whatever the scheduler does to a request on the way, the real model answers the same.
 
-Greedy tokens of SmolLM2 in float32: cold and alone is the reference; then with prefix hits and copied tails, in a
-batch, in small chunks, with guesses to verify, and preempted again and again in a pool that is too small, with and
-without host memory to go to. Between any two steps all free blocks are filled with NaN, on the device and on the host.
+SmolLM2 in float32, greedy and seeded: cold and alone is the reference; then as a prompt instead of decoded, with
+prefix hits and copied tails, in a batch of 32, in small chunks, with guesses to verify, and preempted again and again
+in a pool that is too small, with and without host memory to go to. Between any two steps all free blocks are filled
+with NaN, on the device and on the host.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from mainsail_engine.speculative.speculator import Speculator
 
 pytestmark = pytest.mark.model
 TOKENS = 8
+GREEDY = {"temperature": 0.0}
+SEEDED = {"temperature": 1.0, "top_p": 0.95, "seed": 20}
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +33,15 @@ def runner(smollm2):
     config = EngineConfig(
         model=ModelConfig(path=str(smollm2), max_model_len=128, dtype="float32"),
         cache=CacheConfig(num_blocks=64),
-        scheduler=SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=256),
+        scheduler=SchedulerConfig(max_num_seqs=32, max_num_batched_tokens=256),
         device="cpu",
     )
     return ModelRunner(config)
+
+
+@pytest.fixture(scope="module", params=[GREEDY, SEEDED], ids=["greedy", "seeded"])
+def settings(request):
+    return request.param
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +54,7 @@ def prompts():
 
 def generate(
     runner, prompts, *, num_blocks=64, budget=256, caching=True, one_by_one=False, watermark=0.01, host=0,
-    depth=1, speculator=None, max_tokens=TOKENS,
+    depth=1, speculator=None, max_tokens=TOKENS, settings=GREEDY,
 ):  # fmt: skip
     """Tokens for each prompt, and the scheduler's counters."""
     layers, _, *rest = runner.kv_cache.shape
@@ -55,12 +63,12 @@ def generate(
     config = EngineConfig(
         model=ModelConfig(path="-"),
         cache=CacheConfig(enable_prefix_caching=caching),
-        scheduler=SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=budget, watermark=watermark),
+        scheduler=SchedulerConfig(max_num_seqs=32, max_num_batched_tokens=budget, watermark=watermark),
         device="cpu",
     )
     scheduler = Scheduler(config, num_blocks, runner.max_model_len, runner.eos_token_ids, speculator=speculator)
     core, answers = EngineCore(scheduler, swapping, depth=depth), {}
-    params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
+    params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, **settings)
     for index, prompt in enumerate(prompts):
         core.handle(Add(str(index), prompt, params), time.monotonic())
         if one_by_one or index == len(prompts) - 1:
@@ -87,49 +95,67 @@ def run(core, scheduler, answers, poison) -> None:
 
 
 @pytest.fixture(scope="module")
-def reference(runner, prompts):
-    answers, stats = generate(runner, prompts, caching=False, one_by_one=True)
+def reference(runner, prompts, settings):
+    answers, stats = generate(runner, prompts, caching=False, one_by_one=True, settings=settings)
     assert stats.prefix_cache_hits == 0
     assert all(len(answer) == TOKENS for answer in answers)
     return answers
 
 
-def test_prefix_hits_and_copied_tails_are_as_cold(runner, prompts, reference):
-    answers, stats = generate(runner, [*prompts, *prompts], one_by_one=True)
+def test_a_prompt_is_as_decoded(runner, prompts, settings, reference):
+    """Every token of an answer once more, as the first after a prompt that holds those before it."""
+    prompt, answer = prompts[0], reference[0]
+    longer = [prompt + answer[:count] for count in range(TOKENS)]
+    again, _ = generate(runner, longer, caching=False, one_by_one=True, max_tokens=1, settings=settings)
+    assert [token for (token,) in again] == answer
+
+
+def test_prefix_hits_and_copied_tails_are_as_cold(runner, prompts, settings, reference):
+    answers, stats = generate(runner, [*prompts, *prompts], one_by_one=True, settings=settings)
     assert stats.prefix_cache_hits == 23 + 32 + sum(len(prompt) - 1 for prompt in prompts)
     assert answers == [*reference, *reference]
 
 
-def test_a_batch_in_small_chunks_is_as_alone(runner, prompts, reference):
-    answers, _ = generate(runner, prompts, budget=11)
+def test_small_chunks_are_as_whole(runner, prompts, settings, reference):
+    answers, _ = generate(runner, prompts, budget=11, settings=settings)
     assert answers == reference
+
+
+def test_in_a_batch_of_32_is_as_alone(runner, prompts, settings, reference):
+    rng = random.Random(8)
+    others = [rng.choices(range(1000, 20000), k=rng.randint(1, 12)) for _ in range(29)]
+    crowd = [*others[:10], prompts[0], *others[10:20], prompts[1], *others[20:], prompts[2]]
+    answers, _ = generate(runner, crowd, settings=settings)
+    assert [answers[10], answers[21], answers[31]] == reference
 
 
 @pytest.mark.parametrize("caching", [True, False])
 @pytest.mark.parametrize("host", [0, 32])
-def test_preempted_is_as_not(runner, prompts, caching, host):
+def test_preempted_is_as_not(runner, prompts, settings, caching, host):
     """Three prompts of one block each, which grow to two blocks each where there are only four."""
     short = [prompt[-8:] + prompt[:5] for prompt in prompts]
-    reference, calm = generate(runner, short, caching=False, one_by_one=True)
-    answers, pressed = generate(runner, short, num_blocks=4, caching=caching, watermark=0.0, host=host)
+    reference, calm = generate(runner, short, caching=False, one_by_one=True, settings=settings)
+    answers, pressed = generate(
+        runner, short, num_blocks=4, caching=caching, watermark=0.0, host=host, settings=settings
+    )
     assert (calm.num_preemptions, pressed.num_preemptions > 0) == (0, True)
     assert (pressed.num_swapped_in > 0, pressed.num_recomputed_tokens == 0) == (host > 0, host > 0)
     assert answers == reference
 
 
-def test_prefixes_from_the_host_are_as_cold(runner, prompts, reference):
+def test_prefixes_from_the_host_are_as_cold(runner, prompts, settings, reference):
     """A pool for one prompt: every prefix comes back from the host, full blocks and tails."""
-    answers, stats = generate(runner, [*prompts, *prompts], num_blocks=5, host=64, one_by_one=True)
+    answers, stats = generate(runner, [*prompts, *prompts], num_blocks=5, host=64, one_by_one=True, settings=settings)
     assert stats.num_swapped_in >= 3
     assert stats.host_cache_hits >= 30
     assert answers == [*reference, *reference]
 
 
-def test_the_next_turn_is_as_cold(runner, prompts, reference):
+def test_the_next_turn_is_as_cold(runner, prompts, settings, reference):
     prompts, reference = prompts[1:2], reference[1:2]
     turns = [prompt + answer + [1500, 1600, 1700] for prompt, answer in zip(prompts, reference, strict=True)]
-    cold, _ = generate(runner, turns, caching=False, one_by_one=True)
-    warm, stats = generate(runner, [*prompts, *turns], one_by_one=True)
+    cold, _ = generate(runner, turns, caching=False, one_by_one=True, settings=settings)
+    warm, stats = generate(runner, [*prompts, *turns], one_by_one=True, settings=settings)
     assert warm[len(prompts) :] == cold
     assert stats.prefix_cache_hits >= sum(len(turn) - 4 for turn in turns)
 
