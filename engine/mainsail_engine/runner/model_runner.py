@@ -337,8 +337,10 @@ class ModelRunner:
 
     def _adapter_rows(self, plan: StepPlan) -> AdapterRows | None:
         """None: no row of this step goes through an adapter, and CUDA graphs may serve it."""
+        if self._adapters is None:
+            return None
         slots = np.array([chunk.request.adapter_slot for chunk in plan.chunks], np.int64)
-        if self._adapters is None or (slots < 0).all():
+        if (slots < 0).all():
             return None
         rows, tiles = tiles_of(np.repeat(slots, [chunk.num_tokens for chunk in plan.chunks]))
         return AdapterRows(*self._uploads.send([rows, tiles]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,11 +105,17 @@ def prompt_of(length: int) -> list[int]:
     return torch.randint(3, VOCAB, (length,), generator=torch.Generator().manual_seed(length)).tolist()
 
 
-def generate(runner: ModelRunner, prompt: list[int], count: int, chunk: int) -> list[int]:
+BLOCKS = tuple(i * 7 % 61 for i in range(16))
+"""A request's, out of order."""
+
+
+def generate(
+    runner: ModelRunner, prompt: list[int], count: int, chunk: int, blocks: Sequence[int] = BLOCKS
+) -> list[int]:
     """Greedy tokens: the prompt in chunks, then one at a time, over a poisoned cache."""
     runner.kv_cache.fill_(float("nan"))
     request = Request("r", prompt, SamplingParams(max_tokens=count, temperature=0.0), 0.0, slot=0,
-                      block_ids=[i * 7 % 61 for i in range(16)])  # fmt: skip
+                      block_ids=list(blocks))  # fmt: skip
     done = 0
     while len(request.output_token_ids) < count:
         size = min(request.num_tokens - done, chunk)

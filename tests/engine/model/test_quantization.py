@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.engine.model import checkpoints
+from tests.engine.model.test_families import generate
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from mainsail_engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
@@ -25,11 +26,10 @@ from mainsail_engine.model.loader import Part, Weights
 from mainsail_engine.model.parallel import Parallel
 from mainsail_engine.model.quantization import from_quantization_config, matches, read_quantization
 from mainsail_engine.model.sources import SafetensorsSource
-from mainsail_engine.request import Request, SamplingParams
 from mainsail_engine.runner.model_runner import ModelRunner
 from mainsail_engine.runner.sleep import move_tensors
 from mainsail_engine.runner.swap import HostMemory, HostSwap
-from mainsail_engine.step import BlockCopy, BlockMove, Chunk, StepPlan
+from mainsail_engine.step import BlockCopy, BlockMove
 from mainsail_kernels import reference_quantized as reference
 from mainsail_kernels.grouped import Codes, dequantize
 
@@ -199,20 +199,7 @@ def test_dummy_weights_take_the_form_of_the_config(form: str, plain: Path, tmp_p
     assert logits(runner).isfinite().all()
 
 
-def generate(runner: ModelRunner, prompt: list[int], count: int, chunk: int) -> list[int]:
-    """Greedy tokens: the prompt in chunks, then one at a time, over a poisoned cache."""
-    runner.kv_cache.fill_(float("nan"))
-    request = Request("r", prompt, SamplingParams(max_tokens=count, temperature=0.0), 0.0, slot=0,
-                      block_ids=[i * 5 % 16 for i in range(8)])  # fmt: skip
-    done = 0
-    while len(request.output_token_ids) < count:
-        size = min(request.num_tokens - done, chunk)
-        samples = done + size == request.num_tokens
-        plan = StepPlan(chunks=[Chunk(request, done, size, samples, 0, request.block_ids)])
-        plan.num_decodes = int(size == 1 and samples)
-        request.output_token_ids += runner.launch(plan).result().token_ids
-        done += size
-    return request.output_token_ids
+BLOCKS = [i * 5 % 16 for i in range(8)]
 
 
 @pytest.mark.parametrize("kind", ["Llama", "Qwen3", "Gemma2"])
@@ -224,7 +211,7 @@ def test_a_cache_in_fp8_gives_nearly_the_same(kind: str, tmp_path: Path) -> None
     assert runner.kv_cache.nbytes * 4 == plain_runner.kv_cache.nbytes
     assert 1e-4 < distance(logits(runner), logits(plain_runner)) < 0.08
     prompt = list(range(3, 50))
-    assert generate(runner, prompt, 8, chunk=47) == generate(runner, prompt, 8, chunk=20)
+    assert generate(runner, prompt, 8, 47, BLOCKS) == generate(runner, prompt, 8, 20, BLOCKS)
 
 
 def test_scales_of_the_checkpoint_keep_large_keys_and_values_in_range(plain: Path, tmp_path: Path) -> None:
