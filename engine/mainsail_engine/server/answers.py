@@ -46,7 +46,7 @@ class Answer:
         self.num_cached_tokens = max(self.num_cached_tokens, delta.num_cached_tokens)
         if delta.logprobs and keep_text:
             self.logprobs.extend(delta.logprobs)
-        if delta.prompt_logprobs:
+        if delta.prompt_logprobs and keep_text:
             self.prompt_logprobs.extend(delta.prompt_logprobs)
         if delta.embedding is not None:
             self.embedding = delta.embedding
@@ -56,6 +56,44 @@ class Answer:
         self.num_reasoning_tokens += len(delta.token_ids) if reader.reasons else 0
         events = reader.feed(delta.text)
         return events if delta.finish_reason is None else events + reader.finish()
+
+
+class PromptFirst:
+    """Holds a stream's deltas back until the log-probabilities of their prompt are there, which its first event tells.
+
+    They come with the first of the n answers to each prompt, chunk by chunk; the other answers may be ahead of it. What
+    all n have told is forgotten.
+    """
+
+    def __init__(self, jobs: Sequence[Job], n: int, *, needed: bool) -> None:
+        """jobs: all answers to the first prompt, then all to the second, …"""
+        self._n = n
+        self._missing = [len(job.prompt_token_ids) - 1 if needed else 0 for job in jobs[::n]]
+        self._entries: list[list[TokenLogprobs]] = [[] for _ in self._missing]
+        self._untold = [n] * len(self._missing)
+        self._held: list[list[tuple[int, Delta]]] = [[] for _ in self._missing]
+
+    def release(self, index: int, delta: Delta) -> list[tuple[int, Delta]]:
+        """What may be shown now that this delta has come."""
+        prompt, entries = index // self._n, delta.prompt_logprobs or []
+        if self._missing[prompt] > 0:
+            self._entries[prompt] += entries
+            self._missing[prompt] -= len(entries)
+            self._held[prompt].append((index, delta))
+            if self._missing[prompt] > 0:
+                return []
+            held, self._held[prompt] = self._held[prompt], []
+            return held
+        return [(index, delta)]
+
+    def tell(self, index: int) -> list[TokenLogprobs]:
+        """Those of the answer's prompt, from its second token on. To be asked once for each answer."""
+        prompt = index // self._n
+        entries = self._entries[prompt]
+        self._untold[prompt] -= 1
+        if not self._untold[prompt]:
+            self._entries[prompt] = []
+        return entries
 
 
 async def collect(

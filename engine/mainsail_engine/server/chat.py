@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from mainsail_engine.request import FinishReason
 from mainsail_engine.server.answer_format import AnswerReader
-from mainsail_engine.server.answers import Answer, collect, usage
+from mainsail_engine.server.answers import Answer, PromptFirst, collect, usage
 from mainsail_engine.server.constraints import chat_grammar, content_grammar
 from mainsail_engine.server.handover import Identity, Ledger, is_resumed, pieces, take_over
 from mainsail_engine.server.logprobs import TokenTexts, chat_logprobs, prompt_logprobs
@@ -196,18 +196,26 @@ class _Chunks:
             MessageDeltas(head["id"], index, with_reasoning=with_reasoning) for index in range(len(plan.jobs))
         ]
         self._started = [False] * len(plan.jobs)
+        self._prompt = PromptFirst(plan.jobs, len(plan.jobs), needed=body.prompt_logprobs is not None)
+        self._opened = False
+        """Something was told: what concerns the prompt comes with that."""
         options = body.stream_options
         self._continuous = options is not None and options.continuous_usage_stats
         self._plain = not (body.return_token_ids or body.logprobs or self._continuous)
 
     def of(self, index: int, delta: Delta) -> bytes:
+        if self._body.prompt_logprobs is None:
+            return self._shown(index, delta)
+        return b"".join([self._shown(*each) for each in self._prompt.release(index, delta)])
+
+    def _shown(self, index: int, delta: Delta) -> bytes:
         answer = self._answers[index]
         events = answer.add(delta, keep_text=False)
         if self._metrics is not None:
             called = tell_of_call(events)
             self._metrics.tools_parsed(mode="streaming", called=called, request_type="chat_completions")
         started, self._started[index] = self._started[index], True
-        first = b"" if started else self._writer.choice(_first_choice(index, self._body.echoed))
+        first = b"" if started else self._first(index)
         if answer.reader is not None:
             return first + self._read(index, delta, self._messages[index].of(events))
         if self._plain and delta.finish_reason is None:
@@ -216,6 +224,16 @@ class _Chunks:
             shown = {"content": delta.text} if delta.text else {}
             return first + self._writer.choice(self._choice(index, delta, shown), **self._usage())
         return first
+
+    def _first(self, index: int) -> bytes:
+        """The role; of all answers' the first tells of the prompt, too."""
+        of_prompt, entries = dict[str, Any](), self._prompt.tell(index)
+        if not self._opened and self._body.return_token_ids:
+            of_prompt["prompt_token_ids"] = self._jobs[0].prompt_token_ids
+        if not self._opened and self._body.prompt_logprobs is not None:
+            of_prompt["prompt_logprobs"] = prompt_logprobs(entries, self._texts)
+        self._opened = True
+        return self._writer.choice(_first_choice(index, self._body.echoed), **of_prompt, **self._usage())
 
     def _read(self, index: int, delta: Delta, shown: list[dict[str, Any]]) -> bytes:
         """Several deltas may come of one: the last tells of tokens and the end."""

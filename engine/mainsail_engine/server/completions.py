@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from mainsail_engine.errors import RequestError
 from mainsail_engine.protocol import TokenLogprobs
-from mainsail_engine.server.answers import Answer, collect, usage
+from mainsail_engine.server.answers import Answer, PromptFirst, collect, usage
 from mainsail_engine.server.constraints import content_grammar
 from mainsail_engine.server.handover import Identity, Ledger, is_resumed, pieces, take_over
 from mainsail_engine.server.logprobs import TokenTexts, completion_logprobs, prompt_logprobs
@@ -183,44 +183,49 @@ class _Chunks:
         body = shape.body
         self._writer = ChunkWriter(head, opening=b'"text":', closing=b',"logprobs":null,"finish_reason":null')
         self._answers = [Answer() for _ in shape.jobs]
-        self._waiting: list[list[Delta]] = [[] for _ in shape.jobs]
-        """Deltas of answers whose prompt's log-probabilities have not all come."""
         self._offsets = [0] * len(shape.jobs)
-        self._echoed = [not body.echo] * len(shape.jobs)
+        self._opens = bool(body.echo or body.prompt_logprobs is not None or body.return_token_ids)
+        """Whether an answer's first event tells of its prompt."""
+        self._opened = [not self._opens] * len(shape.jobs)
+        scored = body.prompt_logprobs is not None or bool(body.echo and body.logprobs is not None)
+        self._prompts = PromptFirst(shape.jobs, body.n or 1, needed=scored)
         options = body.stream_options
         self._continuous = options is not None and options.continuous_usage_stats
         self._plain = body.logprobs is None and not (body.return_token_ids or self._continuous)
 
     def of(self, index: int, delta: Delta) -> bytes:
         self._answers[index].add(delta, keep_text=False)
-        if self._echoed[index]:
+        if not self._opens:
             return self._shown(index, delta)
-        self._waiting[index].append(delta)
-        return b"".join([self._echo(each) for each in range(len(self._waiting)) if self._can_echo(each)])
+        return b"".join([self._after_opening(*each) for each in self._prompts.release(index, delta)])
 
-    def _can_echo(self, index: int) -> bool:
-        if self._echoed[index] or not self._answers[index].token_ids:
-            return False
-        first = self._shape.first_of(index)
-        needed = len(self._shape.jobs[first].prompt_token_ids) - 1
-        return self._shape.body.logprobs is None or len(self._answers[first].prompt_logprobs) >= needed
+    def _after_opening(self, index: int, delta: Delta) -> bytes:
+        if self._opened[index]:
+            return self._shown(index, delta)
+        self._opened[index] = True
+        return self._opening(index) + self._shown(index, delta)
 
-    def _echo(self, index: int) -> bytes:
-        """The prompt, and what came of the answer meanwhile."""
-        self._echoed[index] = True
-        prompt = self._answers[self._shape.first_of(index)].prompt_logprobs
-        text, logprobs = self._shape.echoed(index, prompt, Answer())
+    def _opening(self, index: int) -> bytes:
+        """What is told of the prompt: its text, its log-probabilities, its tokens."""
+        body, shape, prompt = self._shape.body, self._shape, self._prompts.tell(index)
+        text, logprobs = shape.echoed(index, prompt, Answer()) if body.echo else ("", None)
         self._offsets[index] = len(text)
-        echo = self._writer.choice({"index": index, "text": text, "logprobs": logprobs, "finish_reason": None})
-        return echo + b"".join([self._shown(index, delta) for delta in self._waiting[index]])
+        choice: dict[str, Any] = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": None}
+        if body.prompt_logprobs is not None:
+            choice["prompt_logprobs"] = prompt_logprobs(prompt, shape.texts)
+        if body.return_token_ids:
+            choice |= {"token_ids": [], "prompt_token_ids": shape.jobs[index].prompt_token_ids}
+        return self._writer.choice(choice, **self._counts())
+
+    def _counts(self) -> dict[str, Any]:
+        return {"usage": _usage(self._shape, self._answers)} if self._continuous else {}
 
     def _shown(self, index: int, delta: Delta) -> bytes:
         if self._plain and delta.finish_reason is None:
             return self._writer.text(index, delta.text) if delta.text else b""
         if not (delta.text or delta.finish_reason or delta.token_ids):
             return b""
-        counts = {"usage": _usage(self._shape, self._answers)} if self._continuous else {}
-        return self._writer.choice(self._choice(index, delta), **counts)
+        return self._writer.choice(self._choice(index, delta), **self._counts())
 
     def _choice(self, index: int, delta: Delta) -> dict[str, Any]:
         body, nothing_more = self._shape.body, self._shape.body.max_tokens == 0

@@ -156,6 +156,8 @@ def take_over(request: Request, jobs: list[Job], vocab_size: int, *, stream: boo
         return jobs, None
     if not stream:
         raise _invalid("only a stream can be resumed")
+    if any(job.params.prompt_logprobs is not None for job in jobs):
+        raise _invalid("what was told of the prompt would be told again")
     return resume.apply(jobs, vocab_size), Identity(resume.id, resume.created)
 
 

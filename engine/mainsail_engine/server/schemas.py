@@ -236,6 +236,7 @@ class GenerationRequest(Strict):
     logit_bias: Annotated[dict[Unicode, Bias], Field(max_length=MAX_BIASED)] | None = None
     """Token id (as JSON's keys are: in quotes) to what is added to its logit."""
     prompt_logprobs: NumLogprobs | None = None
+    """Of each prompt token so many of the best; in a stream they come with an answer's first event."""
     allowed_token_ids: Annotated[TokenIds, Field(min_length=1, max_length=MAX_PROMPTS)] | None = None
     bad_words: Annotated[list[Annotated[Unicode, Field(min_length=1)]], Field(max_length=MAX_BAD_WORDS)] | None = None
     truncate_prompt_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
@@ -260,8 +261,6 @@ class GenerationRequest(Strict):
             raise PydanticCustomError("stream_options", "stream_options: only allowed with stream: true")
         if self.min_tokens and self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise PydanticCustomError("min_tokens", "min_tokens: must not be above max_tokens")
-        if self.stream and self.prompt_logprobs is not None:
-            raise PydanticCustomError("prompt_logprobs", "prompt_logprobs: not available with stream: true")
         return self
 
 

@@ -80,7 +80,7 @@ def test_streamed_logprobs_are_those_of_the_whole(tiny_engine: Engine) -> None:
     body = {"messages": CHAT, **GREEDY, "logprobs": True, "top_logprobs": 2, "return_token_ids": True}
     whole = tiny_engine.post("/v1/chat/completions", **body).json()["choices"][0]
     choices = [e["choices"][0] for e in events(tiny_engine, "/v1/chat/completions", **body)]
-    assert joined(c["logprobs"]["content"] for c in choices if c["logprobs"]) == whole["logprobs"]["content"]
+    assert same(joined(c["logprobs"]["content"] for c in choices if c["logprobs"]), whole["logprobs"]["content"])
     assert joined(c.get("token_ids", []) for c in choices) == whole["token_ids"]
     assert "".join(c["delta"].get("content", "") for c in choices) == whole["message"]["content"]
 
@@ -99,6 +99,39 @@ def test_completions_streamed_are_as_whole(tiny_engine: Engine, logprobs: int | 
         for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
             gathered = joined(choice["logprobs"][name] for choice in mine if choice["logprobs"])
             assert same(gathered, [] if logprobs is None else expected["logprobs"][name])
+
+
+LONG = [5 + index % 90 for index in range(1300)]
+"""Computed in three chunks."""
+
+
+def test_prompt_logprobs_come_with_an_answers_first_event(tiny_engine: Engine) -> None:
+    body = {"prompt": [LONG, [5]], **GREEDY, "n": 2, "prompt_logprobs": 2, "return_token_ids": True}
+    whole = tiny_engine.post("/v1/completions", **body).json()["choices"]
+    streamed = [event["choices"][0] for event in events(tiny_engine, "/v1/completions", **body)]
+    for expected in whole:
+        first, *rest = [choice for choice in streamed if choice["index"] == expected["index"]]
+        assert len(first["prompt_logprobs"]) == len(expected["prompt_token_ids"])
+        assert same(first["prompt_logprobs"], expected["prompt_logprobs"])
+        assert first["prompt_token_ids"] == expected["prompt_token_ids"]
+        assert not any("prompt_logprobs" in choice or "prompt_token_ids" in choice for choice in rest)
+        assert first["text"] + "".join(choice["text"] for choice in rest) == expected["text"]
+        assert joined(choice["token_ids"] for choice in rest) == expected["token_ids"]
+
+
+def test_a_chats_first_event_tells_of_the_prompt(tiny_engine: Engine) -> None:
+    long = [{"role": "user", "content": PROMPT * 60}]
+    body = {"messages": long, **GREEDY, "n": 2, "prompt_logprobs": 1, "return_token_ids": True}
+    whole = tiny_engine.post("/v1/chat/completions", **body).json()
+    first, *rest = events(tiny_engine, "/v1/chat/completions", **body)
+    assert len(first["prompt_logprobs"]) == whole["usage"]["prompt_tokens"] > 1200
+    assert same(first["prompt_logprobs"], whole["prompt_logprobs"])
+    assert first["prompt_token_ids"] == whole["prompt_token_ids"]
+    assert first["choices"][0]["delta"]["role"] == "assistant"
+    assert not any("prompt_logprobs" in event or "prompt_token_ids" in event for event in rest)
+    for index, expected in enumerate(whole["choices"]):
+        mine = [event["choices"][0] for event in rest if event["choices"][0]["index"] == index]
+        assert "".join(choice["delta"].get("content", "") for choice in mine) == expected["message"]["content"]
 
 
 def test_echo_scores_a_text(tiny_engine: Engine) -> None:

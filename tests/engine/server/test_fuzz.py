@@ -139,9 +139,9 @@ def test_fuzz(small_engine: Engine) -> None:
             statuses.update(threads.map(status_of, itertools.repeat(engine), requests))
             memory_kib.append(engine.memory_kib())
     rate = statuses.total() / (time.monotonic() - began_s)
-    half = len(memory_kib) // 2
-    print(f"{statuses.total()} requests, {rate:.0f}/s: {dict(statuses)}; memory {memory_kib[0]} {memory_kib[half]} "
-          f"{memory_kib[-1]} KiB")  # fmt: skip
+    half, every = len(memory_kib) // 2, max(1, len(memory_kib) // 20)
+    print(f"{statuses.total()} requests, {rate:.0f}/s: {dict(statuses)}; MiB after each {every * BATCH}: "
+          f"{[kib // 1024 for kib in memory_kib[every - 1 :: every]]}")  # fmt: skip
     assert memory_kib[-1] - memory_kib[half] < 64 * 1024, memory_kib
     assert statuses[200] > 0.2 * statuses.total()
     assert statuses[400] > 0.2 * statuses.total()
