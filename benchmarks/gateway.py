@@ -20,13 +20,14 @@ import json
 import os
 import resource
 import shutil
+import signal
 import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -55,9 +56,24 @@ def allow_many_files() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-async def upstream(port: int) -> None:
-    """Answers each request with so many events, so many ms apart, as its message says: routers write bodies anew."""
+async def upstream(port: int, host: str = "127.0.0.1") -> None:
+    """Answers each request with so many events, so many ms apart, as its message says: routers write bodies anew.
+    SIGUSR1 ends the streams that wait for long."""
     allow_many_files()
+    told = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, told.set)
+
+    async def pause(reader: asyncio.StreamReader, seconds: float) -> None:
+        """So long; where that is long, at most until it is told to go on, and no longer than the client is there."""
+        if seconds < 1:
+            await asyncio.sleep(seconds)
+            return
+        gone, ends = asyncio.create_task(reader.read(1)), asyncio.create_task(told.wait())
+        done, _ = await asyncio.wait((gone, ends), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        gone.cancel()
+        ends.cancel()
+        if gone in done:
+            raise ConnectionError("the client has gone")
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
@@ -72,17 +88,17 @@ async def upstream(port: int) -> None:
                 chunk, done = (NOTED_CHUNK, NOTED_DONE) if noted else (CHUNK, DONE)
                 writer.write((HEAD[:-2] + said if noted else HEAD) + chunk)
                 for _ in range(count - 1):
-                    await asyncio.sleep(pace_ms / 1000)
+                    await pause(reader, pace_ms / 1000)
                     writer.write(chunk)
                 writer.write(b"%x\r\n%b\r\n" % (len(done), done) + END)
         writer.close()
 
-    async with await asyncio.start_server(serve, "127.0.0.1", port, backlog=4096) as server:
+    async with await asyncio.start_server(serve, host, port, backlog=4096) as server:
         await server.serve_forever()
 
 
-async def api_server(port: int, engine: int) -> None:
-    """Lists one InferenceService with one endpoint; watches stay silent."""
+async def api_server(port: int, engine: int, addresses: Sequence[str] = ("127.0.0.1",)) -> None:
+    """Lists one InferenceService with an endpoint on each address; watches stay silent."""
     meta = {"name": "m", "namespace": "default", "labels": {"mainsail.dev/service": "m"}}
     admission = {"maxConcurrency": 100000, "maxQueuedRequests": 100000, "maxQueueTime": "1000s"}
     services = [{"metadata": meta, "spec": {"model": {"uri": "file:///m"}, "admission": admission}}]
@@ -90,7 +106,7 @@ async def api_server(port: int, engine: int) -> None:
     data = {name: base64.b64encode(value.encode()).decode() for name, value in limits.items()}
     secrets = [{"metadata": {"name": "key", "namespace": "default"}, "data": data}]
     ports = [{"name": "http", "port": engine}]
-    slices = [{"metadata": meta, "endpoints": [{"addresses": ["127.0.0.1"]}], "ports": ports}]
+    slices = [{"metadata": meta, "endpoints": [{"addresses": [address]} for address in addresses], "ports": ports}]
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
@@ -405,10 +421,10 @@ if __name__ == "__main__":
     parser.add_argument("--idle", type=int, default=1000, help="streams that have had one event; 0: not measured")
     parser.add_argument("--only", default="", help="one target by its name")
     parser.add_argument("--json", type=Path, help="write the figures there")
-    parser.add_argument("--serve", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--serve", nargs="+", help=argparse.SUPPRESS)
     parser.add_argument("--pass-through", type=int, nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.pass_through:
         pass_through(*arguments.pass_through)
     else:
-        uvloop.run(upstream(arguments.serve) if arguments.serve else main(arguments))
+        uvloop.run(upstream(int(arguments.serve[0]), *arguments.serve[1:]) if arguments.serve else main(arguments))

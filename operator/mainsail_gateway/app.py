@@ -9,6 +9,7 @@ import asyncio
 import hashlib
 import logging
 import re
+import sys
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Generator
 from contextlib import asynccontextmanager, contextmanager
@@ -22,7 +23,15 @@ from mainsail_gateway.asgi import Headers, Message, Receive, Scope, Send
 from mainsail_gateway.attempt import Attempt, stopping
 from mainsail_gateway.auth import CREDENTIALS, ApiKey
 from mainsail_gateway.chain import SESSION_HEADERS, Asked, Chain, header
-from mainsail_gateway.errors import GatewayError, bad_request, no_capacity, send_error, too_large, unknown_model
+from mainsail_gateway.errors import (
+    GatewayError,
+    bad_request,
+    no_capacity,
+    send_error,
+    too_large,
+    too_many_clients,
+    unknown_model,
+)
 from mainsail_gateway.external import Outside
 from mainsail_gateway.fleet import Fleet, Pool, in_flight
 from mainsail_gateway.health import Health
@@ -68,13 +77,21 @@ _UNHEARD = Reply(_unheard)
 class Gateway:
     """One gateway: the table, the balancer's memory, the connections, and the application over them."""
 
-    def __init__(self, settings: Settings, traces: "TracerProvider | None" = None) -> None:
+    def __init__(
+        self, settings: Settings, traces: "TracerProvider | None" = None, *, most_clients: int = sys.maxsize
+    ) -> None:
+        """most_clients: connections that are served at the same time; others are refused."""
         self.settings = settings
+        self.most_clients = most_clients
+        self.num_clients: Callable[[], int] = int
+        """How many are connected; the server says so."""
         self.health = Health()
         self.metrics = Metrics()
         self.table = Table()
         self.fleet = Fleet()
-        self.connections = ConnectionPool(connect_timeout_s=settings.connect_timeout_s, idle_s=settings.upstream_idle_s)
+        self.connections = ConnectionPool(
+            connect_timeout_s=settings.connect_timeout_s, idle_s=settings.upstream_idle_s, most=most_clients
+        )
         self.admission = Admission(settings.workers)
         self.metrics.registry.register(self.admission)
         self.turns = AllTurns()
@@ -156,6 +173,8 @@ class Gateway:
         path: str = scope["path"]
         key: ApiKey | None = None
         try:
+            if self.num_clients() > self.most_clients and path not in _OPEN_PATHS:
+                raise too_many_clients()
             if self.keys is not None and path not in _OPEN_PATHS:
                 key = self.keys.check(scope["headers"])
             table = self._table(scope)

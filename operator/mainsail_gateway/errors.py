@@ -75,3 +75,15 @@ def no_capacity(model: str, retry_after_s: float) -> GatewayError:
 
 def too_large(limit_bytes: int) -> GatewayError:
     return GatewayError(413, f"The request's body is larger than {limit_bytes} bytes.", code="request_too_large")
+
+
+def too_many_clients() -> GatewayError:
+    """The connection is closed, so that the next try may reach another gateway."""
+    message = "This gateway has as many clients as it can serve at once. Try again."
+    close: Headers = [(b"connection", b"close")]
+    return GatewayError(503, message, code="too_many_connections", retry_after_s=1.0, headers=close)
+
+
+def out_of_sockets(model: str) -> GatewayError:
+    message = f"This gateway has no socket left to ask a replica of the model `{model}`. Try again."
+    return GatewayError(503, message, code="too_many_connections", param="model", retry_after_s=1.0)

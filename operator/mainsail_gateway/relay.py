@@ -29,7 +29,7 @@ from typing import Literal
 from mainsail_gateway import balance
 from mainsail_gateway.asgi import Headers, Receive, Send
 from mainsail_gateway.balance import Load, Prefix
-from mainsail_gateway.errors import GatewayError, no_capacity
+from mainsail_gateway.errors import GatewayError, no_capacity, out_of_sockets
 from mainsail_gateway.fleet import Flight, Picked, Pool, in_flight
 from mainsail_gateway.journal import OWN_HEADERS, RESUME_HEADER, STREAM_HEADER, Journal
 from mainsail_gateway.metrics import ServiceMetrics
@@ -260,6 +260,8 @@ class Relay:
                     _failed(call, endpoint, load, metrics, error)
             if answering:
                 call.revision = endpoint.revision
+            if failure.reason == "exhausted":
+                break
             if answering or (call.started and failure.reason not in ("connect", "refused")):
                 if not _goes_on(call, pool, failure, metrics):
                     break
@@ -273,6 +275,8 @@ class Relay:
         if call.started and failure is not None:
             message = f"The replica of `{call.model}` that had the request failed in the middle of its answer"
             return GatewayError(502, f"{message} ({failure.reason}), and no other could go on.", code="stream_broken")
+        if failure is not None and failure.reason == "exhausted":
+            return out_of_sockets(call.model)
         if failure is None or failure.reason == "connect":
             return no_capacity(call.model, self._settings.retry_after_s)
         message = f"The replica of `{call.model}` that had the request failed before it answered ({failure.reason})."
@@ -429,7 +433,8 @@ def _goes_on(call: Call, pool: Pool, failure: UpstreamError, metrics: ServiceMet
 
 
 def _failed(call: Call, endpoint: Endpoint, load: Load, metrics: ServiceMetrics, error: UpstreamError) -> None:
-    balance.failed(load, time.monotonic(), at_once=error.reason == "handover")
+    if error.reason != "exhausted":
+        balance.failed(load, time.monotonic(), at_once=error.reason == "handover")
     metrics.failure(error.reason)
     log.warning("%s/%s: pod %s at %s: %s", *call.service.key, endpoint.pod, endpoint.host, error)
 

@@ -46,6 +46,13 @@ from mainsail_gateway.watch import Reflector, Timing
 
 DEBUG_S = 5.0
 KNOWING_S = 10.0
+RESERVED_FILES = 256
+"""Files of a process that are no clients' nor their engines': listeners, watches, scrapes, probes, and connections that
+are still to be refused. A quarter, where so few are allowed that this would be more."""
+WANTED_CONNECTIONS = 10_000
+"""With fewer, the log says how to get more."""
+CROWDED = 0.9
+"""Above this part of the connections, those of clients that ask for nothing are closed."""
 _NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
 if TYPE_CHECKING:
@@ -73,9 +80,12 @@ class LimitedProtocol(HttpToolsProtocol):
 
     max_header_bytes = 64 * 1024
     client_timeout_s = 120.0
+    most_connections = sys.maxsize
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
+        if len(self.connections) > self.most_connections:  # there is no file left even to refuse it
+            transport.abort()
         # Later than the relay itself gives up a client that takes nothing, and says so.
         notice_death(transport, self.client_timeout_s + 10.0)
         self.head_bytes = 0
@@ -99,6 +109,11 @@ class LimitedProtocol(HttpToolsProtocol):
         if self.head_bytes > self.max_header_bytes and not self.transport.is_closing():
             self.transport.write(b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\n\r\n")
             self.transport.close()
+
+    @property
+    def idle(self) -> bool:
+        """Its client has been answered, and has asked for nothing since."""
+        return self.timeout_keep_alive_task is not None
 
     def overdue(self, now: float, timeout_s: float) -> bool:
         """Whether the connection has been sending a head, or been closing, for too long."""
@@ -144,6 +159,7 @@ class Server(uvicorn.Server):
         self._gateway = gateway
         self._drain_since: float | None = None
         self._certificate = Certificate(gateway.settings)
+        gateway.num_clients = lambda: len(self.server_state.connections)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         del frame
@@ -166,11 +182,14 @@ class Server(uvicorn.Server):
 
     def _sweep(self, now: float) -> None:
         connections: list[object] = list(self.server_state.connections)
+        crowded = len(connections) > CROWDED * self._gateway.most_clients
         for connection in connections:
-            if isinstance(connection, LimitedProtocol) and connection.overdue(
-                now, self._gateway.settings.head_timeout_s
-            ):
+            if not isinstance(connection, LimitedProtocol):
+                continue
+            if connection.overdue(now, self._gateway.settings.head_timeout_s):
                 connection.transport.abort()
+            elif crowded and connection.idle:
+                connection.transport.close()
 
 
 class _NotOurs(logging.Filter):
@@ -255,6 +274,7 @@ def configure(gateway: Gateway) -> uvicorn.Config:
     settings = gateway.settings
     LimitedProtocol.max_header_bytes = settings.max_header_bytes
     LimitedProtocol.client_timeout_s = settings.client_timeout_s
+    LimitedProtocol.most_connections = gateway.most_clients + reserved(gateway.most_clients * 2) // 2
     logging.getLogger("uvicorn.error").addFilter(_NotOurs())
     return uvicorn.Config(
         gateway,  # pyright: ignore[reportArgumentType]  # our ASGI types are wider than uvicorn's TypedDicts
@@ -279,8 +299,7 @@ def configure(gateway: Gateway) -> uvicorn.Config:
 
 async def serve(settings: Settings, post: Post | None = None) -> None:
     """Run a gateway until it is told to go. post: its place, when it is one of several workers."""
-    allow_many_files()
-    gateway = Gateway(settings, _traces(settings))
+    gateway = Gateway(settings, _traces(settings), most_clients=room(allow_many_files(), settings.workers))
     client = kubernetes_client(settings)
     debug = debugger(gateway, asyncio.get_running_loop())
     address = (settings.host, settings.health_port) if post is None else post.health
@@ -337,10 +356,31 @@ def _orphaned(loop: asyncio.AbstractEventLoop) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def allow_many_files() -> None:
-    """A stream has two sockets, and shells allow 1,024 files: as many as this process may have."""
+def allow_many_files() -> int:
+    """A stream has two sockets, and shells allow 1,024 files: as many as this process may have; how many that is."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    return most
+
+
+def reserved(files: int) -> int:
+    """Of so many files: those that are kept for other things than clients and their engines."""
+    return min(RESERVED_FILES, files // 4)
+
+
+def room(files: int, workers: int) -> int:
+    """How many clients may be connected to this process, one of so many workers: each may have a connection to an
+    engine besides its own. Says so in the log."""
+    most = max(1, (files - reserved(files)) // 2)
+    log.info("up to %d clients at once: %d open files are allowed", most, files)
+    if most * workers < WANTED_CONNECTIONS:
+        log.warning(
+            "only %d open files are allowed to a process, so this gateway takes %d clients at once and refuses others: "
+            "raise the hard limit (ulimit -Hn; the container runtime's LimitNOFILE), or start more --workers",
+            files,
+            most * workers,
+        )
+    return most
 
 
 def log_to_stderr(level: str, worker: int | None = None) -> None:

@@ -9,8 +9,11 @@ is also how an engine learns that nobody waits for an answer any more.
 
 import asyncio
 import contextlib
+import errno
 import socket
+import sys
 from collections import defaultdict, deque
+from collections.abc import Callable
 from typing import Literal, cast
 
 import httptools
@@ -21,7 +24,10 @@ from mainsail_gateway.routes import Endpoint
 HIGH_WATER_BYTES = 256 * 1024
 MAX_HEAD_BYTES = 64 * 1024
 
-Reason = Literal["connect", "reset", "garbage", "truncated", "stalled", "handover", "refused"]
+OWN_SHORTAGE = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL))
+"""Errors of `connect` that say nothing of who was to be reached."""
+
+Reason = Literal["connect", "reset", "garbage", "truncated", "stalled", "handover", "refused", "exhausted"]
 
 
 class UpstreamError(Exception):
@@ -29,8 +35,9 @@ class UpstreamError(Exception):
 
     `reason`: `connect` (nothing was sent), `reset` (closed before the answer's first byte), `garbage` (not HTTP),
     `truncated` (closed within the answer), `stalled` (no bytes for too long within the answer), `handover` (the engine
-    itself asks for another to go on), `refused` (it would not take over what another began). `stale`: the connection
-    had been idle and was found closed; the request was most likely never read.
+    itself asks for another to go on), `refused` (it would not take over what another began), `exhausted` (this process
+    has no file, port or memory for a connection: nobody else's fault). `stale`: the connection had been idle and was
+    found closed; the request was most likely never read.
     """
 
     def __init__(self, reason: Reason, detail: str, *, stale: bool = False) -> None:
@@ -40,8 +47,9 @@ class UpstreamError(Exception):
 
 
 class Connection(asyncio.Protocol):
-    def __init__(self, endpoint: Endpoint) -> None:
+    def __init__(self, endpoint: Endpoint, on_lost: Callable[["Connection"], None]) -> None:
         self.endpoint = endpoint
+        self._on_lost = on_lost
         self.reused = False
         self.idle_since = 0.0
         self.status = 0
@@ -168,6 +176,7 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._lost = str(exc or "closed")
+        self._on_lost(self)
         if self._done:
             return
         if self._head_done and not self._framed and exc is None:
@@ -218,9 +227,15 @@ class Connection(asyncio.Protocol):
 
 
 class ConnectionPool:
-    """Idle connections by endpoint, the most recently used first. Endpoints that leave are dropped by `retain`."""
+    """Idle connections by endpoint, the most recently used first. Endpoints that leave are dropped by `retain`.
 
-    def __init__(self, *, connect_timeout_s: float, idle_s: float, max_idle: int = 256) -> None:
+    most: how many may be open in all; an idle one makes room for one that is wanted."""
+
+    def __init__(
+        self, *, connect_timeout_s: float, idle_s: float, max_idle: int = 256, most: int = sys.maxsize
+    ) -> None:
+        self._most = most
+        self._open: set[Connection] = set()
         self._connect_timeout_s = connect_timeout_s
         self._idle_s = idle_s
         self._max_idle = max_idle
@@ -241,14 +256,29 @@ class ConnectionPool:
     async def _connect(self, endpoint: Endpoint) -> Connection:
         loop = asyncio.get_running_loop()
         where = f"{endpoint.host}:{endpoint.port}"
+        if len(self._open) >= self._most:
+            self._make_room()
+
+        def made() -> Connection:
+            return Connection(endpoint, self._open.discard)
+
         try:
             async with asyncio.timeout(self._connect_timeout_s):
-                _, connection = await loop.create_connection(lambda: Connection(endpoint), endpoint.host, endpoint.port)
+                _, connection = await loop.create_connection(made, endpoint.host, endpoint.port)
         except TimeoutError:
             raise UpstreamError("connect", f"{where} did not answer in {self._connect_timeout_s} s") from None
         except OSError as error:
-            raise UpstreamError("connect", f"{where}: {error.strerror or error}") from None
+            reason = "exhausted" if error.errno in OWN_SHORTAGE else "connect"
+            raise UpstreamError(reason, f"{where}: {error.strerror or error}") from None
+        if connection.open:
+            self._open.add(connection)
         return connection
+
+    def _make_room(self) -> None:
+        """Close the connection that has been idle longest, if there is one."""
+        waiting = [idle for idle in self._idle.values() if idle]
+        if waiting:
+            min(waiting, key=lambda idle: idle[0].idle_since).popleft().close()
 
     def release(self, connection: Connection) -> None:
         """Take a connection back after an exchange, to keep or to close."""

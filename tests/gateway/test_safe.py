@@ -4,9 +4,6 @@ import asyncio
 import contextlib
 import json
 import socket
-import subprocess
-import sys
-from pathlib import Path
 from typing import cast
 
 import httpx
@@ -264,17 +261,3 @@ async def test_ten_minutes_without_an_api_server(kit):
 
 def _renamed(item, name):
     return {**item, "metadata": {**item["metadata"], "name": name}}
-
-
-@pytest.mark.slow
-def test_ten_thousand_idle_streams(tmp_path):
-    """Two workers hold them and answer beside them; the figures are printed."""
-    out = tmp_path / "figures.json"
-    few = ["--requests", "100", "--streams", "10", "--events", "20"]
-    command = [sys.executable, "benchmarks/gateway.py", "--only", "mainsail_2_workers", "--idle", "10000", *few]
-    subprocess.run([*command, "--json", out], check=True, timeout=280, cwd=Path(__file__).parents[2])
-    direct, ours = json.loads(out.read_text())["rows"]
-    print(direct, ours)
-    assert ours["target"] == "mainsail_2_workers"
-    assert 0 < ours["kib_per_idle_stream"] < 64
-    assert ours["ttft_beside_idle_ms"] > 0
