@@ -247,6 +247,11 @@ def _add_server_flags(serve: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--disable-log-requests", action="store_false", dest="enable_log_requests", help="the default; accepted"
     )
+    group.add_argument(
+        "--otlp-traces-endpoint",
+        default=None,
+        help="where spans are sent (OTLP over HTTP), as http://collector:4318/v1/traces",
+    )
     group.add_argument("--api-key", help="bearer token that clients must send; default: $MAINSAIL_API_KEY, or none")
     group.add_argument(
         "--live-limit", type=float, help="seconds without a step until liveness fails; default: 10, CPU 60"
@@ -332,6 +337,7 @@ def server_config(flags: argparse.Namespace) -> ServerConfig:
         api_key=getattr(flags, "api_key", None) or os.environ.get("MAINSAIL_API_KEY") or None,
         api_server_count=flags.api_server_count,
         log_requests=flags.enable_log_requests,
+        otlp_traces_endpoint=flags.otlp_traces_endpoint,
         live_limit_s=getattr(flags, "live_limit", None),
         tool_call_parser=flags.tool_call_parser,
         reasoning_parser=flags.reasoning_parser,

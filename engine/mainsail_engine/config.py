@@ -245,6 +245,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Processes that answer HTTP, on one port. One carries some ten thousand streamed tokens per second."""
     log_requests: bool = False
     """One line for each finished request: counts and times, never what was said."""
+    otlp_traces_endpoint: str | None = None
+    """Where spans are sent (OTLP over HTTP), as http://collector:4318/v1/traces. None: none are made."""
     live_limit_s: float | None = None
     """How long a step may take before liveness fails. None: 10 s on CUDA, 60 s on the CPU."""
 

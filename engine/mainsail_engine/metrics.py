@@ -20,6 +20,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -30,6 +31,9 @@ from prometheus_client.utils import floatToGoString  # pyright: ignore[reportUnk
 from mainsail_engine.cells import Cells
 from mainsail_engine.config import MAX_SPECULATIVE_TOKENS
 from mainsail_engine.protocol import Ready, SchedulerStats, StepOutputs
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Span
 
 LABELS = ("model_name", "engine")
 
@@ -224,16 +228,19 @@ class RequestTimes:
     num_tokens: int = 0
     """Generated so far."""
     num_preemptions: int = 0
+    span: Span | None = None
+    """Of its trace, where it is traced (server/tracing.py)."""
 
     def in_words(self, reason: str) -> str:
         """For the log: counts and times, nothing of what was said."""
-        times = (("queued", self.queue_time_s), ("first token after", self._since(self.first_token_s)),
-                 ("last after", self._since(self.last_token_s)))  # fmt: skip
+        times = (("queued", self.queue_time_s), ("first token after", self.since_arrival(self.first_token_s)),
+                 ("last after", self.since_arrival(self.last_token_s)))  # fmt: skip
         spans = ", ".join(f"{name} {span:.3f} s" for name, span in times if span is not None)
         prompt = f"{self.num_prompt_tokens} prompt tokens ({self.num_cached_tokens} cached)"
         return f"{reason}; {prompt}, {self.num_tokens} generated; {spans or 'no token'}"
 
-    def _since(self, moment_s: float | None) -> float | None:
+    def since_arrival(self, moment_s: float | None) -> float | None:
+        """Seconds from the request's arrival to that moment."""
         return None if moment_s is None else moment_s - self.arrival_s
 
 

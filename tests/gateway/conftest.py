@@ -3,9 +3,11 @@ request, and an API server that lists and watches as a script tells it."""
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from urllib.parse import urlsplit
 
 import pytest
 import uvicorn
@@ -189,10 +191,10 @@ def table(*services: Service) -> Table:
 
 
 @asynccontextmanager
-async def gateway(*services: Service, **settings) -> AsyncIterator[Running]:
+async def gateway(*services: Service, traces=None, **settings) -> AsyncIterator[Running]:
     """The real gateway on a real socket, with this routing table."""
     values = {"host": "127.0.0.1", "port": 0, "drain_delay_s": 0.0, "drain_timeout_s": 10.0}
-    app = Gateway(Settings(**{**values, **settings}))
+    app = Gateway(Settings(**{**values, **settings}), traces)
     app.use(table(*services))
     config: uvicorn.Config = configure(app)
     server = Server(config, app)
@@ -215,6 +217,13 @@ def event_loop_policy():
     return uvloop.EventLoopPolicy()
 
 
+def free_ports() -> tuple[int, int]:
+    with socket.socket() as one, socket.socket() as two:
+        for each in (one, two):
+            each.bind(("127.0.0.1", 0))
+        return one.getsockname()[1], two.getsockname()[1]
+
+
 @pytest.fixture
 async def kit():
     """Everything above, and an `upstream(behave)` that is stopped at the end."""
@@ -230,6 +239,7 @@ async def kit():
         service = staticmethod(service)
         table = staticmethod(table)
         until = staticmethod(until)
+        free_ports = staticmethod(free_ports)
 
         @staticmethod
         async def upstream(behave=answer) -> Upstream:
@@ -239,3 +249,26 @@ async def kit():
     yield Kit
     for upstream in started:
         await upstream.stop()
+
+
+@pytest.fixture(scope="session")
+def small_engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Endpoint]]:
+    """Two real engines of a tiny model with pools of 4800 tokens, that tell what they have cached."""
+    from tests.engine.server.conftest import Engine, start
+    from tests.engine.tiny import make_tiny_model
+
+    model = make_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+    engines: list[Engine] = []
+    ends: list[Endpoint] = []
+    try:
+        for name in ("one", "two"):
+            live, replay = free_ports()
+            told = json.dumps({"endpoint": f"tcp://127.0.0.1:{live}", "replay_endpoint": f"tcp://127.0.0.1:{replay}"})
+            folder = tmp_path_factory.mktemp(name)
+            engines.append(start(folder, model, "--kv-cache-blocks", "300", "--kv-events-config", told))
+            port = urlsplit(engines[-1].url).port or 0
+            ends.append(Endpoint(name, "127.0.0.1", port, name, kv_events=(live, replay)))
+        yield ends
+    finally:
+        for engine in engines:
+            engine.close()

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Generator
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import uvicorn
 
@@ -29,7 +30,11 @@ from mainsail_engine.server.app import build_app
 from mainsail_engine.server.board import Board
 from mainsail_engine.server.health import Verdict
 from mainsail_engine.server.serving import Serving
+from mainsail_engine.server.tracing import provider_for
 from mainsail_engine.text.tokenizer import Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import TracerProvider
 
 LAST_BYTES_S = 3
 """After the drain: how long open connections may take to read what was sent."""
@@ -66,6 +71,7 @@ class ApiServer:
         path = self.client.folder / "cells" if count > 1 else None
         self.board = Board(Cells(num_rows=count, row=process, path=path))
         self.serving: Serving | None = None
+        self._traces: TracerProvider | None = None
 
     def load_tokenizer(self) -> Tokenizer | None:
         """None for a model of random weights that has none. Raises StartupError."""
@@ -109,7 +115,11 @@ class ApiServer:
         """The HTTP server, to be started with `serve(sockets=[…])`."""
         if self.serving is None:
             raise StartupError("the engine was not started")
-        app = build_app(self.serving, look=look, drain=drain, api_key=self.config.api_key)
+        if self.config.otlp_traces_endpoint is not None:
+            self._traces = provider_for(self.config.otlp_traces_endpoint)
+        app = build_app(
+            self.serving, look=look, drain=drain, api_key=self.config.api_key, traces=self._traces
+        )  # fmt: skip
         return HttpServer(
             uvicorn.Config(
                 app,
@@ -122,6 +132,11 @@ class ApiServer:
                 timeout_graceful_shutdown=LAST_BYTES_S,
             )
         )
+
+    def send_traces(self) -> None:
+        """Send what is left, at the end."""
+        if self._traces is not None:
+            self._traces.shutdown()
 
     async def watch_loop_lag(self) -> None:
         """How late the loop wakes is how late every token leaves."""

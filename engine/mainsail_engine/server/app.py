@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -27,7 +27,11 @@ from mainsail_engine.server.middleware import ApiKey, BodyLimit, HttpMetrics, In
 from mainsail_engine.server.response_schemas import ModelResponse, ResponsesRequest
 from mainsail_engine.server.responses import create_response
 from mainsail_engine.server.serving import Serving
+from mainsail_engine.server.tracing import Tracing
 from mainsail_engine.version import version
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import TracerProvider
 
 ERRORS: dict[int | str, dict[str, Any]] = {400: {"model": schemas.ErrorBody}}
 """Named once for its schema to be there: description.py puts it where it belongs."""
@@ -36,7 +40,12 @@ EXPOSITION: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {
 
 
 def build_app(
-    serving: Serving, *, look: Callable[[str], Verdict | None], drain: Callable[[], None], api_key: str | None
+    serving: Serving,
+    *,
+    look: Callable[[str], Verdict | None],
+    drain: Callable[[], None],
+    api_key: str | None,
+    traces: TracerProvider | None = None,
 ) -> ASGIApp:
     app = FastAPI(title="Mainsail engine", version=version(), docs_url=None, redoc_url=None)
     _add_error_handlers(app)
@@ -46,7 +55,8 @@ def build_app(
     _add_operations(app, serving, look, drain)
     app.openapi = cache(lambda: describe(app, needs_key=api_key is not None))
     limited = BodyLimit(InProgress(ResumedBody(app), serving.board))
-    return HttpMetrics(ApiKey(limited, api_key) if api_key else limited, serving.metrics)
+    inner = limited if traces is None else Tracing(limited, traces)
+    return HttpMetrics(ApiKey(inner, api_key) if api_key else inner, serving.metrics)
 
 
 def _add_error_handlers(app: FastAPI) -> None:

@@ -65,6 +65,7 @@ class Leader(ApiServer):
             await self._workers.close()
             await self.client.close()
             listener.close()
+            self.send_traces()
             if health is not None:
                 health.close()
 

@@ -32,6 +32,7 @@ from mainsail_engine.server.board import Board
 from mainsail_engine.server.parameters import sampling_params
 from mainsail_engine.server.schemas import GenerationRequest
 from mainsail_engine.server.tools.prompt import with_tools_written_out
+from mainsail_engine.server.tracing import end_generation, generation_span
 from mainsail_engine.structured.grammar import TRY_AGAIN, Grammar
 from mainsail_engine.text.detokenizer import Detokenizer, NoText
 from mainsail_engine.text.stop_strings import StopStrings
@@ -364,6 +365,7 @@ class Serving:
         if not self._times:
             self.board.set("working_since", time.monotonic())
         times = self._times[request_id] = RequestTimes(arrival_s, num_prompt, job.params.max_tokens)
+        times.span = generation_span()
         self.board.set("running", len(self._times))
         self.admission.enter(num_prompt, time.monotonic())
         self._show_queue()
@@ -385,6 +387,8 @@ class Serving:
     def account(self, request_id: str, times: RequestTimes, reason: FinishReason) -> None:
         """Its client has all that it will get."""
         self.metrics.finished(times, reason)
+        if times.span is not None:
+            end_generation(times.span, times, reason)
         if self.log_requests:
             log.info("finished %s: %s", request_id, times.in_words(reason))
 

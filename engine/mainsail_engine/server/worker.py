@@ -58,6 +58,7 @@ class Worker(ApiServer):
         finally:
             lag.cancel()
             await self.client.close()
+            self.send_traces()
 
     def _look(self, path: str) -> Verdict | None:
         """The leader's health listener knows more; here the flags decide."""
