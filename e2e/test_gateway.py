@@ -10,18 +10,21 @@ import base64
 import json
 import os
 import socket
+import ssl
 import subprocess
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
+import yaml
 
-from e2e import tiny
+from e2e import product, tiny, up
 from e2e.cluster.place import Place
 from e2e.kube import Kube, KubectlError, Object, condition, wait_for
 from e2e.services import client, pods, service, steady_traffic, wait_ready, wait_routed
@@ -39,6 +42,9 @@ CANARY: Object = {
     "gate": {"minRequests": 100000, "onInconclusive": "Hold"},
 }
 API_KEY = "sk-" + "e2e" * 10
+CHART = Path(__file__).parents[1] / "charts/mainsail"
+GUARDED, GUARDED_BINDING = "guarded", "mainsail-gateway-guarded"
+"""Namespace of a gateway with keys and TLS, and its ClusterRoleBinding."""
 
 
 @pytest.fixture(scope="module")
@@ -146,32 +152,56 @@ def gateways(kube: Kube) -> list[str]:
     return [pod["metadata"]["name"] for pod in kube.list("pods", SYSTEM, "app.kubernetes.io/component=gateway")]
 
 
-def test_keys_and_their_limits(kube: Kube, front: Object) -> None:
-    """A gateway of its own, as the chart makes it with auth.mode=Keys."""
-    sleeper: Object = ASK | {"model": "sleeper"}
-    kube.apply(*keyed_gateway(kube), key_secret("few", API_KEY, requestsPerMinute="3", models="fr*"))
+def test_keys_and_tls_of_the_chart(cluster: Place, kube: Kube, front: Object, tmp_path: Path) -> None:
+    """A second gateway, as the chart renders it with keys and a certificate, in a namespace of its own. Neither a new
+    key nor a new certificate restarts it."""
+    certificate(tmp_path, "first")
+    kube.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": GUARDED}})
     try:
-        kube.run("rollout", "status", "deployment/keyed", "-n", SYSTEM, timeout_s=120)
-        with forwarded(kube, "deployment/keyed", 8080) as url:
-            with pytest.raises(openai.AuthenticationError):
-                client(url).completions.create(**ASK)
-            api = openai.OpenAI(base_url=f"{url}/v1", api_key=API_KEY, max_retries=0, timeout=60)
-            wait_for("the key", lambda: "front" in listed(api), timeout_s=20)
-            assert listed(api) == {"front"}
-            for _ in range(3):
-                assert api.completions.create(**ASK).usage.completion_tokens == 8
-            with pytest.raises(openai.RateLimitError) as error:
-                api.completions.create(**ASK)
-            assert int(error.value.response.headers["retry-after"]) >= 1
-            with pytest.raises(openai.PermissionDeniedError):
-                api.completions.create(**sleeper)
-            kube.apply(key_secret("few", "sk-" + "new" * 10))
-            wait_for("the old key refused", lambda: not listed(api), timeout_s=20)
+        kube.apply(tls_secret(tmp_path), key_secret("few", API_KEY, requestsPerMinute="3", models="fr*"))
+        kube.apply(*guarded_gateway(cluster))
+        kube.run("rollout", "status", "deployment/mainsail-gateway", "-n", GUARDED, timeout_s=120)
+        (pod,) = kube.list("pods", GUARDED)
+        with forwarded(kube, "deployment/mainsail-gateway", 8080) as port:
+            url = f"https://127.0.0.1:{port}/v1"
+            with trusting(tmp_path) as http:
+                keys_are_asked_for(kube, openai.OpenAI(
+                    base_url=url, api_key=API_KEY, max_retries=0, timeout=60, http_client=http
+                ))  # fmt: skip
+                certificate(tmp_path, "second")
+                kube.apply(tls_secret(tmp_path))
+                # The kubelet looks at a pod's Secrets every minute, and whenever the pod changes.
+                kube.run("annotate", "pod", pod["metadata"]["name"], "-n", GUARDED, "look=now")
+                with trusting(tmp_path) as other:
+                    wait_for("the new certificate", lambda: answers(other, url), timeout_s=60)
+                assert http.get(f"{url}/models").status_code == 401, "an open connection goes on with the old one"
+        (same,) = kube.list("pods", GUARDED)
+        assert same["metadata"]["uid"] == pod["metadata"]["uid"]
+        assert same["status"]["containerStatuses"][0]["restartCount"] == 0
     finally:
-        kube.delete("deployment", "keyed", SYSTEM, wait=False)
-        kube.delete("secret", "few", SYSTEM)
-        for kind in ("role", "rolebinding"):
-            kube.delete(kind, "keyed", SYSTEM)
+        kube.delete("clusterrolebinding", GUARDED_BINDING, wait=False)
+        kube.delete("namespace", GUARDED, wait=False)
+
+
+def keys_are_asked_for(kube: Kube, api: openai.OpenAI) -> None:
+    with pytest.raises(openai.AuthenticationError):
+        api.with_options(api_key="sk-" + "none" * 8).completions.create(**ASK)
+    wait_for("the key", lambda: listed(api) == {"front"}, timeout_s=20)
+    for _ in range(3):
+        assert api.completions.create(**ASK).usage.completion_tokens == 8
+    with pytest.raises(openai.RateLimitError) as error:
+        api.completions.create(**ASK)
+    assert int(error.value.response.headers["retry-after"]) >= 1
+    for name in ("sleeper", "nobody-has-it"):
+        with pytest.raises(openai.PermissionDeniedError):
+            api.completions.create(**ASK | {"model": name})
+    newer = api.with_options(api_key="sk-" + "new" * 10)
+    kube.apply(key_secret("few", f"{API_KEY}\n{newer.api_key}"))
+    wait_for("the new key beside the old one", lambda: {"front", "sleeper"} <= listed(newer), timeout_s=20)
+    assert listed(api) == listed(newer)
+    kube.apply(key_secret("few", newer.api_key))
+    wait_for("the old key refused", lambda: not listed(api), timeout_s=20)
+    assert newer.completions.create(**ASK).usage.completion_tokens == 8, "no limits any more"
 
 
 def listed(api: openai.OpenAI) -> set[str]:
@@ -184,51 +214,90 @@ def listed(api: openai.OpenAI) -> set[str]:
 def key_secret(name: str, key: str, **fields: str) -> Object:
     return {
         "apiVersion": "v1", "kind": "Secret",
-        "metadata": {"name": name, "namespace": SYSTEM, "labels": {"mainsail.dev/api-key": "true"}},
+        "metadata": {"name": name, "namespace": GUARDED, "labels": {"mainsail.dev/api-key": "true"}},
         "data": {field: base64.b64encode(value.encode()).decode() for field, value in {"key": key, **fields}.items()},
     }  # fmt: skip
 
 
-def keyed_gateway(kube: Kube) -> list[Object]:
-    found = kube.get("deployment", "mainsail-gateway", SYSTEM) or {}
-    template = found["spec"]["template"]
-    container = template["spec"]["containers"][0]
-    container["args"] += ["--auth", "keys"]
-    labels = {"app": "keyed"}
-    template["metadata"] = {"labels": labels}
-    meta = {"name": "keyed", "namespace": SYSTEM}
-    spec = {"replicas": 1, "selector": {"matchLabels": labels}, "template": template}
-    group = "rbac.authorization.k8s.io"
-    return [
-        {"apiVersion": f"{group}/v1", "kind": "Role", "metadata": meta,
-         "rules": [{"apiGroups": [""], "resources": ["secrets"], "verbs": ["get", "list", "watch"]}]},
-        {"apiVersion": f"{group}/v1", "kind": "RoleBinding", "metadata": meta,
-         "roleRef": {"apiGroup": group, "kind": "Role", "name": "keyed"},
-         "subjects": [{"kind": "ServiceAccount", "name": "mainsail-gateway", "namespace": SYSTEM}]},
-        {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": meta, "spec": spec},
-    ]  # fmt: skip
+def tls_secret(folder: Path) -> Object:
+    data = {name: base64.b64encode((folder / name).read_bytes()).decode() for name in ("tls.crt", "tls.key")}
+    return {"apiVersion": "v1", "kind": "Secret", "type": "kubernetes.io/tls",
+            "metadata": {"name": "front-door", "namespace": GUARDED}, "data": data}  # fmt: skip
+
+
+def certificate(folder: Path, name: str) -> None:
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", f"/CN={name}",
+         "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", folder / "tls.key", "-out", folder / "tls.crt"],
+        check=True, capture_output=True,
+    )  # fmt: skip
+
+
+def trusting(folder: Path) -> httpx.Client:
+    """A client that trusts the certificate there, and no other."""
+    kept = httpx.Limits(keepalive_expiry=120)
+    return httpx.Client(verify=ssl.create_default_context(cafile=folder / "tls.crt"), timeout=60, limits=kept)
+
+
+def guarded_gateway(cluster: Place) -> list[Object]:
+    """The chart's gateway; the one ClusterRole is there already, and its binding gets a name of its own."""
+    values = ("gateway.auth.mode=Keys", "gateway.tls.secretName=front-door", "gateway.replicas=1")
+    command: list[str | Path] = [cluster.programs / "helm", "template", "mainsail", CHART, "--namespace", GUARDED,
+                                 "--show-only", "templates/gateway.yaml",
+                                 *product.image_values(up.rig_target(cluster))]  # fmt: skip
+    command += [part for value in values for part in ("--set", value)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    found = [each for each in yaml.safe_load_all(done.stdout) if each and each["kind"] != "ClusterRole"]
+    for each in found:
+        if each["kind"] == "ClusterRoleBinding":
+            each["metadata"]["name"] = GUARDED_BINDING
+    return found
 
 
 @contextmanager
-def forwarded(kube: Kube, target: str, port: int) -> Iterator[str]:
+def forwarded(kube: Kube, target: str, port: int) -> Iterator[int]:
+    """A port of this machine that leads to a pod of the guarded gateway."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         local = sock.getsockname()[1]
-    command = [kube.kubectl, "--kubeconfig", str(kube.kubeconfig), "port-forward", "-n", SYSTEM, target,
+    command = [kube.kubectl, "--kubeconfig", str(kube.kubeconfig), "port-forward", "-n", GUARDED, target,
                f"{local}:{port}"]  # fmt: skip
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
-            wait_for("the forwarded port", lambda: answers(f"http://127.0.0.1:{local}/health"), timeout_s=20)
-            yield f"http://127.0.0.1:{local}"
+            wait_for("the forwarded port", lambda: connects(local), timeout_s=20)
+            yield local
         finally:
             process.terminate()
 
 
-def answers(url: str) -> bool:
+def connects(port: int) -> bool:
+    with socket.socket() as sock:
+        return sock.connect_ex(("127.0.0.1", port)) == 0
+
+
+def answers(http: httpx.Client, url: str) -> bool:
     try:
-        return httpx.get(url, timeout=5).status_code == 200
+        return http.get(f"{url}/models").status_code == 401
     except httpx.HTTPError:
         return False
+
+
+def test_what_engines_have_cached_is_known(kube: Kube, gateway_url: str, front: Object) -> None:
+    """Both gateways follow the engine's KV events: told by metrics, and by why an endpoint would be picked."""
+    said = " ".join(f"the {n}th wave" for n in range(40))
+    ask: Object = {"model": "front", "messages": [{"role": "user", "content": said}], "max_tokens": 2}
+    assert httpx.post(f"{gateway_url}/v1/chat/completions", json=ask, timeout=60).status_code == 200
+
+    def blocks() -> list[float]:
+        found: list[float] = []
+        for pod in gateways(kube):
+            text = kube.run("get", "--raw", f"/api/v1/namespaces/{SYSTEM}/pods/{pod}:8081/proxy/metrics")
+            lines = [line for line in text.splitlines() if line.startswith("mainsail:gateway_kv_known_blocks{")]
+            found += [float(line.rsplit(" ", 1)[1]) for line in lines if 'service="front"' in line]
+        return found
+
+    # Some 500 bytes are 30 blocks of a model over bytes, of which every fourth or so is kept.
+    wait_for("both gateways know its blocks", lambda: len(found := blocks()) == 2 and min(found) >= 3, timeout_s=20)
 
 
 def test_twenty_held_requests_wake_a_service(kube: Kube, gateway_url: str, front: Object) -> None:

@@ -170,8 +170,14 @@ async def test_models_of_a_key_and_its_rotation(kit):
     ):
         _keys(gw, secret(key=KEY, models="m"))
         assert [m.id for m in (await client.models.list()).data] == ["m"]
-        with pytest.raises(openai.PermissionDeniedError):
-            await client.chat.completions.create(**{**BODY, "model": "secret"})
+        for name in ("secret", "nobody has it"):
+            with pytest.raises(openai.PermissionDeniedError):
+                await client.chat.completions.create(**{**BODY, "model": name})
+            with pytest.raises(openai.NotFoundError):
+                await client.models.retrieve(name)
+        _keys(gw, secret(key=KEY, models="m n*"))
+        with pytest.raises(openai.NotFoundError):
+            await client.chat.completions.create(**{**BODY, "model": "nobody has it"})
         _keys(gw, secret(key=f"{OTHER}\n{KEY}"))
         await client.chat.completions.create(**{**BODY, "model": "secret"})
         _keys(gw, secret(key=OTHER))
