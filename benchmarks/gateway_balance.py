@@ -284,7 +284,7 @@ class Gateway:
         def answering() -> None:
             flight.answering()
             if self._events:
-                self._pool.kv.learn(session.prefixes, made_of(blocks, tokens))
+                self._pool.kv.learn(session.prefixes, made_of(blocks, tokens), tokens)
 
         def end(then: float) -> None:
             flight.end()

@@ -42,11 +42,14 @@ def named(objects: list[Object], kind: str, name: str) -> Object:
 
 
 def flags(deployment: Object) -> dict[str, list[str]]:
-    """Each flag of the gateway with its values."""
+    """Each flag of the gateway with its values; a switch has none."""
     args: list[str] = deployment["spec"]["template"]["spec"]["containers"][0]["args"]
     found: dict[str, list[str]] = {}
-    for flag, value in zip(args[::2], args[1::2], strict=True):
-        found.setdefault(flag, []).append(value)
+    flag = ""
+    for arg in args:
+        if arg.startswith("--"):
+            flag = arg
+        found.setdefault(flag, []).extend([] if arg == flag else [arg])
     return found
 
 
@@ -54,7 +57,7 @@ def test_without_settings_nobody_may_read_secrets(render: Render) -> None:
     objects = render()
     told = flags(gateway(objects))
     assert (told["--auth"], told["--workers"]) == (["anonymous"], ["1"])
-    assert told.keys().isdisjoint({"--keys-namespace", "--tls-cert", "--external-namespace"})
+    assert told.keys().isdisjoint({"--keys-namespace", "--tls-cert", "--external-namespace", "--no-kv-events"})
     of_gateway = [found for found in objects if "gateway" in found["metadata"]["name"] and "rules" in found]
     assert of_gateway
     assert not any("secrets" in rule["resources"] for found in of_gateway for rule in found["rules"])
@@ -62,11 +65,12 @@ def test_without_settings_nobody_may_read_secrets(render: Render) -> None:
 
 def test_settings_become_flags_rights_and_files(render: Render) -> None:
     objects = render("gateway.auth.mode=Keys", "gateway.auth.namespace=keys", "gateway.tls.secretName=front",
-                     "gateway.externalNamespaces={a,b}", "gateway.workers=3")  # fmt: skip
+                     "gateway.externalNamespaces={a,b}", "gateway.workers=3", "gateway.kvEvents=false")  # fmt: skip
     deployment = gateway(objects)
     told = flags(deployment)
     assert (told["--auth"], told["--keys-namespace"], told["--workers"]) == (["keys"], ["keys"], ["3"])
     assert told["--external-namespace"] == ["a", "b"]
+    assert "--no-kv-events" in told
     assert told["--tls-cert"] == ["/etc/mainsail/tls/tls.crt"]
     pod = deployment["spec"]["template"]["spec"]
     assert {"name": "tls", "secret": {"secretName": "front"}} in pod["volumes"]

@@ -667,6 +667,7 @@ def build(config: EngineConfig, on_lost: Callable[[str], None] = log.critical) -
     if engine.events is not None:
         core.after_step = engine.events.flush
     warm_up(core)
+    core.after_step()  # an engine that nobody has asked yet says so, too
     ready = Ready(
         max_model_len=scheduler.max_model_len,
         num_blocks=runner.num_blocks,

@@ -12,8 +12,10 @@ A request's way through the modules, which is also the order to read them in::
                  the client, schema.py says what failed, external.py goes out
     shed.py      now, later, or not (pure), with what gradient.py learned; admission.py waits and refuses, hold.py tells
                  waiting clients and wakes a service at zero
+    sessions.py  whether a conversation's turn is held, and where it belongs (pure); turns.py waits
     split.py     which revision (pure)
-    balance.py   which endpoint of it (pure), with fleet.py as the memory of both
+    balance.py   which endpoint of it (pure), with fleet.py as the memory of both; kv_index.py knows what is cached
+                 where (pure), as kv_events.py hears it
     retry.py     whether once more (pure)
     relay.py     bytes through, both ways; over connections of upstream.py
 

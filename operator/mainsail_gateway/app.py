@@ -189,10 +189,9 @@ class Gateway:
             arrived = time.monotonic()
             body = await self._body(scope, receive)
             parsed = request.parse(body)
+            _must_be_allowed(key, parsed.model)
             route = table.virtual.get(parsed.model)
-            if route is not None and key is not None and not key.may_use(parsed.model):
-                raise auth.forbidden(key, parsed.model)
-            service = self._service(parsed.model, key, table) if route is None else None
+            service = self._service(parsed.model, table) if route is None else None
         except GatewayError as error:
             self.metrics.refused(error.status)
             if self.keys is not None and key is not None:
@@ -313,7 +312,8 @@ class Gateway:
         subset: the addresses that may be chosen; empty: all. Raises GatewayError."""
         key = self.keys.check(scope["headers"]) if self.keys is not None else None
         parsed = request.parse(body)
-        service = self._service(parsed.model, key, self._table(scope))
+        _must_be_allowed(key, parsed.model)
+        service = self._service(parsed.model, self._table(scope))
         asked = Asked(scope, body, parsed, key, time.monotonic(), _sticky(scope["headers"], parsed), receive, _UNHEARD)
         call = self._call(asked, service, body)
         metrics = self.metrics.of(service)
@@ -412,8 +412,12 @@ class Gateway:
             model=parsed.model,
             weight=parsed.weight,
             prefixes=balance.prefix_keys(
-                parsed.prompt, header(headers, SESSION_HEADERS) or parsed.session, parsed.anchor
+                parsed.prompt,
+                header(headers, SESSION_HEADERS) or parsed.session,
+                parsed.anchor,
+                parsed.cache_salt + (f"\0{parsed.model}" if parsed.model in service.adapters else ""),
             ),
+            prompt_tokens=parsed.prompt_tokens,
             arrived=asked.arrived,
             service=service,
             sticky=asked.sticky,
@@ -421,14 +425,12 @@ class Gateway:
             once=any(name == NO_FAILOVER_HEADER for name, _ in headers),
         )
 
-    def _service(self, model: str, key: ApiKey | None, table: Table) -> Service:
+    def _service(self, model: str, table: Table) -> Service:
         if not self.health.synced:
             raise no_capacity(model, 1.0)
         service = table.models.get(model)
         if service is None:
             raise unknown_model(model)
-        if key is not None and not key.may_use(model):
-            raise auth.forbidden(key, model)
         return service
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes:
@@ -457,6 +459,12 @@ class Gateway:
         await send(start)
         await send({"type": "http.response.body", "body": body, "more_body": False})
         self.metrics.refused(200)
+
+
+def _must_be_allowed(key: ApiKey | None, model: str) -> None:
+    """Raises a 403, whether there is such a model or not: a key learns nothing of names that are not for it."""
+    if key is not None and not key.may_use(model):
+        raise auth.forbidden(key, model)
 
 
 def _sticky(headers: Headers, parsed: request.Parsed) -> Sticky | None:

@@ -137,11 +137,12 @@ class Prefix(NamedTuple):
     """What of the prompt an endpoint has in its cache once it has served this, roughly."""
 
 
-def prefix_keys(prompt: bytes, session: str | None = None, anchor: bytes = b"") -> list[Prefix]:
+def prefix_keys(prompt: bytes, session: str | None = None, anchor: bytes = b"", apart: str = "") -> list[Prefix]:
     """The prompt's prefixes, shortest first, then its conversation: what the client calls it, or its anchor. Who has
-    served a conversation's last turn has all of it."""
+    served a conversation's last turn has all of it. apart: what else has to be the same for KV to be shared."""
     prefixes: list[Prefix] = []
-    digest = hashlib.blake2b(digest_size=8)
+    salt = hashlib.blake2b(apart.encode("utf-8", "surrogatepass"), digest_size=16).digest() if apart else b""
+    digest = hashlib.blake2b(digest_size=8, key=salt)
     start = 0
     for length in PREFIX_LENGTHS:
         if len(prompt) < length:
@@ -151,10 +152,10 @@ def prefix_keys(prompt: bytes, session: str | None = None, anchor: bytes = b"") 
         prefixes.append(Prefix(digest.digest(), length // BYTES_PER_TOKEN))
     whole = len(prompt) // BYTES_PER_TOKEN
     if session:
-        key = hashlib.blake2b(session.encode(), digest_size=8, person=b"session").digest()
+        key = hashlib.blake2b(session.encode(), digest_size=8, key=salt, person=b"session").digest()
         prefixes.append(Prefix(key, max(whole, LEAST_TOKENS)))
     elif len(anchor) >= PREFIX_LENGTHS[0]:
-        key = hashlib.blake2b(anchor, digest_size=8, person=b"anchor").digest()
+        key = hashlib.blake2b(anchor, digest_size=8, key=salt, person=b"anchor").digest()
         prefixes.append(Prefix(key, whole))
     return prefixes
 

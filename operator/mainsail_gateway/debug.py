@@ -76,6 +76,11 @@ def service(gateway: Gateway, found: Service, now: float) -> dict[str, Any]:
             "refused": dict(door.refusals),
         },
         "retry_budget": round(pool.budget.balance, 1),
+        "sessions": {
+            "held": len(pool.sessions.held),
+            "parked": pool.sessions.num_parked,
+            "kv_tokens": pool.sessions.kv_tokens(),
+        },
         "endpoints": [_endpoint(pool, key, now) for key in sorted(pool.loads)],
     }
 
@@ -90,6 +95,9 @@ def _endpoint(pool: Pool, key: str, now: float) -> dict[str, Any]:
         "tokens": load.tokens,
         "burden": balance.burden(load, now),
         "full": load.full,
+        "kv_tokens": load.kv_tokens,
+        "live_kv_tokens": pool.sessions.live(load, now),
+        "known_blocks": pool.kv.num_blocks(key) if key in pool.kv.known else None,
         "share": round(balance.share(load, now), 2),
         "failures": load.failures,
         "ejected_for_s": round(max(0.0, load.ejected_until - now), 1),
@@ -108,8 +116,11 @@ def pick(gateway: Gateway, found: Service, session: str | None, prompt: bytes, n
         return {"pod": None, "because": ["no endpoint is ready"]}
     endpoint, load, remaining = chosen
     because = [_revision(pool, endpoint.revision, session, now)] if pool.weights else []
-    saved = pool.index.saved(prefixes)
-    if endpoint.key in saved:
+    known = pool.kv.cached(prefixes)
+    saved = {**pool.index.saved(prefixes), **known}
+    if known.get(endpoint.key):
+        because.append(f"its engine says that it has {known[endpoint.key]} tokens of this request cached")
+    elif endpoint.key in saved:
         because.append(f"it served a beginning of this request: {saved[endpoint.key]} tokens are likely cached")
     elif saved:
         because.append("who served a beginning of it has more to do than that saves, or is of another revision")

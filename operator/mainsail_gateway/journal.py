@@ -16,13 +16,14 @@ from typing import Any
 import msgspec
 
 from mainsail_gateway.asgi import Headers
+from mainsail_gateway.kv_index import BLOCKS_HEADER
 from mainsail_gateway.upstream import UpstreamError
 
 STREAM_HEADER = b"x-mainsail-stream"
 RESUME_HEADER = b"x-mainsail-resume"
 NO_FAILOVER_HEADER = b"x-mainsail-no-failover"
 """Of a client that wants its request never to run twice: it is retried only where nothing was sent."""
-OWN_HEADERS = frozenset((STREAM_HEADER, RESUME_HEADER, NO_FAILOVER_HEADER))
+OWN_HEADERS = frozenset((STREAM_HEADER, RESUME_HEADER, NO_FAILOVER_HEADER, BLOCKS_HEADER))
 """Between gateway and engine (or client and gateway) only: never passed on from the other side."""
 MAX_LINE_BYTES = 1 << 20
 MAX_PIECE_BYTES = 16 << 20

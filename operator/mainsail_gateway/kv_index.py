@@ -17,9 +17,11 @@ from what it sent there. A guess that is wrong costs a prefill, never an answer.
 
 from __future__ import annotations
 
+import base64
+import struct
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 from mainsail_gateway.balance import Prefix
@@ -28,6 +30,10 @@ SAMPLE = 4
 """One hash of so many is told and kept; a power of two."""
 MAX_BLOCKS = 1 << 17
 """Sampled blocks of one endpoint: a pool of eight million tokens."""
+MAX_TOLD = 1024
+"""Blocks of one prompt that are believed."""
+BLOCKS_HEADER = b"x-mainsail-blocks"
+"""Of a request that asks for a prompt's blocks (`tell`), and of the answer that tells them."""
 MAX_TEXTS = 1 << 14
 """Beginnings of prompts whose blocks are remembered."""
 
@@ -44,6 +50,19 @@ class Blocks(NamedTuple):
     ends: array[int]
     """How many tokens there are up to the end of each block."""
     hashes: array[int]
+
+    @classmethod
+    def told(cls, value: bytes) -> Blocks | None:
+        """What an engine says in the head of an answer (its server/told_blocks.py has the form); None for what is not
+        that."""
+        count, _, packed = value.partition(b" ")
+        try:
+            pairs = list(struct.iter_unpack(">IQ", base64.b64decode(packed, validate=True)))
+        except (ValueError, struct.error):
+            return None
+        if not count.isdigit() or len(count) > 9 or len(pairs) > MAX_TOLD:
+            return None
+        return cls(int(count), array("I", [end for end, _ in pairs]), array("Q", [block for _, block in pairs]))
 
     def upto(self, tokens: float) -> Blocks:
         """Those that end within the first so many tokens."""
@@ -70,7 +89,7 @@ class KVIndex:
     # -- what endpoints have -----------------------------------------------------------------------------------------
 
     @property
-    def known(self) -> Iterable[str]:
+    def known(self) -> Collection[str]:
         """The endpoints that have told what they have."""
         return self._has.keys()
 
@@ -99,17 +118,19 @@ class KVIndex:
 
     # -- what text they stand for --------------------------------------------------------------------------------------
 
-    def learn(self, prefixes: Sequence[Prefix], blocks: Blocks) -> None:
-        """An engine says which blocks the prompt with these beginnings is made of."""
-        if not prefixes or not blocks.hashes:
+    def learn(self, prefixes: Sequence[Prefix], blocks: Blocks, estimate: int) -> None:
+        """An engine says which blocks the prompt with these beginnings is made of, which was taken to have `estimate`
+        tokens. A beginning that is as long as that stands for all of it."""
+        if not blocks.hashes:
             return
-        whole = prefixes[-1]
-        for prefix in prefixes[:-1]:
-            part = blocks.upto(blocks.tokens * prefix.tokens / max(1, whole.tokens))
-            before = self._texts.get(prefix.key)
-            common = part if before is None else before.common(part)
-            self._remember(prefix.key, common if common.hashes else part)
-        self._remember(whole.key, blocks)
+        for prefix in prefixes:
+            part = blocks
+            if prefix.tokens < estimate:
+                part = blocks.upto(blocks.tokens * prefix.tokens / estimate)
+                before = self._texts.get(prefix.key)
+                common = part if before is None else before.common(part)
+                part = common if common.hashes else part
+            self._remember(prefix.key, part)
 
     def _remember(self, key: bytes, blocks: Blocks) -> None:
         self._texts[key] = blocks

@@ -26,8 +26,10 @@ log = logging.getLogger(__name__)
 
 ASK_S = 2.0
 SAME = frozenset(
-    "mainsail:gateway_" + name for name in ("endpoints", "name_conflicts", "invalid_keys", "parked_sessions")
-)
+    "mainsail:gateway_" + name
+    for name in ("endpoints", "name_conflicts", "invalid_keys", "parked_sessions", "kv_known_endpoints",
+                 "kv_known_blocks")
+)  # fmt: skip
 """Gauges that say (nearly) the same in every worker: the highest counts."""
 SESSIONS_KV = "mainsail:gateway_sessions_kv_tokens"
 """So does this one, but for held sessions, each of which is held by one worker."""

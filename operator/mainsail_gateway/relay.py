@@ -32,6 +32,7 @@ from mainsail_gateway.balance import Load, Prefix
 from mainsail_gateway.errors import GatewayError, no_capacity, out_of_sockets
 from mainsail_gateway.fleet import Flight, Picked, Pool, in_flight
 from mainsail_gateway.journal import OWN_HEADERS, RESUME_HEADER, STREAM_HEADER, Journal
+from mainsail_gateway.kv_index import BLOCKS_HEADER, Blocks
 from mainsail_gateway.metrics import ServiceMetrics
 from mainsail_gateway.pod_metrics import PodMetrics
 from mainsail_gateway.routes import Endpoint, Service
@@ -81,6 +82,8 @@ class Call:
     model: str
     weight: int
     prefixes: Sequence[Prefix]
+    prompt_tokens: int
+    """The prompt's part of the weight."""
     arrived: float
     service: Service
     sticky: Sticky | None = None
@@ -252,6 +255,7 @@ class Relay:
                         continue
                     _must_take_over(call, connection)
                     pool.index.learn(call.prefixes, endpoint.key)
+                    _learn(call, pool, connection)
                     answering = True
                     await self._answer(call, connection, load, metrics, send, flight)
                     return
@@ -396,6 +400,16 @@ def _pick(call: Call, pool: Pool, tried: set[str]) -> Picked | None:
     return found
 
 
+def _learn(call: Call, pool: Pool, connection: Connection) -> None:
+    """What the engine says of the prompt: its tokens, and the blocks that they fill."""
+    value = next((value for name, value in connection.headers if name == BLOCKS_HEADER), None)
+    blocks = Blocks.told(value) if value is not None else None
+    if blocks is not None:
+        pool.kv.learn(call.prefixes, blocks, call.prompt_tokens)
+        if call.session is not None:
+            pool.sessions.measured(call.session, blocks.tokens, call.prompt_tokens)
+
+
 def _journal(call: Call, connection: Connection) -> Journal | None:
     """What is known of the answer so far, or a new journal; None when this engine's answer cannot be followed."""
     journal = Journal.of(connection.headers)
@@ -473,6 +487,8 @@ def _request(call: Call, endpoint: Endpoint) -> tuple[bytes, bytes]:
     body = call.body
     if call.stream and not call.once:
         lines.append(b"%b: ids\r\n" % STREAM_HEADER)
+    if endpoint.kv_events is not None:
+        lines.append(b"%b: tell\r\n" % BLOCKS_HEADER)
     if call.journal is not None and not call.journal.empty:
         resume = call.journal.resume(time.monotonic() - call.arrived)
         lines.append(b"%b: %d\r\n" % (RESUME_HEADER, len(resume)))

@@ -32,6 +32,7 @@ class _Body(msgspec.Struct):
     prompt: msgspec.Raw = _RAW_EMPTY
     input: msgspec.Raw = _RAW_EMPTY
     prompt_cache_key: Any = None
+    cache_salt: Any = None
     timeout: Any = None
     response_format: msgspec.Raw = _RAW_EMPTY
     user: Any = None
@@ -74,6 +75,8 @@ class Parsed:
     """The beginning of the prompt that is not one conversation's own: tools and the system's messages."""
     messages: tuple[bytes, ...] = ()
     """Those after it, one by one."""
+    cache_salt: str = ""
+    """What keeps the client's KV apart from that of others with the same prompts."""
     continued: bool = False
     """Somebody has answered in this conversation before."""
 
@@ -120,6 +123,7 @@ def parse(body: bytes) -> Parsed:
         system=system,
         messages=tuple(messages),
         continued=continued,
+        cache_salt=fields.cache_salt if isinstance(fields.cache_salt, str) else "",
         session=next((name for name in (fields.prompt_cache_key, fields.user) if isinstance(name, str) and name), None),
         tools=b"{" in bytes(fields.tools),
         structured=b"json" in bytes(fields.response_format),

@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 SERVICE_LABEL = "mainsail.dev/service"
 PORT_NAME = "http"
+KV_PORT_NAMES = "kv-events", "kv-replay"
 
 
 class ModelSpec(msgspec.Struct, frozen=True):
@@ -122,6 +123,8 @@ class Endpoint:
     pod: str
     revision: str = ""
     """The Deployment that the pod is of, as in the service's `status.revisions`."""
+    kv_events: tuple[int, int] | None = None
+    """The ports where its engine tells what KV blocks it stores and removes, and what it has; None: it does not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +140,8 @@ class Service:
     """Revisions and their shares of the requests, the newest first. Empty: all endpoints are alike."""
 
     policy: Policy = field(default_factory=Policy)
+    adapters: frozenset[str] = frozenset()
+    """Those of the served names that are LoRA adapters'."""
 
     @property
     def key(self) -> Key:
@@ -220,6 +225,7 @@ def _service(item: InferenceService, endpoints: Mapping[str, Endpoint]) -> Servi
         endpoints=tuple(endpoints[key] for key in sorted(endpoints)),
         weights=tuple((r.name, r.weight) for r in revisions) if any(r.weight > 0 for r in revisions) else (),
         policy=_policy(item.spec),
+        adapters=frozenset(adapters) - frozenset(names),
     )
 
 
@@ -256,6 +262,9 @@ def _endpoints(piece: EndpointSlice) -> dict[str, Endpoint]:
     port = next((p.port for p in piece.ports or [] if p.name == PORT_NAME), None)
     if port is None or piece.addressType == "FQDN":
         return {}
+    ports = {p.name: p.port for p in piece.ports or [] if p.port is not None}
+    events, snapshots = (ports.get(name) for name in KV_PORT_NAMES)
+    told = (events, snapshots) if events is not None and snapshots is not None else None
     found: dict[str, Endpoint] = {}
     for item in piece.endpoints or []:
         # The API's rule: an unknown readiness counts as ready.
@@ -263,7 +272,8 @@ def _endpoints(piece: EndpointSlice) -> dict[str, Endpoint]:
             continue
         pod = item.targetRef or TargetRef()
         key = f"{pod.uid or item.addresses[0]}:{port}"
-        found[key] = Endpoint(key=key, host=item.addresses[0], port=port, pod=pod.name, revision=revision_of(pod.name))
+        revision = revision_of(pod.name)
+        found[key] = Endpoint(key, item.addresses[0], port, pod.name, revision, told)
     return found
 
 

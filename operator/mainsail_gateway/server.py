@@ -38,6 +38,7 @@ from mainsail_gateway.errors import GatewayError
 from mainsail_gateway.health import Debug, HealthServer, checks_of, exposition
 from mainsail_gateway.hold import Waker
 from mainsail_gateway.keys import KeyWatch
+from mainsail_gateway.kv_events import Listener
 from mainsail_gateway.routes import Routes
 from mainsail_gateway.scrape import Scraper
 from mainsail_gateway.settings import Settings
@@ -241,10 +242,13 @@ async def background(gateway: Gateway, client: httpx2.AsyncClient, timing: Timin
     table = Routes(client, gateway.settings.namespaces, gateway.use, timing=timing)
     waker = Waker(client, gateway.admission.asked_for)
     gateway.wake = waker.woken.set
-    parts: list[Routes | Gateway | Waker | KeyWatch | Reflector[Secret] | Scraper] = [table, gateway, waker]
+    parts: list[Routes | Gateway | Waker | KeyWatch | Reflector[Secret] | Scraper | Listener] = [table, gateway, waker]
     parts += gateway.outside.watch(client, timing)
     if gateway.settings.scrape_s:
         parts.append(Scraper(gateway.fleet, gateway.settings.scrape_s))
+    if gateway.settings.kv_events:
+        parts.append(listener := Listener(gateway.fleet))
+        gateway.metrics.registry.register(listener)
     if gateway.keys is not None:
         namespace = gateway.settings.keys_namespace or own_namespace()
         parts.append(KeyWatch(client, namespace, gateway.keys, timing=timing))

@@ -65,6 +65,8 @@ class Settings:
 
     scrape_s: float = 2.0
     """How often the engines' metrics are read for the balancer; 0: never."""
+    kv_events: bool = True
+    """Engines are listened to, which tell what KV blocks they store and remove (kv_events.py)."""
     relist_s: float = 300.0
     """Everything is listed again this often, whatever the watches say."""
     drain_delay_s: float = 5.0
@@ -88,6 +90,7 @@ _HELP = {
     "tls_key": "PEM file of its private key",
     "epp_port": "port of the endpoint picker for gateways built on Envoy (gRPC); 0: none",
     "access_log": "log a line for each request: names, times and status, never content",
+    "kv_events": "listen to what engines store and remove in their KV caches, and balance by it",
     "otlp_endpoint": "where spans are sent (OTLP over HTTP), as http://collector:4318/v1/traces",
     "trace_ratio": "part of the traces beginning here that is kept",
     "log_level": "debug, info, warning or error",
@@ -115,7 +118,10 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
             continue
         default: object = getattr(defaults, field.name)
         if isinstance(default, bool):
-            parser.add_argument("--" + field.name.replace("_", "-"), action="store_true", help=_HELP[field.name])
+            action = argparse.BooleanOptionalAction if default else "store_true"
+            parser.add_argument(
+                "--" + field.name.replace("_", "-"), action=action, default=default, help=_HELP[field.name]
+            )
             continue
         parser.add_argument(
             "--" + field.name.replace("_", "-"),

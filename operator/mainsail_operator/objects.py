@@ -31,6 +31,15 @@ DELETION_COST = "controller.kubernetes.io/pod-deletion-cost"
 """Kubernetes' own annotation: of the pods of a ReplicaSet that shrinks, those with the lowest cost go first."""
 CONTAINER = "engine"
 HTTP_PORT, HEALTH_PORT = 8000, 8001
+KV_PORTS = {"kv-events": 5557, "kv-replay": 5558}
+"""Where engines tell what KV blocks they store and remove, for the gateway: named so in Pods and EndpointSlices."""
+KV_EVENTS = json.dumps(
+    {
+        "endpoint": f"tcp://*:{KV_PORTS['kv-events']}",
+        "replay_endpoint": f"tcp://*:{KV_PORTS['kv-replay']}",
+        "buffer_steps": 1000,
+    }
+)
 PRE_STOP_S = 5
 """Between an endpoint's removal and SIGTERM: routers must have noticed before the engine stops accepting."""
 _GRACE_MARGIN_S = 10
@@ -132,7 +141,8 @@ def front(owner: Owner, settings: Settings) -> JSON:
 
 def endpoints(owner: Owner) -> JSON:
     """A headless Service: its EndpointSlices, with its label, are what the gateway routes by."""
-    ports = [{"name": "http", "port": 80, "targetPort": "http", "protocol": "TCP"}]
+    ports: list[JSON] = [{"name": "http", "port": 80, "targetPort": "http", "protocol": "TCP"}]
+    ports += [{"name": name, "port": port, "targetPort": name, "protocol": "TCP"} for name, port in KV_PORTS.items()]
     return _stamped(
         {
             "apiVersion": "v1",
@@ -156,7 +166,7 @@ def network_policy(owner: Owner, settings: Settings) -> JSON:
         {"namespaceSelector": {"matchLabels": {name: namespace}}} for namespace in settings.metrics_namespaces
     ]
     # The second one tells how far a model is that the pod fetches.
-    ports = [{"port": port, "protocol": "TCP"} for port in ("http", fetching.PORT)]
+    ports = [{"port": port, "protocol": "TCP"} for port in ("http", *KV_PORTS, fetching.PORT)]
     return _stamped(
         {
             "apiVersion": "networking.k8s.io/v1",
@@ -217,7 +227,7 @@ def arguments(owner: Owner, spec: InferenceServiceSpec) -> list[str]:
     for flag, value in optional.items():
         found += [flag, str(value)] if value is not None else []
     found += ["--gpu-memory-utilization", f"{kv.memory_fraction:g}"]
-    found += [] if kv.prefix_caching else ["--no-enable-prefix-caching"]
+    found += ["--kv-events-config", KV_EVENTS] if kv.prefix_caching else ["--no-enable-prefix-caching"]
     return found + adapters.arguments(spec) + list(engine.extra_args)
 
 
@@ -256,6 +266,7 @@ def _container(owner: Owner, spec: InferenceServiceSpec, image: str, pull_policy
         "ports": [
             {"name": "http", "containerPort": HTTP_PORT, "protocol": "TCP"},
             {"name": "health", "containerPort": HEALTH_PORT, "protocol": "TCP"},
+            *({"name": name, "containerPort": port, "protocol": "TCP"} for name, port in KV_PORTS.items()),
         ],
         # A model may take an hour to load: the rollout's deadline judges that, not the startup probe.
         "startupProbe": _probe("startup", 1, 3600),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import struct
 from array import array
 
 from hypothesis import given
@@ -29,7 +31,7 @@ def index(**has: tuple[int, ...]) -> KVIndex:
 
 def test_the_deepest_block_says_how_much_is_there():
     found = index(a=(1, 2, 3), b=(1,), c=())
-    found.learn([TALK], blocks(1, 2, 3, 4))
+    found.learn([TALK], blocks(1, 2, 3, 4), 1000)
     assert found.cached([TALK]) == {"a": 192, "b": 64, "c": 0}
     found.removed("a", [SAMPLE * 3])
     assert found.cached([TALK])["a"] == 128
@@ -38,9 +40,9 @@ def test_the_deepest_block_says_how_much_is_there():
 
 def test_what_prompts_share_is_learned_from_what_they_have_in_common():
     found = index(a=(1, 2, 3, 4, 5))
-    found.learn([SHORT, LONG, Prefix(b"one", 1024)], blocks(*range(1, 17)))
+    found.learn([SHORT, LONG, Prefix(b"one", 1024)], blocks(*range(1, 17)), 1024)
     assert found.cached([SHORT, LONG]) == {"a": 320}
-    found.learn([SHORT, LONG, Prefix(b"two", 1024)], blocks(1, 2, 3, *range(30, 43)))
+    found.learn([SHORT, LONG, Prefix(b"two", 1024)], blocks(1, 2, 3, *range(30, 43)), 1024)
     assert found.cached([SHORT, LONG]) == {"a": 192}
     assert found.cached([SHORT]) == {"a": 128}
     assert found.cached([SHORT, LONG, Prefix(b"one", 1024)]) == {"a": 320}
@@ -49,7 +51,7 @@ def test_what_prompts_share_is_learned_from_what_they_have_in_common():
 def test_who_is_not_known_is_left_to_guessing():
     found = index(a=(1,))
     found.stored("never begun", [SAMPLE])
-    found.learn([TALK], blocks(1))
+    found.learn([TALK], blocks(1), 1000)
     assert found.cached([TALK]) == {"a": 64}
     found.forget("a")
     assert found.cached([TALK]) == {}
@@ -63,7 +65,7 @@ def test_memory_is_bounded(monkeypatch):
     found.stored("a", [SAMPLE * 99])
     assert list(found.known) == [], "more than is kept: not known"
     for name in range(5):
-        found.learn([Prefix(b"%d" % name, 64)], blocks(1))
+        found.learn([Prefix(b"%d" % name, 64)], blocks(1), 64)
     assert len(found._texts) == 3
 
 
@@ -73,9 +75,22 @@ def test_only_sampled_blocks_are_kept():
     assert found.num_blocks("a") == 4
 
 
+@given(st.lists(st.tuples(st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1)), max_size=50), st.integers(0, 10**6))
+def test_what_an_engine_tells_is_read(pairs: list[tuple[int, int]], tokens: int):
+    packed = base64.b64encode(b"".join(struct.pack(">IQ", *pair) for pair in pairs))
+    found = Blocks.told(b"%d %b" % (tokens, packed))
+    assert found == Blocks(tokens, array("I", [end for end, _ in pairs]), array("Q", [h for _, h in pairs]))
+
+
+@given(st.binary(max_size=60))
+def test_whatever_else_an_engine_says_is_not_believed(value: bytes):
+    found = Blocks.told(value)
+    assert found is None or (found.tokens < 10**9 and len(found.ends) == len(found.hashes) <= kv_index.MAX_TOLD)
+
+
 @given(st.lists(st.integers(1, 40), unique=True, max_size=30), st.integers(0, 30))
 def test_the_search_finds_what_a_walk_finds(hashes: list[int], cached: int):
     found = index(a=tuple(hashes[:cached]))
     if hashes:
-        found.learn([TALK], blocks(*hashes))
+        found.learn([TALK], blocks(*hashes), 1000)
         assert found.cached([TALK]) == {"a": 64 * min(cached, len(hashes))}

@@ -58,6 +58,16 @@ def test_adapters_are_names_of_their_service():
     assert table.models["sql"] is table.models["poet"] is table.models["base"]
 
 
+@pytest.mark.parametrize(("count", "told"), [(3, (5557, 5558)), (2, None)])
+def test_an_endpoint_that_tells_of_its_kv_has_both_ports(count, told):
+    ports = [{"name": "http", "port": 8000}, {"name": "kv-events", "port": 5557}, {"name": "kv-replay", "port": 5558}]
+    labels = {"mainsail.dev/service": "a"}
+    piece = {"metadata": {"name": "s", "namespace": "default", "labels": labels}, "ports": ports[:count],
+             "endpoints": [pod("10.0.0.1")]}  # fmt: skip
+    (endpoint,) = build([service("a")], [msgspec.convert(piece, EndpointSlice)]).models["a"].endpoints
+    assert endpoint.kv_events == told
+
+
 def test_revisions_and_their_weights():
     status = {"revisions": [{"name": "a-77", "weight": 10, "replicas": 1}, {"name": "a-66", "weight": 90}]}
     item = msgspec.convert(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from mainsail_operator import objects
@@ -49,6 +51,21 @@ def test_adapters_are_fetched_or_mounted_and_named(owner, make_spec, settings) -
     assert {"name": "adapters-1", "mountPath": "/adapters-1", "readOnly": True} in engine["volumeMounts"]
     assert objects.revision_of(spec) != objects.revision_of(make_spec())
     assert objects.revision_of(make_spec(adapters=[])) == objects.revision_of(make_spec())
+
+
+def test_engines_tell_the_gateway_what_they_have_cached(owner, make_spec, settings) -> None:
+    engine = container(objects.deployment(owner, make_spec(), 1, settings))
+    flags = dict(zip(engine["args"], engine["args"][1:], strict=False))
+    told = json.loads(flags["--kv-events-config"])
+    ports = {port["name"]: port["containerPort"] for port in engine["ports"]}
+    assert told["endpoint"] == f"tcp://*:{ports['kv-events']}"
+    assert told["replay_endpoint"] == f"tcp://*:{ports['kv-replay']}"
+    named = {port["name"]: port["targetPort"] for port in objects.endpoints(owner)["spec"]["ports"]}
+    assert named == {"http": "http", "kv-events": "kv-events", "kv-replay": "kv-replay"}
+    (rule,) = objects.network_policy(owner, settings)["spec"]["ingress"]
+    assert {"kv-events", "kv-replay"} <= {port["port"] for port in rule["ports"]}
+    without = make_spec(engine={"kvCache": {"prefixCaching": False}})
+    assert "--kv-events-config" not in objects.arguments(owner, without)
 
 
 def test_served_name_defaults_to_the_name(owner, make_spec) -> None:

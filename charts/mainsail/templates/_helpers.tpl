@@ -49,6 +49,9 @@ tolerations: {{ toJson . }}
 {{- if .Values.gateway.tls.secretName -}}
 {{- $args = concat $args (list "--tls-cert" "/etc/mainsail/tls/tls.crt" "--tls-key" "/etc/mainsail/tls/tls.key") -}}
 {{- end -}}
+{{- if not .Values.gateway.kvEvents -}}
+{{- $args = append $args "--no-kv-events" -}}
+{{- end -}}
 {{- range .Values.gateway.externalNamespaces -}}
 {{- $args = concat $args (list "--external-namespace" .) -}}
 {{- end -}}

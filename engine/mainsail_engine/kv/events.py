@@ -6,12 +6,13 @@ The wire form is vLLM's, so that routers made for it understand this engine: thr
 (8 bytes, big-endian) and a msgpack array `[timestamp, [event, …], data_parallel_rank]`, where an event is an array that
 begins with its name. A block's hash is chained: it stands for the block's tokens and all before them, and for the
 tenant's salt. Partly filled blocks are not told of. Whoever misses a number has lost events, and may ask at the replay
-socket (ROUTER, `replay_endpoint`) for all that are kept from a number on, as in vLLM.
+socket (ROUTER, `replay_endpoint`) for all that are kept from a number on, as in vLLM. Who asks there from number -1
+gets what vLLM has not: a snapshot, one batch that clears everything and stores all blocks that there are, under the
+number of the last batch that it contains. So a subscriber may come at any time, or lose any number of events.
 """
 
 from __future__ import annotations
 
-import hashlib
 import queue
 import threading
 import time
@@ -23,9 +24,12 @@ import zmq
 
 from mainsail_engine.config import BLOCK_SIZE, KVEventsConfig
 from mainsail_engine.errors import InvalidConfigurationError
+from mainsail_engine.kv.block_hash import first_digest, next_digest, number_of
 from mainsail_engine.kv.prefix_tree import Node, unpack_tokens
 
 END_OF_REPLAY = (-1).to_bytes(8, "big", signed=True)
+SNAPSHOT = END_OF_REPLAY
+"""The number that asks for everything as it is."""
 POLL_MS = 20
 """How long the publisher waits for one of its two sources before it looks at the other."""
 
@@ -67,9 +71,8 @@ def block_hash(node: Node) -> int:
         each = each.parent
     for below in reversed(path):
         above = below.parent
-        before = hashlib.sha256(below.salt.encode()).digest() if above is None else above.digest
-        below.digest = before if above is None else hashlib.sha256(before + below.key).digest()
-    return int.from_bytes(node.digest[:8], "big")
+        below.digest = first_digest(below.salt) if above is None else next_digest(above.digest, below.key)
+    return number_of(node.digest)
 
 
 class KVEvents:
@@ -109,6 +112,8 @@ class Publisher:
         self._queue: queue.SimpleQueue[EventBatch | None] = queue.SimpleQueue()
         self._kept: deque[tuple[int, bytes]] = deque(maxlen=config.buffer_steps)
         self._sequence = 0
+        self._there: set[int] = set()
+        """Blocks that were told stored, and not removed; only with a replay socket."""
         self._context = zmq.Context()
         self._publish_socket = self._context.socket(zmq.PUB)
         self._publish_socket.set_hwm(config.hwm)
@@ -139,10 +144,26 @@ class Publisher:
             if batch is None:
                 break
             payload = encode(batch)
+            if self._replay_socket is not None:
+                self._follow(batch)
             self._kept.append((self._sequence, payload))
             self._publish_socket.send_multipart((self._topic, self._sequence.to_bytes(8, "big"), payload))
             self._sequence += 1
+            self._replay()
         self._context.destroy(linger=200)
+
+    def _follow(self, batch: EventBatch) -> None:
+        for each in batch.events:
+            if isinstance(each, BlockStored):
+                self._there.update(each.block_hashes)
+            elif isinstance(each, BlockRemoved):
+                self._there.difference_update(each.block_hashes)
+            else:
+                self._there.clear()
+
+    def _snapshot(self) -> bytes:
+        stored = BlockStored(list(self._there), None, [], BLOCK_SIZE)
+        return msgspec.msgpack.encode(EventBatch(time.time(), [AllBlocksCleared(), stored]))
 
     def _replay(self) -> None:
         """Answer those who have lost events: [identity, "", number] → [identity, "", number, payload] for each."""
@@ -150,6 +171,12 @@ class Publisher:
         while socket is not None and socket.poll(0):
             frames = socket.recv_multipart()
             if len(frames) != 3 or len(frames[2]) != 8:
+                continue
+            if frames[2] == SNAPSHOT:
+                if self._sequence:
+                    last = (self._sequence - 1).to_bytes(8, "big")
+                    socket.send_multipart((frames[0], b"", last, self._snapshot()))
+                socket.send_multipart((frames[0], b"", END_OF_REPLAY, b""))
                 continue
             first = int.from_bytes(frames[2], "big")
             for sequence, payload in self._kept:

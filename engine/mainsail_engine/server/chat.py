@@ -22,6 +22,7 @@ from mainsail_engine.server.middleware import arrival_s
 from mainsail_engine.server.schemas import ChatCompletionRequest, Message, NamedChoice, ToolChoice
 from mainsail_engine.server.serving import Delta, Job, Serving
 from mainsail_engine.server.streaming import DONE, ChunkWriter, EventStream, unless_disconnected, while_connected
+from mainsail_engine.server.told_blocks import blocks_header
 from mainsail_engine.server.tools.events import tell_of_call
 from mainsail_engine.structured.grammar import Grammar
 
@@ -98,8 +99,10 @@ async def chat_completion(serving: Serving, body: ChatCompletionRequest, request
     if body.stream:
         ledger = Ledger.of(request, jobs)
         events = pieces(serving, plan.jobs, _Chunks(serving, body, plan, head), arrived_s, ledger)
-        return EventStream(ledger.frames(events), ledger.headers(answer))
-    return await unless_disconnected(request, _whole(serving, body, plan, head, arrived_s))
+        return EventStream(ledger.frames(events), ledger.headers(answer) | blocks_header(request, jobs))
+    whole = await unless_disconnected(request, _whole(serving, body, plan, head, arrived_s))
+    whole.headers.update(blocks_header(request, jobs))
+    return whole
 
 
 async def plan_chat(serving: Serving, body: ChatCompletionRequest) -> tuple[Plan, tuple[Grammar, str] | None]:

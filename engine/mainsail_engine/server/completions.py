@@ -22,6 +22,7 @@ from mainsail_engine.server.middleware import arrival_s
 from mainsail_engine.server.schemas import MAX_PROMPTS, CompletionRequest
 from mainsail_engine.server.serving import Delta, Job, Serving
 from mainsail_engine.server.streaming import DONE, ChunkWriter, EventStream, unless_disconnected, while_connected
+from mainsail_engine.server.told_blocks import blocks_header
 from mainsail_engine.text.tokenizer import Tokenizer
 
 DEFAULT_MAX_TOKENS = 16
@@ -58,8 +59,10 @@ async def completion(serving: Serving, body: CompletionRequest, request: Request
     if body.stream:
         ledger = Ledger.of(request, jobs)
         events = pieces(serving, jobs, _Chunks(_shape(serving, body, jobs), head), arrived_s, ledger)
-        return EventStream(ledger.frames(events), ledger.headers(answer))
-    return await unless_disconnected(request, _whole(serving, body, jobs, head, arrived_s))
+        return EventStream(ledger.frames(events), ledger.headers(answer) | blocks_header(request, jobs))
+    whole = await unless_disconnected(request, _whole(serving, body, jobs, head, arrived_s))
+    whole.headers.update(blocks_header(request, jobs))
+    return whole
 
 
 async def _jobs(serving: Serving, body: CompletionRequest) -> list[Job]:

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from mainsail_engine.cli import json_config
 from mainsail_engine.config import BLOCK_SIZE, KVEventsConfig
 from mainsail_engine.errors import InvalidConfigurationError
+from mainsail_engine.kv.block_hash import block_hashes
 from mainsail_engine.kv.block_pool import BlockPool
-from mainsail_engine.kv.events import END_OF_REPLAY, KVEvents, block_hash
+from mainsail_engine.kv.events import END_OF_REPLAY, SNAPSHOT, KVEvents, block_hash
 from mainsail_engine.kv.prefix_tree import Node, PrefixTree, pack_tokens
 
 FLAG = "--kv-events-config"
@@ -82,6 +83,48 @@ def test_the_wire_form(events: KVEvents) -> None:
         assert END_OF_REPLAY == b"\xff" * 8
     finally:
         context.destroy(linger=0)
+
+
+def test_who_comes_late_gets_everything_at_once(events: KVEvents) -> None:
+    context = zmq.Context()
+    ask = context.socket(zmq.DEALER)
+    ask.connect(events._publisher.replay_endpoint)
+    try:
+        ask.send_multipart((b"", SNAPSHOT))
+        assert ask.poll(5000)
+        assert ask.recv_multipart() == [b"", END_OF_REPLAY, b""], "nothing was told yet"
+        pool = BlockPool(4)
+        tree = PrefixTree(pool)
+        tree.watchers = (events,)
+        events.cleared()
+        first = node(None, tree, pool, 0)
+        gone = node(first, tree, pool, 100)
+        events.flush()
+        pool.release([1])
+        tree.mark_idle([1])
+        tree.evict(1)
+        events.flush()
+        time.sleep(0.1)
+        ask.send_multipart((b"", SNAPSHOT))
+        assert ask.poll(5000)
+        _, number, payload = ask.recv_multipart()
+        assert int.from_bytes(number, "big") == 1, "the last batch that it contains"
+        told = msgspec.msgpack.decode(payload)[1]
+        assert told == [["AllBlocksCleared"], ["BlockStored", [block_hash(first)], None, [], 16, None, "GPU"]]
+        assert block_hash(gone) not in told[1][1]
+    finally:
+        context.destroy(linger=0)
+
+
+@given(st.lists(st.integers(0, 70_000), max_size=100), st.text(max_size=5))
+def test_a_prompts_blocks_have_the_names_of_the_trees(token_ids: list[int], salt: str) -> None:
+    pool = BlockPool(8)
+    tree = PrefixTree(pool)
+    above, named = None, []
+    for start in range(0, len(token_ids) - BLOCK_SIZE + 1, BLOCK_SIZE):
+        above = tree.insert(above, salt, pack_tokens(token_ids[start : start + BLOCK_SIZE]), pool.allocate())
+        named.append(block_hash(above))
+    assert list(block_hashes(token_ids, salt)) == named
 
 
 def test_a_hash_stands_for_the_whole_prefix_and_the_tenant() -> None:
