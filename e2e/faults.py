@@ -12,10 +12,10 @@ from e2e.kube import Object
 PORT = 9000
 
 PROXY = """
-import asyncio, random, sys
+import asyncio, random, re, sys
 delay, rate = float(sys.argv[1]), float(sys.argv[2])
-ERROR = (b"HTTP/1.1 500 Internal Server Error\\r\\ncontent-type: application/json\\r\\ncontent-length: 33\\r\\n\\r\\n"
-         b'{"error": {"message": "injected"}}'[:33])
+ERROR = (b"HTTP/1.1 500 Internal Server Error\\r\\ncontent-type: application/json\\r\\ncontent-length: 34\\r\\n\\r\\n"
+         b'{"error": {"message": "injected"}}')
 
 async def pump(source, sink):
     while data := await source.read(65536):
@@ -23,11 +23,17 @@ async def pump(source, sink):
         await sink.drain()
     sink.close()
 
+async def request(reader):
+    head = await reader.readuntil(b"\\r\\n\\r\\n")
+    length = re.search(rb"(?i)content-length: *([0-9]+)", head)
+    return head + (await reader.readexactly(int(length[1])) if length else b"")
+
 async def serve(reader, writer):
     up_reader, up_writer = await asyncio.open_connection("127.0.0.1", 8000)
     answers = asyncio.create_task(pump(up_reader, writer))
     try:
-        while data := await reader.read(65536):
+        while True:
+            data = await request(reader)
             if data.startswith(b"POST"):
                 if random.random() < rate:
                     writer.write(ERROR)
@@ -35,6 +41,8 @@ async def serve(reader, writer):
                 await asyncio.sleep(delay)
             up_writer.write(data)
             await up_writer.drain()
+    except asyncio.IncompleteReadError:
+        pass
     finally:
         up_writer.close()
         await asyncio.gather(answers, return_exceptions=True)

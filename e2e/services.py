@@ -22,8 +22,9 @@ READY_S = 180
 
 
 def service(name: str, *, uri: str = MODEL_URI, replicas: int = 1, **engine: Any) -> Object:
-    """A small CPU service: enough context for the tests, little memory, no GPU. In float32, so that texts of different
-    batches may be compared (in bfloat16 near ties are frequent)."""
+    """A small CPU service: enough context for the tests, little memory, no GPU, rolls that do not watch for long.
+
+    In float32, so that texts of different batches may be compared (in bfloat16 near ties are frequent)."""
     return {
         "apiVersion": "mainsail.dev/v1alpha1",
         "kind": "InferenceService",
@@ -33,6 +34,7 @@ def service(name: str, *, uri: str = MODEL_URI, replicas: int = 1, **engine: Any
             "engine": {"maxModelLen": 1024, "maxNumSeqs": 16, "dtype": "float32", "kvCache": {"blocks": 256}} | engine,
             "resources": {"requests": {"cpu": "50m", "memory": "512Mi"}, "limits": {"memory": "3Gi"}},
             "replicas": replicas,
+            "rollout": {"minReady": "3s"},
         },
     }
 

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from e2e import tiny
 from e2e.cluster.place import Place
-from e2e.kube import Kube
+from e2e.kube import Kube, condition, wait_for
 from e2e.services import client, pods, service, wait_ready, wait_routed
 
 NAME = "adapted"
@@ -50,5 +50,14 @@ def test_adapters_are_models_behind_the_gateway(cluster: Place, kube: Kube, gate
             assert {model.id for model in api.models.list()} >= set(texts)
         assert len(set(texts.values())) == 3, texts
         assert len(pods(kube, NAME)) == 1
+        asked["spec"]["adapters"] += [{"name": "lost", "uri": "hf://org/lost", "secretRef": {"name": "nobodys"}}]
+        kube.apply(asked)
+        told = wait_for("what is wrong with it", lambda: (c := condition(kube.get("mis", NAME), "AdaptersLoaded"))
+                        ["status"] == "False" and c, timeout_s=60, story=kube.story)  # fmt: skip
+        assert "hf://org/lost" in told["message"]
+        assert "nobodys" in told["message"]
+        obj = kube.get("mis", NAME)
+        assert condition(obj, "Stalled")["reason"] == told["reason"]
+        assert condition(obj, "Ready")["status"] == "True"
     finally:
         kube.delete("mis", NAME)

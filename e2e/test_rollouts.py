@@ -212,3 +212,23 @@ def test_a_revision_that_keeps_crashing_rolls_back(kube: Kube, gateway_url: str,
                      r["reason"] != "GateFailed" and r, timeout_s=240, story=kube.story)  # fmt: skip
     assert found["reason"] in ("OOMKilled", "CrashLoop"), json.dumps(found)
     assert uids(kube, "errors") == before
+
+
+def test_a_rolling_update_that_fails_its_requests_goes_back(cluster: Place, kube: Kube, gateway_url: str) -> None:
+    """Without steps: a new replica has to serve well for a while before it replaces an old one; this one does not."""
+    tiny.write(cluster.models / "tiny")
+    plain = service("plain", uri="pvc://models/tiny", replicas=2)
+    plain["spec"] |= {"drain": {"timeout": "20s"}, "rollout": {"minReady": "10s"}}
+    kube.apply(plain)
+    try:
+        wait_ready(kube, "plain", serving=2)
+        wait_routed(gateway_url, "plain")
+        before, stable = uids(kube, "plain"), rollout(kube, "plain")["target"]
+        with steady_traffic(gateway_url, "plain", streams=4, max_tokens=4):
+            kube.apply(with_fault(plain, error_rate=0.5))
+            found = wait_phase(kube, "plain", "RolledBack", target_not=stable)
+        assert found["reason"] == "GateFailed"
+        assert "maxErrorRate" in found["message"]
+        assert uids(kube, "plain") == before, "no old replica ended"
+    finally:
+        kube.delete("mis", "plain", wait=False)

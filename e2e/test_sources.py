@@ -150,7 +150,7 @@ def both_stores(kube: Kube, folders) -> Iterator[tuple[str, str]]:
     keys = kube.run("get", "--raw", f"/api/v1/namespaces/default/pods/s3:{stores.PORT + 1}/proxy/keys")
     key, secret = json.loads(keys)
     yield key, secret
-    for name in ("bucket", "image", "missing", "cramped"):
+    for name in ("bucket", "image", "missing", "cramped", "adapted-by-s3"):
         kube.delete("mis", name, wait=False)
     for name in ("s3", "registry"):
         for kind in ("pod", "service", "configmap"):
@@ -169,7 +169,10 @@ def test_a_bucket_and_a_registry(kube: Kube, gateway_url: str, folders, both_sto
                bought("image", stores.OCI_URI, cache=cache))  # fmt: skip
     told(kube, "bucket", "CredentialsRefused", "AWS_ACCESS_KEY_ID")
     told(kube, "image", "CredentialsRefused", "")
+    kube.apply(adapted())
+    told(kube, "adapted-by-s3", "CredentialsRefused", "AWS_ACCESS_KEY_ID", kind="AdaptersLoaded")
     kube.apply(stores.secret(both_stores[0], both_stores[1], stores.ACCOUNT[1]))
+    told(kube, "adapted-by-s3", "AdapterNotFound", "none", kind="AdaptersLoaded")
     kube.apply(bought("missing", f"s3://{stores.BUCKET}/none", cache=cache), cramped())
     told(kube, "missing", "ModelNotFound", "none")
     told(kube, "cramped", "DiskFull", "make room")
@@ -183,10 +186,18 @@ def test_a_bucket_and_a_registry(kube: Kube, gateway_url: str, folders, both_sto
     assert left >= {"models", "registry.default.svc.cluster.local"}
 
 
-def told(kube: Kube, name: str, reason: str, words: str) -> None:
+def adapted() -> Object:
+    """A model that is there, and an adapter that is not."""
+    found = service("adapted-by-s3", uri="pvc://models/tiny")
+    adapter = {"name": "sql", "uri": f"s3://{stores.BUCKET}/none", "secretRef": {"name": "stores"}}
+    found["spec"]["adapters"] = [adapter]
+    return found
+
+
+def told(kube: Kube, name: str, reason: str, words: str, kind: str = "ModelFetched") -> None:
     began = time.monotonic()
-    found = wait_for(f"{name}: {reason}", lambda: (c := fetched(kube, name)).get("reason") == reason and c,
-                     timeout_s=60, story=kube.story)  # fmt: skip
+    found = wait_for(f"{name}: {reason}", lambda: (c := condition(kube.get("mis", name), kind)).get("reason") == reason
+                     and c, timeout_s=60, story=kube.story)  # fmt: skip
     assert words in found["message"]
     assert condition(kube.get("mis", name), "Stalled")["reason"] == reason
     print(f"{name}: {reason} after {time.monotonic() - began:.0f} s: {found['message']}")

@@ -15,6 +15,8 @@ from mainsail_operator.settings import Settings
 from mainsail_operator.types import JSON, InferenceServiceSpec, pvc_source
 from mainsail_operator.types.model import AdapterSpec
 
+FETCH_ADAPTER = f"{fetching.CONTAINER}-adapter-"
+"""Prefix of the init containers that fetch adapters."""
 _ROOT = "/adapters"
 _VOLUME = "adapters"
 
@@ -42,8 +44,9 @@ def init_containers(spec: InferenceServiceSpec, settings: Settings) -> list[JSON
     found: list[JSON] = []
     for index, adapter in enumerate(spec.adapters):
         if _is_fetched(adapter):
-            name = f"{fetching.CONTAINER}-adapter-{index}"
-            one = fetching.fetcher(name, [adapter.uri, f"{_ROOT}/{index}"], adapter.secret_ref, settings)
+            one = fetching.fetcher(
+                f"{FETCH_ADAPTER}{index}", [adapter.uri, f"{_ROOT}/{index}"], adapter.secret_ref, settings
+            )
             one["volumeMounts"].append({"name": _VOLUME, "mountPath": _ROOT})
             found.append(one)
     return found

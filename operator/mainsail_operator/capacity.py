@@ -1,8 +1,8 @@
 """How many replicas each revision gets, and which share of the requests: pure arithmetic under the rollout's phases.
 
     roll (RollingUpdate, Promoting, and back):
-        to      0 ── a quarter at a time, as much as serves already beside it ──▶ all replicas
-        others  all ── one fewer for each that serves ──▶ 0, deleted once `to` serves alone
+        to      0 ── a quarter at a time beyond what serves and is to stay ──▶ all replicas
+        others  all ── one fewer for each of `to` that may replace one ──▶ 0, deleted once all of `to` may
 
     beside (Canary, BlueGreen):
         stable  all ───────────────────────────────────▶ all
@@ -51,17 +51,23 @@ def no_room(target: Revision | None, wanted: int, others: Sequence[Revision], no
 
 
 def roll(
-    name: str, to: Revision | None, others: Sequence[Revision], desired: int, *, drain_first: bool, proven: bool = False
-) -> Replicas:
+    name: str, to: Revision | None, others: Sequence[Revision], desired: int, *, fit: int, drain_first: bool,
+    at_once: bool = False,
+) -> Replicas:  # fmt: skip
     """One revision takes over from the others. name: of `to`, which may not be there yet.
 
-    proven: `to` has served before (a way back): it gets all its replicas at once."""
-    serving = to.serving if to else 0
-    if desired == 0 or serving >= desired:
+    fit: how many replicas of `to` may each replace one of the others. at_once: `to` has served before (a way back): it
+    gets all its replicas now."""
+    if desired == 0 or fit >= desired:
         return {name: desired}
-    replicas = _shrunk(others, desired - serving - (1 if drain_first else 0))
-    surge = 1 if drain_first else max(1, math.ceil(desired * _SURGE))
-    grown = desired if proven or not any(r.alive for r in others) else min(desired, serving + surge)
+    replicas = _shrunk(others, desired - fit - (1 if drain_first else 0))
+    if at_once or not any(revision.alive for revision in others):
+        grown = desired
+    elif drain_first:
+        grown = fit + 1
+    else:
+        kept = sum(min(replicas.get(revision.name, 0), revision.serving) for revision in others)
+        grown = min(desired, desired - kept + max(1, math.ceil(desired * _SURGE)))
     replicas[name] = max(grown, min(to.replicas if to else 0, desired))
     return replicas
 
@@ -88,7 +94,10 @@ def beside(
     helping = [revision for revision in others if revision.serving and stable.serving < desired]
     if not drain_first:
         if helping:  # of an earlier rollout that was cut short: the stable revision takes over from them first
-            return roll(stable.name, stable, helping, desired, drain_first=False, proven=True) | {name: wanted}
+            back = roll(
+                stable.name, stable, helping, desired, fit=stable.serving, drain_first=False, at_once=True
+            )  # fmt: skip
+            return back | {name: wanted}
         return {stable.name: desired, name: wanted}
     replaced = min(wanted, serving + 1)
     kept = _shrunk((stable, *helping), desired - replaced) if helping else {stable.name: max(desired - replaced, 0)}

@@ -17,7 +17,7 @@ that good.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -41,6 +41,9 @@ _PROOF = 3
 """Failures of one pod below which a RollingUpdate is not stopped."""
 _Z = 1.645
 """One-sided 95 %."""
+_PATIENCE = 3
+"""How many times `minReady` a pod with too few requests is watched: a service with little traffic rolls on all the
+same."""
 _CLIENTS_FAULT = 500
 """Below it a request failed by the client's fault, or succeeded."""
 
@@ -133,13 +136,41 @@ def judge(gate: RolloutGate, canary: Sequence[Evidence], stable: Evidence) -> Ve
 def judge_errors(gate: RolloutGate, canary: Sequence[Evidence], stable: Evidence) -> Verdict:
     """What a RollingUpdate is judged by: whether a new pod clearly fails, by the gate's limit and beside the old ones.
 
-    It has no steps to wait in, and times say nothing while old pods drain and new ones are cold. A few failures are no
-    proof: there are requests that break whoever answers them."""
+    Times say nothing while old pods drain and new ones are cold. A few failures are no proof: there are requests that
+    break whoever answers them."""
     tolerated = max(gate.max_error_rate, stable.errors / stable.requests if stable.requests else 0.0)
     for pod in canary:
         if pod.errors >= _PROOF and wilson_lower(pod.errors, pod.requests) > tolerated:
             return _errors(gate, pod, decisive=True)
     return Verdict("Pass", "ErrorRate", "")
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """How far a RollingUpdate's new pods have been watched. Times are Unix seconds."""
+
+    since: float = 0.0
+    """Since when this operator asks the gateways about them: what another one saw before is not known."""
+    until: float | None = None
+    """When all gateways had last told; None: none is known, so there is nothing to wait for."""
+    requests: Mapping[str, float] = field(default_factory=dict[str, float])
+    """What each pod has answered, by name; the old revision's too."""
+
+
+def proven(pod: str, serving_since: float, watch: Watch, gate: RolloutGate, min_ready_s: float, now: float) -> bool:
+    """Whether a pod that serves, and was not found to fail, has been watched for long enough to replace another.
+
+    That is `min_ready_s` with `minRequests` answered, or where nobody has answered any; else `longest_proof`: requests
+    may be few, or long. What the gateways have not told of does not count: while they are silent, nobody knows, and
+    nobody is served either."""
+    watched_s = (now if watch.until is None else min(now, watch.until)) - max(serving_since, watch.since)
+    enough = watch.requests.get(pod, 0.0) >= gate.min_requests or not any(watch.requests.values())
+    return watched_s >= (min_ready_s if enough else longest_proof(min_ready_s))
+
+
+def longest_proof(min_ready_s: float) -> float:
+    """Seconds after which a pod that was not found to fail is taken for good."""
+    return _PATIENCE * min_ready_s
 
 
 def _first_token(evidence: Evidence) -> Distribution:

@@ -66,7 +66,7 @@ def _count(amount: Any) -> int:
 def per_replica(spec: InferenceServiceSpec) -> int:
     asked = spec.resources
     if not asked.requests and not asked.limits:
-        return 1
+        return spec.engine.tensor_parallel_size
     return _count(asked.limits.get(RESOURCE))
 
 

@@ -13,12 +13,15 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, cast
 
+from mainsail_operator.adapters import FETCH_ADAPTER
 from mainsail_operator.fetching import CONTAINER as FETCH_CONTAINER
 from mainsail_operator.gpus import held_by
 from mainsail_operator.objects import APPLIED, CONTAINER, DELETION_COST, HTTP_PORT, REVISION_LABEL
 from mainsail_operator.scrape import Target
 from mainsail_operator.types import JSON, KIND
 
+INVALID_ADAPTER = "InvalidAdapter"
+"""The engine's reason for an adapter that it cannot take: not there, damaged, of another model, of too large a rank."""
 NEW_NODE_S = 5.0
 """A pod placed more recently may be on a node that is so new that we have not heard of it."""
 
@@ -33,6 +36,8 @@ class Trouble:
     """The engine tried to start and failed."""
     told: bool = False
     """In the engine's own words, which it has only for what trying again will not help."""
+    adapter: bool = False
+    """It is about an adapter, and not about the model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,18 +229,36 @@ def _trouble(engine: JSON, unplaced: JSON | None) -> Trouble | None:
 
 
 def _fetch_trouble(pod: JSON) -> Trouble | None:
-    """What keeps the init container from fetching the model. It is tried again, so it is no failed load."""
+    """What keeps an init container from fetching the model, or an adapter. It is tried again: no failed load."""
     statuses = cast("list[JSON]", _get(pod, "status", "initContainerStatuses", default=[]))
-    fetch = next((status for status in statuses if status.get("name") == FETCH_CONTAINER), cast(JSON, {}))
+    for status in statuses:
+        name = str(status.get("name"))
+        if name == FETCH_CONTAINER and (words := _unfetched(status, "the model")):
+            return Trouble(*words)
+        if name.startswith(FETCH_ADAPTER) and (words := _unfetched(status, "an adapter")):
+            reason = "AdapterNotFound" if words[0] == "ModelNotFound" else words[0]
+            return Trouble(reason, f"adapter {_source(pod, name)}: {words[1]}", adapter=True)
+    return None
+
+
+def _unfetched(fetch: JSON, what: str) -> tuple[str, str] | None:
+    """Reason and message of a fetching container that failed or does not start."""
     for state in ("state", "lastState"):
         ended = cast(JSON, _get(fetch, state, "terminated", default={}))
         if ended.get("exitCode") and (words := words_of(ended)):
-            return Trouble(*words)
+            return words
     waiting = cast(JSON, _get(fetch, "state", "waiting", default={}))
     reason = str(waiting.get("reason", ""))
     if reason in ("", "ContainerCreating", "PodInitializing"):
         return None
-    return Trouble(reason, str(waiting.get("message") or f"the container that fetches the model waits: {reason}"))
+    return reason, str(waiting.get("message") or f"the container that fetches {what} waits: {reason}")
+
+
+def _source(pod: JSON, name: str) -> str:
+    """What an init container of that name fetches."""
+    containers = cast("list[JSON]", _get(pod, "spec", "initContainers", default=[]))
+    found = next((one for one in containers if one.get("name") == name), cast(JSON, {}))
+    return str(next(iter(cast("list[str]", found.get("args") or [])), name))
 
 
 def words_of(ended: JSON) -> tuple[str, str] | None:
@@ -254,7 +277,7 @@ def words_of(ended: JSON) -> tuple[str, str] | None:
 def _ended(ended: JSON) -> Trouble:
     """The engine's own words where it left some, else what the node says."""
     if words := words_of(ended):
-        return Trouble(*words, load_failure=True, told=True)
+        return Trouble(*words, load_failure=True, told=True, adapter=words[0] == INVALID_ADAPTER)
     text = str(ended.get("message") or "").strip()
     reason = str(ended.get("reason") or "Error")
     code = ended.get("exitCode")

@@ -21,7 +21,7 @@ from mainsail_operator.events import events
 from mainsail_operator.fetched import Fetch, Fetcher, Filler, progress_of
 from mainsail_operator.fetched import judge as judge_fetch
 from mainsail_operator.fetching import copy_name, is_fetched
-from mainsail_operator.gate import Verdict, collect, judge, judge_errors, together
+from mainsail_operator.gate import Evidence, Verdict, Watch, collect, judge, judge_errors, together
 from mainsail_operator.lease import Lease
 from mainsail_operator.objects import PAUSED, Owner, deployment_name, filler, revision_of
 from mainsail_operator.observe import Child, Deployment, Observed, Pod, observe
@@ -33,7 +33,7 @@ from mainsail_operator.signals import PodLoad, Signals
 from mainsail_operator.sizing import Sized, Sizer
 from mainsail_operator.status import invalid, status
 from mainsail_operator.store import Key
-from mainsail_operator.types import JSON, InferenceServiceSpec, InferenceServiceStatus
+from mainsail_operator.types import JSON, InferenceServiceSpec, InferenceServiceStatus, RolloutStatus
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +85,8 @@ class Reconciler:
         self._read = read
         self._wakes: dict[Key, asyncio.Event] = {}
         self._tasks: dict[Key, asyncio.Task[None]] = {}
+        self._watched: dict[Key, float] = {}
+        """Since when (Unix seconds) the load of its pods and what gateways say of them is asked for."""
         self._refusals: dict[Key, str] = {}
         """What the API server said to the last write, where it refused it."""
 
@@ -111,6 +113,7 @@ class Reconciler:
                 snapshot = self._read(key)
                 if snapshot is None:
                     self._want(key, ())
+                    self._watched.pop(key, None)
                     self._sizer.forget(key)
                     return
                 pause = await self._guarded(key, snapshot)
@@ -186,6 +189,7 @@ class Reconciler:
         fetchers = [one for one in snapshot.fetchers if is_fetched(spec) and one.model == copy_name(spec)]
         fetching = [one.metrics for one in fetchers if one.metrics is not None]
         self._want((owner.namespace, owner.name), fetching + (seen.targets if wanted else []))
+        self._watch((owner.namespace, owner.name), now if wanted else None)
         sized = self._sizer.size(owner, spec, seen, metadata.get("annotations") or {}, before.scaling, now)
         return await self._carry_out(
             _Pass(owner, sized.effective(spec), metadata, seen, before, now, snapshot.fillers, fetchers, snapshot.kept),
@@ -230,25 +234,39 @@ class Reconciler:
         furthest = max((one for one in known if one is not None), key=lambda one: one.done, default=None)
         return judge_fetch(it.fetchers, furthest, complete=complete)
 
+    def _watch(self, key: Key, now: float | None) -> None:
+        """Remember since when. None: not any more."""
+        if now is None:
+            self._watched.pop(key, None)
+        else:
+            self._watched.setdefault(key, now)
+
     def _situation(self, it: _Pass) -> Situation:
-        target = deployment_name(it.owner, revision_of(it.spec))
+        target, rollout = deployment_name(it.owner, revision_of(it.spec)), it.before.rollout
+        asked = judged(rollout, it.spec.rollout, target)
+        known = rollout is not None and asked != "Nothing" and self._signals.gateways
+        canary = collect(self._signals, *it.key, target, since(rollout)) if rollout and known else []
+        old = collect(self._signals, *it.key, rollout.stable, since(rollout)) if rollout and known else []
+        watch = Watch(
+            since=self._watched.get(it.key, it.now), until=self._signals.gateways_until(it.now),
+            requests={one.pod: one.requests for one in (*canary, *old)},
+        )  # fmt: skip
         return Situation(
             spec=it.spec.rollout, target=target, desired=it.spec.replicas, observed=it.seen,
-            command=it.annotation(COMMAND), verdict=self._verdict(it, target), now=it.now,
+            command=it.annotation(COMMAND), now=it.now, watch=watch,
+            verdict=self._verdict(it, rollout, canary, old) if rollout and known else None,
         )  # fmt: skip
 
-    def _verdict(self, it: _Pass, target: str) -> Verdict | None:
+    def _verdict(
+        self, it: _Pass, rollout: RolloutStatus, canary: Sequence[Evidence], old: Sequence[Evidence]
+    ) -> Verdict:
         """The gate's word on the step that is under way."""
-        rollout = it.before.rollout
-        asked = judged(rollout, it.spec.rollout, target)
-        if rollout is None or asked == "Nothing" or not self._signals.gateways:
-            return None
-        began = since(rollout)
-        # Beside a revision that has all the requests, the old one is known only from before.
-        long_ago = 0.0 if it.spec.rollout.strategy == "BlueGreen" else began
-        canary = collect(self._signals, *it.key, target, began)
-        stable = together(collect(self._signals, *it.key, rollout.stable, long_ago), rollout.stable)
-        return (judge if asked == "Everything" else judge_errors)(it.spec.rollout.gate, canary, stable)
+        if it.spec.rollout.strategy == "BlueGreen":
+            # Beside a revision that has all the requests, the old one is known only from before.
+            old = collect(self._signals, *it.key, rollout.stable, 0.0)
+        stable = together(old, rollout.stable)
+        everything = judged(rollout, it.spec.rollout, rollout.target) == "Everything"
+        return (judge if everything else judge_errors)(it.spec.rollout.gate, canary, stable)
 
     def _loads(self, it: _Pass) -> dict[str, float]:
         pods = [pod for revision in it.seen.revisions for pod in revision.alive]

@@ -10,8 +10,9 @@
 
 The order of proof is scheduled → loaded → serves (has generated a token and is an endpoint of the gateway) → share of
 the requests → enough of them → errors and times within the gate → next step. RollingUpdate has no steps to wait in:
-Starting ends with the first pod that serves, and each further one has to serve before an old one ends; new pods that
-clearly fail their requests meanwhile take the revision back. Going back: the weight first, then the pods.
+each new pod has to serve for `minReady`, in the eyes of the gateways and with requests where there are any, before an
+old one ends; pods that clearly fail their requests take the revision back, whose old pods are still there for what was
+not proven. Starting ends with the first proven pod. Going back: the weight first, then the pods.
 
 `decide` is called with the state as it was last written, and says what the state is now, how many replicas each
 revision gets and which share of the requests. The state is written before anything is done about it, so whoever comes
@@ -27,7 +28,7 @@ from datetime import UTC, datetime
 from typing import Literal
 
 from mainsail_operator import capacity
-from mainsail_operator.gate import Verdict
+from mainsail_operator.gate import Verdict, Watch, longest_proof, proven
 from mainsail_operator.observe import Observed, Revision
 from mainsail_operator.types import Phase, RolloutSpec, RolloutStatus, RolloutStep, seconds
 
@@ -58,6 +59,8 @@ class Situation:
     """The annotation's value."""
     verdict: Verdict | None = None
     """The gate's judgement of the step that is under way; None: nothing is known yet."""
+    watch: Watch = field(default_factory=Watch)
+    """How far the target's pods have been watched, where errors alone are judged."""
     now: float = 0.0
 
     def named(self, name: str) -> Revision | None:
@@ -236,7 +239,7 @@ def last_progress(target: Revision, began: float) -> float:
 
 def _failed(state: RolloutStatus, it: Situation) -> RolloutStatus | None:
     paused = verb(it.command) == "pause"
-    deadline_s = float("inf") if paused or it.desired == 0 else seconds(it.spec.progress_deadline)
+    deadline_s = float("inf") if paused or it.desired == 0 else _deadline_s(state, it)
     found = failure(it.named(it.target), _wanted(state, it), since(state), deadline_s, it.now)
     return _give_up(state, it, found.reason, found.message) if found else None
 
@@ -252,6 +255,12 @@ def judged(state: RolloutStatus | None, spec: RolloutSpec, target: str) -> Judge
         return "Everything"
     beside = state.phase in ("Starting", "Promoting") and state.stable not in ("", target)
     return "Errors" if spec.strategy == "RollingUpdate" and beside and state.reason not in _TRUSTED else "Nothing"
+
+
+def _deadline_s(state: RolloutStatus, it: Situation) -> float:
+    """How long nothing may come of it: a pod that has to prove itself is no standstill."""
+    proof_s = longest_proof(seconds(it.spec.min_ready)) if judged(state, it.spec, it.target) == "Errors" else 0.0
+    return seconds(it.spec.progress_deadline) + proof_s
 
 
 def _unfit(state: RolloutStatus, it: Situation) -> RolloutStatus | None:
@@ -284,8 +293,9 @@ def _grown(state: RolloutStatus, it: Situation) -> RolloutStatus:
         return _moved(
             state, it, "Complete", "Complete", "All replicas are of the newest revision and serve."
         ).model_copy(update={"stable": it.target, "drain_first": False})
-    if state.phase == "Starting" and state.stable and serving:
-        return _moved(state, it, "Promoting", "Serves", "The newest revision serves and takes over.")
+    if state.phase == "Starting" and state.stable and _fit(state, it):
+        moved = _moved(state, it, "Promoting", "Serves", "The newest revision serves and takes over.")
+        return moved.model_copy(update={"since": state.since})  # what was seen of its pods goes on counting
     return state
 
 
@@ -353,6 +363,20 @@ def _wanted(state: RolloutStatus, it: Situation) -> int:
     return _size(state, it)
 
 
+def _fit(state: RolloutStatus, it: Situation) -> int:
+    """Replicas of the target that may each replace an old one."""
+    target = it.named(it.target)
+    if target is None or (state.phase == "Stalled" and state.stable not in ("", it.target)):
+        return 0
+    if judged(state, it.spec, it.target) != "Errors":
+        return target.serving
+    min_ready_s = seconds(it.spec.min_ready)
+    return sum(
+        pod.serving and proven(pod.name, pod.progress, it.watch, it.spec.gate, min_ready_s, it.now)
+        for pod in target.alive
+    )
+
+
 def _size(state: RolloutStatus, it: Situation) -> int:
     """Replicas that the target is to have in this phase."""
     if state.step and it.spec.strategy == "Canary":
@@ -414,19 +438,22 @@ def _replicas(state: RolloutStatus, it: Situation) -> capacity.Replicas:
         return {revision.name: revision.replicas for revision in it.observed.revisions}  # autoRollback is off
     if _goes_back(state) and stable is not None:
         others = [revision for revision in _rest(it, state.stable) if revision.serving]
-        return capacity.roll(state.stable, stable, others, it.desired, drain_first=state.drain_first, proven=True)
+        return capacity.roll(
+            state.stable, stable, others, it.desired, fit=stable.serving, drain_first=state.drain_first, at_once=True
+        )
     if _on_trial(state, it) and stable is not None:
         others = _rest(it, state.stable, it.target)
         size = _size(state, it)
         return capacity.beside(
             it.target, it.named(it.target), size, stable, others, it.desired, drain_first=state.drain_first
         )
-    proven = state.reason == "Reverted"
+    reverted = state.reason == "Reverted"
     # What never served, or is on its way out, holds no place.
-    others = [r for r in _rest(it, it.target) if r.serving or (state.stable and not proven)]
+    others = [r for r in _rest(it, it.target) if r.serving or (state.stable and not reverted)]
     return capacity.roll(
-        it.target, it.named(it.target), others, it.desired, drain_first=state.drain_first, proven=proven
-    )
+        it.target, it.named(it.target), others, it.desired, fit=_fit(state, it), drain_first=state.drain_first,
+        at_once=reverted,
+    )  # fmt: skip
 
 
 def _weights(state: RolloutStatus, it: Situation) -> Mapping[str, int]:
@@ -455,7 +482,7 @@ def _check_at(state: RolloutStatus, it: Situation) -> float | None:
     if state.phase in ("Starting", "Promoting", "Stalled"):
         target = it.named(it.target)
         progress = last_progress(target, began) if target else began
-        times.append(progress + seconds(it.spec.progress_deadline) + 1)
+        times.append(progress + _deadline_s(state, it) + 1)
     if state.phase == "Gating":
         times += [began + _hold_s(state, it), began + seconds(it.spec.progress_deadline)]
     waiting = [
@@ -480,6 +507,8 @@ def _explained(state: RolloutStatus, it: Situation) -> RolloutStatus:
         reason, message = _starting(state, it)
     elif state.phase == "Gating":
         reason, message = _gating(state, it)
+    elif state.phase == "Promoting" and _proving(state, it):
+        message = _proving(state, it)
     return state.model_copy(update={"reason": reason, "message": message[:1000]})
 
 
@@ -495,7 +524,24 @@ def _starting(state: RolloutStatus, it: Situation) -> tuple[str, str]:
         return "DrainFirst", f"{count}; no room beside the old ones, so they are replaced one at a time."
     if target is not None and target.trouble is not None and target.trouble.reason == "Unschedulable":
         return "WaitingForRoom", f"{count}; the scheduler: {target.trouble.message}"
+    if told := _proving(state, it):
+        return "Proving", told
     return "WaitingForPods", f"{count}."
+
+
+def _proving(state: RolloutStatus, it: Situation) -> str:
+    """Whom a RollingUpdate watches before it goes on; empty: nobody."""
+    target = it.named(it.target)
+    if target is None or judged(state, it.spec, it.target) != "Errors":
+        return ""
+    fit, serving = _fit(state, it), target.serving
+    if fit == serving:
+        return ""
+    return (
+        f"{fit} of {it.desired} replicas of the newest revision have proven themselves; {serving - fit} more serve and "
+        f"are watched for {it.spec.min_ready} (up to {longest_proof(seconds(it.spec.min_ready)):.0f} s where requests "
+        "are few) by what the gateways tell, before they replace old ones."
+    )
 
 
 def _gating(state: RolloutStatus, it: Situation) -> tuple[str, str]:

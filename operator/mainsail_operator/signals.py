@@ -457,6 +457,13 @@ class Signals:
         found = (history.window(since) for history in self.gateways.values())
         return [window for window in found if window is not None]
 
+    def gateways_until(self, now: float) -> float | None:
+        """Until when every gateway has told what clients met (Unix seconds), those aside that have long been silent
+        while others tell. None: no gateway is known."""
+        told = [history.last_scrape for history in self.gateways.values() if history.last_scrape is not None]
+        fresh = [at for at in told if now - at <= FRESH_S]
+        return min(fresh) if fresh else max(told, default=None)
+
     def retain(self, engines: set[str], gateways: set[str]) -> None:
         """Forget pods that are gone."""
         for known, alive in ((self.engines, engines), (self.gateways, gateways), (self.queues, gateways)):

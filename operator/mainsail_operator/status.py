@@ -14,7 +14,7 @@ from typing import Literal
 from mainsail_operator import objects
 from mainsail_operator.fetched import Fetch
 from mainsail_operator.objects import Owner, revision_of
-from mainsail_operator.observe import Observed, Revision, Trouble
+from mainsail_operator.observe import INVALID_ADAPTER, Observed, Revision, Trouble
 from mainsail_operator.rollout import Decision
 from mainsail_operator.settings import Settings
 from mainsail_operator.types import (
@@ -53,6 +53,7 @@ def status(
         _ready(view),
         *_model_fetched(fetch),
         _model_loaded(view),
+        *_adapters_loaded(view),
         _rollout_complete(view),
         *_movement(view, refusal, paused),
     ]
@@ -172,6 +173,21 @@ def _model_loaded(view: _View) -> Finding:
     return Finding("ModelLoaded", "Unknown", "Loading", "The newest revision has not loaded its model yet.")
 
 
+def _adapters_loaded(view: _View) -> list[Finding]:
+    """Only with adapters. A single pod that cannot get one is told, also beside others that could."""
+    if not view.spec.adapters:
+        return []
+    kind, rollout, name = "AdaptersLoaded", view.rollout, view.rollout.target
+    for pod in view.target.alive if view.target else ():
+        if pod.trouble is not None and pod.trouble.adapter:
+            return [Finding(kind, "False", pod.trouble.reason, f"pod {pod.name}: {pod.trouble.message}")]
+    if view.target is not None and view.target.serving:
+        return [Finding(kind, "True", "Loaded", f"Revision {name} serves {len(view.spec.adapters)} adapters.")]
+    if rollout.reason == INVALID_ADAPTER:
+        return [Finding(kind, "False", rollout.reason, rollout.message)]
+    return [Finding(kind, "Unknown", "Loading", "The newest revision does not serve yet.")]
+
+
 def _complete(view: _View) -> bool:
     target = view.target
     alone = all(revision is target for revision in view.observed.revisions)
@@ -214,6 +230,8 @@ def _movement(view: _View, refusal: str, paused: bool) -> list[Finding]:
         ]
     if view.unfetched:
         return [Finding("Reconciling", "True", *_unfetched(view.unfetched))]
+    if target and trouble and trouble.adapter and not target.serving:
+        return [Finding("Stalled", "True", trouble.reason, f"Revision {target.name} cannot start: {trouble.message}")]
     hopeless = trouble is not None and (trouble.load_failure or trouble.reason == "PodsRefused")
     alone = rollout.phase == "Complete" or not rollout.stable
     if target and trouble and hopeless and alone and not target.serving:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mainsail_operator import objects
-from mainsail_operator.gate import Evidence, judge, judge_errors, together
+from mainsail_operator.gate import Evidence, Watch, judge, judge_errors, together
 from mainsail_operator.objects import Owner, deployment_name, revision_of
 from mainsail_operator.observe import Observed, Pod, Revision, Trouble
 from mainsail_operator.plan import Apply, Delete, Plan, Scale, plan
@@ -58,8 +58,10 @@ class Cluster:
     revisions: dict[str, Revision] = field(default_factory=dict)
     written: InferenceServiceStatus = field(default_factory=InferenceServiceStatus)
     command: str = ""
-    seen: dict[str, float] = field(default_factory=dict)
-    """Requests by Deployment since the step began."""
+    seen: dict[tuple[str, str], float] = field(default_factory=dict)
+    """Requests by Deployment and pod since the step began."""
+    watched_since: float = 0.0
+    """When the operator that is alive now began."""
     ever: dict[str, float] = field(default_factory=dict)
     """The same since the beginning."""
     events: list[str] = field(default_factory=list)
@@ -74,23 +76,31 @@ class Cluster:
     def situation(self, spec: InferenceServiceSpec) -> Situation:
         return Situation(
             spec=spec.rollout, target=name_of(spec), desired=spec.replicas, observed=self.observed(),
-            command=self.command, verdict=self.verdict(spec), now=self.now,
+            command=self.command, verdict=self.verdict(spec), watch=self.watch(), now=self.now,
         )  # fmt: skip
+
+    def watch(self) -> Watch:
+        requests = {pod: count for (_, pod), count in self.seen.items()}
+        return Watch(since=self.watched_since, until=self.now, requests=requests)
 
     def verdict(self, spec: InferenceServiceSpec):
         rollout = self.written.rollout
         asked = judged(rollout, spec.rollout, name_of(spec))
         if rollout is None or asked == "Nothing":
             return None
-        canary = [self.evidence(rollout.target)]
+        canary = self.evidence(rollout.target)
         ever = spec.rollout.strategy == "BlueGreen"
-        stable = together([self.evidence(rollout.stable, ever=ever)], "stable")
+        before = [self.shown(rollout.stable, "before", self.ever.get(rollout.stable, 0.0))]
+        stable = together(before if ever else self.evidence(rollout.stable), "stable")
         return (judge if asked == "Everything" else judge_errors)(spec.rollout.gate, canary, stable)
 
-    def evidence(self, name: str, *, ever: bool = False) -> Evidence:
-        requests, like = (self.ever if ever else self.seen).get(name, 0.0), self.like.get(name, "good")
+    def evidence(self, name: str) -> list[Evidence]:
+        return [self.shown(name, pod, count) for (of, pod), count in self.seen.items() if of == name]
+
+    def shown(self, name: str, pod: str, requests: float) -> Evidence:
+        like = self.like.get(name, "good")
         return Evidence(
-            pod=name,
+            pod=pod,
             requests=requests,
             errors=requests / 4 if like == "failing" else 0.0,
             first_token=times(requests, 0.4 if like == "slow" else 0.04),
@@ -108,12 +118,15 @@ class Cluster:
         writes = len(todo.actions) + 1 if killed_after is None else killed_after
         if writes > 0 and told != self.written:
             before, after = self.written.rollout, told.rollout
-            if before is None or after is None or (before.since, before.phase) != (after.since, after.phase):
+            if before is None or after is None or before.since != after.since:
                 self.seen.clear()
+            if before is None or after is None or (before.since, before.phase) != (after.since, after.phase):
                 self.events.append(f"{after.phase}/{after.step}" if after else "")
             self.written = told
         for action in todo.actions[: max(writes - 1, 0)]:
             self.execute(action)
+        if killed_after is not None:
+            self.watched_since = self.now
         return todo
 
     def execute(self, action) -> None:
@@ -163,8 +176,10 @@ class Cluster:
         weights = {r.name: r.weight for r in self.written.revisions if r.name in serving and r.weight > 0} or serving
         for name, weight in weights.items():
             share = self.requests_per_tick * weight / sum(weights.values())
-            self.seen[name] = self.seen.get(name, 0.0) + share
             self.ever[name] = self.ever.get(name, 0.0) + share
+            pods = [pod.name for pod in self.revisions[name].alive if pod.serving]
+            for pod in pods:
+                self.seen[name, pod] = self.seen.get((name, pod), 0.0) + share / len(pods)
 
     def _lived(self, name: str, pod: Pod) -> Pod:
         like = self.like.get(name, "good")

@@ -8,7 +8,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mainsail_operator.gate import Evidence, collect, judge, judge_errors, together, wilson_lower
+from mainsail_operator.gate import (
+    Evidence,
+    Watch,
+    collect,
+    judge,
+    judge_errors,
+    longest_proof,
+    proven,
+    together,
+    wilson_lower,
+)
 from mainsail_operator.signals import Distribution, History, Signals
 from mainsail_operator.types import RolloutGate
 
@@ -70,6 +80,46 @@ def test_verdicts(canary: list[Evidence], outcome: str, reason: str) -> None:
 )
 def test_what_stops_a_rolling_update(canary: list[Evidence], stable: Evidence, outcome: str) -> None:
     assert judge_errors(GATE, canary, stable).outcome == outcome
+
+
+@pytest.mark.parametrize(
+    ("watch", "after_s", "expected"),
+    [
+        (Watch(until=1019.0), 19, False),
+        (Watch(until=1021.0), 21, True),
+        (Watch(until=1019.0), 21, False),
+        (Watch(until=None), 21, True),
+        (Watch(since=1010.0, until=1021.0), 21, False),
+        (Watch(since=1010.0, until=1031.0), 31, True),
+        (Watch(until=1021.0, requests={"new": 49.0}), 21, False),
+        (Watch(until=1021.0, requests={"new": 50.0}), 21, True),
+        (Watch(until=1021.0, requests={"old": 3.0}), 21, False),
+        (Watch(until=1021.0, requests={"old": 0.0}), 21, True),
+        (Watch(until=1061.0, requests={"new": 3.0}), 61, True),
+        (Watch(until=1059.0, requests={"new": 3.0}), 61, False),
+        (Watch(until=900.0), 500, False),
+    ],
+    ids=["too soon", "no requests", "not told yet", "no gateway", "watched for less", "watched for as long",
+         "too few requests", "enough", "long ones", "nobody's", "few for long", "few, not told yet", "gateways silent"],
+)  # fmt: skip
+def test_when_a_new_pod_may_replace_an_old_one(watch: Watch, after_s: float, expected: bool) -> None:
+    assert proven("new", 1000.0, watch, GATE, 20.0, 1000.0 + after_s) is expected
+
+
+@given(
+    st.floats(0, 1000), st.floats(0, 1000), st.none() | st.floats(0, 4000), st.floats(0, 100), st.floats(0, 300),
+    st.floats(0, 2000),
+)  # fmt: skip
+def test_proof_is_bounded_and_not_taken_back(
+    serving: float, since: float, until: float | None, requests: float, min_ready: float, now: float
+) -> None:
+    watch, began = Watch(since, until, {"new": requests}), max(serving, since)
+    shown = proven("new", serving, watch, GATE, min_ready, now)
+    known = now if until is None else min(now, until)
+    assert not shown or known - began >= min_ready
+    assert shown or known - began < longest_proof(min_ready)
+    later = Watch(since, None if until is None else until + 5, {"new": requests})
+    assert not shown or proven("new", serving, later, GATE, min_ready, now + 5)
 
 
 def test_the_worst_pod_is_named_with_its_figures() -> None:

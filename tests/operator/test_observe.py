@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from mainsail_operator.observe import Pod, Revision, observe, read_deployment, read_endpoints, read_pod
+from mainsail_operator.observe import Pod, Revision, Trouble, observe, read_deployment, read_endpoints, read_pod
 
 
 def pod(*, ready="False", state=None, last=None, scheduled=True, reason=None, **metadata):
@@ -61,6 +61,26 @@ SLICE = {
         {"targetRef": {"uid": "p4"}},
     ]
 }
+
+
+def test_what_keeps_an_adapter_from_being_fetched_names_it() -> None:
+    said = json.dumps({"reason": "ModelNotFound", "message": "no such repository"})
+    failed = {"terminated": {"exitCode": 1, "message": said}}
+    loading = pod(state={"waiting": {"reason": "PodInitializing"}})
+    adapter = {"name": "fetch-adapter-0", "args": ["hf://org/sql", "/adapters/0"]}
+    loading["spec"]["initContainers"] = [{"name": "fetch", "args": ["hf://org/base"]}, adapter]
+    loading["status"]["initContainerStatuses"] = [
+        {"name": "fetch", "state": {"terminated": {"exitCode": 0}}},
+        {"name": "fetch-adapter-0", "state": {"waiting": {"reason": "CrashLoopBackOff"}}, "lastState": failed},
+    ]
+    trouble = read_pod(loading).trouble
+    assert trouble == Trouble("AdapterNotFound", "adapter hf://org/sql: no such repository", adapter=True)
+    unset = {"waiting": {"reason": "CreateContainerConfigError", "message": 'secret "hub" not found'}}
+    loading["status"]["initContainerStatuses"][1] = {"name": "fetch-adapter-0", "state": unset}
+    trouble = read_pod(loading).trouble
+    assert trouble is not None
+    assert (trouble.reason, trouble.adapter) == ("CreateContainerConfigError", True)
+    assert 'adapter hf://org/sql: secret "hub" not found' in trouble.message
 
 
 def test_gateways_route_to_what_is_ready_and_not_ending() -> None:

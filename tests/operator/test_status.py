@@ -154,3 +154,43 @@ def test_an_unreadable_spec_touches_nothing(owner, make_spec) -> None:
     assert conditions(found)["Stalled"] == ("True", "InvalidSpec")
     assert found.observed_generation == 4
     assert (found.revisions, found.rollout) == (before.revisions, before.rollout), "the gateway routes on"
+
+
+ADAPTED = {"adapters": [{"name": "sql", "uri": "hf://org/sql"}, {"name": "poet", "uri": "pvc://adapters/poet"}]}
+REFUSED = Trouble("CredentialsRefused", "adapter hf://org/sql: the hub refuses the token", adapter=True)
+TOO_LARGE = Trouble("InvalidAdapter", "adapter 'poet' has rank 64; --max-lora-rank is 16", True, True, adapter=True)
+
+
+def adapters(found) -> tuple[str, str, str]:
+    return next((c.status, c.reason, c.message) for c in found.conditions if c.type == "AdaptersLoaded")
+
+
+def test_an_adapter_that_cannot_be_fetched_has_a_condition_of_its_own(owner, make_spec) -> None:
+    spec = make_spec(**ADAPTED)
+    found = told(owner, spec, revision(owner, spec, Pod("a", False, False, True, trouble=REFUSED)))
+    assert adapters(found)[:2] == ("False", "CredentialsRefused")
+    assert "pod a: adapter hf://org/sql" in adapters(found)[2]
+    assert conditions(found)["Stalled"] == ("True", "CredentialsRefused")
+    assert conditions(found)["ModelLoaded"] == ("Unknown", "CredentialsRefused")
+    mended = told(owner, spec, revision(owner, spec, SERVING), before=found)
+    assert adapters(mended) == ("True", "Loaded", f"Revision {revision(owner, spec).name} serves 2 adapters.")
+    assert "Stalled" not in conditions(mended)
+
+
+def test_an_adapter_that_the_engine_refuses_is_told_while_it_goes_back(owner, make_spec) -> None:
+    old, new = make_spec(), make_spec(**ADAPTED)
+    before = told(owner, old, revision(owner, old, SERVING))
+    assert "AdaptersLoaded" not in conditions(before)
+    failed = revision(owner, new, Pod("a", False, False, True, trouble=TOO_LARGE))
+    found = told(owner, new, failed, revision(owner, old, SERVING), before=before)
+    assert adapters(found)[:2] == ("False", "InvalidAdapter")
+    gone = told(owner, new, revision(owner, old, SERVING), before=found)
+    assert adapters(gone)[:2] == ("False", "InvalidAdapter")
+    assert "rank 64" in adapters(gone)[2]
+
+
+def test_one_replica_without_its_adapter_is_told_beside_others(owner, make_spec) -> None:
+    spec = make_spec(**ADAPTED, replicas=2)
+    found = told(owner, spec, revision(owner, spec, SERVING, Pod("b", False, False, True, trouble=REFUSED)))
+    assert adapters(found)[:2] == ("False", "CredentialsRefused")
+    assert conditions(found)["Ready"] == ("True", "Serving")

@@ -105,7 +105,8 @@ class RolloutSpec(Model):
 
     strategy: Literal["RollingUpdate", "Canary", "BlueGreen"] = Field(
         default="RollingUpdate",
-        description="RollingUpdate replaces replicas as new ones serve. Canary gives the new revision a share of the "
+        description="RollingUpdate replaces replicas as new ones have proven themselves for minReady. Canary gives the "
+        "new revision a share of the "
         "requests, step by step, each behind the gate. BlueGreen starts all of the new revision beside the old one, "
         "moves the requests at once, and keeps the old one until the gate has passed. RollingUpdate goes on as long as "
         "new pods do not fail more of their requests than gate.maxErrorRate. Every strategy rolls back by "
@@ -129,9 +130,17 @@ class RolloutSpec(Model):
         description="BlueGreen: how long the new revision has all the requests before the old one ends. A rollback "
         "until then is immediate.",
     )
+    min_ready: Hold = Field(
+        default="20s",
+        description="RollingUpdate: how long a new replica must serve, and not fail its requests, before it replaces "
+        "an old one. Where there are requests, and it has not answered gate.minRequests of them by then, it is watched "
+        "for up to three times as long. 0s: a new replica replaces an old one as soon as it serves, and a revision "
+        "that fails its requests may have taken over before that shows.",
+    )
     gate: RolloutGate = Field(
         default_factory=RolloutGate,
-        description="What a new revision must show (Canary and BlueGreen; of RollingUpdate, maxErrorRate alone).",
+        description="What a new revision must show (Canary and BlueGreen; of RollingUpdate, maxErrorRate alone, and "
+        "minRequests of each new replica).",
     )
     progress_deadline: ProgressDeadline = Field(
         default="15m",
@@ -153,7 +162,8 @@ class RolloutStatus(Model):
     """Where the change from one revision to the next stands. The next operator goes on from here."""
 
     phase: Phase = Field(
-        description="Starting: pods of the target are placed, load, and prove that they serve. Gating: it gets a share "
+        description="Starting: pods of the target are placed, load, and prove that they serve (the first one, in a "
+        "RollingUpdate, for minReady). Gating: it gets a share "
         "of the requests and is judged. Promoting: it has passed; it takes over and the others drain. Complete. "
         "RollingBack, RolledBack: the target has failed or was taken back, and the stable revision takes over, or has. "
         "Stalled: the target has failed and nothing older serves, or autoRollback is off.",
@@ -162,7 +172,9 @@ class RolloutStatus(Model):
     stable: str = Field(default="", description="The revision that had all the requests before, and gets them back.")
     target: str = Field(default="", description="The revision that the spec asks for.")
     since: str = Field(
-        default="", description="When this phase or step began, in RFC 3339; the gate judges what came after it."
+        default="",
+        description="When this phase or step began, in RFC 3339; the gate judges what came after it. A RollingUpdate "
+        "is judged from its start on, so Promoting has the time of Starting there.",
     )
     reason: str = Field(default="", description="Why it stands there, in one stable word.")
     message: str = Field(default="", description="Why, for people: what it waits for, or what failed.")

@@ -64,6 +64,7 @@ class Condition(Model):
         max_length=64,
         description="Ready: it answers requests. ModelFetched (only for hf://, s3:// and oci:// models): the model's "
         "files are there; else how far they are, or why not. ModelLoaded: the newest revision has loaded its model. "
+        "AdaptersLoaded (only with spec.adapters): and its adapters; else which one is missing or refused, and why. "
         "RolloutComplete: only the newest revision is left and all its replicas serve. ScalingActive (only with "
         "spec.scaling): the load decides the number of replicas; False: it cannot be seen. Reconciling (only while "
         "True): work is under way. Stalled (only while True): it will not proceed without a change.",
