@@ -3,6 +3,9 @@
 Scores are kept in base 2 (exp2 is one instruction): scale * log2(e) is folded into one factor, and a soft cap
 c * tanh(s / c) is computed through exp2 as well. The softmax over tiles is online (Milakov and Gimelshein, 2018;
 Dao et al., "FlashAttention", 2022).
+
+A *sink* (Xiao et al., "Efficient Streaming Language Models with Attention Sinks", 2023; learned in gpt-oss) is a score
+of each head, of no position: it takes part in the softmax, and its weight goes to nothing.
 """
 
 import torch
@@ -23,6 +26,16 @@ def scaled_scores(scores, scale, soft_cap, SOFT_CAP: tl.constexpr):
     return scores * (scale * 1.4426950408889634)
 
 
+@triton.jit
+def sink_weight(sinks_ptr, head, inside, top):
+    """What the sinks of these heads add to sums of weights whose largest score (base 2) is top: to be summed, no more.
+
+    A row that saw nothing (top -inf) gets infinity, and its sum of values, 0, over that is 0.
+    """
+    sink = tl.load(sinks_ptr + head, mask=inside, other=0.0).to(tl.float32)
+    return tl.exp2(sink * 1.4426950408889634 - top)
+
+
 def check_attention(
     query: torch.Tensor,
     kv: torch.Tensor,
@@ -30,6 +43,7 @@ def check_attention(
     seq_lens: torch.Tensor,
     scale: float,
     soft_cap: float,
+    sinks: torch.Tensor | None = None,
 ) -> None:
     """Raise ValueError unless the tensors of an attention call fit together."""
     same = kv.dtype in (query.dtype, FP8)
@@ -47,4 +61,6 @@ def check_attention(
         f"block_tables must be [{seq_lens.shape[0]}, max_blocks] int32, got {tuple(block_tables.shape)}",
     )
     require(scale > 0, f"scale must be positive, got {scale}")
+    fits = sinks is None or (sinks.shape == (query.shape[1],) and sinks.is_contiguous() and sinks.is_floating_point())
+    require(fits, f"sinks must be contiguous floats [{query.shape[1]}], got {None if sinks is None else sinks.shape}")
     require(soft_cap >= 0, f"soft_cap must be 0 (off) or positive, got {soft_cap}")

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from mainsail_kernels import reference
-from mainsail_kernels._attention import check_attention, scaled_scores
+from mainsail_kernels._attention import check_attention, scaled_scores, sink_weight
 from mainsail_kernels._triton import (
     INTERPRETED,
     dependent_launch,
@@ -44,11 +44,13 @@ def _combine(
     kv_head,
     channel,
     row,
+    sinks_ptr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM: tl.constexpr,
     ROWS: tl.constexpr,
     UNROLL: tl.constexpr,
+    SINKS: tl.constexpr,
 ):
     """The normalized result of all chunks of one (sequence, KV head); few registers, for the main loop's sake."""
     acc = tl.zeros((ROWS, DIM), tl.float32)
@@ -67,6 +69,8 @@ def _combine(
         acc = acc * fade[:, None] + part * gain[:, None]
         total = total * fade + part_total * gain
         top = new_top
+    if SINKS:
+        total += sink_weight(sinks_ptr, kv_head * GROUP + row, row < GROUP, top)
     return acc / tl.where(total > 0, total, 1.0)[:, None]
 
 
@@ -81,6 +85,7 @@ def _decode_kernel(
     partial_ptr,
     stats_ptr,
     counters_ptr,
+    sinks_ptr,
     num_seqs,
     target,
     scale,
@@ -104,6 +109,7 @@ def _decode_kernel(
     SEQS: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr,
+    SINKS: tl.constexpr,
     STAGES: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
@@ -199,13 +205,15 @@ def _decode_kernel(
         few = tl.arange(0, FEW)
         result = _combine(
             partial_ptr, stats_ptr, first_slot, num_chunks, num_kv_heads, kv_head, channel, few,
-            GROUP, HEAD_DIM, DIM, FEW, UNROLL,
+            sinks_ptr, GROUP, HEAD_DIM, DIM, FEW, UNROLL, SINKS,
         )  # fmt: skip
         few_row = (seq.to(tl.int64) * (num_kv_heads * GROUP) + kv_head * GROUP + few) * HEAD_DIM
         few_fits = (few < GROUP)[:, None] & (channel < HEAD_DIM)[None, :]
         few_out = out_ptr + few_row[:, None] + channel[None, :]
         tl.store(few_out, result.to(out_ptr.dtype.element_ty), mask=few_fits)
         return
+    if SINKS:
+        total += sink_weight(sinks_ptr, head, row < GROUP, top)
     result = acc / tl.where(total > 0, total, 1.0)[:, None]
     out_row = (seq.to(tl.int64) * (num_kv_heads * GROUP) + head) * HEAD_DIM
     tl.store(out_ptr + out_row[:, None] + channel[None, :], result.to(out_ptr.dtype.element_ty), mask=fits)
@@ -251,6 +259,7 @@ def paged_attention_decode(
     *,
     sliding_window: int = 0,
     soft_cap: float = 0.0,
+    sinks: torch.Tensor | None = None,
     workspace: DecodeWorkspace | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -258,22 +267,23 @@ def paged_attention_decode(
 
     query [num_seqs, num_heads, head_dim]; kv [num_blocks, 2, num_kv_heads, block_size, head_dim]; block_tables
     [num_seqs, max_blocks] int32; seq_lens [num_seqs] int32, the current token included, 0 for a padding row (which
-    gets zeros). Without a workspace one is allocated: pass one in a serving loop. Returns out, like query.
+    gets zeros); sinks [num_heads], a score of each head that takes part in the softmax only. Without a workspace one is
+    allocated: pass one in a serving loop. Returns out, like query.
     Raises ValueError when shapes or types do not fit.
     """
-    check_attention(query, kv, block_tables, seq_lens, scale, soft_cap)
+    check_attention(query, kv, block_tables, seq_lens, scale, soft_cap, sinks)
     require(query.shape[0] == seq_lens.shape[0], f"{query.shape[0]} queries for {seq_lens.shape[0]} sequences")
     out = torch.empty_like(query, memory_format=torch.contiguous_format) if out is None else out
     require(out.shape == query.shape and out.is_contiguous(), f"out must be contiguous {tuple(query.shape)}")
     if not runs_kernels(query):
         mixed = reference.paged_attention_decode(
-            query, kv, block_tables, seq_lens, scale, sliding_window=sliding_window, soft_cap=soft_cap
+            query, kv, block_tables, seq_lens, scale, sliding_window=sliding_window, soft_cap=soft_cap, sinks=sinks
         )
         return out.copy_(mixed)
     if query.shape[0]:
         if workspace is None:
             workspace = decode_workspace(query.shape[0], query.shape[1], kv.shape[2], query.shape[2], query.device)
-        _launch(query, kv, block_tables, seq_lens, scale, sliding_window, soft_cap, workspace, out)
+        _launch(query, kv, block_tables, seq_lens, scale, sliding_window, soft_cap, sinks, workspace, out)
     return out
 
 
@@ -285,6 +295,7 @@ def _launch(
     scale: float,
     window: int,
     soft_cap: float,
+    sinks: torch.Tensor | None,
     workspace: DecodeWorkspace,
     out: torch.Tensor,
 ) -> None:
@@ -305,6 +316,7 @@ def _launch(
         workspace.partial,
         workspace.stats,
         workspace.counters,
+        query if sinks is None else sinks,
         num_seqs,
         target,
         scale,
@@ -328,6 +340,7 @@ def _launch(
         SEQS=max(next_power_of_2(num_seqs), 256 if not INTERPRETED else 32),
         WINDOW=window > 0,
         SOFT_CAP=soft_cap > 0,
+        SINKS=sinks is not None,
         STAGES=config.stages,
         num_warps=config.warps,
         **dependent_launch(query.device),

@@ -287,7 +287,7 @@ def _hopper_kernel(
     )  # fmt: skip
 
 
-def applies(query: torch.Tensor, kv: torch.Tensor, window: int, soft_cap: float) -> bool:
+def applies(query: torch.Tensor, kv: torch.Tensor, window: int, soft_cap: float, sinks: torch.Tensor | None) -> bool:
     """Whether `launch` can serve this call of paged_attention_prefill."""
     head_dim, page = kv.shape[4], kv.shape[3]
     return (
@@ -302,6 +302,7 @@ def applies(query: torch.Tensor, kv: torch.Tensor, window: int, soft_cap: float)
         and kv.is_contiguous()
         and window == 0
         and soft_cap == 0
+        and sinks is None
     )
 
 
@@ -314,7 +315,7 @@ def launch(
     scale: float,
     out: torch.Tensor,
 ) -> None:
-    """paged_attention_prefill without window and soft cap, into out; all arguments checked, and `applies`."""
+    """paged_attention_prefill without window, soft cap and sinks, into out; all arguments checked, and `applies`."""
     num_tokens, num_heads, head_dim = query.shape
     kv_heads, num_seqs = kv.shape[2], seq_lens.shape[0]
     group = num_heads // kv_heads

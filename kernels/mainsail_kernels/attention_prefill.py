@@ -17,7 +17,7 @@ end run with one. Positions past the sequence are never read.
 import torch
 
 from mainsail_kernels import attention_hopper, reference
-from mainsail_kernels._attention import check_attention, scaled_scores
+from mainsail_kernels._attention import check_attention, scaled_scores, sink_weight
 from mainsail_kernels._triton import (
     INTERPRETED,
     dependent_launch,
@@ -115,6 +115,7 @@ def _prefill_kernel(
     starts_ptr,
     lens_ptr,
     out_ptr,
+    sinks_ptr,
     num_seqs,
     scale,
     soft_cap,
@@ -136,6 +137,7 @@ def _prefill_kernel(
     SEQS: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr,
+    SINKS: tl.constexpr,
     STAGES: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
@@ -194,6 +196,8 @@ def _prefill_kernel(
         acc, top, total, q, kv, table, tl.maximum(begin, middle), last, position, last, scale, soft_cap, window,
         block_stride, side_stride, HEAD_DIM, DIM, BLOCK_SIZE, BLOCK_N, True, WINDOW, SOFT_CAP, STAGES,
     )  # fmt: skip
+    if SINKS:
+        total += sink_weight(sinks_ptr, head, real, top)
     result = acc / tl.where(total > 0, total, 1.0)[:, None]
     out_row = (start + token).to(tl.int64) * out_stride + head * HEAD_DIM
     tl.store(out_ptr + out_row[:, None] + channel[None, :], result.to(out_ptr.dtype.element_ty), mask=fits)
@@ -210,6 +214,7 @@ def paged_attention_prefill(
     *,
     sliding_window: int = 0,
     soft_cap: float = 0.0,
+    sinks: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of ragged chunks: sequence i's queries are query[query_start[i]:query_start[i + 1]].
@@ -218,11 +223,12 @@ def paged_attention_prefill(
 
     query [num_tokens, num_heads, head_dim]; kv [num_blocks, 2, num_kv_heads, block_size, head_dim] already holding
     this chunk's keys and values; query_start [num_seqs + 1] int32; seq_lens [num_seqs] int32, the context with this
-    chunk. A query at position p sees positions <= p, with a window w only those > p - w. Returns out, like query.
+    chunk. A query at position p sees positions <= p, with a window w only those > p - w; sinks [num_heads] are scores
+    that take part in the softmax only. Returns out, like query.
     Needs no value on the host; max_query_len only has to be an upper bound (0 or less: nothing to do).
     Raises ValueError when shapes or types do not fit.
     """
-    check_attention(query, kv, block_tables, seq_lens, scale, soft_cap)
+    check_attention(query, kv, block_tables, seq_lens, scale, soft_cap, sinks)
     num_seqs = seq_lens.shape[0]
     starts = query_start.shape == (num_seqs + 1,) and query_start.dtype == torch.int32
     require(starts, f"query_start must be [{num_seqs + 1}] int32, got {tuple(query_start.shape)} {query_start.dtype}")
@@ -231,13 +237,15 @@ def paged_attention_prefill(
     if not runs_kernels(query):
         mixed = reference.paged_attention_prefill(
             query, kv, block_tables, query_start, seq_lens, max_query_len, scale,
-            sliding_window=sliding_window, soft_cap=soft_cap,
+            sliding_window=sliding_window, soft_cap=soft_cap, sinks=sinks,
         )  # fmt: skip
         rows = slice(int(query_start[0]), int(query_start[-1]))
         out[rows] = mixed[rows]
         return out
     if query.shape[0] and num_seqs and max_query_len > 0:
-        _launch(query, kv, block_tables, query_start, seq_lens, max_query_len, scale, sliding_window, soft_cap, out)
+        _launch(
+            query, kv, block_tables, query_start, seq_lens, max_query_len, scale, sliding_window, soft_cap, sinks, out
+        )
     return out
 
 
@@ -251,13 +259,14 @@ def _launch(
     scale: float,
     window: int,
     soft_cap: float,
+    sinks: torch.Tensor | None,
     out: torch.Tensor,
 ) -> None:
     num_tokens, num_heads, head_dim = query.shape
     num_kv_heads = kv.shape[2]
     group, num_seqs = num_heads // num_kv_heads, seq_lens.shape[0]
     config = prefill_config(query.device, head_dim, max_query_len * group)
-    if config.specialized and attention_hopper.applies(query, kv, window, soft_cap):
+    if config.specialized and attention_hopper.applies(query, kv, window, soft_cap, sinks):
         attention_hopper.launch(query, kv, block_tables, query_start, seq_lens, scale, out)
         return
     block_m = max(config.block_m, next_power_of_2(group))
@@ -270,6 +279,7 @@ def _launch(
         query_start,
         seq_lens,
         out,
+        query if sinks is None else sinks,
         num_seqs,
         scale,
         soft_cap,
@@ -291,6 +301,7 @@ def _launch(
         SEQS=max(next_power_of_2(num_seqs), 256 if not INTERPRETED else 1),
         WINDOW=window > 0,
         SOFT_CAP=soft_cap > 0,
+        SINKS=sinks is not None,
         STAGES=config.stages,
         num_warps=config.warps,
         **dependent_launch(query.device),

@@ -7,15 +7,16 @@ expert's weights only; the sorting is a handful of operations on the device that
                           tile_expert [tiles]
     x[pair // k] · gate_up[expert]ᵀ ─▶ [n * k, 2d] ─silu·mul─▶ [n * k, d] · down[expert]ᵀ · weight ─▶ sum over k
 
-Weights of experts that no token chose are never read. The idea of the sorted, padded grouping is MegaBlocks' (Gale et
-al., 2022) in the form that inference engines use.
+Matrices may be e4m3 with scales, or MXFP4 (two e2m1 codes a byte, a power of two for 32 inputs each), whose tiles are
+widened in registers. Weights of experts that no token chose are never read. The idea of the sorted, padded grouping is
+MegaBlocks' (Gale et al., 2022) in the form that inference engines use.
 """
 
 import torch
 
 from mainsail_kernels import reference
 from mainsail_kernels._triton import next_power_of_2, require, runs_kernels, tl, triton
-from mainsail_kernels.silu_mul import silu_mul
+from mainsail_kernels.silu_mul import clamped_swiglu, silu_mul
 
 SMALL_PAIRS = 1024
 """Up to here one program sorts all pairs; a decode step's hundred launches would cost more than its experts."""
@@ -97,6 +98,20 @@ def _group_kernel(
 
 
 @triton.jit
+def _fp4(code):
+    """Twice the number that an e2m1 code means, as float32."""
+    size, exponent = code & 1, (code >> 1) & 3
+    twice = tl.where(exponent == 0, size, (2 + size) << tl.maximum(exponent - 1, 0))
+    return tl.where(code > 7, -twice, twice).to(tl.float32)
+
+
+@triton.jit
+def _half_power(scale):
+    """2 ** (scale - 128) of an e8m0 scale: its bits are a float's exponent. The least, 2 ** -127, becomes 0."""
+    return (scale.to(tl.int32) << 23).to(tl.float32, bitcast=True) * 0.5
+
+
+@triton.jit
 def _grouped_kernel(
     x_ptr,
     weight_ptr,
@@ -104,6 +119,7 @@ def _grouped_kernel(
     tile_expert_ptr,
     scale_ptr,
     weight_scale_ptr,
+    bias_ptr,
     out_ptr,
     num_pairs,
     num_out,
@@ -115,8 +131,10 @@ def _grouped_kernel(
     weight_scale_stride,
     PER_TOKEN: tl.constexpr,
     SCALED: tl.constexpr,
+    BIAS: tl.constexpr,
     CHANNELS: tl.constexpr,
     BLOCKS: tl.constexpr,
+    FP4: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
@@ -134,18 +152,30 @@ def _grouped_kernel(
     weight_rows = weight_ptr + expert * expert_stride + output.to(tl.int64)[None, :] * weight_stride
     scales = weight_scale_ptr + expert * expert_scale_stride
     acc = tl.zeros((TILE, BLOCK_OUT), tl.float32)
-    for start in tl.range(0, num_in, BLOCK_IN, num_stages=STAGES):
-        channel = start + tl.arange(0, BLOCK_IN)
+    # A step is BLOCK_IN inputs; of FP4 as many bytes, each with one of the first 16 inputs of 32 and one of the others
+    for start in tl.range(0, num_in // 2 if FP4 else num_in, BLOCK_IN, num_stages=STAGES):
+        place = start + tl.arange(0, BLOCK_IN)
+        channel = place // 16 * 32 + place % 16 if FP4 else place
         inside = channel < num_in
         x = tl.load(x_rows + channel[None, :], mask=real[:, None] & inside[None, :], other=0.0)
-        weight = tl.load(weight_rows + channel[:, None], mask=inside[:, None] & in_range[None, :], other=0.0)
-        if BLOCKS:
+        fits = inside[:, None] & in_range[None, :]
+        weight = tl.load(weight_rows + place[:, None], mask=fits, other=0.0)
+        if FP4:
+            beyond = tl.load(x_rows + channel[None, :] + 16, mask=real[:, None] & inside[None, :], other=0.0)
+            of_group = scales + output[None, :] * weight_scale_stride + (place // 16)[:, None]
+            power = _half_power(tl.load(of_group, mask=fits, other=0))
+            low, high = _fp4(weight.to(tl.int32) & 15) * power, _fp4(weight.to(tl.int32) >> 4) * power
+            acc = tl.dot(x, low.to(x.dtype), acc, input_precision="ieee")
+            acc = tl.dot(beyond, high.to(x.dtype), acc, input_precision="ieee")
+        elif BLOCKS:
             factor = tl.load(scales + output // 128 * weight_scale_stride + start // 128, mask=in_range, other=0.0)
             acc += tl.dot(x, weight.to(x.dtype), input_precision="ieee") * factor[None, :]
         else:
             acc = tl.dot(x, weight.to(x.dtype), acc, input_precision="ieee")
     if CHANNELS:
         acc *= tl.load(scales + output, mask=in_range, other=0.0)[None, :]
+    if BIAS:
+        acc += tl.load(bias_ptr + expert * num_out + output, mask=in_range, other=0.0).to(tl.float32)[None, :]
     if SCALED:
         acc *= tl.load(scale_ptr + pair, mask=real, other=0.0)[:, None]
     where = out_ptr + pair[:, None] * num_out + output[None, :]
@@ -155,28 +185,44 @@ def _grouped_kernel(
 def grouped_mlp(
     x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor,
     gate_up_scale: torch.Tensor | None = None, down_scale: torch.Tensor | None = None,
+    gate_up_bias: torch.Tensor | None = None, down_bias: torch.Tensor | None = None,
+    swiglu: tuple[float, float] | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """The weighted sum of the chosen experts' gated MLPs, [n, hidden] in x's type.
 
     x [n, hidden]; weights [n, k] float32 and chosen [n, k] integer: each token's experts; gate_up
     [experts, 2*d, hidden] with the gate first; down [experts, hidden, d]. Matrices may be e4m3: then with scales,
-    [experts, outputs] or one for each 128 x 128 block; x stays as it is. Raises ValueError when the shapes do not fit.
+    [experts, outputs] or one for each 128 x 128 block; or uint8: FP4 as reference_quantized.pack_fp4 packs it, with
+    scales [experts, outputs, inputs / 32] uint8; x stays as it is. Biases are [experts, outputs]; swiglu: alpha and
+    limit of silu_mul.clamped_swiglu, in place of silu(gate) * up. Raises ValueError when shapes do not fit.
     """
     n, hidden = x.shape
     num_experts, wide, _ = gate_up.shape
-    fits = gate_up.shape[2] == hidden and down.shape == (num_experts, hidden, wide // 2) and wide % 2 == 0
+    ins = [_inputs(matrix, scale) for matrix, scale in ((gate_up, gate_up_scale), (down, down_scale))]
+    fits = ins == [hidden, wide // 2] and down.shape[:2] == (num_experts, hidden) and wide % 2 == 0
     require(fits, f"grouped_mlp: x {tuple(x.shape)}, gate_up {tuple(gate_up.shape)}, down {tuple(down.shape)}")
     require(weights.shape == chosen.shape and chosen.shape[0] == n, "grouped_mlp: weights and chosen must be [n, k]")
     if not runs_kernels(x):
-        return reference.grouped_mlp(x, weights, chosen, gate_up, down, gate_up_scale, down_scale)
+        return reference.grouped_mlp(
+            x, weights, chosen, gate_up, down, gate_up_scale, down_scale, gate_up_bias, down_bias, swiglu
+        )
     per_token = chosen.shape[1]
     tile = TILE_SMALL if n * per_token <= 8 * num_experts else TILE_LARGE
     rows, tile_expert = group(chosen, num_experts, tile)
     inner = torch.empty((n * per_token, wide), dtype=x.dtype, device=x.device)
-    _launch(x, gate_up, gate_up_scale, rows, tile_expert, None, inner, per_token, tile)
+    _launch(x, gate_up, gate_up_scale, gate_up_bias, rows, tile_expert, None, inner, per_token, tile)
     outer = torch.empty((n * per_token, hidden), dtype=x.dtype, device=x.device)
-    _launch(silu_mul(inner), down, down_scale, rows, tile_expert, weights.reshape(-1), outer, 1, tile)
+    active = silu_mul(inner) if swiglu is None else clamped_swiglu(inner, *swiglu)
+    _launch(active, down, down_scale, down_bias, rows, tile_expert, weights.reshape(-1), outer, 1, tile)
     return outer.view(n, per_token, hidden).sum(dim=1)
+
+
+def _inputs(matrix: torch.Tensor, scale: torch.Tensor | None) -> int:
+    """Of stacked matrices; -1 where FP4's scales do not fit them."""
+    if matrix.dtype != torch.uint8:
+        return matrix.shape[2]
+    fits = scale is not None and scale.dtype == torch.uint8 and scale.is_contiguous()
+    return matrix.shape[2] * 2 if fits and scale.shape == (*matrix.shape[:2], matrix.shape[2] // 16) else -1
 
 
 def route(scores: torch.Tensor, per_token: int, *, normalized: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -228,18 +274,22 @@ def group(chosen: torch.Tensor, num_experts: int, tile: int) -> tuple[torch.Tens
 
 
 def _launch(
-    x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor | None, rows: torch.Tensor,
-    tile_expert: torch.Tensor, scale: torch.Tensor | None, out: torch.Tensor, per_token: int, tile: int,
+    x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor | None, bias: torch.Tensor | None,
+    rows: torch.Tensor, tile_expert: torch.Tensor, scale: torch.Tensor | None, out: torch.Tensor, per_token: int,
+    tile: int,
 ) -> None:  # fmt: skip
-    num_out, num_in = weight.shape[1:]
+    num_out, num_in = weight.shape[1], x.shape[1]
     block_out, block_in = (64, 128) if tile == TILE_SMALL else (128, 64)
     grid = (-(-num_out // block_out), tile_expert.shape[0])
-    dims = 0 if weight_scale is None else weight_scale.dim()
+    fp4 = weight.dtype == torch.uint8
+    dims = 0 if weight_scale is None or fp4 else weight_scale.dim()
     strides = (0, 0) if weight_scale is None else (weight_scale.stride(0), weight_scale.stride(1))
     _grouped_kernel[grid](
-        x, weight, rows, tile_expert, out if scale is None else scale, x if weight_scale is None else weight_scale, out,
-        out.shape[0], num_out, num_in, x.stride(0), weight.stride(0), weight.stride(1), *strides,
-        PER_TOKEN=per_token, SCALED=scale is not None, TILE=tile, CHANNELS=dims == 2, BLOCKS=dims == 3,
+        x, weight, rows, tile_expert, out if scale is None else scale, x if weight_scale is None else weight_scale,
+        x if bias is None else bias, out, out.shape[0], num_out, num_in, x.stride(0), weight.stride(0),
+        weight.stride(1), *strides,
+        PER_TOKEN=per_token, SCALED=scale is not None, BIAS=bias is not None, TILE=tile, CHANNELS=dims == 2,
+        BLOCKS=dims == 3, FP4=fp4,
         BLOCK_OUT=block_out, BLOCK_IN=block_in, STAGES=4 if tile == TILE_SMALL else 3,
         num_warps=4,
     )  # fmt: skip

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from mainsail_kernels.reference_quantized import FP8, to_fp8, widen_blocks, widen_rows
+from mainsail_kernels.reference_quantized import FP8, to_fp8, widen_blocks, widen_fp4, widen_rows
 
 NO_SLOT = -1
 """Slot of a token whose keys and values must not be written (padding)."""
@@ -63,6 +63,13 @@ def gelu_tanh_mul(gate_up: torch.Tensor) -> torch.Tensor:
     return (F.gelu(gate, approximate="tanh") * up).to(gate_up.dtype)
 
 
+def clamped_swiglu(gate_up: torch.Tensor, alpha: float, limit: float) -> torch.Tensor:
+    """gpt-oss's activation: gate and up are clamped, and up is moved by 1; gate_up is [n, 2*d] with the gate first."""
+    gate, up = _wide(gate_up).chunk(2, dim=-1)
+    gate = gate.clamp(max=limit)
+    return (gate * torch.sigmoid(gate * alpha) * (up.clamp(-limit, limit) + 1)).to(gate_up.dtype)
+
+
 def add_lora(
     y: torch.Tensor, x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, parts: Sequence[int],
     rows: torch.Tensor, slots: torch.Tensor,
@@ -90,14 +97,19 @@ def route(scores: torch.Tensor, per_token: int, *, normalized: bool) -> tuple[to
 def grouped_mlp(
     x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor,
     gate_up_scale: torch.Tensor | None = None, down_scale: torch.Tensor | None = None,
+    gate_up_bias: torch.Tensor | None = None, down_bias: torch.Tensor | None = None,
+    swiglu: tuple[float, float] | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """The weighted sum of the chosen experts' gated MLPs: x [n, hidden], weights and chosen [n, k]."""
     out = torch.zeros_like(_wide(x))
+    biases = (gate_up_bias, down_bias)
     first, second = ((gate_up, gate_up_scale), (down, down_scale))
     for expert in chosen.unique().tolist():
         token, rank = (chosen == expert).nonzero(as_tuple=True)
-        inner = silu_mul(F.linear(x[token], _member(*first, expert, x.dtype)))
-        outer = _wide(F.linear(inner, _member(*second, expert, x.dtype)))
+        of_first, of_second = (None if bias is None else bias[expert].to(x.dtype) for bias in biases)
+        mixed = F.linear(x[token], _member(*first, expert, x.dtype), of_first)
+        inner = silu_mul(mixed) if swiglu is None else clamped_swiglu(mixed, *swiglu)
+        outer = _wide(F.linear(inner, _member(*second, expert, x.dtype), of_second))
         out.index_add_(0, token, outer * weights[token, rank, None].to(out.dtype))
     return out.to(x.dtype)
 
@@ -106,6 +118,8 @@ def _member(matrices: torch.Tensor, scales: torch.Tensor | None, index: int, dty
     """One of the stacked matrices, widened where it has scales."""
     if scales is None:
         return matrices[index]
+    if matrices.dtype == torch.uint8:
+        return widen_fp4(matrices[index], scales[index], dtype)
     widen = widen_blocks if scales.dim() == 3 else widen_rows
     return widen(matrices[index], scales[index], _wide(torch.empty(0, dtype=dtype)).dtype).to(dtype)
 
@@ -159,6 +173,14 @@ def as_cached(x: torch.Tensor, dtype: torch.dtype, scale: float) -> torch.Tensor
     return to_fp8(x, torch.tensor(scale)) if dtype == FP8 else x.to(dtype)
 
 
+def _softmax(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
+    """Over the last dimension; sinks [..., 1], which broadcast to the rest, take a share and are left out."""
+    if sinks is None:
+        return torch.softmax(scores, dim=-1)
+    with_sinks = torch.cat((scores, sinks.to(scores.dtype).expand(*scores.shape[:-1], 1)), dim=-1)
+    return torch.softmax(with_sinks, dim=-1)[..., :-1]
+
+
 def _soft_capped(scores: torch.Tensor, soft_cap: float) -> torch.Tensor:
     return soft_cap * torch.tanh(scores / soft_cap) if soft_cap else scores
 
@@ -172,6 +194,7 @@ def paged_attention_decode(
     *,
     sliding_window: int = 0,
     soft_cap: float = 0.0,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of one query per sequence to its seq_len newest-included tokens; rows of length 0 give zeros."""
     num_seqs, num_heads, head_dim = query.shape
@@ -195,7 +218,7 @@ def paged_attention_decode(
     packed = _wide(query).view(num_seqs, num_kv_heads, num_heads // num_kv_heads, head_dim)
     scores = _soft_capped(packed @ key.transpose(-1, -2) * scale, soft_cap)
     scores = scores.masked_fill(~visible[:, None, None, :], -math.inf)
-    weights = torch.softmax(scores, dim=-1)
+    weights = _softmax(scores, None if sinks is None else sinks.view(1, num_kv_heads, -1, 1))
     weights = weights.masked_fill((seq_lens == 0)[:, None, None, None], 0.0)
     return (weights @ value).view(num_seqs, num_heads, head_dim).to(query.dtype)
 
@@ -219,6 +242,7 @@ def paged_attention_prefill(
     *,
     sliding_window: int = 0,
     soft_cap: float = 0.0,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of each sequence's newest tokens to its whole context, sequence by sequence."""
     del max_query_len  # the launch of the kernel needs it, the meaning does not
@@ -228,13 +252,14 @@ def paged_attention_prefill(
         first, last = starts[index], starts[index + 1]
         if last > first and length > 0:
             key, value = gather_sequence(kv, block_tables[index], length)
-            out[first:last] = _attend(query[first:last], key, value, scale, sliding_window, soft_cap)
+            out[first:last] = _attend(query[first:last], key, value, scale, sliding_window, soft_cap, sinks)
     return out
 
 
 def _attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, sliding_window: int, soft_cap: float
-) -> torch.Tensor:
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, sliding_window: int, soft_cap: float,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
     """One sequence: query [q, num_heads, head_dim] are the last q of key/value [num_kv_heads, n, head_dim]."""
     num_queries, num_heads, head_dim = query.shape
     num_kv_heads, length = key.shape[0], key.shape[1]
@@ -247,9 +272,12 @@ def _attend(
     packed = _wide(query).view(num_queries, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)
     packed = packed.reshape(num_kv_heads, group * num_queries, head_dim)
     visible = visible.repeat(group, 1)
-    if soft_cap:
+    if soft_cap or sinks is not None:
         scores = _soft_capped(packed @ _wide(key).transpose(-1, -2) * scale, soft_cap)
-        mixed = torch.softmax(scores.masked_fill(~visible, -math.inf), dim=-1) @ _wide(value)
+        of_rows = (
+            None if sinks is None else sinks.view(num_kv_heads, group).repeat_interleave(num_queries, 1)[..., None]
+        )
+        mixed = _softmax(scores.masked_fill(~visible, -math.inf), of_rows) @ _wide(value)
     else:
         mixed = F.scaled_dot_product_attention(
             packed[None], _wide(key)[None], _wide(value)[None], attn_mask=visible, scale=scale

@@ -51,6 +51,26 @@ def widen_blocks(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, r
     return codes.to(dtype) * wide
 
 
+FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+"""What the codes of e2m1 mean."""
+FP4_GROUP = 32
+"""Inputs that share a scale, a power of two (e8m0): MXFP4 (Open Compute Project, "OCP Microscaling Formats", 2023)."""
+
+
+def pack_fp4(codes: torch.Tensor) -> torch.Tensor:
+    """[…, in / 2] uint8 of codes [..., in] uint8: byte j of a group has input j in its low half, 16 + j in its high."""
+    low, high = codes.unflatten(-1, (-1, 2, FP4_GROUP // 2)).unbind(-2)
+    return (low | (high << 4)).flatten(-2)
+
+
+def widen_fp4(packed: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The numbers that packed [..., in / 2] and scales [..., in / 32] uint8 stand for: value * 2 ** (scale - 127)."""
+    halves = packed.unflatten(-1, (-1, 1, FP4_GROUP // 2))
+    codes = torch.cat((halves & 15, halves >> 4), dim=-2).flatten(-2)  # [..., groups, 32]
+    values = torch.tensor(FP4_VALUES, dtype=dtype, device=packed.device)[codes.int()]
+    return torch.ldexp(values, scale.int()[..., None] - 127).flatten(-2)
+
+
 def fp8_linear(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:

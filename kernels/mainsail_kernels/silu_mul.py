@@ -1,4 +1,6 @@
-"""The gated activations of an MLP: silu(gate) * up (Llama, Qwen, Mistral) and gelu(gate) * up (Gemma).
+"""The gated activations of an MLP: silu(gate) * up (Llama, Qwen, Mistral), gelu(gate) * up (Gemma), and a clamped one.
+
+    clamped (gpt-oss)   g * sigmoid(alpha * g) * (u + 1),  g the gate up to a limit, u between that and its negative
 
 gate_up is [n, 2*d], the gate first, as one merged linear gives it. Read once, written once; float32 inside.
 """
@@ -12,7 +14,18 @@ _BLOCK = 2048
 
 
 @triton.jit
-def _gated_kernel(gate_up_ptr, out_ptr, size, stride, GELU: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
+def _gated_kernel(
+    gate_up_ptr,
+    out_ptr,
+    size,
+    stride,
+    alpha,
+    limit,
+    GELU: tl.constexpr,
+    CLAMPED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
     row = tl.program_id(1).to(tl.int64)
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = column < size
@@ -21,6 +34,10 @@ def _gated_kernel(gate_up_ptr, out_ptr, size, stride, GELU: tl.constexpr, BLOCK:
     up = tl.load(gate_up_ptr + row * stride + size + column, mask=inside, other=0.0).to(tl.float32)
     # gelu: 0.5 * x * (1 + tanh(y)) is x * sigmoid(2y)
     exponent = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate) if GELU else gate
+    if CLAMPED:
+        gate = tl.minimum(gate, limit)
+        up = tl.minimum(tl.maximum(up, -limit), limit) + 1.0
+        exponent = gate * alpha
     out = gate / (1.0 + tl.exp(-exponent)) * up
     tl.store(out_ptr + row * size + column, out.to(out_ptr.dtype.element_ty), mask=inside)
 
@@ -35,10 +52,17 @@ def gelu_tanh_mul(gate_up: torch.Tensor) -> torch.Tensor:
     return _gated(gate_up, gelu=True)
 
 
-def _gated(gate_up: torch.Tensor, *, gelu: bool) -> torch.Tensor:
+def clamped_swiglu(gate_up: torch.Tensor, alpha: float, limit: float) -> torch.Tensor:
+    """The clamped one, for gate_up [n, 2*d] and a positive limit; returns [n, d]. ValueError as silu_mul."""
+    return _gated(gate_up, alpha=alpha, limit=limit)
+
+
+def _gated(gate_up: torch.Tensor, *, gelu: bool = False, alpha: float = 1.0, limit: float = 0.0) -> torch.Tensor:
     even = gate_up.dim() == 2 and gate_up.shape[1] % 2 == 0
     require(even, f"gated activation: gate_up must be [n, 2*d], got {tuple(gate_up.shape)}")
     if not runs_kernels(gate_up):
+        if limit:
+            return reference.clamped_swiglu(gate_up, alpha, limit)
         return reference.gelu_tanh_mul(gate_up) if gelu else reference.silu_mul(gate_up)
     if gate_up.stride(1) != 1:
         gate_up = gate_up.contiguous()
@@ -47,6 +71,6 @@ def _gated(gate_up: torch.Tensor, *, gelu: bool) -> torch.Tensor:
     for first in range(0, rows, 65535):  # the second grid dimension ends there
         part = gate_up[first : first + 65535]
         grid = (-(-size // _BLOCK), part.shape[0])
-        options = {"GELU": gelu, "BLOCK": _BLOCK, "num_warps": 8, **dependent_launch(out.device)}
-        _gated_kernel[grid](part, out[first:], size, part.stride(0), **options)
+        options = {"GELU": gelu, "CLAMPED": limit > 0, "BLOCK": _BLOCK, "num_warps": 8, **dependent_launch(out.device)}
+        _gated_kernel[grid](part, out[first:], size, part.stride(0), alpha, limit, **options)
     return out

@@ -19,7 +19,7 @@ SHAPES = [  # (query heads, KV heads, head_dim)
 ]
 
 
-def _naive(query, key, value, scale, window, soft_cap):
+def _naive(query, key, value, scale, window, soft_cap, sink=None):
     """One query head, float64, written out: what the reference itself is checked with."""
     scores = query @ key.T * scale
     if soft_cap:
@@ -29,23 +29,29 @@ def _naive(query, key, value, scale, window, soft_cap):
     seen = torch.arange(length)[None] <= at
     if window:
         seen &= torch.arange(length)[None] > at - window
-    return torch.softmax(scores.masked_fill(~seen, float("-inf")), -1) @ value
+    powers = scores.masked_fill(~seen, float("-inf")).exp()
+    share = 0.0 if sink is None else sink.exp()
+    return powers / (powers.sum(-1, keepdim=True) + share) @ value
 
 
 @pytest.mark.parametrize("window", [0, 7, 40])
 @pytest.mark.parametrize("soft_cap", [0.0, 3.0])
-def test_reference_equals_attention_written_out(window, soft_cap, paged):
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_reference_equals_attention_written_out(window, soft_cap, with_sinks, paged):
     batch = paged([45, 20], 2, 32, seed=1)
     kv, tables, lens = batch.kv.double().cpu(), batch.tables.cpu(), batch.lens.cpu()
     query = torch.randn(15, 4, 32, dtype=torch.float64)
     starts = torch.tensor([0, 10, 15], dtype=torch.int32)
-    out = reference.paged_attention_prefill(
-        query, kv, tables, starts, lens, 10, 0.2, sliding_window=window, soft_cap=soft_cap
-    )
+    sinks = torch.randn(4, dtype=torch.float64) * 3 if with_sinks else None
+    options = {"sliding_window": window, "soft_cap": soft_cap, "sinks": sinks}
+    out = reference.paged_attention_prefill(query, kv, tables, starts, lens, 10, 0.2, **options)
+    newest = reference.paged_attention_decode(query[[9, 14]], kv, tables, lens, 0.2, **options)
+    torch.testing.assert_close(newest, out[[9, 14]])
     for row, (first, last) in enumerate([(0, 10), (10, 15)]):
         key, value = reference.gather_sequence(kv, tables[row], int(lens[row]))
         for head in range(4):
-            truth = _naive(query[first:last, head], key[head // 2], value[head // 2], 0.2, window, soft_cap)
+            sink = None if sinks is None else sinks[head]
+            truth = _naive(query[first:last, head], key[head // 2], value[head // 2], 0.2, window, soft_cap, sink)
             torch.testing.assert_close(out[first:last, head], truth)
 
 
@@ -103,12 +109,30 @@ def test_prefill_by_specialized_warps(heads, kv_heads, dim, seed, paged, close, 
     batch = paged(lens, kv_heads, dim, seed=seed)
     starts = torch.tensor([0, *torch.tensor(chunks).cumsum(0).tolist()], dtype=torch.int32, device=device)
     query = torch.randn(sum(chunks), heads, dim).to(device, dtype)
-    if not attention_hopper.applies(query, batch.kv, 0, 0.0):
+    if not attention_hopper.applies(query, batch.kv, 0, 0.0, None):
         pytest.skip("for Hopper")
     args = (batch.tables, starts, batch.lens, max(chunks), 0.1)
     with override(PrefillConfig(64, 64, 4, 2, specialized=True)):
         out = paged_attention_prefill(query, batch.kv, *args)
     close(out, reference.paged_attention_prefill(query.double(), batch.wide(), *args))
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(8, 1, 64), (9, 3, 64)])
+@pytest.mark.parametrize("window", [0, 40])
+def test_sinks_take_a_share_and_give_nothing(heads, kv_heads, dim, window, paged, close, device, dtype):
+    """Weak ones and ones that outweigh every score; contexts of one chunk and of several, and a padding row."""
+    sinks = torch.linspace(-8.0, 30.0, heads, device=device)
+    options = {"sliding_window": window, "sinks": sinks}
+    batch = paged([420, 0, 33, 700], kv_heads, dim, seed=9)
+    query = torch.randn(4, heads, dim).to(device, dtype)
+    out = paged_attention_decode(query, batch.kv, batch.tables, batch.lens, 0.1, **options)
+    close(out, reference.paged_attention_decode(query.double(), batch.wide(), batch.tables, batch.lens, 0.1, **options))
+    assert not out[1].any()
+    starts = torch.tensor([0, 50, 50, 57, 90], dtype=torch.int32, device=device)
+    query = torch.randn(90, heads, dim).to(device, dtype)
+    args = (batch.tables, starts, batch.lens, 50, 0.1)
+    out = paged_attention_prefill(query, batch.kv, *args, **options)
+    close(out, reference.paged_attention_prefill(query.double(), batch.wide(), *args, **options))
 
 
 def test_prefill_leaves_rows_outside_its_chunks_alone(paged, close, device, dtype):
@@ -152,5 +176,7 @@ def test_wrong_shapes_are_refused_by_name(paged, device, dtype):
         paged_attention_decode(query[:, :7], batch.kv, batch.tables, batch.lens, 1.0)
     with pytest.raises(ValueError, match="block_tables"):
         paged_attention_decode(query, batch.kv, batch.tables.long(), batch.lens, 1.0)
+    with pytest.raises(ValueError, match="sinks must be contiguous floats"):
+        paged_attention_decode(query, batch.kv, batch.tables, batch.lens, 1.0, sinks=torch.ones(3, device=device))
     with pytest.raises(ValueError, match="query_start"):
         paged_attention_prefill(query, batch.kv, batch.tables, batch.lens, batch.lens, 1, 1.0)

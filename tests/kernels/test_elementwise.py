@@ -10,7 +10,7 @@ from mainsail_kernels import reference
 from mainsail_kernels.blocks import apply_token_bitmask, copy_blocks, gather_blocks, scatter_blocks
 from mainsail_kernels.kv_write import rope_and_write_kv
 from mainsail_kernels.rms_norm import rms_norm
-from mainsail_kernels.silu_mul import gelu_tanh_mul, silu_mul
+from mainsail_kernels.silu_mul import clamped_swiglu, gelu_tanh_mul, silu_mul
 
 
 @pytest.mark.parametrize("shape", [(1, 64), (5, 100), (3, 2, 48), (2, 576)])
@@ -36,6 +36,8 @@ def test_gated_activations(shape, close, device, dtype):
     x[0, 0], x[0, 1] = -200.0, 200.0
     close(silu_mul(x), reference.silu_mul(x.double()))
     close(gelu_tanh_mul(x), reference.gelu_tanh_mul(x.double()))
+    far = x * 6
+    close(clamped_swiglu(far, 1.702, 7.0), reference.clamped_swiglu(far.double(), 1.702, 7.0))
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "dim", "rotary"), [(4, 2, 32, 32), (9, 3, 64, 64), (2, 1, 96, 72)])

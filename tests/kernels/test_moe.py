@@ -50,6 +50,32 @@ def test_grouped_mlp_of_fp8(tokens, blocks, close, device, dtype):
     close(grouped_mlp(x, weights, chosen, gate_up, down, *scales), truth)
 
 
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_grouped_mlp_of_fp4_with_biases_and_the_clamped_activation(tokens, close, device, dtype):
+    """gpt-oss: values far beyond the clamp, groups that no tile divides."""
+    experts, hidden, wide = 4, 96, 160
+    x = torch.randn(tokens, hidden).to(device, dtype)
+    shapes = ((2 * wide, hidden), (hidden, wide))
+    codes = [torch.randint(0, 256, (experts, out, num_in // 2), dtype=torch.uint8).to(device) for out, num_in in shapes]
+    scales = [torch.randint(121, 127, (experts, out, i // 32), dtype=torch.uint8).to(device) for out, i in shapes]
+    biases = [torch.randn(experts, out).to(device, dtype) for out, _ in shapes]
+    weights, chosen = (part.to(device) for part in torch.rand(tokens, experts).topk(2, dim=1))
+    whole = [quantized.widen_fp4(c, s, torch.float64) for c, s in zip(codes, scales, strict=True)]
+    truth = reference.grouped_mlp(
+        x.double(), weights.double(), chosen, *whole, None, None, *(b.double() for b in biases), (1.702, 7.0)
+    )
+    close(grouped_mlp(x, weights, chosen, *codes, *scales, *biases, (1.702, 7.0)), truth)
+
+
+def test_fp4_is_packed_and_widened_number_for_number():
+    codes = torch.randint(0, 16, (3, 5, 96), dtype=torch.uint8)
+    scale = torch.tensor([0, 1, 100, 127, 128, 254], dtype=torch.uint8)[torch.randint(0, 6, (3, 5, 3))]
+    found = quantized.widen_fp4(quantized.pack_fp4(codes), scale, torch.float64)
+    for at in ((0, 0, 0), (1, 2, 15), (2, 4, 16), (0, 3, 31), (1, 1, 64), (2, 0, 95)):
+        value = quantized.FP4_VALUES[int(codes[at])] * 2.0 ** (int(scale[at[0], at[1], at[2] // 32]) - 127)
+        assert float(found[at]) == value
+
+
 @pytest.mark.parametrize("normalized", [False, True])
 @pytest.mark.parametrize(("experts", "per_token"), [(6, 2), (128, 8), (5, 5)])
 def test_route(experts, per_token, normalized, device):
@@ -69,6 +95,14 @@ def test_every_pair_has_one_row_in_a_tile_of_its_expert(tile, tokens, device):
     assert sorted(rows[real].tolist()) == list(range(chosen.numel()))
     experts = tile_expert.repeat_interleave(tile)
     assert (experts[real] == chosen.reshape(-1)[rows[real].long()]).all()
+
+
+def test_fp4_scales_that_do_not_fit_are_refused(device, dtype):
+    x, ones = torch.ones(2, 64, device=device, dtype=dtype), torch.ones(2, 1, device=device)
+    gate_up, down = (torch.zeros(1, 64, 32, dtype=torch.uint8, device=device) for _ in range(2))
+    scale = torch.zeros(1, 64, 1, dtype=torch.uint8, device=device)
+    with pytest.raises(ValueError, match="grouped_mlp"):
+        grouped_mlp(x, ones, ones.long(), gate_up, down[..., :16].contiguous(), scale, scale)
 
 
 def test_shapes_that_do_not_fit_are_refused(device, dtype):
