@@ -221,8 +221,9 @@ def _inputs(matrix: torch.Tensor, scale: torch.Tensor | None) -> int:
     """Of stacked matrices; -1 where FP4's scales do not fit them."""
     if matrix.dtype != torch.uint8:
         return matrix.shape[2]
-    fits = scale is not None and scale.dtype == torch.uint8 and scale.is_contiguous()
-    return matrix.shape[2] * 2 if fits and scale.shape == (*matrix.shape[:2], matrix.shape[2] // 16) else -1
+    if scale is None or scale.dtype != torch.uint8 or not scale.is_contiguous():
+        return -1
+    return matrix.shape[2] * 2 if scale.shape == (*matrix.shape[:2], matrix.shape[2] // 16) else -1
 
 
 def route(scores: torch.Tensor, per_token: int, *, normalized: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -173,7 +173,7 @@ def as_cached(x: torch.Tensor, dtype: torch.dtype, scale: float) -> torch.Tensor
     return to_fp8(x, torch.tensor(scale)) if dtype == FP8 else x.to(dtype)
 
 
-def _softmax(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
+def softmax(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
     """Over the last dimension; sinks [..., 1], which broadcast to the rest, take a share and are left out."""
     if sinks is None:
         return torch.softmax(scores, dim=-1)
@@ -218,7 +218,7 @@ def paged_attention_decode(
     packed = _wide(query).view(num_seqs, num_kv_heads, num_heads // num_kv_heads, head_dim)
     scores = _soft_capped(packed @ key.transpose(-1, -2) * scale, soft_cap)
     scores = scores.masked_fill(~visible[:, None, None, :], -math.inf)
-    weights = _softmax(scores, None if sinks is None else sinks.view(1, num_kv_heads, -1, 1))
+    weights = softmax(scores, None if sinks is None else sinks.view(1, num_kv_heads, -1, 1))
     weights = weights.masked_fill((seq_lens == 0)[:, None, None, None], 0.0)
     return (weights @ value).view(num_seqs, num_heads, head_dim).to(query.dtype)
 
@@ -277,7 +277,7 @@ def _attend(
         of_rows = (
             None if sinks is None else sinks.view(num_kv_heads, group).repeat_interleave(num_queries, 1)[..., None]
         )
-        mixed = _softmax(scores.masked_fill(~visible, -math.inf), of_rows) @ _wide(value)
+        mixed = softmax(scores.masked_fill(~visible, -math.inf), of_rows) @ _wide(value)
     else:
         mixed = F.scaled_dot_product_attention(
             packed[None], _wide(key)[None], _wide(value)[None], attn_mask=visible, scale=scale

@@ -46,8 +46,8 @@ def test_grouped_mlp_of_fp8(tokens, blocks, close, device, dtype):
         torch.stack([widen(m, s, torch.float64) for m, s in zip(matrices, scale, strict=True)])
         for matrices, scale in zip((gate_up, down), scales, strict=True)
     ]
-    truth = reference.grouped_mlp(x.double(), weights.double(), chosen, *whole)
-    close(grouped_mlp(x, weights, chosen, gate_up, down, *scales), truth)
+    truth = reference.grouped_mlp(x.double(), weights.double(), chosen, whole[0], whole[1])
+    close(grouped_mlp(x, weights, chosen, gate_up, down, scales[0], scales[1]), truth)
 
 
 @pytest.mark.parametrize("tokens", [1, 40])
@@ -62,9 +62,13 @@ def test_grouped_mlp_of_fp4_with_biases_and_the_clamped_activation(tokens, close
     weights, chosen = (part.to(device) for part in torch.rand(tokens, experts).topk(2, dim=1))
     whole = [quantized.widen_fp4(c, s, torch.float64) for c, s in zip(codes, scales, strict=True)]
     truth = reference.grouped_mlp(
-        x.double(), weights.double(), chosen, *whole, None, None, *(b.double() for b in biases), (1.702, 7.0)
+        x.double(), weights.double(), chosen, whole[0], whole[1],
+        gate_up_bias=biases[0].double(), down_bias=biases[1].double(), swiglu=(1.702, 7.0),
+    )  # fmt: skip
+    out = grouped_mlp(
+        x, weights, chosen, codes[0], codes[1], scales[0], scales[1], biases[0], biases[1], swiglu=(1.702, 7.0)
     )
-    close(grouped_mlp(x, weights, chosen, *codes, *scales, *biases, (1.702, 7.0)), truth)
+    close(out, truth)
 
 
 def test_fp4_is_packed_and_widened_number_for_number():

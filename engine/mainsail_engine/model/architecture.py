@@ -42,7 +42,7 @@ class Rope:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Experts:
-    """A mixture of experts in place of the MLP: Mixtral, Qwen3-MoE."""
+    """A mixture of experts in place of the MLP: Mixtral, Qwen3-MoE, gpt-oss."""
 
     num_experts: int
     experts_per_token: int
@@ -51,6 +51,8 @@ class Experts:
     """The chosen experts' weights are made to add up to 1."""
     dense_layers: frozenset[int] = frozenset()
     """Layers that have a plain MLP."""
+    swiglu: tuple[float, float] | None = None
+    """(alpha, limit) of the clamped activation in place of SiLU, and biases on router and matrices (gpt-oss)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +81,8 @@ class Architecture:
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     """Biases on the query, key and value projections (Qwen2)."""
+    output_bias: bool = False
+    """A bias on attention's output projection; where config.json has attention_bias, all four have one."""
     qk_norm: bool = False
     """RMS norm of every query and key head before the rotation (Qwen3, Gemma 3)."""
     norm_offset: float = 0.0
@@ -164,6 +168,7 @@ def from_config(config: dict[str, Any], generation: dict[str, Any]) -> Architect
             "activation": _activation(config),
             "tie_word_embeddings": bool(config.get("tie_word_embeddings", False)),
             "attention_bias": bool(config.get("attention_bias", False)),
+            "output_bias": bool(config.get("attention_bias", False)),
             "dtype": str(config.get("dtype") or config.get("torch_dtype") or "float32"),
             "eos_token_ids": eos_token_ids,
         }

@@ -56,11 +56,13 @@ class Attention:
         *,
         window: int = 0,
         soft_cap: float = 0.0,
+        sinks: torch.Tensor | None = None,
         kv_scales: KVScales = UNSCALED,
     ) -> torch.Tensor:
         """query [num_tokens, num_heads, head_dim] to its context in kv: the same shape.
 
-        window: how many of the newest tokens are seen, its own among them (0: all); soft_cap bounds the scores (0: no).
+        window: how many of the newest tokens are seen, its own among them (0: all); soft_cap bounds the scores (0: no);
+        sinks [num_heads] are scores that take part in the softmax only.
         kv_scales: of a kv in FP8; keys and values are what it holds times these.
         """
         if kv.dtype == FP8:
@@ -68,9 +70,9 @@ class Attention:
         n = self.num_decodes
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
         if n:
-            self._decode(query[:n], kv, scale, window, soft_cap, out[:n])
+            self._decode(query[:n], kv, scale, window, soft_cap, sinks, out[:n])
         if len(self.seq_lens) > n:
-            self._prefill(query, kv, scale, window, soft_cap, out)
+            self._prefill(query, kv, scale, window, soft_cap, sinks, out)
         return out if kv.dtype != FP8 or kv_scales.value == 1.0 else out.mul_(kv_scales.value)
 
     def rotate_and_write(
@@ -94,19 +96,21 @@ class Attention:
         )  # fmt: skip
 
     def _decode(
-        self, query: torch.Tensor, kv: torch.Tensor, scale: float, window: int, soft_cap: float, out: torch.Tensor
-    ) -> None:
+        self, query: torch.Tensor, kv: torch.Tensor, scale: float, window: int, soft_cap: float,
+        sinks: torch.Tensor | None, out: torch.Tensor,
+    ) -> None:  # fmt: skip
         n = self.num_decodes
         paged_attention_decode(
             query, kv, self.block_tables[:n], self.seq_lens[:n], scale,
-            sliding_window=window, soft_cap=soft_cap, workspace=self.workspace, out=out,
+            sliding_window=window, soft_cap=soft_cap, sinks=sinks, workspace=self.workspace, out=out,
         )  # fmt: skip
 
     def _prefill(
-        self, query: torch.Tensor, kv: torch.Tensor, scale: float, window: int, soft_cap: float, out: torch.Tensor
-    ) -> None:
+        self, query: torch.Tensor, kv: torch.Tensor, scale: float, window: int, soft_cap: float,
+        sinks: torch.Tensor | None, out: torch.Tensor,
+    ) -> None:  # fmt: skip
         n = self.num_decodes
         paged_attention_prefill(
             query, kv, self.block_tables[n:], self.chunk_start, self.seq_lens[n:], self.max_query_len, scale,
-            sliding_window=window, soft_cap=soft_cap, out=out,
+            sliding_window=window, soft_cap=soft_cap, sinks=sinks, out=out,
         )  # fmt: skip

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 from mainsail_engine.config import BLOCK_SIZE
 from mainsail_engine.model.attention import UNSCALED, Attention, KVScales
-from mainsail_kernels.reference import as_cached
+from mainsail_kernels.reference import as_cached, softmax
 from mainsail_kernels.reference_quantized import FP8
 
 
@@ -131,10 +131,11 @@ class CpuAttention(Attention):
         return rotated[:, :num_heads]
 
     def _decode(
-        self, query: torch.Tensor, kv: torch.Tensor, scale: float, window: int, soft_cap: float, out: torch.Tensor
-    ) -> None:
+        self, query: torch.Tensor, kv: torch.Tensor, scale: float, window: int, soft_cap: float,
+        sinks: torch.Tensor | None, out: torch.Tensor,
+    ) -> None:  # fmt: skip
         if soft_cap:
-            Attention._decode(self, query, kv, scale, window, soft_cap, out)
+            Attention._decode(self, query, kv, scale, window, soft_cap, sinks, out)
             return
         n, num_heads, head_dim = query.shape
         kv_heads = kv.shape[2]
@@ -143,7 +144,9 @@ class CpuAttention(Attention):
         key, value = self._gather.read(kv, n, query.dtype)
         packed = query.reshape(n * kv_heads, num_heads // kv_heads, head_dim)
         hidden = self._hidden_from(packed, key.shape[1], window)
-        weights = torch.baddbmm(hidden, packed, key.transpose(1, 2), alpha=scale).softmax(-1)
+        scores = torch.baddbmm(hidden, packed, key.transpose(1, 2), alpha=scale)
+        of_rows = None if sinks is None else sinks.view(kv_heads, -1, 1).repeat(n, 1, 1)
+        weights = softmax(scores, of_rows)
         torch.bmm(weights, value, out=out.view(packed.shape))
 
     def _hidden_from(self, packed: torch.Tensor, length: int, window: int) -> torch.Tensor:
@@ -160,10 +163,11 @@ class CpuAttention(Attention):
         return self._hidden[window]
 
     def _prefill(
-        self, query: torch.Tensor, kv: torch.Tensor, scale: float, window: int, soft_cap: float, out: torch.Tensor
-    ) -> None:
-        if soft_cap:
-            Attention._prefill(self, query, kv, scale, window, soft_cap, out)
+        self, query: torch.Tensor, kv: torch.Tensor, scale: float, window: int, soft_cap: float,
+        sinks: torch.Tensor | None, out: torch.Tensor,
+    ) -> None:  # fmt: skip
+        if soft_cap or sinks is not None:
+            Attention._prefill(self, query, kv, scale, window, soft_cap, sinks, out)
             return
         if self._chunks is None:
             self._chunks = self._plan_chunks(kv)

@@ -91,7 +91,7 @@ def mistral(config: Fields) -> Fields:
 
 
 def qwen2(config: Fields) -> Fields:
-    return {**_qwen(config), "attention_bias": True}
+    return {**_qwen(config), "attention_bias": True, "output_bias": False}
 
 
 def qwen3(config: Fields) -> Fields:
@@ -132,6 +132,28 @@ def mixtral(config: Fields) -> Fields:
             experts_per_token=int(config["num_experts_per_tok"]),
             intermediate_size=int(config["intermediate_size"]),
             normalized=True,
+        ),
+    }
+
+
+def gpt_oss(config: Fields) -> Fields:
+    """Every second layer sees a window; a window's edge does not cost what the sinks hold."""
+    layers, window = int(config["num_hidden_layers"]), int(config.get("sliding_window") or 0)
+    kinds = config.get("layer_types") or [
+        "sliding_attention" if (i + 1) % 2 else "full_attention" for i in range(layers)
+    ]
+    biased = bool(config.get("attention_bias", True))
+    return {
+        "rope": rope_of(config, theta=150000.0),
+        "windows": _windows(config, window, kinds),
+        "attention_bias": biased,
+        "output_bias": biased,
+        "experts": Experts(
+            num_experts=int(config["num_local_experts"]),
+            experts_per_token=int(config.get("num_experts_per_tok") or config["experts_per_token"]),
+            intermediate_size=int(config["intermediate_size"]),
+            normalized=True,
+            swiglu=(float(config.get("swiglu_alpha", 1.702)), float(config.get("swiglu_limit", 7.0))),
         ),
     }
 
@@ -212,6 +234,7 @@ FAMILIES: dict[str, Callable[[Fields], Fields]] = {
     "Qwen3ForCausalLM": qwen3,
     "Qwen3MoeForCausalLM": qwen3_moe,
     "MixtralForCausalLM": mixtral,
+    "GptOssForCausalLM": gpt_oss,
     "SmolLM3ForCausalLM": smollm3,
     "GraniteForCausalLM": granite,
     "Phi3ForCausalLM": phi3,

@@ -180,7 +180,7 @@ def _split(whole: Any) -> tuple[Any, Any]:
 def _attend(
     module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
     attention_mask: torch.Tensor | None, *, paged: Step, scaling: float | None = None,
-    sliding_window: int | None = None, softcap: float | None = None, **more: Any,
+    sliding_window: int | None = None, softcap: float | None = None, s_aux: torch.Tensor | None = None, **more: Any,
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
     """transformers' attention interface: query [1, num_heads, n, key_dim] to [1, n, num_heads, value_dim]."""
     a, layer, value_dim = paged.architecture, int(cast(Any, module).layer_idx), value.shape[-1]
@@ -200,7 +200,7 @@ def _attend(
     )  # fmt: skip
     window = a.windows[layer] if a.windows else int(sliding_window or 0)
     scale = key_dim**-0.5 if scaling is None else float(scaling)
-    seen = paged.attention.attend(queries, kv, scale, window=window, soft_cap=float(softcap or 0.0))
+    seen = paged.attention.attend(queries, kv, scale, window=window, soft_cap=float(softcap or 0.0), sinks=s_aux)
     return seen[..., :value_dim].unsqueeze(0), None
 
 

@@ -3,6 +3,7 @@
 torch.Tensor   [outputs, inputs], or [experts, outputs, inputs]
 Fp8Weight      e4m3 with scales (fp8.py of the kernels)
 Codes          integers in groups (grouped.py of the kernels)
+Fp4Experts     the matrices of experts in MXFP4 (moe.py of the kernels)
 RowsOf         several of these, one below the other: parts of a fused matrix that are not quantized alike
 """
 
@@ -36,6 +37,14 @@ class Fp8Weight:
     @property
     def shape(self) -> torch.Size:
         return self.codes.shape
+
+
+@dataclass(slots=True)
+class Fp4Experts:
+    codes: torch.Tensor
+    """[experts, outputs, inputs / 2] uint8, as reference_quantized.pack_fp4 packs them."""
+    scale: torch.Tensor
+    """[experts, outputs, inputs / 32] uint8: 2 ** (scale - 127) for every 32 inputs."""
 
 
 @dataclass(slots=True)

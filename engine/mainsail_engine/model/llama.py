@@ -38,6 +38,10 @@ class Layer:
     q_norm: torch.Tensor | None
     k_norm: torch.Tensor | None
     output: Weight
+    output_bias: torch.Tensor | None
+    """On the first rank alone: outputs are summed over the ranks."""
+    sinks: torch.Tensor | None
+    """[num_heads] float32, where attention has them (gpt-oss)."""
     post_norm: torch.Tensor
     mlp: Mlp
     window: int
@@ -101,6 +105,8 @@ class LlamaForCausalLM:
             q_norm=self._head_norm(weights, f"{at}.self_attn.q_norm.weight", a.num_heads),
             k_norm=self._head_norm(weights, f"{at}.self_attn.k_norm.weight", a.num_kv_heads),
             output=packed(scaled(output, a.residual_scale)),
+            output_bias=self._output_bias(weights, f"{at}.self_attn.o_proj.bias"),
+            sinks=self._sinks(weights, at),
             post_norm=self._norm_weight(weights, f"{at}.post_attention_layernorm.weight", hidden),
             mlp=mlp.packed(),
             window=a.window(index),
@@ -108,6 +114,17 @@ class LlamaForCausalLM:
             kv_scales=KVScales(*(weights.scalar(f"{at}.self_attn.{x}_scale") for x in "kv")),
             more=self._more_norms(weights, at),
         )
+
+    def _output_bias(self, weights: Weights, name: str) -> torch.Tensor | None:
+        a = self.architecture
+        if not a.output_bias:
+            return None
+        bias = weights.get(name, (a.hidden_size,)) * a.residual_scale
+        return bias if self.parallel.rank == 0 else None
+
+    def _sinks(self, weights: Weights, at: str) -> torch.Tensor | None:
+        del weights, at
+        return None
 
     def _norm_weight(self, weights: Weights, name: str, size: int) -> torch.Tensor:
         return weights.get(name, (size,))
@@ -166,10 +183,11 @@ class LlamaForCausalLM:
             q_norm=layer.q_norm, k_norm=layer.k_norm, eps=a.rms_norm_eps, kv_scales=layer.kv_scales,
         )  # fmt: skip
         seen = attention.attend(
-            query, kv, a.scale, window=layer.window, soft_cap=a.attention_soft_cap, kv_scales=layer.kv_scales
-        )
+            query, kv, a.scale, window=layer.window, soft_cap=a.attention_soft_cap, sinks=layer.sinks,
+            kv_scales=layer.kv_scales,
+        )  # fmt: skip
         seen = seen.flatten(1)
-        out = linear(seen, layer.output)
+        out = linear(seen, layer.output, layer.output_bias)
         if attention.adapters is not None:
             attention.adapters.add(out, seen, layer.sites["output"])
         return self.parallel.sum(out)

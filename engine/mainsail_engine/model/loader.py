@@ -19,7 +19,7 @@ from mainsail_engine.errors import MissingTensorError, UnexpectedTensorError, Un
 from mainsail_engine.model.architecture import Architecture
 from mainsail_engine.model.gguf_codes import LAYOUTS, Blocks, codes_of
 from mainsail_engine.model.linear import Fp8Weight, Weight
-from mainsail_engine.model.quantization import NONE, WORKS, Form, Fp8, Gguf, Int, Quantization
+from mainsail_engine.model.quantization import NONE, WORKS, Form, Fp8, Gguf, Int, Mxfp4, Quantization
 from mainsail_engine.model.quantized import (
     Share,
     quantize_fp8,
@@ -117,7 +117,7 @@ class Weights:
     def experts(self, stack: Sequence[Sequence[Part]]) -> torch.Tensor | Fp8Weight:
         """As `matrix` for each member of the stack (each expert), in a new first dimension."""
         form = self.quantization.form(stack[0][0].share.module)
-        if isinstance(form, Int | Gguf) or self.quantization.online == "int4":
+        if isinstance(form, Int | Gguf | Mxfp4) or self.quantization.online == "int4":
             raise UnsupportedModelError(
                 f"{stack[0][0].name}: experts in {self.quantization.described} are not supported; experts in FP8 are"
             )
@@ -197,15 +197,17 @@ class Weights:
             whole_rows = part.part_shape[1:] == part.shape[1:]
             span = self._source.span(part.name, part.rows) if whole_rows else None
             if self._reader is None or span is None or not self._reader.read(span, out):
-                out.copy_(self._plain(self._source, part))
+                out.copy_(self._plain(self._source, part, out.dtype))
         elif out.dim() == 1 and part.name.endswith("norm.weight"):
             out.fill_(1.0)
+        elif out.dtype == torch.uint8:  # FP4's codes, and powers of two about 1 / 64
+            out.fill_(121) if part.name.endswith("_scales") else out.random_(generator=self._random)
         else:
             out.normal_(0.0, 0.02, generator=self._random)
 
-    def _plain(self, source: Source, part: Part) -> torch.Tensor:
+    def _plain(self, source: Source, part: Part, dtype: torch.dtype) -> torch.Tensor:
         tensor = source.tensor(part.name, part.rows, part.columns)
-        if tensor.dtype not in PLAIN:
+        if tensor.dtype not in PLAIN and tensor.dtype != dtype:
             raise UnsupportedModelError(
                 f"{source.described}: {part.name} is {tensor.dtype}, and config.json does not say how it is quantized; "
                 f"{WORKS}"

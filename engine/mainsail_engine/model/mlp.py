@@ -11,12 +11,14 @@ from typing import Protocol
 import torch
 
 from mainsail_engine.model.architecture import Activation, Architecture, Experts
-from mainsail_engine.model.linear import Fp8Weight, Weight, gated_packed, linear, packed, scaled, silu_gated
+from mainsail_engine.model.linear import Fp4Experts, Fp8Weight, Weight, gated_packed, linear, packed, scaled, silu_gated
 from mainsail_engine.model.loader import Part, Weights
 from mainsail_engine.model.lora import AdapterRows, Site
 from mainsail_engine.model.parallel import Parallel
 from mainsail_kernels.moe import grouped_mlp, route
 from mainsail_kernels.silu_mul import gelu_tanh_mul, silu_mul
+
+ExpertMatrices = torch.Tensor | Fp8Weight | Fp4Experts
 
 
 class Mlp(Protocol):
@@ -94,25 +96,33 @@ def _adapted(
 class ExpertMlp:
     router: torch.Tensor
     """[num_experts, hidden_size]."""
-    gate_up: torch.Tensor | Fp8Weight
+    gate_up: ExpertMatrices
     """[num_experts, 2 * channels, hidden_size]."""
-    down: torch.Tensor | Fp8Weight
+    down: ExpertMatrices
     """[num_experts, hidden_size, channels]."""
     experts: Experts
+    router_bias: torch.Tensor | None = None
+    gate_up_bias: torch.Tensor | None = None
+    """[num_experts, 2 * channels]."""
+    down_bias: torch.Tensor | None = None
+    """[num_experts, hidden_size], on one rank alone."""
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         e = self.experts
-        weights, chosen = route(linear(x, self.router), e.experts_per_token, normalized=e.normalized)
+        scores = linear(x, self.router, self.router_bias)
+        weights, chosen = route(scores, e.experts_per_token, normalized=e.normalized)
         gate_up, gate_up_scale = _with_scale(self.gate_up)
         down, down_scale = _with_scale(self.down)
-        return grouped_mlp(x, weights, chosen, gate_up, down, gate_up_scale, down_scale)
+        return grouped_mlp(
+            x, weights, chosen, gate_up, down, gate_up_scale, down_scale, self.gate_up_bias, self.down_bias, e.swiglu
+        )
 
     def packed(self) -> Mlp:
         return self
 
 
-def _with_scale(matrix: torch.Tensor | Fp8Weight) -> tuple[torch.Tensor, torch.Tensor | None]:
-    return (matrix.codes, matrix.scale) if isinstance(matrix, Fp8Weight) else (matrix, None)
+def _with_scale(matrix: ExpertMatrices) -> tuple[torch.Tensor, torch.Tensor | None]:
+    return (matrix, None) if isinstance(matrix, torch.Tensor) else (matrix.codes, matrix.scale)
 
 
 def dense_mlp(a: Architecture, weights: Weights, at: str, parallel: Parallel) -> DenseMlp:

@@ -8,6 +8,7 @@ engine does not compute is refused with what it does, instead of being loaded wr
     compressed-tensors `pack-quantized`           Int (4 or 8 bits in groups, or one group a row)
     fp8 (Hugging Face, DeepSeek, Qwen)            Fp8: 128 x 128 blocks, or per tensor
     awq, gptq                                     Int
+    mxfp4 (gpt-oss)                               Mxfp4: the experts' matrices alone
     a .gguf file, with --quantization gguf        Gguf: what its types say, tensor by tensor
 """
 
@@ -24,7 +25,8 @@ from mainsail_engine.errors import InvalidConfigurationError, UnsupportedModelEr
 
 WORKS = (
     "this works: compressed-tensors (FP8 weights per tensor, per output or in 128 x 128 blocks; INT4 and INT8 "
-    "weight-only), fp8 (128 x 128 blocks or per tensor), AWQ (4 bits), GPTQ (4 and 8 bits, without activation order)"
+    "weight-only), fp8 (128 x 128 blocks or per tensor), AWQ (4 bits), GPTQ (4 and 8 bits, without activation order), "
+    "mxfp4 (the experts of gpt-oss)"
 )
 BLOCK = 128
 ONLINE_GROUP = 32
@@ -58,7 +60,12 @@ class Gguf:
     """Tensors keep the type that the file has them in."""
 
 
-Form = Fp8 | Int | Gguf
+@dataclass(frozen=True, slots=True)
+class Mxfp4:
+    """e2m1 weights with a power of two for every 32 inputs; blocks and scales of all experts in one tensor each."""
+
+
+Form = Fp8 | Int | Gguf | Mxfp4
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +146,7 @@ def _own(path: Path) -> dict[str, Any] | None:
 def from_quantization_config(config: dict[str, Any]) -> Quantization:
     """What config.json says under quantization_config. Raises UnsupportedModelError."""
     method = str(config.get("quant_method", "?"))
-    readers = {"compressed-tensors": _compressed, "fp8": _fp8, "awq": _awq, "gptq": _gptq}
+    readers = {"compressed-tensors": _compressed, "fp8": _fp8, "awq": _awq, "gptq": _gptq, "mxfp4": _mxfp4}
     if method not in readers:
         raise refused(f"quantization method {method!r}")
     try:
@@ -166,6 +173,11 @@ def _fp8(config: dict[str, Any]) -> Quantization:
     form = Fp8(blocks=True, scale_name="weight_scale_inv") if block else Fp8()
     ignored = _names(config, "modules_to_not_convert", "ignored_layers") or ("lm_head",)
     return Quantization((Group(("Linear",), form),), ignored, described="fp8")
+
+
+def _mxfp4(config: dict[str, Any]) -> Quantization:
+    del config  # what it says is which modules are not: all but the experts
+    return Quantization((Group((r"re:.*\.experts\.",), Mxfp4()),), described="mxfp4")
 
 
 def _awq(config: dict[str, Any]) -> Quantization:

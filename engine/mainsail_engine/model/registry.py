@@ -11,6 +11,7 @@ from mainsail_engine.model.architecture import Architecture
 from mainsail_engine.model.families import FAMILIES
 from mainsail_engine.model.gemma import Gemma2ForCausalLM, GemmaForCausalLM
 from mainsail_engine.model.generic import TransformersForCausalLM
+from mainsail_engine.model.gpt_oss import GptOssForCausalLM
 from mainsail_engine.model.llama import LlamaForCausalLM
 from mainsail_engine.model.loader import open_weights
 from mainsail_engine.model.olmo2 import Olmo2ForCausalLM
@@ -23,6 +24,7 @@ MODELS: dict[str, type[LlamaForCausalLM]] = dict.fromkeys(FAMILIES, LlamaForCaus
     "GemmaForCausalLM": GemmaForCausalLM,
     "Gemma2ForCausalLM": Gemma2ForCausalLM,
     "Gemma3ForCausalLM": Gemma2ForCausalLM,
+    "GptOssForCausalLM": GptOssForCausalLM,
     "Olmo2ForCausalLM": Olmo2ForCausalLM,
 }
 

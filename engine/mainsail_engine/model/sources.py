@@ -104,7 +104,9 @@ class SafetensorsSource:
         return Span(whole.file, whole.offset + start * each, max(stop - start, 0) * each, whole.dtype)
 
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8,
+}  # fmt: skip
 
 
 def _spans_of(file: Path) -> dict[str, Span]:

@@ -43,6 +43,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Qwen3": {"head_dim": 16},
     "Qwen3Moe": {"head_dim": 16, **EXPERTS, "norm_topk_prob": True, "mlp_only_layers": [1]},
     "Mixtral": EXPERTS,
+    "GptOss": {"head_dim": 16, "sliding_window": WINDOW, "num_experts_per_tok": 2, "num_local_experts": 6,
+               **rope("yarn", truncate=False)},
+    "Llama biases": {"attention_bias": True},
     "SmolLM3": {"no_rope_layer_interval": 2},
     "Granite": {
         "attention_multiplier": 0.2, "embedding_multiplier": 3.0, "residual_multiplier": 0.4, "logits_scaling": 2.0,
@@ -83,8 +86,8 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     torch.manual_seed(1)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
+        for name, parameter in model.named_parameters():
+            parameter.add_(torch.randn_like(parameter) * (2.0 if "sinks" in name else 0.2))
     path = tmp_path_factory.mktemp(family)
     model.save_pretrained(path)
     return runner_of(path), model, request.param

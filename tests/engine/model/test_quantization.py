@@ -281,7 +281,7 @@ def test_a_sleep_finds_every_tensor_of_quantized_matrices(form: str, plain: Path
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"quant_method": "bitsandbytes", "load_in_4bit": True}, r"'bitsandbytes' is not supported; this works: comp"),
-    ({"quant_method": "mxfp4"}, "method 'mxfp4'"),
+    ({"quant_method": "hqq"}, "method 'hqq'"),
     ({"quant_method": "fp8", "weight_block_size": [64, 64]}, r"blocks of \[64, 64\]"),
     ({"quant_method": "gptq", "bits": 3, "group_size": 128}, "GPTQ with 3 bits"),
     ({"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemv"}, "version gemv"),
