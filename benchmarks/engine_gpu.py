@@ -1,6 +1,6 @@
 """Offline figures of the engine on one GPU: decode steps, prefill, whole runs; each beside its floor and its peer.
 
-    python benchmarks/engine_gpu.py [--model llama-3-8b|qwen3-0.6b|qwen3-30b-a3b] [--rows ROW,…] [--output FILE]
+    python benchmarks/engine_gpu.py [--model llama-3-8b|qwen3-0.6b|qwen3-30b-a3b|gpt-oss-20b] [--rows ROW,…] [--output]
 
     step      decode steps at a context of 1,024, by batch         mixed, long   whole runs of 256 and 512 requests
     prefill   64 prompts of 1,024 tokens                           sampling      what sampling settings add to a step
@@ -50,6 +50,7 @@ PEER: dict[str, dict[str, Any]] = {
     "llama-3-8b fp8": {"step_ms": {1: 3.50, 32: 5.56, 128: 9.47, 256: 15.7}, "prefill": 79_000, "mixed": None,
                        "long": None},
     "qwen3-30b-a3b": {"step_ms": {1: 4.13, 128: 21.5}, "prefill": 72_000, "mixed": None, "long": None},
+    "gpt-oss-20b": {"step_ms": {}, "prefill": None, "mixed": None, "long": None},
 }  # fmt: skip
 
 
@@ -74,15 +75,18 @@ class Widths:
 
     weight: float = 2.0
     kv: float = 2.0
+    expert: float = 2.0
 
 
 def step_bytes(a: Architecture, batch: int, context: int, widths: Widths) -> float:
     """Bytes that a decode step must read: every weight but the embedding table, and the KV."""
     qkv = (a.num_heads + 2 * a.num_kv_heads) * a.head_dim * a.hidden_size
-    layer = qkv + a.num_heads * a.head_dim * a.hidden_size + round(_mlp_weights(a, batch))
+    attention = (qkv + a.num_heads * a.head_dim * a.hidden_size) * widths.weight
+    mlp = _mlp_weights(a, batch) * (widths.weight if a.experts is None else widths.expert)
     head = 2 * a.vocab_size * a.hidden_size
-    kv = 2 * a.num_layers * a.num_kv_heads * a.head_dim * context * batch
-    return head + a.num_layers * layer * widths.weight + kv * widths.kv
+    seen = sum(min(context, a.window(layer) or context) for layer in range(a.num_layers))
+    kv = 2 * a.num_kv_heads * a.head_dim * seen * batch
+    return head + a.num_layers * (attention + mlp) + kv * widths.kv
 
 
 def _mlp_weights(a: Architecture, batch: int) -> float:
@@ -257,7 +261,8 @@ def main() -> None:
     load.add(1000, 8)
     load.drain()
     weight = {"fp8": 1.0, "int4": (4 + 24 / 32) / 8}.get(args.quantization, 2.0)
-    widths = Widths(weight, 1.0 if args.kv_cache_dtype == "fp8" else 2.0)
+    experts = (4 + 8 / 32) / 8 if args.model == "gpt-oss-20b" else weight  # its checkpoint has them in MXFP4
+    widths = Widths(weight, 1.0 if args.kv_cache_dtype == "fp8" else 2.0, experts)
     named = args.model if args.quantization == "auto" else f"{args.model} {args.quantization}"
     peer = PEER.get(named, {"step_ms": {}, "prefill": None, "mixed": None, "long": None})
     table = rows(
