@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from mainsail_engine.errors import InvalidAdapterError
-from mainsail_engine.protocol import Adapters, Controlled, LoadAdapter, UnloadAdapter
+from mainsail_engine.protocol import Adapters, AdapterUse, Controlled, LoadAdapter, UnloadAdapter
+from mainsail_engine.request import Request, RequestStatus
 
 if TYPE_CHECKING:
     from mainsail_engine.model.lora import Adapter
@@ -42,8 +43,8 @@ class Loaded:
     slot: int
     number: int
     """Counts the adapters of this engine: no two have the same."""
-    users: set[str] = field(default_factory=set[str])
-    """Requests that go through it."""
+    users: dict[str, Request] = field(default_factory=dict[str, Request])
+    """Requests that go through it, by id."""
     ready: bool = False
     """Its slot is filled."""
 
@@ -89,13 +90,13 @@ class AdapterTable:
         del self._named[loaded.name]
         self._slots[loaded.slot] = None
 
-    def use(self, name: str, request_id: str) -> Loaded | None:
+    def use(self, name: str, request: Request) -> Loaded | None:
         """From now until `release`, this request goes through the adapter of that name. None: there is none."""
         loaded = self._named.get(name)
         if loaded is None or not loaded.ready:
             return None
-        loaded.users.add(request_id)
-        self._of_request[request_id] = loaded
+        loaded.users[request.request_id] = request
+        self._of_request[request.request_id] = loaded
         return loaded
 
     def release(self, request_ids: Iterable[str]) -> None:
@@ -103,12 +104,21 @@ class AdapterTable:
         for request_id in request_ids if self._of_request else ():
             loaded = self._of_request.pop(request_id, None)
             if loaded is not None:
-                loaded.users.discard(request_id)
+                loaded.users.pop(request_id, None)
                 self._free_if_unused(loaded)
+
+    def in_use(self) -> AdapterUse:
+        """By what state the requests are in that go through them."""
+        used = [loaded for loaded in self._slots if loaded is not None and loaded.users] if self._of_request else []
+        return AdapterUse(_having(used, RequestStatus.RUNNING), _having(used, RequestStatus.WAITING))
 
     def _free_if_unused(self, loaded: Loaded) -> None:
         if not loaded.users and self._named.get(loaded.name) is not loaded:
             self._slots[loaded.slot] = None
+
+
+def _having(used: Iterable[Loaded], status: RequestStatus) -> list[str]:
+    return sorted({loaded.name for loaded in used if any(r.status is status for r in loaded.users.values())})
 
 
 class AdapterDesk:
@@ -119,6 +129,7 @@ class AdapterDesk:
         self._runner = runner
         self._read: queue.SimpleQueue[tuple[str, Loaded, Adapter | Exception]] = queue.SimpleQueue()
         self._answers: list[Adapters | Controlled] = []
+        self._told_use = AdapterUse()
         self._num_reading = 0
 
     @property
@@ -140,6 +151,14 @@ class AdapterDesk:
                 self._answer(command.control_id)
         except InvalidAdapterError as error:
             self._answers.append(Controlled(command.control_id, error.message))
+
+    def news_of_use(self) -> AdapterUse | None:
+        """Which adapters run and wait, where that has changed since this was asked last."""
+        use = self.table.in_use()
+        if use == self._told_use:
+            return None
+        self._told_use = use
+        return use
 
     def take_answers(self) -> list[Adapters | Controlled]:
         """Fill what has been read, and tell. Call it between two steps."""

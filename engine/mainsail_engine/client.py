@@ -31,6 +31,7 @@ from mainsail_engine.errors import RequestError, StartupError
 from mainsail_engine.protocol import (
     Abort,
     Adapters,
+    AdapterUse,
     Add,
     Compile,
     Compiled,
@@ -115,6 +116,8 @@ class EngineClient:
         """The core, where this process started it."""
         self.adapters: dict[str, str] = {}
         """LoRA adapters that the core has: served name → path."""
+        self.adapter_use = AdapterUse()
+        """… and which of them requests go through now."""
         self.num_steps = 0
         self.progress_at_s = time.monotonic()
         """Monotonic time of the last step, or of the moment since when there is work."""
@@ -280,6 +283,8 @@ class EngineClient:
     def _deliver(self, step: StepOutputs) -> None:
         self.num_steps = step.step
         self.progress_at_s = time.monotonic()
+        if step.adapter_use is not None:
+            self.adapter_use = step.adapter_use
         if self._on_step is not None:
             self._on_step(step)
         if self._on_first_scheduled is not None:

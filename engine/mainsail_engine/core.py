@@ -258,7 +258,7 @@ class EngineCore:
 
     def _adapt(self, request: Request, name: str) -> bool:
         """Send the request through that adapter. False: it was refused, since there is none (any more)."""
-        loaded = self._adapters.table.use(name, request.request_id) if self._adapters is not None else None
+        loaded = self._adapters.table.use(name, request) if self._adapters is not None else None
         if loaded is None:
             self._refuse(request.request_id, f"the model {name!r} does not exist here (any more)", "model_not_found")
             return False
@@ -351,9 +351,11 @@ class EngineCore:
         for output in outputs if self._queued_since else ():
             if output.finish_reason is not None:  # its deadline came first
                 self._queued_since.pop(output.request_id, None)
+        adapter_use = None
         if self._adapters is not None:
             ended = (output.request_id for output in (*outputs, *refused) if output.finish_reason is not None)
             self._adapters.table.release(ended)
+            adapter_use = self._adapters.news_of_use()
         first_scheduled, self._first_scheduled = self._first_scheduled, []
         return StepOutputs(
             step=self._num_steps,
@@ -364,6 +366,7 @@ class EngineCore:
             host_time_s=host_time_s,
             first_scheduled=first_scheduled,
             block_lives=self._scheduler.take_block_lives(),
+            adapter_use=adapter_use,
         )
 
     def _launch(self, now: float) -> None:
@@ -517,7 +520,7 @@ def addressed(message: FromCore, num_processes: int) -> list[tuple[int, FromCore
     return [
         (process, msgspec.structs.replace(message, outputs=outputs[process], first_scheduled=first[process]))
         for process in range(num_processes)
-        if process == 0 or outputs[process] or first[process]
+        if process == 0 or outputs[process] or first[process] or message.adapter_use is not None
     ]
 
 

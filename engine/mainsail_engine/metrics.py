@@ -1,8 +1,8 @@
 """Every metric of the engine, in a few tables.
 
 Names, labels and bucket bounds are vLLM's, so that dashboards, KEDA scalers and endpoint pickers made for it work
-unchanged; low bounds are added where its own are too coarse to see a fast model. Our own go under `mainsail:`. What
-this engine cannot do (images, LoRA) has no series: none is there that no event feeds.
+unchanged; low bounds are added where its own are too coarse to see a fast model. Names that it has given up are shown
+beside those that took their place (`OLDER_NAMES`): dashboards outlive them. Our own go under `mainsail:`.
 
 Tokens are counted when they come from the core. Times are the client's, as near as a server can know them: a request
 arrives when its HTTP head has been read, a token of a stream is there when its event was handed to the socket (of an
@@ -29,8 +29,8 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString  # pyright: ignore[reportUnknownVariableType]
 
 from mainsail_engine.cells import Cells
-from mainsail_engine.config import MAX_SPECULATIVE_TOKENS
-from mainsail_engine.protocol import Ready, SchedulerStats, StepOutputs
+from mainsail_engine.config import MAX_SPECULATIVE_TOKENS, CacheConfig
+from mainsail_engine.protocol import AdapterUse, Ready, SchedulerStats, StepOutputs
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span
@@ -85,7 +85,7 @@ GAUGES = {
     "vllm:num_requests_running": "Requests in the running batch.",
     "vllm:num_requests_waiting": "Requests that wait to be scheduled.",
     "vllm:kv_cache_usage_perc": "Share of the KV blocks that requests hold: 0 to 1.",
-    "vllm:gpu_cache_usage_perc": "The older name of vllm:kv_cache_usage_perc.",
+    "vllm:num_requests_swapped": "Preempted requests that wait to resume (vLLM has given this one up).",
     "mainsail:kv_waste_perc": "Room in allocated KV blocks that holds nothing, as a share of what is in use.",
     "mainsail:host_cache_usage_perc": "Share of the host memory for KV that holds something: 0 to 1.",
     "mainsail:sessions_active": "Agent sessions with a turn that runs or waits for room.",
@@ -113,6 +113,8 @@ COUNTERS = {
     "vllm:prompt_tokens": "Prompt tokens of requests that got a first token.",
     "vllm:prompt_tokens_cached": "… of which the prefix cache held the KV.",
     "vllm:generation_tokens": "Tokens generated.",
+    "vllm:mm_cache_queries": "Images looked up in a cache: this engine's models take none.",
+    "vllm:mm_cache_hits": "Images found in a cache: this engine's models take none.",
     "vllm:corrupted_requests": "Requests whose logits were not numbers.",
     "vllm:spec_decode_num_drafts": "Times that a request's guesses were verified (speculative decoding).",
     "vllm:spec_decode_num_draft_tokens": "Guesses verified.",
@@ -124,7 +126,7 @@ STATS_GAUGES = {
     "vllm:num_requests_running": "num_running",
     "vllm:num_requests_waiting": "num_waiting",
     "vllm:kv_cache_usage_perc": "kv_usage",
-    "vllm:gpu_cache_usage_perc": "kv_usage",
+    "vllm:num_requests_swapped": "num_swapped",
     "mainsail:kv_waste_perc": "kv_waste",
     "mainsail:host_cache_usage_perc": "host_usage",
     "mainsail:sessions_active": "sessions_active",
@@ -160,6 +162,19 @@ LABELLED_COUNTERS = {
         ("stop", "length", "abort", "error"),
     ),
 }
+OLDER_NAMES = {
+    "vllm:gpu_cache_usage_perc": "vllm:kv_cache_usage_perc",
+    "vllm:cpu_cache_usage_perc": "mainsail:host_cache_usage_perc",
+    "vllm:gpu_prefix_cache_queries": "vllm:prefix_cache_queries",
+    "vllm:gpu_prefix_cache_hits": "vllm:prefix_cache_hits",
+    "vllm:time_per_output_token_seconds": "vllm:inter_token_latency_seconds",
+}
+"""Names that vLLM had, and what they are called now."""
+OLDER_RATES = {
+    "vllm:gpu_prefix_cache_hit_rate": ("vllm:prefix_cache_hits", "vllm:prefix_cache_queries"),
+    "vllm:cpu_prefix_cache_hit_rate": ("vllm:external_prefix_cache_hits", "vllm:external_prefix_cache_queries"),
+}
+"""Gauges that vLLM had, and the counters that they are the ratio of, since the start."""
 HANDLERS = (
     *("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses", "/v1/models"),
     *("/tokenize", "/detokenize", "other"),
@@ -303,12 +318,15 @@ class Metrics(Collector):
         self._histograms = {name: _Histogram(cells, bounds) for name, (_, bounds) in self._tables.items()}
         self._rejections = {r: _Value(cells) for r in REJECTIONS}
         self._http_requests = {(h, m, s): _Value(cells) for h in HANDLERS for m in METHODS for s in STATUSES}
-        self._http_durations = {handler: _Histogram(cells, HTTP_BUCKETS) for handler in HANDLERS}
+        self._http_durations = {
+            (handler, method): _Histogram(cells, HTTP_BUCKETS) for handler, method in product(HANDLERS, METHODS)
+        }
         self._tool_parser: dict[tuple[str, str, str], _Value] = {
             labels: _Value(cells) for labels in product(PARSED_MODES, PARSED_OUTCOMES, PARSED_FOR)
         }
         self._cache_info: dict[str, str] = {}
         self.is_asleep: Callable[[], bool] = lambda: False
+        self._adapters: tuple[str, Callable[[], AdapterUse]] | None = None
         self._last_stats = SchedulerStats()
         self._throughput = {
             "vllm:avg_prompt_throughput_toks_per_s": _Rate(self._counters["vllm:prompt_tokens"]),
@@ -317,15 +335,23 @@ class Metrics(Collector):
         self.registry = CollectorRegistry()
         self.registry.register(self)
 
-    def set_cache_info(self, ready: Ready, *, enable_prefix_caching: bool) -> None:
-        """What endpoint pickers read the pool's size from."""
+    def set_cache_info(self, ready: Ready, cache: CacheConfig) -> None:
+        """What endpoint pickers read the pool's size from: vLLM's names for what this engine has of its settings."""
         self._cache_info = {
             "block_size": str(ready.block_size),
             "num_gpu_blocks": str(ready.num_blocks),
-            "enable_prefix_caching": str(enable_prefix_caching),
+            "num_gpu_blocks_override": str(cache.num_blocks),
+            "kv_cache_size_tokens": str(ready.num_blocks * ready.block_size),
+            "gpu_memory_utilization": str(cache.memory_utilization),
+            "enable_prefix_caching": str(cache.enable_prefix_caching),
+            "kv_offloading_size": str(cache.offloading_size_gib),
             "cache_dtype": ready.dtype,
             "engine": "0",
         }
+
+    def set_adapters(self, max_loras: int, use: Callable[[], AdapterUse]) -> None:
+        """This engine takes LoRA adapters, so many at once; use says which of them are in use."""
+        self._adapters = str(max_loras), use
 
     # -- what happens ----------------------------------------------------------------------------------------------
 
@@ -378,10 +404,10 @@ class Metrics(Collector):
         self._histograms["mainsail:event_loop_lag_seconds"].observe(seconds)
 
     def http(self, path: str, method: str, status: int, seconds: float) -> None:
-        handler = path if path in self._http_durations else "other"
+        handler = path if path in HANDLERS else "other"
         verb = method if method in METHODS else "other"
         self._http_requests[handler, verb, f"{min(max(status // 100, 2), 5)}xx"].inc()
-        self._http_durations[handler].observe(seconds)
+        self._http_durations[handler, verb].observe(seconds)
 
     def tools_parsed(self, *, mode: str, called: bool, request_type: str) -> None:
         """A tool parser was fed: once for each whole answer, or each delta of a stream."""
@@ -453,6 +479,7 @@ class Metrics(Collector):
             family = HistogramMetricFamily(name, self._tables[name][0], labels=LABELS)
             family.add_metric(own, *histogram.totals(self._cells))
             yield family
+        yield from self._collect_older(own)
         yield from self._collect_http()
 
     def _collect_values(self, own: tuple[str, str]) -> Iterator[Metric]:
@@ -470,6 +497,9 @@ class Metrics(Collector):
             info = GaugeMetricFamily("vllm:cache_config_info", "The KV cache's settings.", labels=[*self._cache_info])
             info.add_metric([*self._cache_info.values()], 1.0)
             yield info
+        if self._adapters is not None:
+            max_loras, use = self._adapters
+            yield self._collect_adapters(max_loras, use())
 
     def _collect_labelled(self, own: tuple[str, str]) -> Iterator[Metric]:
         for kind, table in ((GaugeMetricFamily, LABELLED_GAUGES), (CounterMetricFamily, LABELLED_COUNTERS)):
@@ -499,6 +529,31 @@ class Metrics(Collector):
             parsed.add_metric((self.model_name, *labels), value.total(self._cells))
         yield parsed
 
+    def _collect_adapters(self, max_loras: str, use: AdapterUse) -> Metric:
+        """One series, whose value says when it was so: endpoint pickers take the newest."""
+        labels = ("max_lora", "waiting_lora_adapters", "running_lora_adapters")
+        info = GaugeMetricFamily("vllm:lora_requests_info", "LoRA adapters that requests go through.", labels=labels)
+        info.add_metric((max_loras, ",".join(use.waiting), ",".join(use.running)), time.time())
+        return info
+
+    def _collect_older(self, own: tuple[str, str]) -> Iterator[Metric]:
+        for older, name in OLDER_NAMES.items():
+            doc = f"The older name of {name}."
+            if name in self._histograms:
+                histogram = HistogramMetricFamily(older, doc, labels=LABELS)
+                histogram.add_metric(own, *self._histograms[name].totals(self._cells))
+                yield histogram
+            else:
+                kind = GaugeMetricFamily if name in GAUGES else CounterMetricFamily
+                family = kind(older, doc, labels=LABELS)
+                family.add_metric(own, (self._gauges | self._counters)[name].total(self._cells))
+                yield family
+        for older, (part, whole) in OLDER_RATES.items():
+            rate = GaugeMetricFamily(older, f"An older gauge: {part} over {whole} since the start.", labels=LABELS)
+            total = self._counters[whole].total(self._cells)
+            rate.add_metric(own, self._counters[part].total(self._cells) / total if total else 0.0)
+            yield rate
+
     def _collect_http(self) -> Iterator[Metric]:
         labels = ("handler", "method", "status")
         requests = CounterMetricFamily("http_requests", "HTTP requests answered.", labels=labels)
@@ -506,10 +561,10 @@ class Metrics(Collector):
             requests.add_metric(key, value.total(self._cells))
         yield requests
         durations = HistogramMetricFamily(
-            "http_request_duration_seconds", "Until the last byte of the answer.", labels=("handler",)
+            "http_request_duration_seconds", "Until the last byte of the answer.", labels=("handler", "method")
         )
-        for handler, histogram in self._http_durations.items():
-            durations.add_metric((handler,), *histogram.totals(self._cells))
+        for key, histogram in self._http_durations.items():
+            durations.add_metric(key, *histogram.totals(self._cells))
         yield durations
 
     def exposition(self) -> bytes:

@@ -166,6 +166,8 @@ class SchedulerStats(msgspec.Struct, frozen=True, array_like=True):
     """Blocks copied back."""
     num_recomputed_tokens: int = 0
     """Tokens that preempted requests had computed before and had to compute again."""
+    num_swapped: int = 0
+    """Preempted requests that wait to resume."""
     kv_waste: float = 0.0
     """Room in allocated blocks that holds nothing, as a share of what is in use."""
     sessions_active: int = 0
@@ -208,6 +210,13 @@ class FirstScheduled(msgspec.Struct, frozen=True, array_like=True):
     queue_time_s: float
 
 
+class AdapterUse(msgspec.Struct, frozen=True, array_like=True):
+    """Names of the LoRA adapters that requests go through which run, or wait; an adapter may be in both."""
+
+    running: list[str] = []
+    waiting: list[str] = []
+
+
 class StepOutputs(msgspec.Struct, frozen=True, tag=True, array_like=True):
     step: int
     """Counts every step: the heartbeat."""
@@ -219,6 +228,8 @@ class StepOutputs(msgspec.Struct, frozen=True, tag=True, array_like=True):
     host_time_s: float = 0.0
     """The step's time without the wait for the device."""
     block_lives: list[BlockLife] = []
+    adapter_use: AdapterUse | None = None
+    """Told where it has changed since the last step, and then to every API process."""
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True, array_like=True):

@@ -122,7 +122,7 @@ class Scheduler:
         """The first in the queue that did not fit: its place in the queue, the available blocks it needs, the step."""
         self._num_arrivals = self._num_steps = self._plans_in_flight = 0
         self._num_preemptions = self._prefix_queries = self._prefix_hits = 0
-        self._host_queries = self._host_hits = self._num_recomputed = 0
+        self._host_queries = self._host_hits = self._num_recomputed = self._num_swapped = 0
         self._kv_waste = 0.0
         self._residency = Residency(self.kv) if self._sharing and config.scheduler.agent_sessions else None
         self._num_held = 0
@@ -493,6 +493,7 @@ class Scheduler:
             self._accounts[request.request_id].served += PROMPT_WEIGHT * uncached
 
     def _note_resumed(self, request: Request, match: Match) -> None:
+        self._num_swapped -= 1
         recomputed = max(0, request.num_lost_tokens - match.num_tokens)
         self._num_recomputed += recomputed
         log.info(
@@ -531,6 +532,7 @@ class Scheduler:
         request.move(RequestStatus.WAITING)
         request.num_preemptions += 1
         self._num_preemptions += 1
+        self._num_swapped += 1
         self._waiting.push(request)
         self._look_again(request)
 
@@ -751,6 +753,7 @@ class Scheduler:
                 self._residency.finished(request, leaf, self._now)
         else:
             self._waiting.remove(request)
+            self._num_swapped -= request.num_preemptions > 0
             self.kv.forget_tenant(request)
             self._look_again(request)
             if self._residency is not None:
@@ -793,6 +796,7 @@ class Scheduler:
             num_swapped_out=host.num_stored,
             num_swapped_in=host.num_loaded,
             num_recomputed_tokens=self._num_recomputed,
+            num_swapped=self._num_swapped,
             kv_waste=self._kv_waste,
             **self._session_stats(),
             **self._speculation_stats(),

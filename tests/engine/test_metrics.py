@@ -1,62 +1,19 @@
 from __future__ import annotations
 
-import pytest
+import time
+from dataclasses import dataclass, field
 
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from tests.engine import field_metrics
+
+from mainsail_engine.config import CacheConfig
 from mainsail_engine.metrics import Metrics, RequestTimes, one_two_five
-from mainsail_engine.protocol import BlockLife, Ready, RequestOutput, SchedulerStats, StepOutputs
+from mainsail_engine.protocol import AdapterUse, BlockLife, Ready, RequestOutput, SchedulerStats, StepOutputs
+
+READY = Ready(8192, 100, 16, 256, [2], "cpu", "float32")
 
 LABELS = {"model_name": "m", "engine": "0"}
-ENGINE = {"engine"}
-FIELD: dict[str, set[str]] = {
-    **{
-        f"vllm:{name}": ENGINE
-        for name in (
-            "num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "prefix_cache_queries_total",
-            "prefix_cache_hits_total", "external_prefix_cache_queries_total", "external_prefix_cache_hits_total",
-            "num_preemptions_total", "prompt_tokens_total", "prompt_tokens_cached_total", "generation_tokens_total",
-            "corrupted_requests_total",
-        )
-    },
-    **{
-        f"vllm:{name}_{kind}": ENGINE
-        for kind in ("bucket", "sum", "count")
-        for name in (
-            "iteration_tokens_total", "request_prompt_tokens", "request_generation_tokens",
-            "request_max_num_generation_tokens", "request_params_n", "request_params_max_tokens",
-            "request_prefill_kv_computed_tokens", "request_num_preemptions", "time_to_first_token_seconds",
-            "inter_token_latency_seconds", "request_time_per_output_token_seconds", "e2e_request_latency_seconds",
-            "request_queue_time_seconds", "request_inference_time_seconds", "request_prefill_time_seconds",
-            "request_decode_time_seconds", "kv_block_lifetime_seconds", "kv_block_idle_before_evict_seconds",
-            "kv_block_reuse_gap_seconds",
-        )
-    },
-    "vllm:num_requests_waiting_by_reason": ENGINE | {"reason"},
-    "vllm:engine_sleep_state": ENGINE | {"sleep_state"},
-    "vllm:cache_config_info": {"block_size", "num_gpu_blocks", "enable_prefix_caching", "cache_dtype", "engine"},
-    "vllm:prompt_tokens_by_source_total": ENGINE | {"source"},
-    "vllm:prompt_tokens_cached_by_source_total": ENGINE | {"source"},
-    "vllm:request_success_total": ENGINE | {"finished_reason"},
-    "vllm:admission_rejections_total": {"reason"},
-    "vllm:tool_call_parser_invocations_total": {"mode", "outcome", "request_type"},
-}  # fmt: skip
-"""Not here: vllm:mm_cache_* (images), lora_requests_info, num_requests_kv_fetch_by_stage, estimated_*_per_gpu."""
-LATENCY = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
-WHOLE = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
-FIELD_BUCKETS: dict[str, tuple[float, ...]] = {
-    "vllm:time_to_first_token_seconds": (
-        *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640),
-        2560,
-    ),
-    "vllm:inter_token_latency_seconds": LATENCY,
-    "vllm:request_time_per_output_token_seconds": LATENCY,
-    "vllm:e2e_request_latency_seconds": WHOLE,
-    "vllm:request_queue_time_seconds": WHOLE,
-    "vllm:iteration_tokens_total": (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384),
-    "vllm:kv_block_lifetime_seconds": (
-        *(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800),
-    ),
-    "vllm:request_prompt_tokens": (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000),
-}
 
 
 @pytest.fixture
@@ -132,18 +89,87 @@ def test_lives_of_blocks(metrics: Metrics) -> None:
     assert value(metrics, "vllm:kv_block_reuse_gap_seconds_count") == 2
 
 
+@dataclass
+class Seen:
+    """What a scrape shows of one name."""
+
+    kind: str
+    labels: set[str] = field(default_factory=set)
+    values: dict[str, set[str]] = field(default_factory=dict)
+
+
+def scrape(text: str) -> dict[str, Seen]:
+    """By a sample's name."""
+    seen: dict[str, Seen] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            one = seen.setdefault(sample.name, Seen(family.type))
+            one.labels |= sample.labels.keys()
+            for label, text_value in sample.labels.items():
+                one.values.setdefault(label, set()).add(text_value)
+    return seen
+
+
+def check_the_field(text: str) -> None:
+    """Everything that vLLM shows is there, with its type, labels, their values, and bounds."""
+    seen = scrape(text)
+    for kind, table in (("gauge", field_metrics.GAUGES), ("counter", field_metrics.COUNTERS)):
+        for name, labels in table.items():
+            assert name in seen, name
+            assert seen[name].kind == kind, name
+            assert seen[name].labels >= labels, name
+    for (name, label), values in field_metrics.LABEL_VALUES.items():
+        assert seen[name].values[label] >= values, name
+    for name, bounds in (field_metrics.HISTOGRAMS | field_metrics.HTTP_HISTOGRAMS).items():
+        labels = field_metrics.OWN if name in field_metrics.HISTOGRAMS else {"handler", "method"}
+        assert all(seen[f"{name}_{part}"].labels >= labels for part in ("bucket", "sum", "count")), name
+        assert seen[f"{name}_bucket"].kind == "histogram", name
+        assert {float(le) for le in seen[f"{name}_bucket"].values["le"]} >= {*bounds, float("inf")}, name
+    ends = {"gauge": "", "counter": "_total", "histogram": "_bucket"}
+    for name, kind in field_metrics.OLDER.items():
+        assert seen[name + ends[kind]].kind == kind, name
+        assert seen[name + ends[kind]].labels >= field_metrics.OWN, name
+
+
 def test_the_fields_names_labels_and_buckets(metrics: Metrics) -> None:
-    """vLLM's current set, but for what this engine has no such thing as: dashboards made for it find theirs."""
-    metrics.set_cache_info(Ready(8192, 100, 16, 256, [2], "cpu", "float32"), enable_prefix_caching=True)
-    seen = {s.name: set(s.labels) for family in metrics.registry.collect() for s in family.samples}
-    for name, labels in FIELD.items():
-        assert name in seen, name
-        own = set() if name in ("vllm:cache_config_info",) else {"model_name"}
-        assert seen[name] >= labels | own, name
-    for name, bounds in FIELD_BUCKETS.items():
-        text = metrics.exposition().decode()
-        for bound in bounds:
-            assert f'{name}_bucket{{engine="0",le="{float(bound)}",model_name="m"}}' in text, (name, bound)
+    """vLLM's whole set, and what it had before: dashboards made for it find theirs."""
+    metrics.set_cache_info(READY, CacheConfig())
+    text = metrics.exposition().decode()
+    check_the_field(text)
+    assert not any(name in text for name in (*field_metrics.WITH_LORA, *field_metrics.OF_WHAT_IS_NOT_HERE))
+
+
+@pytest.mark.parametrize("name", ["vllm:num_requests_running", "vllm:mm_cache_hits", "vllm:gpu_cache_usage_perc"])
+def test_a_missing_one_is_missed(metrics: Metrics, name: str) -> None:
+    metrics.set_cache_info(READY, CacheConfig())
+    text = "".join(line for line in metrics.exposition().decode().splitlines(keepends=True) if name not in line)
+    with pytest.raises((AssertionError, KeyError)):
+        check_the_field(text)
+
+
+def test_older_names_say_the_same(metrics: Metrics) -> None:
+    metrics.step(step(1, SchedulerStats(kv_usage=0.25, host_usage=0.5, num_swapped=3, prefix_cache_queries=80,
+                                        prefix_cache_hits=20, host_cache_queries=10, host_cache_hits=5)))  # fmt: skip
+    times = RequestTimes(arrival_s=0.0, num_prompt_tokens=4, max_tokens=2)
+    metrics.delivered(times, 1.0)
+    metrics.delivered(times, 1.5)
+    shown = {
+        "vllm:gpu_cache_usage_perc": 0.25, "vllm:cpu_cache_usage_perc": 0.5, "vllm:num_requests_swapped": 3,
+        "vllm:gpu_prefix_cache_queries_total": 80, "vllm:gpu_prefix_cache_hits_total": 20,
+        "vllm:gpu_prefix_cache_hit_rate": 0.25, "vllm:cpu_prefix_cache_hit_rate": 0.5,
+        "vllm:time_per_output_token_seconds_sum": 0.5, "vllm:time_per_output_token_seconds_count": 1,
+    }  # fmt: skip
+    assert {name: value(metrics, name) for name in shown} == shown
+
+
+def test_adapters_in_use_are_one_series(metrics: Metrics) -> None:
+    use = AdapterUse(["a", "b"], ["c"])
+    metrics.set_adapters(4, lambda: use)
+    (family,) = [family for family in metrics.registry.collect() if family.name in field_metrics.WITH_LORA]
+    (sample,) = family.samples
+    assert sample.labels == {"max_lora": "4", "waiting_lora_adapters": "c", "running_lora_adapters": "a,b"}
+    assert sample.labels.keys() == field_metrics.WITH_LORA[family.name]
+    assert abs(sample.value - time.time()) < 60
 
 
 def test_token_buckets() -> None:

@@ -86,8 +86,10 @@ class ApiServer:
         if both := sorted(set(names) & set(ready.adapters)):
             raise InvalidConfigurationError(f"--lora-modules: {both[0]} is the base model's name too")
         metrics = Metrics(names[0], ready.max_model_len, self.board.cells)
-        metrics.set_cache_info(ready, enable_prefix_caching=self.engine.cache.enable_prefix_caching)
+        metrics.set_cache_info(ready, self.engine.cache)
         metrics.is_asleep = lambda: self.board.is_asleep
+        if self.engine.lora is not None:
+            metrics.set_adapters(self.engine.lora.max_loras, lambda: self.client.adapter_use)
         self.serving = Serving(
             client=self.client,
             tokenizer=tokenizer,

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
+from prometheus_client.parser import text_string_to_metric_families
 from safetensors.torch import save_file
 from tests.engine.server.conftest import Engine, launch, start
+from tests.engine.server.streams import Seen, watch
 from tests.engine.tiny import HIDDEN, LAYERS, make_tiny_model
 
 PROMPT = "The quick brown fox jumps over the lazy dog and then it sleeps in the sun"
@@ -47,7 +51,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def adapted(request: pytest.FixtureRequest, folder: Path) -> Iterator[Engine]:
     engine = start(
         folder, folder / "tiny", "--max-loras", "2", "--lora-modules", f"pirate={folder / 'pirate'}",
-        "--kv-cache-blocks", "512", "--api-server-count", str(request.param),
+        "--kv-cache-blocks", "512", "--max-num-seqs", "16", "--api-server-count", str(request.param),
     )  # fmt: skip
     yield engine
     engine.close()
@@ -105,6 +109,39 @@ def test_loaded_and_unloaded_beside_streams(adapted: Engine, folder: Path) -> No
         assert all(future.result() for future in asking)
     assert len(answers) == 1
     assert not answers & {complete(adapted, "smol"), complete(adapted, "pirate")}
+
+
+async def test_endpoint_pickers_see_which_adapters_run_and_wait(
+    adapted: Engine, folder: Path, waiting: Callable[..., None]
+) -> None:
+    """By any API process: whichever answers the scrape."""
+
+    def seen() -> set[tuple[str, str, str]]:
+        texts = [httpx.get(adapted.url + "/metrics").text for _ in range(8)]
+        families = [family for text in texts for family in text_string_to_metric_families(text)]
+        samples = [family.samples for family in families if family.name == "vllm:lora_requests_info"]
+        assert [len(each) for each in samples] == [1] * 8
+        names = ("max_lora", "waiting_lora_adapters", "running_lora_adapters")
+        return {tuple(each[0].labels[name] for name in names) for each in samples}
+
+    assert load(adapted, "poet", folder / "poet") == 200
+    assert seen() == {("2", "", "")}
+    body = {"prompt": PROMPT, "max_tokens": 1900, "ignore_eos": True}
+
+    def stream(model: str) -> asyncio.Task[Seen]:
+        return asyncio.create_task(watch(adapted.url, "/v1/completions", {**body, "model": model}))
+
+    streams = [stream("poet") for _ in range(20)]
+    try:
+        await asyncio.to_thread(waiting, lambda: seen() == {("2", "poet", "poet")}, "poets to run and to wait")
+        streams.append(stream("pirate"))
+        await asyncio.to_thread(waiting, lambda: seen() == {("2", "pirate,poet", "poet")}, "a pirate to wait")
+    finally:
+        for each in streams:
+            each.cancel()
+        await asyncio.gather(*streams, return_exceptions=True)
+    await asyncio.to_thread(waiting, lambda: seen() == {("2", "", "")}, "nobody to be left")
+    assert unload(adapted, "poet") == 200
 
 
 def test_prefixes_are_shared_within_an_adapter_only(adapted: Engine, folder: Path) -> None:

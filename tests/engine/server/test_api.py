@@ -17,6 +17,7 @@ import openai
 import pytest
 from tests.engine.server.conftest import ROOT, Engine
 from tests.engine.server.streams import Seen, watch
+from tests.engine.test_metrics import check_the_field
 
 PROMPT = "the abyss of a quiet sea"
 GREEDY: dict[str, Any] = {"model": "smol", "temperature": 0, "max_tokens": 12, "ignore_eos": True}
@@ -232,6 +233,10 @@ def test_embeddings(client: openai.OpenAI, tiny_engine: Engine) -> None:
 
 
 # -- metrics against what clients see ----------------------------------------------------------------------------------
+
+
+def test_metrics_are_the_fields(tiny_engine: Engine) -> None:
+    check_the_field(tiny_engine.http.get(tiny_engine.url + "/metrics").text)
 
 
 TIMES = ("time_to_first_token", "inter_token_latency", "e2e_request_latency")
