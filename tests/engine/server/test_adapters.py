@@ -121,8 +121,8 @@ async def test_endpoint_pickers_see_which_adapters_run_and_wait(
         families = [family for text in texts for family in text_string_to_metric_families(text)]
         samples = [family.samples for family in families if family.name == "vllm:lora_requests_info"]
         assert [len(each) for each in samples] == [1] * 8
-        names = ("max_lora", "waiting_lora_adapters", "running_lora_adapters")
-        return {tuple(each[0].labels[name] for name in names) for each in samples}
+        labels = [each[0].labels for each in samples]
+        return {(of["max_lora"], of["waiting_lora_adapters"], of["running_lora_adapters"]) for of in labels}
 
     assert load(adapted, "poet", folder / "poet") == 200
     assert seen() == {("2", "", "")}
