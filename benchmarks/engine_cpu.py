@@ -1,13 +1,19 @@
 """SmolLM2 on the CPU: output tokens per second at concurrency 1, 8 and 32, beside two peers in the same run.
 
     python benchmarks/engine_cpu.py MODEL.gguf [--dtypes bfloat16,float32] [--vllm-python V/bin/python]
-                                    [--no-transformers] [--output results/engine_cpu.json]
+                                    [--no-transformers] [--plain] [--output results/engine_cpu.json]
 
-Prompts of 128 random token ids, 128 tokens out, greedy. "ours" is the runner driven directly: every round prefills its
-requests within the engine's token budget of a step, then decodes them together (no HTTP). `transformers.generate` takes
-prompts one by one, with the same number of threads. vLLM (vllm_cpu.py tells how to install it) takes the same rounds
-through `LLM.generate`, twice: with its default binding, which leaves one core to its other processes, and with
-every core (`VLLM_CPU_OMP_THREADS_BIND`) if --vllm-all-cores. Ratios are ours over the peer's.
+Prompts of 128 random token ids, 128 tokens out, greedy. "ours" is `LLM.generate`: scheduler, core process and all but
+HTTP; "runner" is the runner driven directly, a round's prompts prefilled within the token budget of a step, then
+decoded together. --plain: the runner once more with PyTorch's operations instead of compiled kernels.
+`transformers.generate` takes prompts one by one. vLLM (vllm_cpu.py tells how to install it) takes the same rounds
+through `LLM.generate`, with its default binding, which leaves one core to its other processes, and with
+--vllm-all-cores once more with every core (`VLLM_CPU_OMP_THREADS_BIND`). Each is a process of its own, one after the
+other. Ratios are ours over the peer's.
+
+The floor is what the machine allows: all weights read once a step at the rate at which its cores read memory, or all
+products at the rate of oneDNN's largest, whichever takes longer, and the same of the prompts. Both are measured here.
+An output file keeps what it has of other dtypes.
 """
 
 from __future__ import annotations
@@ -18,14 +24,19 @@ import os
 import platform
 import random
 import subprocess
+import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import mainsail_engine
 from mainsail_engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from mainsail_engine.llm import TokensPrompt
+from mainsail_engine.model.architecture import read_architecture
 from mainsail_engine.request import Request, SamplingParams
 from mainsail_engine.runner.model_runner import ModelRunner, batched_tokens
 from mainsail_engine.step import Chunk, StepPlan
@@ -35,6 +46,8 @@ BLOCKS_PER_REQUEST = (LENGTH_IN + LENGTH_OUT) // 16 + 1
 ROUNDS = {1: 2, 8: 8, 32: 32}
 """Concurrency: how many requests."""
 VOCAB = 49_000
+MODES = {"ours": {}, "runner": {}, "plain": {"MAINSAIL_CPU_KERNELS": "0"}, "floor": {}}
+"""What a process of ours measures, and its environment."""
 
 
 def make_runner(model: str, dtype: str) -> ModelRunner:
@@ -49,7 +62,7 @@ def make_runner(model: str, dtype: str) -> ModelRunner:
 
 
 def make_prompts(count: int, vocab: int = VOCAB) -> list[list[int]]:
-    numbers = random.Random(0)
+    numbers = random.Random(count)
     return [[numbers.randrange(3, vocab) for _ in range(LENGTH_IN)] for _ in range(count)]
 
 
@@ -76,20 +89,86 @@ def round_of(runner: ModelRunner, prompts: list[list[int]], budget: int) -> list
     return [request.output_token_ids for request in requests]
 
 
-def ours(model: str, dtype: str) -> dict[str, Any]:
-    started = time.perf_counter()
-    runner = make_runner(model, dtype)
-    load_s = time.perf_counter() - started
-    budget = batched_tokens(EngineConfig(model=ModelConfig(path=model)), torch.device("cpu"))
+def rounds_of(answer: Callable[[list[list[int]]], int]) -> list[dict[str, float]]:
+    """answer takes prompts at once and tells how many tokens it made."""
     results: list[dict[str, float]] = []
     for concurrency, num_prompts in ROUNDS.items():
         prompts = make_prompts(num_prompts)
         started, made = time.perf_counter(), 0
         for first in range(0, num_prompts, concurrency):
-            made += sum(map(len, round_of(runner, prompts[first : first + concurrency], budget)))
+            made += answer(prompts[first : first + concurrency])
         speed = made / (time.perf_counter() - started)
         results.append({"concurrency": concurrency, "requests": num_prompts, "tokens_per_s": round(speed, 1)})
+    return results
+
+
+def runner_alone(model: str, dtype: str) -> dict[str, Any]:
+    started = time.perf_counter()
+    runner = make_runner(model, dtype)
+    load_s = time.perf_counter() - started
+    budget = batched_tokens(EngineConfig(model=ModelConfig(path=model)), torch.device("cpu"))
+    results = rounds_of(lambda prompts: sum(map(len, round_of(runner, prompts, budget))))
     return {"load_s": round(load_s, 1), "results": results}
+
+
+def whole_engine(model: str, dtype: str) -> dict[str, Any]:
+    started = time.perf_counter()
+    with mainsail_engine.LLM(
+        model=model, dtype=dtype, device="cpu", max_model_len=512, max_num_seqs=max(ROUNDS), enable_prefix_caching=False
+    ) as llm:
+        load_s = time.perf_counter() - started
+        params = mainsail_engine.SamplingParams(temperature=0.0, max_tokens=LENGTH_OUT, ignore_eos=True)
+
+        def answer(prompts: list[list[int]]) -> int:
+            some = [TokensPrompt(prompt_token_ids=ids) for ids in prompts]
+            return sum(len(out.outputs[0].token_ids) for out in llm.generate(some, params, use_tqdm=False))
+
+        results = rounds_of(answer)
+    return {"load_s": round(load_s, 1), "results": results}
+
+
+def best_s(work: Callable[[], object], times: int = 7) -> float:
+    taken: list[float] = []
+    for _ in range(times):
+        started = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - started)
+    return min(taken)
+
+
+def floor(model: str, dtype: str) -> dict[str, Any]:
+    """Tokens a second that no engine passes here: see the head of this file."""
+    kind, a = getattr(torch, dtype), read_architecture(Path(model))
+    much, x, weight = torch.ones(1 << 27), torch.ones(2048, 4096, dtype=kind), torch.ones(4096, 4096, dtype=kind)
+    bytes_per_s = much.nbytes / best_s(much.sum)
+    flops_per_s = 2 * x.shape[0] * weight.numel() / best_s(lambda: torch.nn.functional.linear(x, weight))
+    heads = (2 * a.num_heads + 2 * a.num_kv_heads) * a.head_dim
+    layers = a.num_layers * a.hidden_size * (heads + 3 * a.intermediate_size)
+    head = a.vocab_size * a.hidden_size
+    results: list[dict[str, float]] = []
+    for rows in ROUNDS:
+        step_s = max((layers + head) * kind.itemsize / bytes_per_s, 2 * (layers + head) * rows / flops_per_s)
+        prompts_s = rows * 2 * (layers * LENGTH_IN + head) / flops_per_s
+        speed = rows * LENGTH_OUT / (prompts_s + (LENGTH_OUT - 1) * step_s)
+        results.append({"concurrency": rows, "step_ms": round(1e3 * step_s, 2), "tokens_per_s": round(speed, 1)})
+    rates = {"read_gb_per_s": round(bytes_per_s / 1e9, 1), "products_gflop_per_s": round(flops_per_s / 1e9)}
+    return {**rates, "results": results}
+
+
+MEASURES = {"ours": whole_engine, "runner": runner_alone, "plain": runner_alone, "floor": floor}
+
+
+def in_a_process(mode: str, model: str, dtype: str) -> dict[str, Any]:
+    command = [sys.executable, __file__, model, "--mode", mode, "--dtypes", dtype]
+    return result_of(command, {**os.environ, **MODES[mode]})
+
+
+def result_of(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    for line in done.stdout.splitlines():
+        if line.startswith("RESULT "):
+            return json.loads(line.removeprefix("RESULT "))
+    raise SystemExit(f"{command} said nothing:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
 
 
 def transformers_peer(net: Any, dtype: str, num_prompts: int = 2) -> dict[str, Any]:
@@ -118,11 +197,7 @@ def vllm_peer(python: str, checkpoint: Path, dtype: str, *, all_cores: bool = Fa
         environment["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
     # -P: the folder of this file must not be searched for modules, it has a kernels.py
     command = [python, "-P", str(Path(__file__).with_name("vllm_cpu.py")), str(checkpoint), dtype, str(prompts)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    for line in done.stdout.splitlines():
-        if line.startswith("RESULT "):
-            return json.loads(line.removeprefix("RESULT "))
-    raise SystemExit(f"vLLM said nothing:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+    return result_of(command, environment)
 
 
 def load_net(model: str) -> Any:
@@ -153,22 +228,26 @@ def ratios(mine: dict[str, Any], peer: dict[str, Any]) -> dict[str, float]:
 
 
 def measure(args: argparse.Namespace, result: dict[str, Any]) -> None:
-    net = None if args.no_transformers and not args.vllm_python else load_net(args.model)
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.checkpoint or Path(temporary)
-        if args.vllm_python and not (folder / "config.json").exists():
+        saved = (folder / "config.json").exists() or not args.vllm_python
+        net = None if args.no_transformers and saved else load_net(args.model)
+        if not saved:
             save_checkpoint(net, folder)
         for dtype in args.dtypes.split(","):
-            one: dict[str, Any] = {"ours": ours(args.model, dtype)}
+            one: dict[str, Any] = {"load_average": round(os.getloadavg()[0], 2)}
             result[dtype] = one
-            print(json.dumps({dtype: one}), flush=True)
+            for mode in ("floor", "ours", "runner", *(("plain",) if args.plain else ())):
+                one[mode] = in_a_process(mode, args.model, dtype)
+                print(json.dumps({mode: one[mode]}), flush=True)
             if not args.no_transformers:
                 one["transformers"] = transformers_peer(net, dtype)
             if args.vllm_python:
                 one["vllm"] = vllm_peer(args.vllm_python, folder, dtype)
                 if args.vllm_all_cores:
                     one["vllm_all_cores"] = vllm_peer(args.vllm_python, folder, dtype, all_cores=True)
-            one["ratios"] = {name: ratios(one["ours"], peer) for name, peer in one.items() if name != "ours"}
+            others = [name for name, peer in one.items() if name != "ours" and isinstance(peer, dict)]
+            one["ratios"] = {name: ratios(one["ours"], one[name]) for name in others}
             print(json.dumps({dtype: one}), flush=True)
             if args.output:
                 args.output.write_text(json.dumps(result, indent=2) + "\n")
@@ -182,13 +261,20 @@ def main() -> None:
     parser.add_argument("--vllm-python", help="the interpreter of an environment with vllm-cpu")
     parser.add_argument("--checkpoint", type=Path, help="where to keep vLLM's: it finds what it compiled by the path")
     parser.add_argument("--vllm-all-cores", action="store_true", help="vLLM once more, bound to every core")
+    parser.add_argument("--plain", action="store_true", help="the runner without compiled kernels, too")
+    parser.add_argument("--mode", choices=MODES, help="only this, of one dtype, printed for the process that asks")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
+    if args.mode:
+        print("RESULT " + json.dumps(MEASURES[args.mode](args.model, args.dtypes)))
+        return
     cpu = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
-    result: dict[str, Any] = {
+    result: dict[str, Any] = json.loads(args.output.read_text()) if args.output and args.output.exists() else {}
+    result |= {
         "cpu": cpu.partition(": ")[2] or platform.machine(), "threads": torch.get_num_threads(),
-        "load_average": round(os.getloadavg()[0], 2), "torch": torch.__version__,
+        "torch": torch.__version__,
     }  # fmt: skip
+    result.pop("load_average", None)
     measure(args, result)
 
 
