@@ -93,7 +93,16 @@ def _compile_imports(place: Place) -> None:
 
 
 def _prepare_sources(place: Place) -> None:
-    """Compile the packages, and let a container's user read them even if the checkout was made for its owner only."""
+    """Compile the packages, and let a container's user read them even if the checkout was made for its owner only.
+
+    The CPU's kernels too, which containers would compile at every start. Without a compiler there are none.
+    """
+    if shutil.which("gcc") is not None:
+        run(
+            [place.venv / "bin/python", "-m", "mainsail_kernels.cpu.build"],
+            log=place.logs / "compile.log",
+            do="see the log",
+        )
     run([place.venv / "bin/python", "-m", "compileall", "-q", *place.sources], log=place.logs / "compile.log",
         do="correct the file that is named")  # fmt: skip
     for source in place.sources:

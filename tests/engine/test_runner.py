@@ -119,6 +119,20 @@ def test_log_probabilities_equal_transformers(smol: ModelRunner) -> None:
 
 
 @pytest.mark.model
+def test_compiled_kernels_change_no_token(smollm2: Path, smol: ModelRunner, monkeypatch) -> None:
+    """PyTorch's operations are the definition, and what is left where there is no compiler."""
+    monkeypatch.setenv("MAINSAIL_CPU_KERNELS", "0")
+    plain = ModelRunner(config(smollm2, dtype="float32"))
+    for case in cases()[:4]:
+        count = min(first_near_tie(case), 16)
+        tokens = [
+            generate(poisoned(runner), Sequence(0, case["prompt_token_ids"], blocks_of(0)), max(count, 1), 16)[:count]
+            for runner in (plain, smol)
+        ]
+        assert tokens[0] == tokens[1] == case["token_ids"][:count]
+
+
+@pytest.mark.model
 def test_bfloat16_is_near_float32(smollm2: Path) -> None:
     """What the CPU computes in by default where it can: tokens differ at near ties only, log-probabilities little."""
     runner = ModelRunner(config(smollm2, dtype="bfloat16"))

@@ -1,6 +1,7 @@
 """The matrices of a model, plain or quantized, and the product with one.
 
 torch.Tensor   [outputs, inputs], or [experts, outputs, inputs]
+Panels         on the CPU, as compiled code reads it (cpu/decoder.c of the kernels)
 Fp8Weight      e4m3 with scales (fp8.py of the kernels)
 Codes          integers in groups (grouped.py of the kernels)
 Fp4Experts     the matrices of experts in MXFP4 (moe.py of the kernels)
@@ -10,17 +11,18 @@ RowsOf         several of these, one below the other: parts of a fused matrix th
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import overload
 
 import torch
 import torch.nn.functional as F
 
 from mainsail_engine.model.architecture import Activation
+from mainsail_kernels.cpu import decoder
+from mainsail_kernels.cpu.decoder import Panels
 from mainsail_kernels.fp8 import fp8_block_linear, fp8_gated_linear, fp8_linear
 from mainsail_kernels.grouped import Codes, grouped_linear
 from mainsail_kernels.linear import gated_linear
 from mainsail_kernels.linear import linear as skinny
-from mainsail_kernels.silu_mul import silu_mul
+from mainsail_kernels.silu_mul import gelu_tanh_mul, silu_mul
 
 PACKED_FOR = 32
 """Rows that the layout is chosen for. A decode step's; prompts of 512 and single rows run as fast with it."""
@@ -56,17 +58,21 @@ class RowsOf:
         return sum(part.shape[0] for part in self.parts), self.parts[0].shape[1]
 
 
-Weight = torch.Tensor | Fp8Weight | Codes | RowsOf
+Plain = torch.Tensor | Panels
+Weight = Plain | Fp8Weight | Codes | RowsOf
 
 
-@overload
-def packed(weight: torch.Tensor) -> torch.Tensor: ...
-@overload
-def packed(weight: Weight) -> Weight: ...
 def packed(weight: Weight) -> Weight:
-    """weight [outputs, inputs] as `linear` takes it: a plain one on the CPU opaque, of the same shape, else itself."""
-    if not isinstance(weight, torch.Tensor) or weight.device.type != "cpu" or weight.dtype not in _DTYPES:
+    """weight [outputs, inputs] as `linear` takes it: see packed_plain, a quantized one itself."""
+    return packed_plain(weight) if isinstance(weight, torch.Tensor) else weight
+
+
+def packed_plain(weight: torch.Tensor) -> Plain:
+    """On the CPU for the compiled kernels where they are there, else as oneDNN reads it: opaque, of the same shape."""
+    if weight.device.type != "cpu" or weight.dtype not in _DTYPES:
         return weight
+    if (panels := decoder.pack(weight)) is not None:
+        return panels
     if not torch.backends.mkldnn.is_available():
         return weight
     return torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_FOR)
@@ -78,6 +84,8 @@ def linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) ->
         if weight.is_mkldnn:
             return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return skinny(x, weight, bias) if x.is_cuda else F.linear(x, weight, bias)
+    if isinstance(weight, Panels):
+        return decoder.linear(x, weight, bias)
     if isinstance(weight, Fp8Weight):
         product = fp8_block_linear if weight.scale.dim() == 2 else fp8_linear
         return product(x, weight.codes, weight.scale, bias)
@@ -87,9 +95,13 @@ def linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) ->
     return torch.cat(outs, dim=1) if bias is None else torch.cat(outs, dim=1) + bias
 
 
-def gated_packed(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activation: Activation) -> torch.Tensor:
+def gated_packed(x: torch.Tensor, gate: Plain, up: Plain, activation: Activation) -> torch.Tensor:
     """activation(x @ gate.T) * (x @ up.T) for two packed matrices [d, inputs]: [n, d]. Each product's sums are
     activated, or multiplied, before they are rounded."""
+    if isinstance(gate, Panels) and isinstance(up, Panels) and activation == "silu":
+        return decoder.gated(x, gate, up)
+    if isinstance(gate, Panels) or isinstance(up, Panels):
+        return gelu_tanh_mul(torch.cat((linear(x, gate), linear(x, up)), dim=1))
     name, algorithm = ("swish", "") if activation == "silu" else ("gelu", "tanh")
     gated = torch.ops.mkldnn._linear_pointwise(x, gate, None, name, [], algorithm)
     return torch.ops.mkldnn._linear_pointwise.binary(x, gated, up, None, "mul")
@@ -114,6 +126,8 @@ def scaled(weight: Weight, factor: float) -> Weight:
     if isinstance(weight, Fp8Weight):
         weight.scale.mul_(factor)
         return weight
+    if isinstance(weight, Panels):
+        raise TypeError("a matrix is scaled before it is packed")
     if isinstance(weight, RowsOf):
         return RowsOf([scaled(part, factor) for part in weight.parts])
     if weight.super_scale is not None:

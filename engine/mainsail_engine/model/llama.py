@@ -25,6 +25,7 @@ from mainsail_engine.model.lora import AdapterSlots, Site
 from mainsail_engine.model.mlp import DenseMlp, Mlp, PackedMlp, dense_mlp, expert_mlp
 from mainsail_engine.model.parallel import SINGLE, Parallel
 from mainsail_engine.model.rotary import cos_sin_table, no_rotation
+from mainsail_engine.model.whole_layers import whole_layers
 from mainsail_kernels.rms_norm import rms_norm
 
 
@@ -83,6 +84,7 @@ class LlamaForCausalLM:
         tied = a.tie_word_embeddings and not weights.has_matrix("lm_head")
         self.head = packed(self.embedding if tied else weights.matrix([Part("lm_head.weight", shape, vocabulary)]))
         weights.finish(_ignored(a, tied))
+        self._whole = whole_layers(self) if type(self) is LlamaForCausalLM else None
 
     # -- parameters ----------------------------------------------------------------------------------------------
 
@@ -155,6 +157,8 @@ class LlamaForCausalLM:
         """
         eps = self.architecture.rms_norm_eps
         x = self.embed(token_ids)
+        if self._whole is not None and self._whole.takes(attention, kv_cache):
+            return self._whole(x, attention, kv_cache)
         residual: torch.Tensor | None = None
         for layer, kv in zip(self.layers, kv_cache, strict=True):
             x, residual = norm(x, layer.input_norm, eps, residual)

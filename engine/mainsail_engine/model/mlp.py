@@ -11,7 +11,17 @@ from typing import Protocol
 import torch
 
 from mainsail_engine.model.architecture import Activation, Architecture, Experts
-from mainsail_engine.model.linear import Fp4Experts, Fp8Weight, Weight, gated_packed, linear, packed, scaled, silu_gated
+from mainsail_engine.model.linear import (
+    Fp4Experts,
+    Fp8Weight,
+    Plain,
+    Weight,
+    gated_packed,
+    linear,
+    packed_plain,
+    scaled,
+    silu_gated,
+)
 from mainsail_engine.model.loader import Part, Weights
 from mainsail_engine.model.lora import AdapterRows, Site
 from mainsail_engine.model.parallel import Parallel
@@ -49,22 +59,24 @@ class DenseMlp:
         return _adapted(x, linear(x, self.gate_up), self.down, self.activation, rows, gate_up, down)
 
     def packed(self) -> Mlp:
-        down, gate_up = packed(self.down), self.gate_up
-        if not isinstance(down, torch.Tensor) or not down.is_mkldnn or not isinstance(gate_up, torch.Tensor):
+        down, gate_up = self.down, self.gate_up
+        if not isinstance(down, torch.Tensor) or not isinstance(gate_up, torch.Tensor):
             return self
-        gate, up = (packed(half.contiguous()) for half in gate_up.chunk(2))
-        return PackedMlp(gate, up, down, self.activation)
+        gate, up = (packed_plain(half.contiguous()) for half in gate_up.chunk(2))
+        if isinstance(gate, torch.Tensor) and not gate.is_mkldnn:
+            return self
+        return PackedMlp(gate, up, packed_plain(down), self.activation)
 
 
 @dataclass(slots=True)
 class PackedMlp:
-    """A DenseMlp on the CPU: matrices as oneDNN reads them, the activation inside the products."""
+    """A DenseMlp on the CPU: matrices as its kernels read them, the activation inside the products."""
 
-    gate: torch.Tensor
+    gate: Plain
     """[channels, hidden_size]."""
-    up: torch.Tensor
+    up: Plain
     """[channels, hidden_size]."""
-    down: torch.Tensor
+    down: Plain
     """[hidden_size, channels]."""
     activation: Activation
 
