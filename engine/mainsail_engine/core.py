@@ -568,7 +568,6 @@ class _Engine:
     def parts(self) -> tuple[Scheduler, Runner]:
         """A scheduler over the pool as it is now, empty, and the runner to drive with it."""
         from mainsail_engine.runner.memory import offloading_bytes
-        from mainsail_engine.runner.model_runner import batched_tokens
         from mainsail_engine.runner.swap import with_host_memory
         from mainsail_engine.runner.workers import host_bytes
         from mainsail_engine.scheduler import Scheduler
@@ -580,7 +579,8 @@ class _Engine:
             runner.num_blocks,
             runner.max_model_len,
             runner.eos_token_ids,
-            max_num_batched_tokens=batched_tokens(config, runner.device),
+            max_num_batched_tokens=runner.budget,
+            whole_prompts=runner.architecture.bidirectional,
             max_inter_token_latency_s=latency_target_s(config, device),
             speculator=self._speculator(device),
         )
@@ -680,6 +680,8 @@ def build(config: EngineConfig, on_lost: Callable[[str], None] = log.critical) -
         device=device,
         dtype=str(engine.model_runner.kv_dtype).removeprefix("torch."),
         adapters=adapters.table.paths if adapters is not None else {},
+        embeds_only=engine.model_runner.architecture.embeds_only,
+        hidden_size=engine.model_runner.architecture.hidden_size,
     )
     return core, ready
 

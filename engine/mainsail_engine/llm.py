@@ -41,11 +41,12 @@ from mainsail_engine.server.admission import Admission
 from mainsail_engine.server.answers import Answer, collect
 from mainsail_engine.server.chat import as_template_messages
 from mainsail_engine.server.constraints import content_grammar
-from mainsail_engine.server.embeddings import unit_vector
+from mainsail_engine.server.embeddings import vector_of
 from mainsail_engine.server.errors import from_validation
 from mainsail_engine.server.logprobs import TokenTexts
 from mainsail_engine.server.schemas import ChatCompletionRequest, CompletionRequest
 from mainsail_engine.server.serving import Job, Serving
+from mainsail_engine.text.embedding import read_embedding_form
 from mainsail_engine.text.tokenizer import load_tokenizer
 
 T = TypeVar("T")
@@ -138,7 +139,7 @@ class RequestOutput:
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingOutput:
-    """One prompt's embedding, of length 1."""
+    """One prompt's embedding; of length 1 unless the model's files or the caller say otherwise."""
 
     prompt_token_ids: list[int]
     embedding: list[float]
@@ -259,10 +260,17 @@ class LLM:
         prompts: list[Prompt] = [{"prompt_token_ids": ids} for ids in self._call(self._render(many, fields))]
         return self._call(self._generate(prompts, each, _Progress(len(many), shown=use_tqdm), lora_request))
 
-    def embed(self, prompts: Prompt | Sequence[Prompt], *, pooling: str = "mean") -> list[EmbeddingOutput]:
-        """One vector of length 1 for each prompt: the mean of its last hidden states, or the last one ("last")."""
+    def embed(
+        self, prompts: Prompt | Sequence[Prompt], *, pooling: str | None = None, normalize: bool | None = None
+    ) -> list[EmbeddingOutput]:
+        """One vector for each prompt: the mean of its last hidden states, the last ("last") or the first one ("cls").
+
+        None: as the model's files say, else the mean, of length 1.
+        """
         many: list[Prompt] = [prompts] if isinstance(prompts, str | dict) else list(prompts)
-        return self._call(self._embed(many, Pooling(pooling)))
+        form = self._started.embedding_form
+        chosen = Pooling(pooling) if pooling else form.pooling
+        return self._call(self._embed(many, chosen, form.normalize if normalize is None else normalize))
 
     def sleep(self) -> None:
         """Weights to the host, KV dropped: the device's memory is free until `wake_up`."""
@@ -285,6 +293,7 @@ class LLM:
             ready=ready,
             model_names=(path.name,),
             model_path=str(path),
+            embedding_form=read_embedding_form(path),
         )
 
     @property
@@ -310,6 +319,7 @@ class LLM:
         self, prompts: list[Prompt], params: list[SamplingParams], progress: _Progress, lora: LoRARequest | None
     ) -> list[RequestOutput]:
         """All are checked before the first one starts."""
+        self._started.check_generates()
         jobs = [await self._jobs(prompt, each) for prompt, each in zip(prompts, params, strict=True)]
         if lora is not None:
             if lora.lora_name not in self._client.adapters:
@@ -331,14 +341,14 @@ class LLM:
             await asyncio.gather(*tasks, return_exceptions=True)
             progress.end()
 
-    async def _embed(self, prompts: list[Prompt], pooling: Pooling) -> list[EmbeddingOutput]:
+    async def _embed(self, prompts: list[Prompt], pooling: Pooling, normalize: bool) -> list[EmbeddingOutput]:
         params = CoreParams(max_tokens=1, temperature=0.0, pooling=pooling)
         jobs = [Job(await self._token_ids(prompt), params) for prompt in prompts]
         for job in jobs:
             self._started.check_prompt(job.prompt_token_ids, param="prompt")
         answers = await collect(self._started, jobs, time.monotonic())
         return [
-            EmbeddingOutput(job.prompt_token_ids, [float(value) for value in unit_vector(answer)])
+            EmbeddingOutput(job.prompt_token_ids, [float(value) for value in vector_of(answer, normalize=normalize)])
             for job, answer in zip(jobs, answers, strict=True)
         ]
 

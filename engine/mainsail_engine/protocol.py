@@ -108,6 +108,9 @@ class Ready(msgspec.Struct, frozen=True, tag=True, array_like=True):
     dtype: str
     adapters: dict[str, str] = {}
     """LoRA adapters: served name → path."""
+    embeds_only: bool = False
+    """The model has no head: it makes embeddings and no text."""
+    hidden_size: int = 0
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):

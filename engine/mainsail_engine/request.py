@@ -28,6 +28,8 @@ class Pooling(enum.StrEnum):
 
     MEAN = "mean"
     LAST = "last"
+    CLS = "cls"
+    """The first one, of an encoder."""
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -67,7 +69,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     @property
     def reads_whole_prompt(self) -> bool:
         """Every position's hidden state is needed: cached KV cannot stand in for it."""
-        return self.prompt_logprobs is not None or self.pooling is Pooling.MEAN
+        return self.prompt_logprobs is not None or self.pooling in (Pooling.MEAN, Pooling.CLS)
 
 
 class FinishReason(enum.StrEnum):

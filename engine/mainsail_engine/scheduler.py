@@ -86,8 +86,12 @@ class Scheduler:
         max_inter_token_latency_s: float = 0.0,
         num_host_blocks: int = 0,
         speculator: Speculator | None = None,
+        whole_prompts: bool = False,
     ) -> None:
-        """max_num_batched_tokens, max_inter_token_latency_s (0: no bound): what the configuration leaves open."""
+        """max_num_batched_tokens, max_inter_token_latency_s (0: no bound): what the configuration leaves open.
+
+        whole_prompts: a prompt is computed in one step, and its KV is of no use to others (encoders).
+        """
         self.max_model_len = min(max_model_len, num_blocks * BLOCK_SIZE)
         if self.max_model_len < max_model_len:
             log.warning(
@@ -98,13 +102,14 @@ class Scheduler:
         self.kv = KVCache(
             num_blocks,
             num_host_blocks=num_host_blocks,
-            enable_prefix_caching=config.cache.enable_prefix_caching,
+            enable_prefix_caching=config.cache.enable_prefix_caching and not whole_prompts,
             sample=config.cache.metrics_sample,
         )
         default = max_num_batched_tokens or DEFAULT_BUDGET.get(config.device, CPU_BUDGET)
         self._budget = config.scheduler.max_num_batched_tokens or default
         self._max_running = min(config.scheduler.max_num_seqs, self._budget)
-        self._sharing = config.cache.enable_prefix_caching
+        self._sharing = config.cache.enable_prefix_caching and not whole_prompts
+        self._whole_prompts = whole_prompts
         self._watermark = int(config.scheduler.watermark * num_blocks)
         self._eos = frozenset(eos_token_ids)
         self._requests: dict[str, Request] = {}
@@ -344,7 +349,7 @@ class Scheduler:
         start = request.num_computed_tokens
         room = (len(request.block_ids) + self.kv.pool.num_available) * BLOCK_SIZE - start
         num_tokens = min(request.num_tokens - start, budget, room)
-        if num_tokens <= 0:
+        if num_tokens <= 0 or (self._whole_prompts and num_tokens < request.num_tokens - start):
             return 0
         self.kv.grow(request, start + num_tokens)
         samples = start + num_tokens == request.num_tokens

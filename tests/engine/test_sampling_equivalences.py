@@ -203,6 +203,6 @@ def test_embeddings_are_the_pooled_hidden_states(tiny, pooling):
     got, _ = run(runner, jobs * 2, budget=40, one_by_one=False)
     for (prompt, _), one in zip(jobs * 2, got, strict=True):
         hidden = model.model(torch.tensor([prompt])).last_hidden_state[0]
-        expected = hidden.mean(0) if pooling is Pooling.MEAN else hidden[-1]
+        expected = {Pooling.MEAN: hidden.mean(0), Pooling.LAST: hidden[-1], Pooling.CLS: hidden[0]}[pooling]
         assert one.embedding is not None
         assert np.frombuffer(one.embedding, np.float32) == pytest.approx(expected.numpy(), abs=1e-3)

@@ -8,7 +8,7 @@ computed wrongly. Nothing here imports torch.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -100,6 +100,15 @@ class Architecture:
     dtype: str = "float32"
     """The checkpoint's own."""
     eos_token_ids: frozenset[int] = frozenset()
+    embeds_only: bool = False
+    """It has no head: it makes embeddings and no text."""
+    bidirectional: bool = False
+    """Every token sees the whole prompt, which is computed in one step and leaves no KV. max_position_embeddings is one
+    more than a prompt may have, since a request ends with a token that is nobody's."""
+    position_offset: int = 0
+    """The row of the table of positions that belongs to the first token (RoBERTa)."""
+    num_token_types: int = 0
+    """Rows of BERT's table of token types; all tokens are of the first."""
     generic: bool = False
     """Not one of ours: computed by transformers' modules with our attention (generic.py)."""
 
@@ -118,8 +127,13 @@ def read_architecture(path: Path) -> Architecture:
         config = path / "config.json"
         if not config.is_file():
             raise ModelNotFoundError(f"{path} has no config.json; --model takes a folder with one, or a .gguf file")
-        generation = path / "generation_config.json"
-        return from_config(_json(config), _json(generation) if generation.is_file() else {})
+        generation, sentences = path / "generation_config.json", path / "sentence_bert_config.json"
+        found = from_config(_json(config), _json(generation) if generation.is_file() else {})
+        trained = _json(sentences).get("max_seq_length") if found.embeds_only and sentences.is_file() else None
+        if not trained:
+            return found
+        longest = int(trained) + int(found.bidirectional)
+        return replace(found, max_position_embeddings=min(found.max_position_embeddings, longest))
     if not path.is_file():
         raise ModelNotFoundError(f"{path} does not exist; --model takes a model folder or a .gguf file")
     return from_gguf(read_metadata(path))
@@ -133,10 +147,10 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def refuse(what: str) -> UnsupportedModelError:
-    from mainsail_engine.model.families import FAMILIES
+    from mainsail_engine.model.families import ENCODERS, FAMILIES
 
     return UnsupportedModelError(
-        f"{what} is not supported; supported architectures: {', '.join(FAMILIES)}, "
+        f"{what} is not supported; supported architectures: {', '.join((*FAMILIES, *ENCODERS))}, "
         "and others of transformers that have keys and values in every layer"
     )
 
@@ -149,20 +163,26 @@ def _ids(value: Any) -> frozenset[int]:
 
 def from_config(config: dict[str, Any], generation: dict[str, Any]) -> Architecture:
     """From Hugging Face's config.json (version 4 and 5 spellings) and generation_config.json."""
-    from mainsail_engine.model.families import FAMILIES
+    from mainsail_engine.model.families import ENCODERS, FAMILIES, decoder_of
 
     names: list[str] = config.get("architectures") or []
     if not names:
         raise refuse("a config.json without architectures")
     eos_token_ids = _ids(generation.get("eos_token_id", config.get("eos_token_id")))
-    family = FAMILIES.get(names[0])
+    if names[0] in ENCODERS:
+        return _encoder(names[0], config)
+    name = decoder_of(names[0])
+    if config.get("is_causal") is False or config.get("use_bidirectional_attention"):
+        raise refuse(f"architecture {names[0]} with attention in both directions")
+    family = FAMILIES.get(name)
     if family is None:
         from mainsail_engine.model.generic import architecture_of
 
         return architecture_of(config, eos_token_ids)
     try:
         common: dict[str, Any] = {
-            "name": names[0],
+            "name": name,
+            "embeds_only": name != names[0],
             **_sizes(config),
             "rms_norm_eps": float(config["rms_norm_eps"]),
             "activation": _activation(config),
@@ -172,7 +192,32 @@ def from_config(config: dict[str, Any], generation: dict[str, Any]) -> Architect
             "dtype": str(config.get("dtype") or config.get("torch_dtype") or "float32"),
             "eos_token_ids": eos_token_ids,
         }
-        return Architecture(**{**common, **family(config)})
+        headless: dict[str, Any] = {"tie_word_embeddings": True} if name != names[0] else {}
+        return Architecture(**{**common, **family(config), **headless})
+    except KeyError as error:
+        raise UnsupportedModelError(f"config.json lacks the field {error}") from error
+
+
+def _encoder(name: str, config: dict[str, Any]) -> Architecture:
+    """BERT's kind: what makes one, and nothing of what makes text."""
+    from mainsail_engine.model.families import ENCODERS
+
+    if config.get("hidden_act", "gelu") != "gelu":
+        raise refuse(f"architecture {name} with activation {config['hidden_act']}")
+    if config.get("position_embedding_type") not in (None, "absolute"):
+        raise refuse(f"architecture {name} with {config['position_embedding_type']} positions")
+    if config.get("is_decoder") or config.get("add_cross_attention"):
+        raise refuse(f"architecture {name} as a decoder")
+    try:
+        return Architecture(
+            name=name,
+            rms_norm_eps=float(config.get("layer_norm_eps", 1e-12)),
+            num_token_types=int(config.get("type_vocab_size", 2)),
+            dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32"),
+            embeds_only=True,
+            bidirectional=True,
+            **{**_sizes(config), **ENCODERS[name](config)},
+        )
     except KeyError as error:
         raise UnsupportedModelError(f"config.json lacks the field {error}") from error
 

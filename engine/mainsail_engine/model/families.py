@@ -243,3 +243,26 @@ FAMILIES: dict[str, Callable[[Fields], Fields]] = {
     "Gemma2ForCausalLM": gemma2,
     "Gemma3ForCausalLM": gemma3,
 }
+
+
+def bert(config: Fields) -> Fields:
+    return {"max_position_embeddings": int(config["max_position_embeddings"]) + 1}
+
+
+def roberta(config: Fields) -> Fields:
+    """Positions begin behind the padding token's."""
+    offset = int(config.get("pad_token_id", 1)) + 1
+    return {"position_offset": offset, "max_position_embeddings": int(config["max_position_embeddings"]) - offset + 1}
+
+
+ENCODERS: dict[str, Callable[[Fields], Fields]] = {
+    "BertModel": bert,
+    "RobertaModel": roberta,
+    "XLMRobertaModel": roberta,
+}
+
+
+def decoder_of(name: str) -> str:
+    """The family of a model without its head (Qwen3Model), whose tensors have no `model.` before their names."""
+    whole = f"{name.removesuffix('Model')}ForCausalLM"
+    return whole if name.endswith("Model") and whole in FAMILIES else name

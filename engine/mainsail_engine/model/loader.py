@@ -66,6 +66,10 @@ class Weights:
         self._random = torch.Generator(device=device).manual_seed(0)
         self._reader = Reader(device) if source is not None and device.type == "cuda" else None
 
+    @property
+    def is_dummy(self) -> bool:
+        return self._source is None
+
     def has(self, name: str) -> bool:
         return self._source is not None and name in self._source.names
 

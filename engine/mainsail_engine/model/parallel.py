@@ -55,6 +55,8 @@ def check_divides(a: Architecture, size: int) -> None:
     """Raises InvalidConfigurationError, naming the sizes that do, when the model cannot be split over `size` ranks."""
     if size == 1 or _divides(a, size):
         return
+    if a.bidirectional:
+        raise InvalidConfigurationError(f"--tensor-parallel-size {size}: encoders ({a.name}) run on one device")
     if a.generic:
         raise InvalidConfigurationError(
             f"--tensor-parallel-size {size}: {a.name} is computed by transformers' modules, which run on one device"
@@ -71,6 +73,7 @@ def _divides(a: Architecture, size: int) -> bool:
     widths = [a.intermediate_size, *([a.experts.intermediate_size] if a.experts else [])]
     return (
         not a.generic
+        and not a.bidirectional
         and a.name != "Olmo2ForCausalLM"
         and kv
         and a.num_heads % size == 0

@@ -8,7 +8,8 @@ import torch
 
 from mainsail_engine.errors import UnsupportedModelError
 from mainsail_engine.model.architecture import Architecture
-from mainsail_engine.model.families import FAMILIES
+from mainsail_engine.model.bert import BertModel
+from mainsail_engine.model.families import ENCODERS, FAMILIES
 from mainsail_engine.model.gemma import Gemma2ForCausalLM, GemmaForCausalLM
 from mainsail_engine.model.generic import TransformersForCausalLM
 from mainsail_engine.model.gpt_oss import GptOssForCausalLM
@@ -18,15 +19,16 @@ from mainsail_engine.model.olmo2 import Olmo2ForCausalLM
 from mainsail_engine.model.parallel import Parallel
 from mainsail_engine.model.quantization import NONE, Quantization
 
-Model = LlamaForCausalLM | TransformersForCausalLM
+Model = LlamaForCausalLM | BertModel | TransformersForCausalLM
 
-MODELS: dict[str, type[LlamaForCausalLM]] = dict.fromkeys(FAMILIES, LlamaForCausalLM) | {
+DECODERS: dict[str, type[LlamaForCausalLM]] = dict.fromkeys(FAMILIES, LlamaForCausalLM) | {
     "GemmaForCausalLM": GemmaForCausalLM,
     "Gemma2ForCausalLM": Gemma2ForCausalLM,
     "Gemma3ForCausalLM": Gemma2ForCausalLM,
     "GptOssForCausalLM": GptOssForCausalLM,
     "Olmo2ForCausalLM": Olmo2ForCausalLM,
 }
+MODELS: dict[str, type[LlamaForCausalLM] | type[BertModel]] = DECODERS | dict.fromkeys(ENCODERS, BertModel)
 
 
 def load_model(

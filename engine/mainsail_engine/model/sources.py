@@ -2,6 +2,7 @@
 
     SafetensorsSource   one file or an index; reads no more of a tensor than it is asked for
     GgufSource          dequantized with the package `gguf`, names mapped, what the converter permuted put back
+    HeadlessSource      another source, of a model saved without its head, under the names that it has with one
     SplitSource         another source, with tensors that hold several parts shown as those parts (Phi-3)
 
 A *part* is a range of rows and a range of columns: what one rank of several needs of a matrix.
@@ -215,6 +216,25 @@ def _uninterleave(tensor: torch.Tensor, heads: int) -> torch.Tensor:
     return tensor.reshape(heads, tensor.shape[0] // heads // 2, 2, -1).transpose(1, 2).reshape(tensor.shape)
 
 
+class HeadlessSource:
+    """Puts `model.` before the names."""
+
+    def __init__(self, source: Source) -> None:
+        self.described = source.described
+        self._source = source
+        self._own = {name if name.startswith("model.") else f"model.{name}": name for name in source.names}
+        self.names = frozenset(self._own)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._source.shape(self._own[name])
+
+    def tensor(self, name: str, rows: slice = ALL, columns: slice = ALL) -> torch.Tensor:
+        return self._source.tensor(self._own[name], rows, columns)
+
+    def span(self, name: str, rows: slice = ALL) -> Span | None:
+        return self._source.span(self._own[name], rows)
+
+
 class SplitSource:
     """Shows tensors that hold several parts one below the other under the parts' names."""
 
@@ -261,7 +281,9 @@ def open_source(path: Path, architecture: Architecture) -> Source:
     """The checkpoint at a path that read_architecture took."""
     if not path.is_dir():
         return GgufSource(path, architecture)
-    source = SafetensorsSource(path)
+    source: Source = SafetensorsSource(path)
+    if architecture.embeds_only and not architecture.bidirectional:
+        source = HeadlessSource(source)
     if architecture.name != "Phi3ForCausalLM":
         return source
     a = architecture

@@ -151,7 +151,7 @@ class ModelRunner:
         self.max_model_len = _model_len(config.model.max_model_len, self.architecture)
         self.eos_token_ids = self.architecture.eos_token_ids
         self.vocab_size = self.architecture.vocab_size
-        self._budget = batched_tokens(config, self.device)
+        self.budget = batched_tokens(config, self.device, self._longest_prompt())
         guessing = config.speculative is not None
         self._guess_rows = MAX_ROWS if guessing else 0
         slots = config.scheduler.max_num_seqs
@@ -178,6 +178,10 @@ class ModelRunner:
             ) from error
         self._warm_up()
         self._padded = self._pad(config) if self.device.type == "cuda" else None
+
+    def _longest_prompt(self) -> int:
+        """Where prompts are computed in one step, the tokens of the longest; else 0: any budget will do."""
+        return self.max_model_len if self.architecture.bidirectional else 0
 
     def _take_adapters(self, config: LoraConfig | None) -> AdapterSlots | None:
         if config is None:
@@ -251,10 +255,12 @@ class ModelRunner:
         per_block = memory.block_bytes(a.num_layers, self._model.num_kv_heads, a.head_dim, self.kv_dtype)
         if config.cache.num_blocks is not None:
             self.num_blocks = config.cache.num_blocks
+        elif a.bidirectional:  # blocks without bytes: places for the scheduler to count
+            self.num_blocks = slots * -(-self.max_model_len // BLOCK_SIZE)
         elif self.device.type == "cpu":
             self.num_blocks = memory.cpu_blocks(per_block, max_num_seqs=slots, max_model_len=self.max_model_len)
         else:
-            self._allocate(-(-self._budget // BLOCK_SIZE), slots)
+            self._allocate(-(-self.budget // BLOCK_SIZE), slots)
             self._profile()
             self.num_blocks = memory.cuda_blocks(
                 per_block, utilization=config.cache.memory_utilization, max_model_len=self.max_model_len,
@@ -274,8 +280,9 @@ class ModelRunner:
         """The KV pool (in pool_memory, if there is one) and everything that has a row for each slot."""
         a = self.architecture
         heads, kv_heads = self._model.num_heads, self._model.num_kv_heads
-        shape = (a.num_layers, num_blocks, 2, kv_heads, BLOCK_SIZE, a.head_dim)
-        if pool_memory:
+        num_layers = 0 if a.bidirectional else a.num_layers
+        shape = (num_layers, num_blocks, 2, kv_heads, BLOCK_SIZE, a.head_dim)
+        if pool_memory and num_layers:
             num_bytes = torch.Size(shape).numel() * self.kv_dtype.itemsize
             self.kv_cache = pool_memory.passing(num_bytes).view(self.kv_dtype).view(shape)
         else:
@@ -292,7 +299,7 @@ class ModelRunner:
 
     def _profile(self) -> None:
         """One step of the whole token budget, so that its peak is counted before the pool is sized."""
-        length = min(self._budget, self.max_model_len)
+        length = min(self.budget, self.max_model_len)
         request = _warm_up_request(length)
         blocks = list(range(-(-length // BLOCK_SIZE)))
         chunk = Chunk(request=request, start=0, num_tokens=length, samples=True, slot=0, block_ids=blocks)
@@ -455,10 +462,19 @@ def _warm_up_request(length: int) -> Request:
     return Request("warm-up", [0] * length, SamplingParams(max_tokens=1, temperature=0.0), arrival_time_s=0.0)
 
 
-def batched_tokens(config: EngineConfig, device: torch.device) -> int:
-    """The token budget of a step."""
-    default = CPU_BATCHED_TOKENS if device.type == "cpu" else CUDA_BATCHED_TOKENS
-    return config.scheduler.max_num_batched_tokens or default
+def batched_tokens(config: EngineConfig, device: torch.device, least: int = 0) -> int:
+    """The token budget of a step. least: of a model whose prompts are computed in one step, the longest prompt.
+
+    Raises InvalidConfigurationError for less than that.
+    """
+    default = max(CPU_BATCHED_TOKENS if device.type == "cpu" else CUDA_BATCHED_TOKENS, least)
+    budget = config.scheduler.max_num_batched_tokens or default
+    if budget < least:
+        raise InvalidConfigurationError(
+            f"--max-num-batched-tokens {budget}: an encoder computes a prompt in one step: set it to {least} or more, "
+            "or --max-model-len to less"
+        )
+    return budget
 
 
 def _model_len(asked: int | None, architecture: Architecture) -> int:

@@ -287,7 +287,7 @@ def with_host_memory(runner: Runner, kv_cache: torch.Tensor, num_bytes: int) -> 
     """The runner with that much host memory for KV; itself for none."""
     layers, _, *rest = kv_cache.shape
     shape = (layers, *rest)
-    if num_bytes < torch.Size(shape).numel() * kv_cache.element_size():
+    if num_bytes < max(torch.Size(shape).numel() * kv_cache.element_size(), 1):  # an encoder's blocks have no bytes
         return runner
     cuda = kv_cache.device.type == "cuda"
     memory = HostMemory(shape, kv_cache.dtype, num_bytes, device=kv_cache.device if cuda else None)

@@ -1,4 +1,4 @@
-"""A prompt's embedding from its hidden states, chunk by chunk: their mean, or the last one.
+"""A prompt's embedding from its hidden states, chunk by chunk: their mean, the last one, or the first.
 
 A mean is summed up over the chunks in float32. The sum belongs to the request and not to its slot: a request may move
 between two chunks, and one that begins anew (position 0) begins its sum anew.
@@ -23,6 +23,10 @@ class Pooler:
         complete = stop >= len(request.prompt_token_ids)
         if request.params.pooling is Pooling.LAST:
             return hidden[-1].float() if complete else None
+        if request.params.pooling is Pooling.CLS:
+            if start == 0:
+                self._sums[request] = hidden[0].float()
+            return self._sums[request] if complete else None
         total = hidden.float().sum(dim=0)
         if start > 0:
             total += self._sums[request]

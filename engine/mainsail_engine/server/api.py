@@ -31,6 +31,7 @@ from mainsail_engine.server.board import Board
 from mainsail_engine.server.health import Verdict
 from mainsail_engine.server.serving import Serving
 from mainsail_engine.server.tracing import provider_for
+from mainsail_engine.text.embedding import read_embedding_form
 from mainsail_engine.text.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -103,6 +104,7 @@ class ApiServer:
             ready=ready,
             model_names=names,
             model_path=self.engine.model.path,
+            embedding_form=read_embedding_form(Path(self.engine.model.path)),
             answer_format=choose_format(
                 tokenizer.template.source if tokenizer and tokenizer.template else None,
                 tool_parser=config.tool_call_parser,

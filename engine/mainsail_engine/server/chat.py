@@ -83,6 +83,7 @@ async def chat_completion(serving: Serving, body: ChatCompletionRequest, request
     """Everything that can be refused is refused here, before the first byte of the answer."""
     arrived_s = arrival_s(request.scope)
     serving.check_model(body.model)
+    serving.check_generates()
     serving.check_open()
     if not is_resumed(request):
         serving.check_room()

@@ -42,6 +42,7 @@ async def completion(serving: Serving, body: CompletionRequest, request: Request
     """Everything that can be refused is refused here, before the first byte of the answer."""
     arrived_s = arrival_s(request.scope)
     serving.check_model(body.model)
+    serving.check_generates()
     serving.check_open()
     if not is_resumed(request):
         serving.check_room()

@@ -1,7 +1,7 @@
-"""/v1/embeddings: one vector for each input, from the loaded model's last hidden states, of length 1.
+"""/v1/embeddings: one vector for each input, from the loaded model's last hidden states.
 
-A language model was not trained for this; the mean over the prompt's tokens is the useful default, the last token's
-state the choice for models that were fine-tuned so (`pooling`).
+Which states, and whether the vector gets length 1, an embedding model's files say (text/embedding.py). A language model
+was not trained for this; the mean over the prompt's tokens, of length 1, is the useful default.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from mainsail_engine.server.streaming import unless_disconnected
 async def embeddings(serving: Serving, body: EmbeddingRequest, request: Request) -> Response:
     arrived_s = arrival_s(request.scope)
     serving.check_model(body.model)
+    serving.embedding_form.check_dimensions(body.dimensions, serving.ready.hidden_size)
     serving.check_open()
     serving.check_room()
     jobs = [await _job(serving, body, given) for given in split_prompts(body.input)]
@@ -41,7 +42,8 @@ async def _job(serving: Serving, body: EmbeddingRequest, given: str | list[int])
     if body.truncate_prompt_tokens is not None:
         ids = ids[-body.truncate_prompt_tokens :]
     serving.check_prompt(ids, param="input")
-    params = SamplingParams(max_tokens=1, temperature=0.0, pooling=Pooling(body.pooling or "mean"))
+    pooling = Pooling(body.pooling) if body.pooling else serving.embedding_form.pooling
+    params = SamplingParams(max_tokens=1, temperature=0.0, pooling=pooling)
     return Job(
         prompt_token_ids=ids,
         params=params,
@@ -55,22 +57,26 @@ async def _job(serving: Serving, body: EmbeddingRequest, given: str | list[int])
 
 async def _answer(serving: Serving, body: EmbeddingRequest, jobs: list[Job], arrived_s: float) -> Response:
     answers = await collect(serving, jobs, arrived_s)
+    normalize = serving.embedding_form.normalize if body.normalize is None else body.normalize
+    vectors = [vector_of(answer, normalize=normalize, dimensions=body.dimensions) for answer in answers]
     num_tokens = sum(len(job.prompt_token_ids) for job in jobs)
     shown: dict[str, Any] = {
         "object": "list",
         "model": body.model,
         "data": [
-            {"object": "embedding", "index": index, "embedding": encoded(unit_vector(answer), body.encoding_format)}
-            for index, answer in enumerate(answers)
+            {"object": "embedding", "index": index, "embedding": encoded(vector, body.encoding_format)}
+            for index, vector in enumerate(vectors)
         ],
         "usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens},
     }
     return Response(msgspec.json.encode(shown), media_type="application/json")
 
 
-def unit_vector(answer: Answer) -> array[float]:
-    """The answer's embedding as float32 of length 1. Without NumPy, which the API process does not need else."""
-    vector = array("f", answer.embedding or b"")
+def vector_of(answer: Answer, *, normalize: bool, dimensions: int | None = None) -> array[float]:
+    """The answer's embedding, or its beginning, as float32. Without NumPy, which the API process does not need else."""
+    vector = array("f", answer.embedding or b"")[:dimensions]
+    if not normalize:
+        return vector
     length = max(math.hypot(*vector), 1e-12)
     return array("f", (value / length for value in vector))
 

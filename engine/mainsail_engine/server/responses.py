@@ -52,6 +52,7 @@ async def create_response(serving: Serving, body: ResponsesRequest, request: Req
     """Everything that can be refused is refused here, before the first byte of the answer."""
     arrived_s = arrival_s(request.scope)
     serving.check_model(body.model)
+    serving.check_generates()
     serving.check_open()
     try:
         chat = ChatCompletionRequest.model_validate(as_chat(body))

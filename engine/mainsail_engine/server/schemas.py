@@ -431,9 +431,12 @@ class EmbeddingRequest(Strict):
         Field(description="A text, token ids, or a list of either."),
     ]  # fmt: skip
     encoding_format: Literal["float", "base64"] | None = None
-    pooling: Literal["mean", "last"] | None = None
-    """How the hidden states of an input become one vector; mean is the default."""
-    dimensions: Annotated[Any, neutral()] = None
+    pooling: Literal["mean", "last", "cls"] | None = None
+    """How the hidden states of an input become one vector; as the model's files say, else their mean."""
+    normalize: bool | None = None
+    """To length 1; as the model's files say, else yes."""
+    dimensions: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    """The first so many numbers of it, of a model that was trained for that."""
     add_special_tokens: bool | None = None
     truncate_prompt_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None

@@ -35,6 +35,7 @@ from mainsail_engine.server.tools.prompt import with_tools_written_out
 from mainsail_engine.server.tracing import end_generation, generation_span
 from mainsail_engine.structured.grammar import TRY_AGAIN, Grammar
 from mainsail_engine.text.detokenizer import Detokenizer, NoText
+from mainsail_engine.text.embedding import EmbeddingForm
 from mainsail_engine.text.stop_strings import StopStrings
 from mainsail_engine.text.tokenizer import Tokenizer
 
@@ -152,6 +153,7 @@ class Serving:
     ready: Ready
     model_names: tuple[str, ...]
     model_path: str
+    embedding_form: EmbeddingForm = field(default_factory=EmbeddingForm)
     answer_format: AnswerFormat = field(default_factory=lambda: choose_format(None))
     board: Board = field(default_factory=Board)
     log_requests: bool = False
@@ -210,6 +212,12 @@ class Serving:
             known = ", ".join((*self.model_names, *self.client.adapters))
             message = f"the model {name!r} does not exist here; served: {known}"
             raise RequestError(message, status=404, param="model", code="model_not_found")
+
+    def check_generates(self) -> None:
+        """Raises RequestError where the model has no head."""
+        if self.ready.embeds_only:
+            message = "this is an embedding model, which makes no text: ask /v1/embeddings"
+            raise RequestError(message, param="model", code="embedding_model")
 
     def adapter_of(self, name: str | None) -> str:
         """The LoRA adapter that a model's name stands for; empty: it is the base model."""

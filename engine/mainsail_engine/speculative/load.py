@@ -12,7 +12,7 @@ from mainsail_engine.config import CacheConfig, EngineConfig, ModelConfig
 from mainsail_engine.errors import InvalidConfigurationError
 from mainsail_engine.model.architecture import Architecture, read_architecture
 from mainsail_engine.runner import memory
-from mainsail_engine.runner.model_runner import ModelRunner, batched_tokens, choose_device, choose_dtype
+from mainsail_engine.runner.model_runner import ModelRunner, choose_device, choose_dtype
 from mainsail_engine.speculative.draft_model import DRAFT_SHARE, DraftModel, draft_blocks
 
 
@@ -27,7 +27,7 @@ class Draft:
         return DraftModel(
             self.runner,
             num_slots=self.config.scheduler.max_num_seqs,
-            budget=batched_tokens(self.config, self.runner.device),
+            budget=self.runner.budget,
         )
 
 

@@ -21,7 +21,7 @@ from mainsail_engine.model.loader import open_weights
 from mainsail_engine.model.mlp import ExpertMlp
 from mainsail_engine.model.parallel import Parallel
 from mainsail_engine.model.quantization import read_quantization
-from mainsail_engine.model.registry import MODELS
+from mainsail_engine.model.registry import DECODERS
 from mainsail_engine.runner.model_runner import ModelRunner
 from mainsail_kernels.reference_quantized import widen_fp4
 
@@ -83,7 +83,7 @@ def experts_of(folder: Path, parallel: Parallel) -> ExpertMlp:
     a, device = read_architecture(folder), torch.device("cpu")
     quantization = read_quantization(folder, "auto")
     weights = open_weights(folder, a, dummy=False, device=device, dtype=torch.float32, quantization=quantization)
-    model = MODELS[a.name](a, weights, max_positions=64, device=device, parallel=parallel)
+    model = DECODERS[a.name](a, weights, max_positions=64, device=device, parallel=parallel)
     mlp = model.layers[1].mlp
     assert isinstance(mlp, ExpertMlp)
     return mlp
