@@ -27,7 +27,7 @@ CANARY = {
     "gate": {"minRequests": 20, "maxTimeToFirstTokenRatio": 4, "maxInterTokenRatio": 10},
     "progressDeadline": "3m",
 }  # fmt: skip
-TURN_S = 150
+TURN_S = 200
 """Bound on one turn of a rollout: an engine's start beside others on two busy cores."""
 
 

@@ -258,8 +258,10 @@ def judged(state: RolloutStatus | None, spec: RolloutSpec, target: str) -> Judge
 
 
 def _deadline_s(state: RolloutStatus, it: Situation) -> float:
-    """How long nothing may come of it: a pod that has to prove itself is no standstill."""
-    proof_s = longest_proof(seconds(it.spec.min_ready)) if judged(state, it.spec, it.target) == "Errors" else 0.0
+    """How long nothing may come of it: a pod that serves and has to prove itself is no standstill."""
+    target = it.named(it.target)
+    proves = target is not None and target.serving > 0 and judged(state, it.spec, it.target) == "Errors"
+    proof_s = longest_proof(seconds(it.spec.min_ready)) if proves else 0.0
     return seconds(it.spec.progress_deadline) + proof_s
 
 

@@ -236,6 +236,17 @@ def test_an_operator_that_was_not_there_watches_for_itself() -> None:
     assert cluster.now - began >= 20
 
 
+def test_time_to_prove_itself_is_no_standstill_and_only_for_who_serves() -> None:
+    cluster, _ = settled(1, 1, 2)
+    slow = {"minReady": "60s", "progressDeadline": "30s"}
+    cluster.settle(spec_of(2, 1, **slow), least=1)
+    assert cluster.phase == "Complete"
+    new, began = spec_of(3, 1, **slow), cluster.now
+    cluster.like[name_of(new)] = "stuck"
+    run_until(cluster, new, "RolledBack")
+    assert cluster.now - began < 60
+
+
 def test_growth_in_the_middle_of_a_roll_waits_for_no_proof() -> None:
     cluster, _ = settled(1, 2, 20)
     for _ in range(3):
