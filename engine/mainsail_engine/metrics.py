@@ -325,6 +325,8 @@ class Metrics(Collector):
             labels: _Value(cells) for labels in product(PARSED_MODES, PARSED_OUTCOMES, PARSED_FOR)
         }
         self._cache_info: dict[str, str] = {}
+        self.max_num_seqs = 0
+        """Requests that run at once; 0: not said. Gateways let in as many without asking what the latency is."""
         self.is_asleep: Callable[[], bool] = lambda: False
         self._adapters: tuple[str, Callable[[], AdapterUse]] | None = None
         self._last_stats = SchedulerStats()
@@ -493,6 +495,10 @@ class Metrics(Collector):
             counter = CounterMetricFamily(name, doc, labels=LABELS)
             counter.add_metric(own, self._counters[name].total(self._cells))
             yield counter
+        if self.max_num_seqs:
+            most = GaugeMetricFamily("mainsail:max_num_seqs", "Requests that run at once, at most.", labels=LABELS)
+            most.add_metric(own, self.max_num_seqs)
+            yield most
         if self._cache_info:
             info = GaugeMetricFamily("vllm:cache_config_info", "The KV cache's settings.", labels=[*self._cache_info])
             info.add_metric([*self._cache_info.values()], 1.0)

@@ -10,8 +10,8 @@ A request's way through the modules, which is also the order to read them in::
                  an answer has used
     virtual.py   a name that stands for several services (pure); chain.py asks them, attempt.py keeps failed tries from
                  the client, schema.py says what failed, external.py goes out
-    shed.py      now, later, or not (pure), with what gradient.py learned; admission.py waits and refuses, hold.py tells
-                 waiting clients and wakes a service at zero
+    shed.py      now, later, or not (pure), with what gradient.py learned and room.py heard; admission.py waits and
+                 refuses, hold.py tells waiting clients and wakes a service at zero
     sessions.py  whether a conversation's turn is held, and where it belongs (pure); turns.py waits
     split.py     which revision (pure)
     balance.py   which endpoint of it (pure), with fleet.py as the memory of both; kv_index.py knows what is cached

@@ -6,7 +6,7 @@ are forgotten at once. A request that may start at once (the usual one) neither 
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
@@ -15,6 +15,7 @@ from prometheus_client.registry import Collector
 from mainsail_gateway import hold
 from mainsail_gateway.asgi import Receive
 from mainsail_gateway.auth import ApiKey
+from mainsail_gateway.balance import Load
 from mainsail_gateway.errors import GatewayError, bad_request
 from mainsail_gateway.pod_metrics import Buckets
 from mainsail_gateway.relay import Call
@@ -95,6 +96,11 @@ class Door:
     def update(self, policy: Policy, replicas: int, now: float) -> None:
         self.shedder.update(policy, replicas, now)
         self._let_in(now)
+
+    def hear(self, loads: Iterable[Load], now: float) -> None:
+        """The service's engines were asked what they have."""
+        self.shedder.hear(loads, now)
+        self._let_in(asyncio.get_running_loop().time())
 
     def want(self) -> None:
         """A replica is wanted, though nobody waits for it here."""

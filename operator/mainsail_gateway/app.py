@@ -98,6 +98,8 @@ class Gateway:
         self.metrics.registry.register(self.turns)
         self.wake: Callable[[], None] | None = None
         """Called when a request begins to wait for a replica."""
+        self.scrape: Callable[[], None] | None = None
+        """Called when there are endpoints that have not said anything yet."""
         self.keys = Keys() if settings.auth == "keys" else None
         if self.keys is not None:
             self.metrics.registry.register(self.keys)
@@ -110,13 +112,22 @@ class Gateway:
         """Route by `table` from now on."""
         now = time.monotonic()
         self.table = table
+        known = {key for pool in self.fleet.pools.values() for key in pool.endpoints}
         self.fleet.update(table, now)
+        if self.scrape is not None and any(pool.endpoints.keys() - known for pool in self.fleet.pools.values()):
+            self.scrape()
         self.turns.update(self.fleet.pools)
         self.metrics.update(table, now)
         self.admission.update(table, now)
         self.chain.splits.retain({route.key for route in table.virtual.values()})
         self.connections.retain({e.key for service in table.services.values() for e in service.endpoints})
         self.health.synced = True
+
+    def heard(self, now: float) -> None:
+        """The engines have said what they have."""
+        for key, pool in self.fleet.pools.items():
+            if (door := self.admission.doors.get(key)) is not None:
+                door.hear(pool.loads.values(), now)
 
     async def run(self) -> None:
         """Heartbeat and sweeps, until cancelled."""

@@ -73,6 +73,11 @@ class Load:
     ejected_until: float = 0.0
     kv_tokens: int = 0
     """What its KV pool holds; 0: not known."""
+    max_running: int = 0
+    """Requests that it runs at once; 0: not known."""
+    running: int = 0
+    waiting: int = 0
+    """Requests that it had, ours among them, when it last said so."""
     others: int = 0
     """Cost of the requests at the endpoint that are not ours, when it last said what it has."""
     resident: int = 0
@@ -85,6 +90,7 @@ class Load:
 
 def observe(load: Load, *, running: int, waiting: int, kv_usage: float, now: float, kept_tokens: int = 0) -> None:
     """Note what an engine says of itself. kept_tokens: KV that it keeps for sessions between turns."""
+    load.running, load.waiting = running, waiting
     others = max(0, running + waiting - load.requests)
     queued = min(waiting, others)
     load.others = queued * WAITING_TOKENS + (others - queued) * ANSWERING_TOKENS

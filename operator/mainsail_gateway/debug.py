@@ -72,6 +72,7 @@ def service(gateway: Gateway, found: Service, now: float) -> dict[str, Any]:
             "waiting": shedder.waiting,
             "limit": round(shedder.limit, 1),
             "limit_per_replica": round(shedder.gradient.limit, 1),
+            "room_by_the_engines": round(shedder.room_limit, 1),
             "served_per_second": shedder.drain.per_second(shedder.limit, now),
             "refused": dict(door.refusals),
         },

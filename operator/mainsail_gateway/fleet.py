@@ -82,12 +82,13 @@ class Pool:
 
     def observe(
         self, key: str, *, running: int, waiting: int, kv_usage: float, now: float, kv_tokens: int = 0,
-        kept_tokens: int = 0,
+        kept_tokens: int = 0, max_running: int = 0,
     ) -> None:  # fmt: skip
         """What an endpoint says of itself; nothing, once it has left."""
         load = self.loads.get(key)
         if load is not None:
             load.kv_tokens = kv_tokens
+            load.max_running = max_running
             balance.observe(load, running=running, waiting=waiting, kv_usage=kv_usage, now=now, kept_tokens=kept_tokens)
 
     def _of_one_revision(self, loads: list[Load], now: float, sticky: Sticky | None) -> list[Load]:

@@ -245,7 +245,9 @@ async def background(gateway: Gateway, client: httpx2.AsyncClient, timing: Timin
     parts: list[Routes | Gateway | Waker | KeyWatch | Reflector[Secret] | Scraper | Listener] = [table, gateway, waker]
     parts += gateway.outside.watch(client, timing)
     if gateway.settings.scrape_s:
-        parts.append(Scraper(gateway.fleet, gateway.settings.scrape_s))
+        scraper = Scraper(gateway.fleet, gateway.settings.scrape_s, gateway.heard)
+        gateway.scrape = scraper.wanted.set
+        parts.append(scraper)
     if gateway.settings.kv_events:
         parts.append(listener := Listener(gateway.fleet))
         gateway.metrics.registry.register(listener)

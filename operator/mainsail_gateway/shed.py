@@ -22,12 +22,14 @@ and their clocks start when a replica serves.
 import heapq
 import itertools
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Literal, TypeVar
 
+from mainsail_gateway.balance import Load
 from mainsail_gateway.gradient import Gradient, class_of
+from mainsail_gateway.room import Room
 
 RATE_WINDOW_S = 30
 LONGEST_RETRY_S = 60.0
@@ -41,6 +43,8 @@ PACE_LEAST = 8
 """And not before it has stood so long and so many have left it, or it has stood for all that time."""
 KEEPING_UP = 0.1
 """A service has as many silent streams at most, of all that run, while its replicas begin what they are sent."""
+MEAN_PART = 0.05
+"""What a request's tokens count for in the mean of those that came lately."""
 FIRST_RETRY_S = 5.0
 """Retry-After before any request was finished."""
 
@@ -193,7 +197,12 @@ class Shedder:
         self.policy = policy or Policy()
         self.replicas = replicas
         self.gradient = Gradient()
+        self.room = Room()
         self.running = 0
+        self.tokens = 0
+        """Of those that run: prompts and expected answers."""
+        self._mean_tokens = 0.0
+        """Of those that came lately."""
         self.silent = 0
         """Streams that run and have no first token yet."""
         self.waiting = 0
@@ -212,8 +221,14 @@ class Shedder:
 
     @property
     def limit(self) -> float:
-        """How many may run at once."""
-        return self.replicas * min(self.gradient.limit, float(self.policy.max_running))
+        """How many may run at once: what the latency bears, or what the engines say that they have room for."""
+        most = self.replicas * float(self.policy.max_running)
+        return min(most, max(self.replicas * self.gradient.limit, self.room_limit))
+
+    @property
+    def room_limit(self) -> float:
+        """How many the engines could run at once, by their own words; 0: they do not say."""
+        return self.room.limit(self.replicas, self.running, self.tokens, self._mean_tokens)
 
     @property
     def busy(self) -> bool:
@@ -229,6 +244,10 @@ class Shedder:
         self.policy = policy
         self.replicas = replicas
 
+    def hear(self, loads: Iterable[Load], now: float) -> None:
+        """The engines were asked what they have. `ready` then says who may start."""
+        self.room.hear(loads, self.running, now)
+
     def _rate(self, now: float) -> float | None:
         rates = self.pace.per_second(now), self.drain.per_second(self.limit, now)
         return min((rate for rate in rates if rate is not None), default=None)
@@ -241,6 +260,7 @@ class Shedder:
     def offer(self, ticket: Ticket, now: float) -> Verdict:
         """What becomes of a new request."""
         ticket.since = now
+        self._mean_tokens += (ticket.tokens - self._mean_tokens) * (MEAN_PART if self._mean_tokens else 1.0)
         if not self.replicas:
             return self._hold(ticket)
         if not self.waiting and self.running < self.limit:
@@ -342,6 +362,7 @@ class Shedder:
     def _start(self, ticket: Ticket, now: float) -> None:
         ticket.started = now
         self.running += 1
+        self.tokens += ticket.tokens
         ticket.running = self.running / self.replicas
         self.silent += ticket.streamed
 
@@ -387,7 +408,11 @@ class Shedder:
 
     def abandon(self, ticket: Ticket) -> None:
         """A request that was started never reached a replica. `ready` then says who may start."""
+        self._end(ticket)
+
+    def _end(self, ticket: Ticket) -> None:
         self.running -= 1
+        self.tokens -= ticket.tokens
         self._heard(ticket)
 
     def _heard(self, ticket: Ticket) -> None:
@@ -404,8 +429,7 @@ class Shedder:
 
     def finish(self, ticket: Ticket, now: float, *, served: bool = True, overloaded: bool = False) -> None:
         """A request that was started has ended. overloaded: its replica refused it. `ready` then says who may start."""
-        self.running -= 1
-        self._heard(ticket)
+        self._end(ticket)
         if served:
             self.drain.count(now - ticket.started, now)
         elif overloaded:

@@ -53,7 +53,7 @@ async def decide(gw, pages: list[str]) -> Decision:
 
 async def test_held_sessions_all_complete_and_are_demand(kit, small_engines) -> None:
     async with kit.gateway(kit.service(*small_engines, name="smol")) as gw:
-        parts = [Scraper(gw.gateway.fleet, 0.2), Listener(gw.gateway.fleet)]
+        parts = [Scraper(gw.gateway.fleet, 0.2, gw.gateway.heard), Listener(gw.gateway.fleet)]
         tasks = [asyncio.create_task(part.run()) for part in parts]
         pool = gw.gateway.fleet.pools["default", "smol"]
         await kit.until(lambda: all(load.kv_tokens == 4800 for load in pool.loads.values()))

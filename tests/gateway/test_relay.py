@@ -7,8 +7,6 @@ import httpx
 import openai
 import pytest
 
-from mainsail_gateway.shed import Policy
-
 BODY = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 CHAT = "/v1/chat/completions"
 
@@ -208,28 +206,3 @@ async def test_headers_end_at_a_hop(kit):
     assert seen.head.lower().count(b"content-length") == 1
     assert response.headers["x-e"] == "1"
     assert "x-hop" not in response.headers
-
-
-async def test_a_thousand_idle_streams_bound_nothing(kit):
-    up = await kit.upstream(kit.hold)
-    quick = await kit.upstream()
-    many = Policy(max_running=1000, max_queued_requests=1000)
-    services = (kit.service(up.endpoint(), policy=many), kit.service(quick.endpoint(), name="quick"))
-    body = json.dumps({**BODY, "stream": True}).encode()
-    request = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body
-    async with kit.gateway(*services) as gw, httpx.AsyncClient() as client:
-        gw.gateway.admission.doors["default", "m"].shedder.gradient.limit = 1000
-        clients = []
-        for _ in range(1000):
-            reader, writer = await asyncio.open_connection("127.0.0.1", gw.port)
-            writer.write(request)
-            clients.append((reader, writer))
-        for reader, _ in clients:
-            await reader.readuntil(b"data: first\n\n")
-        assert len(gw.gateway.relay.calls) == 1000
-        assert (await client.post(gw.url + CHAT, json={**BODY, "model": "quick"})).status_code == 200
-        up.release.set()
-        for reader, writer in clients:
-            await reader.readuntil(b"0\r\n\r\n")
-            writer.close()
-        await kit.until(lambda: not gw.gateway.relay.calls)

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mainsail_gateway.balance import Load, observe
 from mainsail_gateway.gradient import Gradient, class_of
 from mainsail_gateway.shed import Policy, Refused, Shedder, Ticket, Verdict
 
@@ -213,11 +214,21 @@ def test_a_client_that_left_is_forgotten():
 # An engine in simulated time: `slots` requests at once, the others wait inside it, first come first served.
 
 
+def told(running: int, waiting: int, max_running: int, kv_tokens: int, now: float) -> Load:
+    """An engine that says what it has."""
+    load = Load("a", 0.0, kv_tokens=kv_tokens, max_running=max_running)
+    observe(load, running=running, waiting=waiting, kv_usage=0.5, now=now)
+    return load
+
+
 def simulate(load: float, *, slots: int = 16, service_s: float = 1.0, shed: bool = True, last_s: float = 80.0,
-             wanted_s: float = 3.0, warm_s: float = 40.0, seed: int = 1) -> tuple[float, float, float]:  # fmt: skip
-    """Requests per second answered within `wanted_s`, the part of the refused that had waited, the limit at the end."""
+             wanted_s: float = 3.0, warm_s: float = 40.0, seed: int = 1, says: tuple[int, int] | None = None,
+             ) -> tuple[float, float, float]:  # fmt: skip
+    """Requests per second answered within `wanted_s`, the part of the refused that had waited, the limit at the end.
+    says: how many the engine claims to run at once, and how many tokens its KV holds; told every two seconds."""
     rng = random.Random(seed)
     shedder = Shedder(Policy(max_running=256, max_queue_time_s=1.5), 1)
+    asked = -2.0
     events: list[tuple[float, int, str, Ticket, float]] = []
     number = iter(range(10**9))
     inside: deque[tuple[Ticket, float]] = deque()
@@ -266,6 +277,10 @@ def simulate(load: float, *, slots: int = 16, service_s: float = 1.0, shed: bool
             if shed:
                 shedder.finish(t, now)
                 let_in(now)
+        if says is not None and now - asked >= 2.0:
+            asked = now
+            shedder.hear([told(slots - free, len(inside), *says, now)], now)
+            let_in(now)
         if shed and now - swept >= 0.25:
             swept = now
             for late, _ in shedder.sweep(now):
@@ -281,6 +296,102 @@ def test_goodput_at_four_times_the_load(slots):
     assert over >= 0.95 * peak
     assert slots * 0.8 <= limit <= slots * 2.5
     assert simulate(4.0, slots=slots, shed=False)[0] < 0.5 * peak, "without it, everybody waits and nobody is served"
+
+
+LOTS = 1_000_000
+
+
+@pytest.mark.parametrize("says", [(16, LOTS), (256, LOTS), (256, 16 * 115), (256, 40 * 115), (1000, 1)])
+def test_what_engines_say_of_their_room_costs_no_goodput(says):
+    """Right, far too much in slots or in memory, and nonsense: overload is served as well as by latency alone, soon
+    after a cold start."""
+    peak = max(simulate(load)[0] for load in (0.85, 1.0))
+    assert simulate(4.0, warm_s=20.0, last_s=60.0, says=says)[0] >= 0.95 * peak
+    assert simulate(0.85, says=says)[0] >= 0.99 * simulate(0.85)[0]
+
+
+def bursts(*, says: bool, replicas: int = 2, slots: int = 32, prefill_s: float = 0.1, size: int = 50) -> list[int]:
+    """Ten requests, then two bursts, to engines that compute one prompt after the other, as on a CPU; how many of a
+    burst start at once."""
+    shedder = Shedder(Policy(max_running=slots), replicas)
+    now, found = 0.0, list[int]()
+
+    def speak() -> None:
+        if says:
+            each = shedder.running // replicas
+            shedder.hear([told(each, 0, slots, 8192, now) for _ in range(replicas)], now)
+
+    speak()
+    for number in (10, size, size):
+        offered = [ticket(tokens=80) for _ in range(number)]
+        started = [t for t in offered if shedder.offer(t, now) == "start"]
+        found.append(len(started))
+        answered = 0
+        while answered < number:
+            now += prefill_s / replicas if answered < len(started) else 0.25
+            if answered < len(started):
+                t = started[answered]
+                shedder.answered(t, now - t.started, now)
+                answered += 1
+            shedder.sweep(now)
+            started += [t for t, refused in shedder.ready(now) if refused is None]
+            if answered % 20 == 0:
+                speak()
+        for t in started:
+            shedder.finish(t, now)
+        now += 5.0
+        speak()
+    return found[1:]
+
+
+def test_a_burst_is_let_in_as_far_as_the_engines_have_room():
+    assert bursts(says=True) == [50, 50]
+    assert min(bursts(says=False)) < 50, "latency alone takes a burst for overload"
+
+
+def test_a_cold_service_lets_in_what_its_engines_have_room_for():
+    for kv_tokens, most in ((LOTS, 200), (50 * 100, 50), (0, 32)):
+        shedder = Shedder(Policy(max_running=256), 1)
+        shedder.hear([told(0, 0, 200, kv_tokens, 0.0)], 0.0)
+        assert Counter(shedder.offer(ticket(tokens=100), 0.0) for _ in range(300))["start"] == most
+
+
+def test_others_requests_take_room():
+    shedder = Shedder(Policy(max_running=256), 2)
+    shedder.hear([told(80, 0, 100, LOTS, 0.0), told(100, 0, 100, LOTS, 0.0)], 0.0)
+    assert shedder.room_limit == 20
+
+
+def test_an_engine_whose_requests_wait_has_shown_its_slots():
+    shedder = Shedder(Policy(max_running=256), 1)
+    seen = []
+    for now, (running, waiting) in enumerate([(0, 0), (12, 30), (12, 0), (3, 0), (19, 0), (24, 1), (9, 9)]):
+        for other in (now, now):  # what has been heard once counts once
+            shedder.hear([told(running, waiting, 200, LOTS, now)], other)
+        seen.append(shedder.room.slots)
+    assert seen == [200, 12, 16, 16, 24.75, 31.9375, 9]
+
+
+def test_what_was_said_long_ago_says_nothing():
+    shedder = Shedder(Policy(max_running=256), 1)
+    for now, limit in ((1.0, 200.0), (9.0, 200.0), (12.0, 0.0)):
+        shedder.hear([told(0, 0, 200, LOTS, 1.0)], now)
+        assert shedder.room_limit == limit
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 300), st.integers(0, 300), st.integers(0, 200), st.integers(0, 10_000)), max_size=20
+    )
+)
+def test_room_is_never_more_than_slots_or_memory(readings):
+    shedder = Shedder(Policy(max_running=100), 3)
+    for now, (running, waiting, max_running, kv_tokens) in enumerate(readings):
+        shedder.hear([told(running, waiting, max_running, kv_tokens, now)], now)
+        shedder.offer(ticket(tokens=50), now)
+        assert 0 <= shedder.room_limit <= 3 * max_running
+        assert shedder.room_limit <= max(shedder.running, 3 * kv_tokens / 50)
+        assert shedder.limit <= 300
 
 
 @pytest.mark.parametrize("load", [1.5, 4.0])

@@ -88,6 +88,7 @@ class ApiServer:
             raise InvalidConfigurationError(f"--lora-modules: {both[0]} is the base model's name too")
         metrics = Metrics(names[0], ready.max_model_len, self.board.cells)
         metrics.set_cache_info(ready, self.engine.cache)
+        metrics.max_num_seqs = self.engine.scheduler.max_num_seqs
         metrics.is_asleep = lambda: self.board.is_asleep
         if self.engine.lora is not None:
             metrics.set_adapters(self.engine.lora.max_loras, lambda: self.client.adapter_use)
