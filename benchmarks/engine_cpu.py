@@ -1,11 +1,11 @@
 """SmolLM2 on the CPU: output tokens per second at concurrency 1, 8 and 32, beside two peers in the same run.
 
-    python benchmarks/engine_cpu.py MODEL.gguf [--dtypes bfloat16,float32] [--vllm-python V/bin/python]
-                                    [--no-transformers] [--plain] [--output results/engine_cpu.json]
+    python benchmarks/engine_cpu.py MODEL.gguf [--dtypes bfloat16,float32] [--modes floor,ours,runner,plain]
+        [--vllm-python V/bin/python] [--no-transformers] [--output results/engine_cpu.json]
 
 Prompts of 128 random token ids, 128 tokens out, greedy. "ours" is `LLM.generate`: scheduler, core process and all but
 HTTP; "runner" is the runner driven directly, a round's prompts prefilled within the token budget of a step, then
-decoded together. --plain: the runner once more with PyTorch's operations instead of compiled kernels.
+decoded together; "plain" is that with PyTorch's operations instead of compiled kernels.
 `transformers.generate` takes prompts one by one. vLLM (vllm_cpu.py tells how to install it) takes the same rounds
 through `LLM.generate`, with its default binding, which leaves one core to its other processes, and with
 --vllm-all-cores once more with every core (`VLLM_CPU_OMP_THREADS_BIND`). Each is a process of its own, one after the
@@ -28,6 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -237,20 +238,23 @@ def measure(args: argparse.Namespace, result: dict[str, Any]) -> None:
         for dtype in args.dtypes.split(","):
             one: dict[str, Any] = {"load_average": round(os.getloadavg()[0], 2)}
             result[dtype] = one
-            for mode in ("floor", "ours", "runner", *(("plain",) if args.plain else ())):
-                one[mode] = in_a_process(mode, args.model, dtype)
-                print(json.dumps({mode: one[mode]}), flush=True)
+            peers: dict[str, Callable[[], dict[str, Any]]] = {
+                mode: partial(in_a_process, mode, args.model, dtype) for mode in args.modes.split(",")
+            }
             if not args.no_transformers:
-                one["transformers"] = transformers_peer(net, dtype)
+                peers["transformers"] = partial(transformers_peer, net, dtype)
             if args.vllm_python:
-                one["vllm"] = vllm_peer(args.vllm_python, folder, dtype)
-                if args.vllm_all_cores:
-                    one["vllm_all_cores"] = vllm_peer(args.vllm_python, folder, dtype, all_cores=True)
-            others = [name for name, peer in one.items() if name != "ours" and isinstance(peer, dict)]
-            one["ratios"] = {name: ratios(one["ours"], one[name]) for name in others}
-            print(json.dumps({dtype: one}), flush=True)
-            if args.output:
-                args.output.write_text(json.dumps(result, indent=2) + "\n")
+                peers["vllm"] = partial(vllm_peer, args.vllm_python, folder, dtype)
+            if args.vllm_python and args.vllm_all_cores:
+                peers["vllm_all_cores"] = partial(vllm_peer, args.vllm_python, folder, dtype, all_cores=True)
+            for name, peer in peers.items():
+                one[name] = peer()
+                print(json.dumps({name: one[name]}), flush=True)
+                others = [other for other in peers if other in one and other != "ours"]
+                one["ratios"] = {other: ratios(one["ours"], one[other]) for other in others if "ours" in one}
+                if args.output:
+                    args.output.write_text(json.dumps(result, indent=2) + "\n")
+            print(json.dumps({dtype: one["ratios"]}), flush=True)
 
 
 def main() -> None:
@@ -261,7 +265,7 @@ def main() -> None:
     parser.add_argument("--vllm-python", help="the interpreter of an environment with vllm-cpu")
     parser.add_argument("--checkpoint", type=Path, help="where to keep vLLM's: it finds what it compiled by the path")
     parser.add_argument("--vllm-all-cores", action="store_true", help="vLLM once more, bound to every core")
-    parser.add_argument("--plain", action="store_true", help="the runner without compiled kernels, too")
+    parser.add_argument("--modes", default="floor,ours,runner", help=f"of {', '.join(MODES)}")
     parser.add_argument("--mode", choices=MODES, help="only this, of one dtype, printed for the process that asks")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()

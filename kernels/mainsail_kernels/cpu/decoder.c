@@ -312,6 +312,11 @@ typedef struct {
     float scale;
 } Context;
 
+// What is scattered over the pool comes from memory while something else is computed.
+INLINE void fetch(const T *from, int64_t count) {
+    for (int64_t i = 0; i < count; i += 64 / (int64_t)sizeof(T)) _mm_prefetch((const char *)(from + i), _MM_HINT_T0);
+}
+
 // Some heads (of the same keys) of one row: positions from..to of its sequence.
 INLINE void attend(const Context *c, const int heads, const int dim) {
     const int parts = dim / VECTOR;
@@ -331,6 +336,8 @@ INLINE void attend(const Context *c, const int heads, const int dim) {
         for (int h = 0; h < heads; h++) best[h] = _mm512_set1_ps(-INFINITY);
         for (int64_t at = run; at < stop; at += BLOCK) {
             const T *keys = c->kv + c->table[at / BLOCK] * 2 * side + c->head * BLOCK * dim;
+            fetch(keys + side, BLOCK * dim);
+            if (at + BLOCK < c->to) fetch(c->kv + c->table[at / BLOCK + 1] * 2 * side + c->head * BLOCK * dim, BLOCK * dim);
             __mmask16 visible = first_lanes(stop - at) & (__mmask16)~first_lanes(first - at);
             for (int h = 0; h < heads; h++) {
                 vec s = _mm512_mul_ps(scores_of(c->query + h * dim, keys, dim), _mm512_set1_ps(c->scale));

@@ -8,8 +8,10 @@ oneDNN has a faster instruction). Elsewhere, without a compiler, or with MAINSAI
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 
@@ -81,6 +83,36 @@ class Panels:
     dtype: torch.dtype
 
 
+class _Room:
+    """Memory for matrices in huge pages: all of it is read every step, and most of a small page's reads miss the TLB.
+
+    Taken from the system in pieces, each given back with the last matrix in it."""
+
+    PIECE = 32 << 20
+    LINE = 16
+    """Words of a cache line, which every matrix begins with one of."""
+
+    def __init__(self) -> None:
+        self._left = torch.empty(0, dtype=torch.int32)
+
+    def take(self, *shape: int) -> torch.Tensor:
+        """int32, uninitialized."""
+        words = torch.Size(shape).numel()
+        if words > self._left.numel():
+            self._left = self._piece(max(4 * words, self.PIECE))
+        taken, self._left = self._left[:words], self._left[-(-words // self.LINE) * self.LINE :]
+        return taken.view(shape)
+
+    def _piece(self, num_bytes: int) -> torch.Tensor:
+        memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with suppress(OSError):  # a system without huge pages
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        return torch.frombuffer(memory, dtype=torch.int32)
+
+
+_room = _Room()
+
+
 def pack(weight: torch.Tensor) -> Panels | None:
     """weight [outputs, inputs] on the CPU. None where there is no library for its type, or a row is no whole words."""
     itemsize = weight.dtype.itemsize
@@ -90,7 +122,7 @@ def pack(weight: torch.Tensor) -> Panels | None:
     if library is None:
         return None
     outputs, inputs = weight.shape
-    words = torch.empty(-(-outputs // PANEL), inputs * itemsize // 4, PANEL, dtype=torch.int32)
+    words = _room.take(-(-outputs // PANEL), inputs * itemsize // 4, PANEL)
     weight = weight.contiguous()
     library.decoder_pack(weight.data_ptr(), words.data_ptr(), outputs, inputs, torch.get_num_threads())
     return Panels(words, weight.shape, weight.dtype)
