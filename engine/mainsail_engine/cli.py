@@ -20,6 +20,7 @@ from mainsail_engine.config import (
     DTYPES,
     KV_DTYPES,
     LOAD_FORMATS,
+    MASTER_PORT,
     QUANTIZATIONS,
     REASONING_PARSERS,
     TOOL_CALL_PARSERS,
@@ -28,6 +29,7 @@ from mainsail_engine.config import (
     KVEventsConfig,
     LoraConfig,
     ModelConfig,
+    NodesConfig,
     SchedulerConfig,
     ServerConfig,
     SpeculativeConfig,
@@ -138,6 +140,14 @@ def _add_engine_flags(serve: argparse.ArgumentParser) -> None:
         help="devices that share the model, one process each",
     )
     group.add_argument(
+        "--pipeline-parallel-size",
+        "-pp",
+        type=int,
+        default=1,
+        help="stages that the layers are split into, each of --tensor-parallel-size devices",
+    )
+    _add_node_flags(serve.add_argument_group("several nodes", "The same command on each, but for --node-rank."))
+    group.add_argument(
         "--profile", choices=("latency", "throughput"), help="sets what follows, where it is not given, for that end"
     )
     group.add_argument(
@@ -212,6 +222,26 @@ def _add_engine_flags(serve: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_node_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[reportPrivateUsage]
+    """Where a pod of a LeaderWorkerSet is not told, it knows from its environment."""
+    group.add_argument(
+        "--nnodes", "-n", type=int, default=os.environ.get("LWS_GROUP_SIZE", "1"),
+        help="nodes that share the pipeline stages; default: $LWS_GROUP_SIZE, or 1",
+    )  # fmt: skip
+    group.add_argument(
+        "--node-rank", "-r", type=int, default=os.environ.get("LWS_WORKER_INDEX", "0"),
+        help="which of them this is; 0 serves the API; default: $LWS_WORKER_INDEX, or 0",
+    )  # fmt: skip
+    group.add_argument(
+        "--master-addr", default=os.environ.get("LWS_LEADER_ADDRESS", NodesConfig().master_addr),
+        help="node 0's address; default: $LWS_LEADER_ADDRESS, or this host",
+    )  # fmt: skip
+    group.add_argument("--master-port", type=int, default=MASTER_PORT, help="where nodes meet, on node 0")
+    group.add_argument(
+        "--headless", action="store_true", help="serve no API here, as no node but 0 does; accepted for compatibility"
+    )
+
+
 def _add_server_flags(serve: argparse.ArgumentParser) -> None:
     default = ServerConfig()
     group = serve.add_argument_group("server")
@@ -282,6 +312,15 @@ def lora_config(flags: argparse.Namespace) -> LoraConfig | None:
     return LoraConfig(max_loras=flags.max_loras, max_lora_rank=flags.max_lora_rank, modules=tuple(modules))
 
 
+def nodes_config(flags: argparse.Namespace) -> NodesConfig:
+    """Raises InvalidConfigurationError."""
+    if getattr(flags, "headless", False) and flags.node_rank == 0:
+        raise InvalidConfigurationError("--headless: node 0 serves the API; give the others a --node-rank above 0")
+    return NodesConfig(
+        nnodes=flags.nnodes, node_rank=flags.node_rank, master_addr=flags.master_addr, master_port=flags.master_port
+    )
+
+
 def engine_config(flags: argparse.Namespace) -> EngineConfig:
     """Raises InvalidConfigurationError."""
     profile = PROFILES[getattr(flags, "profile", "")]
@@ -317,6 +356,8 @@ def engine_config(flags: argparse.Namespace) -> EngineConfig:
         ),
         lora=lora_config(flags),
         tensor_parallel_size=flags.tensor_parallel_size,
+        pipeline_parallel_size=flags.pipeline_parallel_size,
+        nodes=nodes_config(flags),
         device=flags.device,
         overlap=flags.overlap,
         jump_forward=flags.jump_forward,
@@ -367,6 +408,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _serve(flags: argparse.Namespace) -> None:
     engine, server = engine_config(flags), server_config(flags)
     check_model_path(engine.model)
+    if engine.nodes.node_rank > 0:
+        from mainsail_engine.server.node import run_node
+
+        run_node(engine, server)
+        return
     from mainsail_engine.server.run import run_server
 
     run_server(engine, server)
@@ -383,6 +429,11 @@ def _run_batch(flags: argparse.Namespace) -> None:
         max_num_queued_tokens=2**62,
         max_queue_wait_s=0.0,
     )
+    if engine.nodes.node_rank > 0:
+        from mainsail_engine.server.node import run_node
+
+        run_node(engine, server)
+        return
     run_batch(engine, server, input_path=flags.input_file, output_path=flags.output_file)
 
 

@@ -191,6 +191,31 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
+MASTER_PORT = 29500
+
+
+class NodesConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """The hosts that share an engine's pipeline stages, each started by a command of its own."""
+
+    nnodes: int = 1
+    """How many (--nnodes)."""
+    node_rank: int = 0
+    """Which of them this is (--node-rank). Node 0 leads: it serves the API and drives all ranks."""
+    master_addr: str = "127.0.0.1"
+    """Where the others find node 0 (--master-addr)."""
+    master_port: int = MASTER_PORT
+    """… and its rendezvous (--master-port)."""
+
+    def __post_init__(self) -> None:
+        _require(self.nnodes >= 1, "--nnodes must be at least 1")
+        _require(
+            0 <= self.node_rank < self.nnodes,
+            f"--node-rank must be from 0 to {self.nnodes - 1} with --nnodes {self.nnodes}, not {self.node_rank}",
+        )
+        _require(0 < self.master_port <= 65535, "--master-port must be between 1 and 65535")
+        _require(bool(self.master_addr), "--master-addr must not be empty")
+
+
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """What the core process needs to run."""
 
@@ -205,10 +230,16 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Adapters beside the base model. None: there are none (--enable-lora)."""
     tensor_parallel_size: int = 1
     """Devices that share every matrix of the model. Each is driven by a process of its own (a rank)."""
+    pipeline_parallel_size: int = 1
+    """Stages that the layers are split into, one after the other, each of tensor_parallel_size ranks. As many steps
+    are in flight, so that all of them are busy."""
+    nodes: NodesConfig = NodesConfig()
+    """Hosts that the stages are on."""
     device: str = "auto"
     """cuda or cpu. auto: CUDA where there is one."""
     overlap: bool = True
-    """Launch step N+1 before step N's tokens are on the CPU (CUDA only; the tokens are the same without)."""
+    """Launch step N+1 before step N's tokens are on the CPU (on CUDA, and with pipeline stages; the tokens are the same
+    without)."""
     jump_forward: bool = True
     """Write forced tokens of structured output without sampling them (the text is the same without)."""
     cuda_graphs: bool = True
@@ -216,6 +247,35 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         _require(1 <= self.tensor_parallel_size <= 8, "--tensor-parallel-size must be between 1 and 8")
+        stages, nnodes = self.pipeline_parallel_size, self.nodes.nnodes
+        _require(1 <= stages <= 64, "--pipeline-parallel-size must be between 1 and 64")
+        fit = ", ".join(str(n) for n in range(1, stages + 1) if stages % n == 0)
+        _require(
+            stages % nnodes == 0,
+            f"--nnodes {nnodes} does not divide the stages of --pipeline-parallel-size {stages}: these do: {fit}; "
+            f"or set --pipeline-parallel-size to a multiple of {nnodes}",
+        )
+        _require(
+            stages == 1 or self.speculative is None,
+            "--speculative-config does not work with --pipeline-parallel-size above 1: leave one of them out",
+        )
+        _require(
+            nnodes == 1 or self.lora is None,
+            "--enable-lora does not work with --nnodes above 1 (adapters are read from one node's disk): leave one out",
+        )
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes that compute, over all nodes."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
+    @property
+    def ranks_per_node(self) -> int:
+        return self.num_ranks // self.nodes.nnodes
+
+    def ranks_of(self, node: int) -> range:
+        """Rank = stage * tensor_parallel_size + place in the stage; nodes have consecutive ones."""
+        return range(node * self.ranks_per_node, (node + 1) * self.ranks_per_node)
 
 
 class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):

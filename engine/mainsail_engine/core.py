@@ -2,7 +2,8 @@
 
     commands ──PULL──▶ reader thread ──queue──▶ EngineCore.step ──queue──▶ writer thread ──PUSH──▶ outputs
 
-The loop keeps up to `depth` steps in flight: with two, step N+1 is launched before N's tokens are on the CPU. It never
+The loop keeps up to `depth` steps in flight: with two, step N+1 is launched before N's tokens are on the CPU. With
+pipeline stages there are as many as stages, of different requests, so that each stage has one to work on. It never
 waits for a socket: two threads own those. With nothing to do it sleeps on the queue of commands.
 
 A constrained row's mask for N+1 depends on its token of N. So that such rows keep the overlap, a step with any of them
@@ -135,11 +136,16 @@ class EngineCore:
         runner: Runner,
         *,
         depth: int,
+        micro_batches: bool = False,
         compiler: Compiler | None = None,
         sleeper: Sleeper | None = None,
         adapters: AdapterDesk | None = None,
     ) -> None:
-        """compiler None: requests with a grammar are refused; adapters None: those with an adapter are."""
+        """compiler None: requests with a grammar are refused; adapters None: those with an adapter are.
+
+        micro_batches: steps in flight are of different requests, so no mask waits for another step's token.
+        """
+        self._micro_batches = micro_batches
         self._scheduler = scheduler
         self._runner = runner
         self._sleeper = sleeper
@@ -308,8 +314,8 @@ class EngineCore:
                 self._refuse(request_id, message, "deadline")
 
     def _sample_constrained(self) -> None:
-        """Fill the newest step's masks and queue its sampling, as soon as every earlier step is committed."""
-        if self._unsampled is None or len(self._in_flight) > 1:
+        """Fill the newest step's masks and queue its sampling, as soon as its requests' tokens are known."""
+        if self._unsampled is None or (len(self._in_flight) > 1 and not self._micro_batches):
             return
         (plan, pending), self._unsampled = self._unsampled, None
         rows, lost = constrained_rows(plan), list[tuple[Row, str]]()
@@ -406,16 +412,27 @@ def seeded(params: SamplingParams) -> SamplingParams:
 
 
 def pipeline_depth(config: EngineConfig, device: str) -> int:
-    """On the CPU the step itself runs on this thread: a second one in flight would only delay the first's tokens."""
+    """Steps in flight: one for each pipeline stage.
+
+    On the CPU a step of one stage runs on this thread: a second one in flight would only delay the first's tokens.
+    """
+    if config.pipeline_parallel_size > 1:
+        return config.pipeline_parallel_size if config.overlap else 1
     return 2 if config.overlap and device.startswith("cuda") else 1
 
 
 def latency_target_s(config: EngineConfig, device: str) -> float:
-    """Between two tokens of a stream; 0: no bound. On the CPU a step's floor is often above any target in use."""
+    """What a step may take, where streams are to wait no longer for a token; 0: no bound. On the CPU a step's floor is
+    often above any target in use. With micro-batches a stream's token takes one turn of all of them."""
     asked_ms = config.scheduler.max_inter_token_latency_ms
     if asked_ms is None:
         asked_ms = CUDA_LATENCY_MS if device.startswith("cuda") else 0.0
-    return asked_ms / 1000
+    return asked_ms / 1000 / micro_batches(config)
+
+
+def micro_batches(config: EngineConfig) -> int:
+    """Steps in flight that no two decodes of a request may be in. 1: they may."""
+    return config.pipeline_parallel_size if config.overlap else 1
 
 
 def warm_up(core: EngineCore) -> None:
@@ -583,13 +600,14 @@ class _Engine:
             whole_prompts=runner.architecture.bidirectional,
             max_inter_token_latency_s=latency_target_s(config, device),
             speculator=self._speculator(device),
+            micro_batches=micro_batches(config),
         )
         if self.events is not None:
             self.events.cleared()
             scheduler.kv.tree.watchers += (self.events,)
         if self._workers:
             own = with_host_memory(runner, runner.kv_cache, host_bytes(config))
-            return scheduler, self._workers.all_ranks(own)
+            return scheduler, self._workers.all_ranks(own, staged=config.pipeline_parallel_size > 1)
         size = offloading_bytes(
             config.cache.offloading_size_gib, pool_bytes=runner.kv_cache.nbytes, cuda=runner.device.type == "cuda"
         )
@@ -665,8 +683,9 @@ def build(config: EngineConfig, on_lost: Callable[[str], None] = log.critical) -
     )
     adapters = engine.adapters()
     core = EngineCore(
-        scheduler, runner, depth=pipeline_depth(config, device), compiler=compiler, sleeper=engine, adapters=adapters
-    )
+        scheduler, runner, depth=pipeline_depth(config, device), micro_batches=micro_batches(config) > 1,
+        compiler=compiler, sleeper=engine, adapters=adapters,
+    )  # fmt: skip
     if engine.events is not None:
         core.after_step = engine.events.flush
     warm_up(core)

@@ -173,6 +173,7 @@ class LLM:
         kv_cache_blocks: int | None = None,
         enable_prefix_caching: bool = True,
         tensor_parallel_size: int = 1,
+        pipeline_parallel_size: int = 1,
         speculative_config: dict[str, Any] | None = None,
         device: str = "auto",
         enable_lora: bool = False,
@@ -193,6 +194,7 @@ class LLM:
             speculative=None if speculative_config is None else msgspec.convert(speculative_config, SpeculativeConfig),
             lora=LoraConfig(max_loras=max_loras, max_lora_rank=max_lora_rank) if enable_lora else None,
             tensor_parallel_size=tensor_parallel_size,
+            pipeline_parallel_size=pipeline_parallel_size,
             device=device,
         )
         check_model_path(self._config.model)

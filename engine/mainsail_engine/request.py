@@ -146,6 +146,8 @@ class Request:
     num_preemptions: int = 0
     num_written_tokens: int = 0
     """Positions whose KV a finished step has written: what the prefix tree may share."""
+    last_decode_step: int = 0
+    """The scheduler's step that planned its last decode: of several that may decode, who waited longest comes first."""
     num_launched_chunks: int = 0
     """Chunks of this request in launched steps. A preempted request waits until there is none."""
     max_num_tokens: int = 0

@@ -15,9 +15,11 @@ block rather than computing it twice. Who waits is served by priority and fairly
 (`waiting.py`); a request past its deadline ends with an error. One failed row ends one request.
 
 Steps may overlap: plan N+1 may be made before N is committed. What turns out to have stopped at N has its N+1 token
-dropped. Blocks can be handed on at once, since the device runs steps in the order of their launch. A plan that verifies
-guesses (speculative/) is made and committed with nothing else in flight; guesses take budget and blocks that are to
-spare, and only tokens that turn out to be the request's own count as computed.
+dropped. With micro-batches (the stages of a pipeline, all busy at once) as many plans are in flight, and a request's
+token is needed by the first stage for its next: a request decodes in one of them at a time, and each takes its share of
+those that decode. Blocks can be handed on at once, since the device runs steps in the order of their launch. A plan
+that verifies guesses (speculative/) is made and committed with nothing else in flight; guesses take budget and blocks
+that are to spare, and only tokens that turn out to be the request's own count as computed.
 
 The runner computes, the core drives (`step.py`); the scheduler only decides. The clock is an argument.
 Iteration-level scheduling as in Orca (Yu et al., 2022), chunked prefill as in Sarathi-Serve (Agrawal et al., 2024).
@@ -57,6 +59,9 @@ RETRY_STEPS = 16
 """A request that did not fit is matched anew when room has grown enough, or after this many steps."""
 WASTE_STEPS = 32
 """The gauge of unused room is taken anew every so many steps: it looks at every request."""
+PIPELINED_PREFILL = 256
+"""Prompt tokens in a micro-batch below which it does not pay to share prompts out among several, so that a later stage
+begins with the first while an earlier one computes the next."""
 MEASURED_PREFILL = 256
 """A step with so many prompt tokens tells how long computing KV takes."""
 MANY_DEADLINES = 64
@@ -87,10 +92,13 @@ class Scheduler:
         num_host_blocks: int = 0,
         speculator: Speculator | None = None,
         whole_prompts: bool = False,
+        micro_batches: int = 1,
     ) -> None:
         """max_num_batched_tokens, max_inter_token_latency_s (0: no bound): what the configuration leaves open.
 
         whole_prompts: a prompt is computed in one step, and its KV is of no use to others (encoders).
+        micro_batches: plans that will be in flight where a token must be known before the next is planned; 1: it need
+        not be.
         """
         self.max_model_len = min(max_model_len, num_blocks * BLOCK_SIZE)
         if self.max_model_len < max_model_len:
@@ -137,6 +145,7 @@ class Scheduler:
         self._speculator = speculator
         self._is_verifying = False
         """A plan with guesses is in flight."""
+        self._micro_batches = micro_batches
 
     # -- requests come and go ------------------------------------------------------------------------------------
 
@@ -232,8 +241,7 @@ class Scheduler:
             self._residency.advance(now)
         plan, preempted_before = StepPlan(planned_s=now, is_overlapped=self._plans_in_flight > 0), self._num_preemptions
         self._expire(now)
-        self._make_room_for_decodes()
-        self._plan_decodes(plan)
+        self._plan_decodes(plan, self._make_room_for_decodes())
         budget = self._plan_prefills(plan, self._prefill_budget(plan))
         if self._num_preemptions == preempted_before:
             self._admit(plan, budget)
@@ -261,17 +269,26 @@ class Scheduler:
             self._blocked = None
             self._admit(plan, self._budget)
 
-    def _make_room_for_decodes(self) -> None:
-        """Preempt until every decode that begins a block can have one."""
+    def _make_room_for_decodes(self) -> list[Request]:
+        """Preempt until every decode that begins a block can have one. Returns those to plan."""
         while True:
-            needed = sum(1 for r in self._decoding if _lacks_block(r))
+            decoding = self._decoding if self._micro_batches == 1 else self._turn()
+            needed = sum(1 for r in decoding if _lacks_block(r))
             if not needed or self.kv.make_free(needed):
-                return
+                return decoding
             self._preempt(self._victim())
 
-    def _plan_decodes(self, plan: StepPlan) -> None:
+    def _turn(self) -> list[Request]:
+        """Who decodes in this micro-batch: of those whose newest token is known, a fair share, the longest waiting."""
+        known = [r for r in self._decoding if not r.num_in_flight]
+        share = -(-len(self._decoding) // self._micro_batches)
+        if len(known) > share:
+            known = sorted(known, key=lambda r: r.last_decode_step)[:share]
+        return known
+
+    def _plan_decodes(self, plan: StepPlan, decoding: list[Request]) -> None:
         chunks, grow = plan.chunks, self.kv.grow
-        for request in self._decoding:
+        for request in decoding:
             in_flight = request.num_in_flight
             if in_flight and request.num_tokens + in_flight >= request.max_num_tokens:
                 continue  # the step in flight samples its last token
@@ -282,6 +299,7 @@ class Scheduler:
             request.num_computed_tokens = start + 1
             request.num_in_flight = in_flight + 1
             request.num_launched_chunks += 1
+            request.last_decode_step = self._num_steps
         plan.num_decodes = len(chunks)
         if self._speculator is not None and chunks and not self._plans_in_flight:
             self._add_guesses(plan, self._speculator)
@@ -321,6 +339,8 @@ class Scheduler:
         """Tokens left for prompts: what a step may have, and while requests decode what their latency allows."""
         rows = plan.num_tokens
         left = self._budget - rows
+        if self._micro_batches > 1:
+            left = min(left, self._micro_batch_prefill())
         if self._chunking is None or not rows or not (self._prefilling or self._waiting):
             return left
         plan.decode_context = sum(chunk.start for chunk in plan.chunks)
@@ -329,6 +349,12 @@ class Scheduler:
         backlog = self._backlog()
         budget = min(left, latency, spread(backlog, rows))
         return filled(budget, rows) if budget < backlog else budget
+
+    def _micro_batch_prefill(self) -> int:
+        """An equal part of the prompt tokens there are, for as many micro-batches as it pays to share them among."""
+        backlog = self._backlog()
+        parts = max(1, min(self._micro_batches, backlog // PIPELINED_PREFILL))
+        return max(1, -(-backlog // parts))
 
     def _backlog(self) -> int:
         """Prompt tokens that could be computed now, or nearly: what is begun, and what waits if there is a place."""

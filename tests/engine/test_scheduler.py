@@ -180,6 +180,7 @@ class Engine:
 
     def __init__(self, num_blocks=32, max_model_len=200, max_num_seqs=8, budget=48, depth=1, **options) -> None:
         sessions, guessing = options.pop("sessions", True), options.pop("guessing", None)
+        self.micro_batches = options.pop("micro_batches", 1)
         speculator = None
         if guessing is not None:
             speculator = Speculator(SpeculativeConfig(method="ngram", adaptive=False), Guesser(guessing))
@@ -193,12 +194,13 @@ class Engine:
             ),
         )  # fmt: skip
         self.scheduler = Scheduler(
-            config, num_blocks, max_model_len, [EOS], num_host_blocks=host, speculator=speculator
-        )
+            config, num_blocks, max_model_len, [EOS], num_host_blocks=host, speculator=speculator,
+            micro_batches=self.micro_batches,
+        )  # fmt: skip
         if sessions and self.scheduler._residency is not None:  # so small a pool would not be worth keeping anything
             self.scheduler._residency._threshold = lambda: 0.01
         self.device = Device(num_blocks, max_num_seqs, host, lag)
-        self.budget, self.depth, self.now = budget, depth, 0.0
+        self.budget, self.depth, self.now = budget, max(depth, self.micro_batches), 0.0
         self.in_flight = deque()
         self.requests: dict[str, Request] = {}
         self.outputs: dict[str, list[int]] = {}
@@ -246,9 +248,19 @@ class Engine:
                 assert chunk.num_tokens == 1
                 assert chunk.samples
         planned = {chunk.request.request_id for chunk in plan.chunks}
+        if self.micro_batches > 1:
+            self.check_micro_batch(plan, len(decoding))
+            return
         for request in decoding:  # no decode starves
             last_is_in_flight = request.num_tokens + request.num_in_flight >= request.max_num_tokens
             assert request.request_id in planned or last_is_in_flight or request.status is not RequestStatus.RUNNING
+
+    def check_micro_batch(self, plan, num_decoding) -> None:
+        """Every token is known when its step is planned, and nobody takes more than a share of the decodes."""
+        for chunk in plan.chunks:
+            assert chunk.start + chunk.num_tokens <= chunk.request.num_tokens
+            assert chunk.request.num_in_flight <= 1
+        assert plan.num_decodes <= -(-num_decoding // self.micro_batches)
 
     def commit(self) -> None:
         plan, result = self.in_flight.popleft()
@@ -700,6 +712,29 @@ def test_where_a_prompts_kv_came_from_and_how_long_it_stayed():
     assert max(life.lifetime_s for life in lives) > 9
 
 
+def test_with_micro_batches_everybody_decodes_in_turn():
+    """Seven requests in four micro-batches: at most two in each, and after 40 turns nobody is more than one behind."""
+    engine = Engine(num_blocks=64, micro_batches=4)
+    for index in range(7):
+        engine.add(prompt(index, 5), max_tokens=100, ignore_eos=True)
+    for _ in range(4 * 40):
+        engine.step()
+    counts = [len(tokens) for tokens in engine.outputs.values()]
+    assert max(counts) - min(counts) <= 1
+    assert min(counts) >= 35
+    engine.run()
+    engine.check_outputs()
+
+
+def test_the_chunks_of_a_prompt_follow_one_another_through_the_stages():
+    """A prompt of 600 tokens within the budget is halved for two micro-batches, and both are in flight at once."""
+    engine = Engine(num_blocks=64, max_model_len=900, budget=800, micro_batches=2)
+    engine.add(prompt(0, 600), max_tokens=2, ignore_eos=True)
+    plans = [engine.scheduler.schedule(0.0) for _ in range(2)]
+    assert [plan.num_tokens for plan in plans] == [300, 300]
+    assert engine.scheduler.schedule(0.0) is None
+
+
 STEMS = [prompt(100 + i, 90) for i in range(3)]
 
 
@@ -710,13 +745,13 @@ class RandomTraffic(RuleBasedStateMachine):
         num_blocks=st.integers(6, 28), depth=st.integers(1, 2), budget=st.integers(4, 64),
         seqs=st.integers(1, 8), caching=st.sampled_from([True, True, True, False]),
         watermark=st.sampled_from([0.0, 0.1]), host=st.sampled_from([0, 3, 10, 60]), lag=st.sampled_from([0, 1, 5]),
-        sessions=st.sampled_from([True, True, False]),
+        sessions=st.sampled_from([True, True, False]), micro_batches=st.sampled_from([1, 1, 2, 4]),
     )  # fmt: skip
-    def start(self, num_blocks, depth, budget, seqs, caching, watermark, host, lag, sessions):
+    def start(self, num_blocks, depth, budget, seqs, caching, watermark, host, lag, sessions, micro_batches):
         self.engine = Engine(
             num_blocks=num_blocks, max_model_len=min(150, num_blocks * 16), max_num_seqs=seqs, budget=budget,
             depth=depth, enable_prefix_caching=caching, watermark=watermark, host=host, lag=lag,
-            sessions=sessions,
+            sessions=sessions, micro_batches=micro_batches,
         )  # fmt: skip
 
     @rule(
@@ -815,6 +850,7 @@ def live_randomly(seed: int, steps: int, guessing: float | None = None) -> None:
         budget=rng.randrange(4, 64), depth=rng.randrange(1, 3), enable_prefix_caching=rng.random() < 0.85,
         watermark=rng.choice((0.0, 0.1)), host=rng.choice((0, 3, 10, 60)), lag=rng.choice((0, 1, 5)),
         sessions=rng.random() < 0.7, guessing=guessing,
+        micro_batches=(1, 2, 1, 4)[seed % 4] if guessing is None else 1,
     )  # fmt: skip
     longest = engine.scheduler.max_model_len
     recent: list[Request] = []

@@ -25,15 +25,14 @@ class Gemma2ForCausalLM(GemmaForCausalLM):
         size = self.architecture.hidden_size
         return {name: self._norm_weight(weights, f"{at}.{name}_layernorm.weight", size) for name in names}
 
-    def forward(self, token_ids: torch.Tensor, attention: Attention, kv_cache: torch.Tensor) -> torch.Tensor:
+    def forward(self, inputs: torch.Tensor, attention: Attention, kv_cache: torch.Tensor) -> torch.Tensor:
         """As LlamaForCausalLM's."""
         eps = self.architecture.rms_norm_eps
-        x = self.embed(token_ids)
+        x = self.enter(inputs)
         residual: torch.Tensor | None = None
         for layer, kv in zip(self.layers, kv_cache, strict=True):
             x, residual = norm(x, layer.input_norm, eps, residual)
             x, _ = norm(self.attend(layer, x, attention, kv), layer.post_norm, eps, None)
             x, residual = norm(x, layer.more["pre_feedforward"], eps, residual)
             x, _ = norm(self.feed(layer, x, attention), layer.more["post_feedforward"], eps, None)
-        x, _ = norm(x, self.norm, eps, residual)
-        return x
+        return self.leave(x, residual)

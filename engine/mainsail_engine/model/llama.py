@@ -11,6 +11,7 @@ another way (norms elsewhere) are subclasses in files of their own.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -76,14 +77,21 @@ class LlamaForCausalLM:
         self._none = no_rotation(max_positions, device) if a.no_rope_layers else self._global
         vocabulary, shape = parallel.part(a.vocab_size), (a.vocab_size, a.hidden_size)
         self._first_token = vocabulary.start
-        self.embedding = weights.get("model.embed_tokens.weight", shape, vocabulary)
-        self.layers = [self._layer(index, weights) for index in range(a.num_layers)]
-        self.norm = self._norm_weight(weights, "model.norm.weight", a.hidden_size)
-        if a.logits_scale != 1.0:
-            self.norm *= a.logits_scale
         tied = a.tie_word_embeddings and not weights.has_matrix("lm_head")
-        self.head = packed(self.embedding if tied else weights.matrix([Part("lm_head.weight", shape, vocabulary)]))
-        weights.finish(_ignored(a, tied))
+        nothing = torch.empty(0, dtype=weights.dtype, device=device)
+        reads_embedding = parallel.is_first or (parallel.is_last and tied)
+        self.embedding = weights.get("model.embed_tokens.weight", shape, vocabulary) if reads_embedding else nothing
+        self.layers = [self._layer(index, weights) for index in parallel.layers(a)]
+        self.norm, self.head = nothing, cast(Weight, nothing)
+        if parallel.is_last:
+            self.norm = self._norm_weight(weights, "model.norm.weight", a.hidden_size)
+            if a.logits_scale != 1.0:
+                self.norm *= a.logits_scale
+            self.head = packed(self.embedding if tied else weights.matrix([Part("lm_head.weight", shape, vocabulary)]))
+        if not parallel.is_first:
+            self.embedding = nothing
+        ignored = _ignored(a, tied)
+        weights.finish(lambda name: name in ignored or self._is_elsewhere(name, tied=tied))
         self._whole = whole_layers(self) if type(self) is LlamaForCausalLM else None
 
     # -- parameters ----------------------------------------------------------------------------------------------
@@ -148,15 +156,27 @@ class LlamaForCausalLM:
             return dense_mlp(a, weights, f"model.layers.{index}.mlp", self.parallel)
         return expert_mlp(a, a.experts, weights, f"model.layers.{index}", self.parallel)
 
+    def _is_elsewhere(self, name: str, *, tied: bool) -> bool:
+        """Whether a checkpoint's tensor is another stage's."""
+        layer = _LAYER.match(name)
+        if layer is not None:
+            index, a = int(layer[1]), self.architecture
+            return index < a.num_layers and index not in self.parallel.layers(a)
+        if name.startswith("model.embed_tokens."):
+            return not self.parallel.is_first and not (self.parallel.is_last and tied)
+        return name.startswith(("model.norm.", "lm_head.")) and not self.parallel.is_last
+
     # -- computation ---------------------------------------------------------------------------------------------
 
-    def forward(self, token_ids: torch.Tensor, attention: Attention, kv_cache: torch.Tensor) -> torch.Tensor:
-        """Hidden states after the last norm, [num_tokens, hidden_size]. Writes the tokens' KV into kv_cache.
+    def forward(self, inputs: torch.Tensor, attention: Attention, kv_cache: torch.Tensor) -> torch.Tensor:
+        """Hidden states after the last norm, or of a stage that is not the last, after its last layer:
+        [num_tokens, hidden_size]. Writes the tokens' KV into kv_cache.
 
-        token_ids [num_tokens] int64; kv_cache [num_layers, num_blocks, 2, num_kv_heads, 16, head_dim].
+        inputs: token ids [num_tokens] int64, or what the stage before passed on [num_tokens, hidden_size];
+        kv_cache [num_layers, num_blocks, 2, num_kv_heads, 16, head_dim], of this stage's layers.
         """
         eps = self.architecture.rms_norm_eps
-        x = self.embed(token_ids)
+        x = self.enter(inputs)
         if self._whole is not None and self._whole.takes(attention, kv_cache):
             return self._whole(x, attention, kv_cache)
         residual: torch.Tensor | None = None
@@ -165,8 +185,17 @@ class LlamaForCausalLM:
             x = self.attend(layer, x, attention, kv)
             x, residual = norm(x, layer.post_norm, eps, residual)
             x = self.feed(layer, x, attention)
-        x, _ = norm(x, self.norm, eps, residual)
-        return x
+        return self.leave(x, residual)
+
+    def enter(self, inputs: torch.Tensor) -> torch.Tensor:
+        """What the first layer of this stage gets."""
+        return self.embed(inputs) if self.parallel.is_first else inputs
+
+    def leave(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+        """From the last layer of this stage to what `forward` gives."""
+        if self.parallel.is_last:
+            return norm(x, self.norm, self.architecture.rms_norm_eps, residual)[0]
+        return x if residual is None else x + residual
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """[num_tokens] to [num_tokens, hidden_size]."""
@@ -237,6 +266,9 @@ def norm(
     if residual is None:
         return cast(torch.Tensor, rms_norm(x, weight, eps)), x
     return cast(tuple[torch.Tensor, torch.Tensor], rms_norm(x, weight, eps, residual))
+
+
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
 def _ignored(architecture: Architecture, tied: bool) -> frozenset[str]:

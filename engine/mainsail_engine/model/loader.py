@@ -9,7 +9,7 @@ than one of them is ever held in full.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -229,13 +229,13 @@ class Weights:
                 f"the configuration asks for {list(part.shape)}"
             )
 
-    def finish(self, ignored: frozenset[str] = frozenset()) -> None:
+    def finish(self, is_ignored: Callable[[str], bool] = lambda name: False) -> None:
         """Raises UnexpectedTensorError if the checkpoint holds tensors that nobody asked for (but the ignored ones)."""
         if self._source is None:
             return
         if self._reader is not None:
             self._reader.close()
-        left = sorted(self._source.names - self._asked - ignored)
+        left = sorted(name for name in self._source.names - self._asked if not is_ignored(name))
         if left:
             more = f" and {len(left) - 3} more" if len(left) > 3 else ""
             raise UnexpectedTensorError(

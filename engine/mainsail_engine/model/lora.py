@@ -105,7 +105,8 @@ class AdapterSlots:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        self._rank, self._residual_scale = rank, a.residual_scale
+        self._rank, self._residual_scale, self._num_layers = rank, a.residual_scale, a.num_layers
+        self._ours = parallel.layers(a)
         self.shapes = module_shapes(a, parallel)
         wanted = {name: parts for name, parts in SITES.items() if parts[0] in self.shapes}
 
@@ -115,7 +116,7 @@ class AdapterSlots:
             down = torch.zeros((num_slots, len(parts) * rank, ours[0][1]), dtype=dtype, device=device)
             return Site(down, torch.zeros((num_slots, sum(outputs), rank), dtype=dtype, device=device), outputs)
 
-        self.layers = [{name: site(parts) for name, parts in wanted.items()} for _ in range(a.num_layers)]
+        self.layers = [{name: site(parts) for name, parts in wanted.items()} for _ in self._ours]
 
     def check(self, adapter: Adapter, name: str) -> None:
         """Raises InvalidAdapterError when it does not fit this model or these slots."""
@@ -123,10 +124,10 @@ class AdapterSlots:
             raise InvalidAdapterError(f"adapter {name!r} has rank {adapter.rank}; --max-lora-rank is {self._rank}")
         for (layer, module), factors in adapter.factors.items():
             shape = self.shapes.get(module)
-            if shape is None or layer >= len(self.layers):
+            if shape is None or layer >= self._num_layers:
                 known = ", ".join(self.shapes)
                 raise InvalidAdapterError(
-                    f"adapter {name!r} changes layers.{layer}.{module}; {len(self.layers)} layers may change: {known}"
+                    f"adapter {name!r} changes layers.{layer}.{module}; {self._num_layers} layers may change: {known}"
                 )
             given = (factors.up.shape[0], factors.down.shape[1])
             if given != (shape.outputs, shape.inputs):
@@ -137,7 +138,7 @@ class AdapterSlots:
 
     def fill(self, slot: int, adapter: Adapter) -> None:
         """Put a checked adapter into a slot that no request uses."""
-        for index, sites in enumerate(self.layers):
+        for index, sites in zip(self._ours, self.layers, strict=True):
             for name, site in sites.items():
                 site.down[slot].zero_()
                 site.up[slot].zero_()

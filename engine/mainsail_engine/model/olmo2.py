@@ -26,14 +26,14 @@ class Olmo2ForCausalLM(LlamaForCausalLM):
         }
         return {name: self._norm_weight(weights, f"{at}.{name}.weight", size) for name, size in sizes.items()}
 
-    def forward(self, token_ids: torch.Tensor, attention: Attention, kv_cache: torch.Tensor) -> torch.Tensor:
+    def forward(self, inputs: torch.Tensor, attention: Attention, kv_cache: torch.Tensor) -> torch.Tensor:
         """As LlamaForCausalLM's."""
         eps = self.architecture.rms_norm_eps
-        x = self.embed(token_ids)
+        x = self.enter(inputs)
         for layer, kv in zip(self.layers, kv_cache, strict=True):
             x = x + norm(self.attend(layer, x, attention, kv), layer.post_norm, eps, None)[0]
             x = x + norm(self.feed(layer, x, attention), layer.more["post_feedforward_layernorm"], eps, None)[0]
-        return norm(x, self.norm, eps, None)[0]
+        return self.leave(x, None)
 
     def _project(self, layer: Layer, x: torch.Tensor, attention: Attention) -> torch.Tensor:
         a, qkv = self.architecture, super()._project(layer, x, attention)

@@ -41,7 +41,7 @@ def whole_layers(model: LlamaForCausalLM) -> WholeLayers | None:
     """None where something is in the model, or missing on the machine, that only its own forward pass computes."""
     a, heads = model.architecture, model.num_heads
     parameters = _parameters(model.layers)
-    if parameters is None or a.attention_soft_cap or a.activation != "silu" or model.parallel.size > 1:
+    if parameters is None or a.attention_soft_cap or a.activation != "silu" or not model.parallel.is_alone:
         return None
     dtype = parameters[0].qkv.dtype
     if a.head_dim not in HEAD_DIMS[dtype]:

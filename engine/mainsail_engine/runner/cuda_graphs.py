@@ -42,11 +42,13 @@ LARGEST_MIXED = STEP_ROWS[-1]
 """Tokens. Larger steps keep the device busy for longer than it takes to launch them."""
 VERIFY_ROWS = (64, 128, 192, 256, 384, 512, 768, MAX_ROWS)
 """Of steps that verify guesses as chunks."""
+LARGEST_STEP = max(LARGEST_DECODE, LARGEST_MIXED, MAX_ROWS)
+"""Rows."""
 MOST_CHUNKS = 32
 """Prompts in a mixed step that is replayed."""
 
 Forward = Callable[[torch.Tensor, Attention], torch.Tensor]
-"""(token ids, attention) to hidden states [n, hidden_size]."""
+"""(token ids or a stage's incoming hidden states, attention) to hidden states [n, hidden_size]."""
 Logits = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -157,7 +159,7 @@ class PaddedSteps:
     def __init__(
         self,
         forward: Forward,
-        logits: Logits,
+        logits: Logits | None,
         greedy: Logits,
         newest: torch.Tensor,
         uploads: Uploads,
@@ -167,8 +169,14 @@ class PaddedSteps:
         max_blocks: int,
         capture: bool,
         guesses: bool = False,
+        incoming: torch.Tensor | None = None,
     ) -> None:
-        """newest [num_slots + 1] int64 holds every slot's newest token; its last row belongs to padding."""
+        """newest [num_slots + 1] int64 holds every slot's newest token; its last row belongs to padding.
+
+        logits None: of a pipeline stage that is not the last, a step gives its hidden states. incoming [LARGEST_STEP,
+        hidden_size]: where a stage that is not the first finds a step's inputs; None: they are token ids.
+        """
+        self.incoming = incoming
         self._forward, self._logits, self._greedy = forward, logits, greedy
         self._newest, self._uploads, self._workspace = newest, uploads, workspace
         self._spare_slot = newest.shape[0] - 1
@@ -208,7 +216,7 @@ class PaddedSteps:
 
     def _run(self, shape: StepShape) -> tuple[torch.Tensor, torch.Tensor]:
         layout, packed = self._layouts[shape], self._packed
-        token_ids = resolve(packed[layout.token], packed[layout.from_slot], self._newest)
+        inputs = self._inputs(shape)
         attention = Attention(
             positions=packed[layout.position],
             slot_mapping=packed[layout.kv_slot],
@@ -219,11 +227,19 @@ class PaddedSteps:
             max_query_len=shape.longest or shape.tokens,
             workspace=self._workspace,
         )
-        hidden = self._forward(token_ids, attention)
+        hidden = self._forward(inputs, attention)
+        if self._logits is None:
+            return hidden, hidden
         logits = self._logits(hidden[packed[layout.sampled]] if shape.is_mixed else hidden)
         tokens = self._greedy(logits)
         note(self._newest, packed[layout.sampled_slots], tokens)
         return logits, tokens
+
+    def _inputs(self, shape: StepShape) -> torch.Tensor:
+        if self.incoming is not None:
+            return self.incoming[: shape.tokens]
+        layout, packed = self._layouts[shape], self._packed
+        return resolve(packed[layout.token], packed[layout.from_slot], self._newest)
 
     def shape_for(self, arrays: StepArrays) -> StepShape | None:
         """The smallest shape that holds the step. None: it is too large, of too many prompts, or samples too much."""
@@ -236,7 +252,8 @@ class PaddedSteps:
         return None
 
     def launch(self, shape: StepShape, arrays: StepArrays) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queue the step: the (logits, greedy tokens) of its sampled rows, which the next step overwrites."""
+        """Queue the step: the (logits, greedy tokens) of its sampled rows, which the next step overwrites; in a stage
+        that does not sample, its hidden states twice."""
         layout, decodes = self._layouts[shape], arrays.num_decodes
         seqs, used = arrays.block_tables.shape
         numbers = layout.tables + seqs * used
@@ -253,5 +270,5 @@ class PaddedSteps:
             graph.replay()
         else:
             logits, tokens = self._run(shape)
-        count = len(arrays.sampled)
+        count = len(arrays.token_ids) if self._logits is None else len(arrays.sampled)
         return logits[:count], tokens[:count]

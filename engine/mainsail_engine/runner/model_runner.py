@@ -28,7 +28,7 @@ from mainsail_engine.model.registry import load_model
 from mainsail_engine.request import Request, SamplingParams
 from mainsail_engine.runner import device_memory, memory
 from mainsail_engine.runner.batch import BlockTables, StepArrays, build
-from mainsail_engine.runner.cuda_graphs import PaddedSteps, graph_bytes
+from mainsail_engine.runner.cuda_graphs import LARGEST_STEP, PaddedSteps, graph_bytes
 from mainsail_engine.runner.device_memory import DeviceMemory
 from mainsail_engine.runner.sleep import move_tensors, to_device, to_host
 from mainsail_engine.runner.threads import multiplies_bfloat16, set_cpu_threads
@@ -143,7 +143,8 @@ class ModelRunner:
         path = Path(config.model.path)
         self.architecture = read_architecture(path)
         self._parallel = parallel
-        self.device = choose_device(config.device, parallel.rank)
+        rank = parallel.stage * parallel.size + parallel.rank
+        self.device = choose_device(config.device, rank - config.ranks_of(config.nodes.node_rank).start)
         self.dtype = choose_dtype(config.model.dtype, self.architecture, self.device)
         quantization = read_quantization(path, config.model.quantization)
         self.kv_dtype = choose_kv_dtype(config.cache.dtype, quantization, self.dtype)
@@ -157,11 +158,11 @@ class ModelRunner:
         slots = config.scheduler.max_num_seqs
         self._decode_rows = max(slots, SPREAD_ROWS) if guessing else slots
         if self.device.type == "cpu":
-            set_cpu_threads(parallel.size)
+            set_cpu_threads(config.ranks_per_node)
         else:
             torch.cuda.set_device(self.device)
         self._uploads = Uploads(self.device)
-        sleeps = parallel.size == 1  # an engine of several ranks cannot
+        sleeps = parallel.is_alone  # an engine of several ranks cannot
         self._memory = DeviceMemory(self.device) if sleeps and device_memory.available(self.device) else None
         self._padded: PaddedSteps | None = None
         try:
@@ -178,6 +179,11 @@ class ModelRunner:
             ) from error
         self._warm_up()
         self._padded = self._pad(config) if self.device.type == "cuda" else None
+
+    @property
+    def samples(self) -> bool:
+        """Whether tokens come of its steps: of a stage that is not the last, hidden states go to the next instead."""
+        return self._parallel.is_last
 
     def _longest_prompt(self) -> int:
         """Where prompts are computed in one step, the tokens of the longest; else 0: any budget will do."""
@@ -238,8 +244,8 @@ class ModelRunner:
     def _pad(self, config: EngineConfig) -> PaddedSteps:
         with torch.inference_mode():
             return PaddedSteps(
-                lambda token_ids, attention: self._model.forward(token_ids, attention, self.kv_cache),
-                self._model.logits,
+                lambda inputs, attention: self._model.forward(inputs, attention, self.kv_cache),
+                self._model.logits if self.samples else None,
                 greedy,
                 self._newest,
                 self._uploads,
@@ -248,11 +254,16 @@ class ModelRunner:
                 max_blocks=self._tables.rows.shape[1],
                 capture=config.cuda_graphs and self._model.captures_graphs,
                 guesses=config.speculative is not None,
+                incoming=None if self._parallel.is_first else self._room_for_hidden(LARGEST_STEP).zero_(),
             )
+
+    def _room_for_hidden(self, num_tokens: int) -> torch.Tensor:
+        return torch.empty((num_tokens, self.architecture.hidden_size), dtype=self.dtype, device=self.device)
 
     def _take_pool(self, config: EngineConfig) -> None:
         a, slots = self.architecture, config.scheduler.max_num_seqs
-        per_block = memory.block_bytes(a.num_layers, self._model.num_kv_heads, a.head_dim, self.kv_dtype)
+        num_layers = len(self._parallel.layers(a))
+        per_block = memory.block_bytes(num_layers, self._model.num_kv_heads, a.head_dim, self.kv_dtype)
         if config.cache.num_blocks is not None:
             self.num_blocks = config.cache.num_blocks
         elif a.bidirectional:  # blocks without bytes: places for the scheduler to count
@@ -280,7 +291,7 @@ class ModelRunner:
         """The KV pool (in pool_memory, if there is one) and everything that has a row for each slot."""
         a = self.architecture
         heads, kv_heads = self._model.num_heads, self._model.num_kv_heads
-        num_layers = 0 if a.bidirectional else a.num_layers
+        num_layers = 0 if a.bidirectional else len(self._parallel.layers(a))
         shape = (num_layers, num_blocks, 2, kv_heads, BLOCK_SIZE, a.head_dim)
         if pool_memory and num_layers:
             num_bytes = torch.Size(shape).numel() * self.kv_dtype.itemsize
@@ -295,7 +306,7 @@ class ModelRunner:
         rows = self._decode_rows
         self._workspace = decode_workspace(rows, heads, kv_heads, a.head_dim, self.device) if cuda else None
         self._newest = torch.zeros(slots + 1, dtype=torch.int64, device=self.device)
-        self._downloads = Downloads(slots + self._guess_rows) if cuda else None
+        self._downloads = Downloads(slots + self._guess_rows, max(3, self._parallel.num_stages)) if cuda else None
 
     def _profile(self) -> None:
         """One step of the whole token budget, so that its peak is counted before the pool is sized."""
@@ -324,15 +335,26 @@ class ModelRunner:
         adapters = self._adapter_rows(plan)
         shape = self._padded.shape_for(arrays) if self._padded and not whole and adapters is None else None
         if self._padded and shape:
+            if self._padded.incoming is not None:
+                self._parallel.receive(self._padded.incoming[: len(arrays.token_ids)])
             logits, tokens = self._padded.launch(shape, arrays)
+            if not self.samples:
+                return self._passed_on(logits)
             if self._sampler.wants_best(arrays.sampled_slots) and not plan.is_constrained:
                 return self._pending(tokens)
             return self._sample_or_wait(logits, arrays, plan, None, guessed)
         hidden, sampled = self._forward(arrays, adapters)
+        if not self.samples:
+            return self._passed_on(hidden)
         extras = self._prompt_extras(plan, arrays, hidden) if whole else None
         if not len(arrays.sampled):
             return self._pending(torch.empty(0, dtype=torch.int64), extras)
         return self._sample_or_wait(self._model.logits(hidden[sampled]), arrays, plan, extras, guessed)
+
+    def _passed_on(self, hidden: torch.Tensor) -> PendingTokens:
+        """The end of a step in a stage that is not the last."""
+        self._parallel.pass_on(hidden)
+        return self._pending(torch.empty(0, dtype=torch.int64, device=self.device))
 
     def _spreads(self, plan: StepPlan) -> bool:
         """Whether rows that verify guesses are computed as decodes (runner/batch.py)."""
@@ -365,7 +387,9 @@ class ModelRunner:
             token_ids = resolve(token_ids, from_slots, self._newest)
         attention = self._attention(arrays, *rest)
         attention.adapters = adapters
-        return self._model.forward(token_ids, attention, self.kv_cache), sampled
+        first = self._parallel.is_first
+        inputs = token_ids if first else self._parallel.receive(self._room_for_hidden(len(token_ids)))
+        return self._model.forward(inputs, attention, self.kv_cache), sampled
 
     def _sample_or_wait(
         self,

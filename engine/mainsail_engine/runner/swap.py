@@ -274,6 +274,7 @@ class SwappingRunner:
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> SwappingStep:
         """See step.Runner."""
+        self._swap.num_loaded(wait=False)  # forgets the loads that are done
         if plan.num_loaded:
             self._swap.order_after(plan.num_loaded)
         if plan.stores:
