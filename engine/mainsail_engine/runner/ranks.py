@@ -1,7 +1,7 @@
 """A rank's process as its parent sees it: its orders in, its words out. Nothing here imports torch.
 
 Orders are one line of JSON on its standard input, which stays open for as long as the parent lives. Where the parent
-listens (server/node.py), the rank says on its standard output that it has loaded, and why it ends.
+listens (server/node.py), the rank says on its standard output every second that it lives, and why it ends.
 """
 
 from __future__ import annotations
@@ -26,8 +26,11 @@ class WorkerStart(msgspec.Struct, frozen=True, kw_only=True):
     """Its words are read."""
 
 
-class Loaded(msgspec.Struct, frozen=True, tag=True):
-    """It has loaded its share of the model and follows the leader."""
+class Alive(msgspec.Struct, frozen=True, tag=True):
+    """It lives: said at the start, every second, and when it has loaded."""
+
+    has_loaded: bool
+    """Its share of the model; it follows the leader."""
 
 
 class Ended(msgspec.Struct, frozen=True, tag=True):
@@ -37,7 +40,7 @@ class Ended(msgspec.Struct, frozen=True, tag=True):
     message: str
 
 
-decode_words = msgspec.json.Decoder(Loaded | Ended).decode
+decode_words = msgspec.json.Decoder(Alive | Ended).decode
 encode_words = msgspec.json.Encoder().encode
 
 

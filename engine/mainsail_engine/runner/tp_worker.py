@@ -28,7 +28,7 @@ from zmq.utils.monitor import recv_monitor_message
 from mainsail_engine.child import take_orders
 from mainsail_engine.config import EngineConfig
 from mainsail_engine.errors import StartupError
-from mainsail_engine.runner.ranks import Ended, Loaded, WorkerStart, encode_words
+from mainsail_engine.runner.ranks import Alive, Ended, WorkerStart, encode_words
 from mainsail_engine.runner.replicate import (
     AdapterMessage,
     MasksMessage,
@@ -56,16 +56,31 @@ class Parent:
 
     def __init__(self, start: WorkerStart) -> None:
         self._listens = start.is_listened_to
-
-    def tell(self, words: Ended | Loaded) -> None:
+        self._has_loaded = False
+        self._speaking = threading.Lock()
         if self._listens:
-            sys.stdout.buffer.write(encode_words(words) + b"\n")
-            sys.stdout.buffer.flush()
+            self.start_vital(self._beat, "parent-beats")
+
+    def loaded(self) -> None:
+        """The rank follows the leader from now on."""
+        self._has_loaded = True
+        self._tell(Alive(True))
+
+    def _beat(self) -> None:
+        while True:
+            self._tell(Alive(self._has_loaded))
+            time.sleep(BEAT_S)
+
+    def _tell(self, words: Ended | Alive) -> None:
+        with self._speaking:
+            if self._listens:
+                sys.stdout.buffer.write(encode_words(words) + b"\n")
+                sys.stdout.buffer.flush()
 
     def end(self, why: Ended) -> NoReturn:
         """End this process, whatever its other threads wait for."""
         log.error("%s: %s", why.reason, why.message)
-        self.tell(why)
+        self._tell(why)
         os._exit(1)
 
     def start_vital(self, work: Callable[[], None], name: str) -> None:
@@ -283,7 +298,7 @@ def run(start: WorkerStart, parent: Parent) -> None:
     tells = num_stages > 1 and parallel.is_last and parallel.rank == 0
     finisher = Finisher(parent, progress, context, addresses.results if tells else None)
     rank = Rank(config, runner, progress)
-    parent.tell(Loaded())
+    parent.loaded()
     follow(rank, orders, finisher)
 
 

@@ -1,7 +1,7 @@
 """A node above 0 of an engine over several: its ranks' processes, and health. It serves no API. Imports no torch.
 
-The ranks follow the leader (runner/tp_worker.py) and end when it is gone. When one of them ends, for whatever reason,
-this process ends the others and itself, non-zero, so that Kubernetes starts the pod again. Told to stop (SIGTERM), it
+The ranks follow the leader (runner/tp_worker.py) and end when it is gone. When one of them ends, or is silent, this
+process ends the others and itself, non-zero, so that Kubernetes starts the pod again. Told to stop (SIGTERM), it
 stays for as long as the leader drains, and ends well when the leader is gone.
 
 live: the ranks' processes are there (whether they compute is the leader's to notice). ready, startup: all have loaded.
@@ -24,13 +24,14 @@ import msgspec
 
 from mainsail_engine.config import EngineConfig, ServerConfig
 from mainsail_engine.errors import StartupError
-from mainsail_engine.runner.ranks import Ended, Loaded, WorkerStart, decode_words, spawn
+from mainsail_engine.runner.ranks import Alive, Ended, WorkerStart, decode_words, spawn
 from mainsail_engine.server.health import HealthServer, Verdict, Vitals, judge
 
 log = logging.getLogger(__name__)
 GRACE_S = 10.0
 """After the leader should have drained, until this node ends by itself."""
 LAST_WORDS_S = 2.0
+SILENT_S, LOADING_SILENT_S = 7.0, 60.0
 TICK_S = 0.5
 
 
@@ -39,8 +40,13 @@ class _Rank:
     number: int
     process: subprocess.Popen[bytes]
     has_loaded: bool = False
+    heard_s: float = field(default_factory=time.monotonic)
+    """When it last said something, on the monotonic clock."""
     ended: Ended | None = None
     listener: threading.Thread | None = field(default=None)
+
+    def is_silent(self, now: float) -> bool:
+        return now - self.heard_s > (SILENT_S if self.has_loaded else LOADING_SILENT_S)
 
     def last_words(self) -> Ended:
         """Why it ended: by its own words, if it had any."""
@@ -107,8 +113,9 @@ class Node:
                 sys.stderr.buffer.write(line)
                 sys.stderr.buffer.flush()
                 continue
-            if isinstance(words, Loaded):
-                rank.has_loaded = True
+            rank.heard_s = time.monotonic()
+            if isinstance(words, Alive):
+                rank.has_loaded = words.has_loaded
             else:
                 rank.ended = words
         self._over.put(rank)
@@ -120,7 +127,10 @@ class Node:
                 if self._stop_s is None:
                     raise _failure(ended.last_words())
                 return
-            if self._stop_s is not None and time.monotonic() - self._stop_s > self._server.drain_timeout_s + GRACE_S:
+            now = time.monotonic()
+            if silent := next((rank for rank in self._ranks if rank.is_silent(now)), None):
+                raise _failure(Ended("RankLost", f"rank {silent.number} is silent: stopped, or starved of CPU"))
+            if self._stop_s is not None and now - self._stop_s > self._server.drain_timeout_s + GRACE_S:
                 log.warning("the leader has not ended %.0f s after this node was told to", GRACE_S)
                 return
 

@@ -32,11 +32,14 @@ MODELS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_models(tmp_path_factory.mktemp("ranks"))
+
+
+def make_models(root: Path) -> Path:
     """A folder for each family: random weights, and the tokenizer that the API side needs."""
     import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    root = tmp_path_factory.mktemp("ranks")
     tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(97)}, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     for family, more in MODELS.items():
