@@ -731,7 +731,7 @@ def test_the_chunks_of_a_prompt_follow_one_another_through_the_stages():
     engine = Engine(num_blocks=64, max_model_len=900, budget=800, micro_batches=2)
     engine.add(prompt(0, 600), max_tokens=2, ignore_eos=True)
     plans = [engine.scheduler.schedule(0.0) for _ in range(2)]
-    assert [plan.num_tokens for plan in plans] == [300, 300]
+    assert [plan and plan.num_tokens for plan in plans] == [300, 300]
     assert engine.scheduler.schedule(0.0) is None
 
 
