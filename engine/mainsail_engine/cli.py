@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
@@ -44,13 +45,24 @@ from mainsail_engine.errors import (
 from mainsail_engine.version import version
 
 Config = TypeVar("Config", KVEventsConfig, SpeculativeConfig)
-PROFILES: dict[str, dict[str, int]] = {
-    "": {},
-    "latency": {"max_num_seqs": 64, "max_num_batched_tokens": 2048},
-    "throughput": {"max_num_seqs": 512, "max_num_batched_tokens": 16384},
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """What --profile sets where the flag itself is not given."""
+
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    speculative: SpeculativeConfig | None = None
+
+
+PROFILES = {
+    "": Profile(),
+    "latency": Profile(64, 2048, SpeculativeConfig(method="ngram")),
+    "throughput": Profile(512, 16384),
 }
-"""What --profile sets where the flag itself is not given. latency: a step that few share is a short one; throughput: as
-many as the KV pool feeds share each reading of the weights, and prompts go in large pieces."""
+"""latency: a step that few share is a short one, and of a text that repeats itself it makes several tokens; throughput:
+as many as the KV pool feeds share each reading of the weights, and prompts go in large pieces."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -212,7 +224,7 @@ def _add_engine_flags(serve: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--speculative-config",
         help='guess tokens and verify several in one step: a JSON object with vLLM\'s names, {"method": "ngram"} or '
-        '{"method": "draft_model", "model": …}; default: one token a step',
+        '{"method": "draft_model", "model": …}, or null; default: n-gram with --profile latency, else one token a step',
     )
     group.add_argument(
         "--jump-forward",
@@ -289,11 +301,11 @@ def _add_server_flags(serve: argparse.ArgumentParser) -> None:
 
 
 def json_config(flag: str, text: str | None, kind: type[Config]) -> Config | None:
-    """What the flag's JSON object says; None: the flag is not given. Raises InvalidConfigurationError."""
+    """What the flag's JSON object says; None: the flag is not given, or says null. Raises InvalidConfigurationError."""
     if text is None:
         return None
     try:
-        return msgspec.json.decode(text, type=kind)
+        return None if text.strip() == "null" else msgspec.json.decode(text, type=kind)
     except msgspec.DecodeError as error:
         raise InvalidConfigurationError(f"{flag}: {error}") from None
 
@@ -327,9 +339,9 @@ def engine_config(flags: argparse.Namespace) -> EngineConfig:
 
     def chosen(name: str) -> int | None:
         given: int | None = getattr(flags, name, None)
-        return profile.get(name) if given is None else given
+        return getattr(profile, name) if given is None else given
 
-    max_num_seqs = chosen("max_num_seqs")
+    max_num_seqs, guessing = chosen("max_num_seqs"), getattr(flags, "speculative_config", None)
 
     return EngineConfig(
         model=ModelConfig(
@@ -348,7 +360,11 @@ def engine_config(flags: argparse.Namespace) -> EngineConfig:
             metrics_sample=flags.kv_cache_metrics_sample,
         ),
         kv_events=json_config("--kv-events-config", getattr(flags, "kv_events_config", None), KVEventsConfig),
-        speculative=json_config("--speculative-config", getattr(flags, "speculative_config", None), SpeculativeConfig),
+        speculative=(
+            profile.speculative
+            if guessing is None
+            else json_config("--speculative-config", guessing, SpeculativeConfig)
+        ),
         scheduler=SchedulerConfig(
             max_num_seqs=SchedulerConfig().max_num_seqs if max_num_seqs is None else max_num_seqs,
             max_num_batched_tokens=chosen("max_num_batched_tokens"),
