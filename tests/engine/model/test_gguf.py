@@ -14,7 +14,7 @@ from tests.engine.model.test_quantization import distance, logits, model_of, run
 
 from mainsail_engine.errors import InvalidConfigurationError
 from mainsail_engine.model.architecture import read_architecture
-from mainsail_engine.model.gguf_codes import LAYOUTS
+from mainsail_engine.model.gguf_codes import LAYOUTS, Blocks, codes_of
 from mainsail_engine.model.linear import RowsOf
 from mainsail_engine.model.loader import Part, open_weights
 from mainsail_engine.model.parallel import Parallel
@@ -27,6 +27,11 @@ HALVES = {
     "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,), "IQ4_XS": (0,),
 }  # fmt: skip
 """Where in a block of each type its float16 numbers are."""
+RARE = (
+    "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "TQ1_0", "TQ2_0", "MXFP4", "NVFP4",
+)  # fmt: skip
+"""Types whose numbers may be anything, not-a-number too: nothing is computed with them here."""
+PLAIN = ("F32", "F16", "BF16")
 HIDDEN, WIDE, VOCAB = 256, 512, 96
 
 
@@ -36,7 +41,7 @@ def random_bytes(kind: str, rows: int, num_in: int, seed: int) -> np.ndarray:
     size, num_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
     data = numbers.integers(0, 256, (rows, num_in // size, num_bytes), dtype=np.uint8)
     small = 0.02 / (32 if "K" in kind or kind == "IQ4_XS" else 1) / (8 if kind in ("Q8_0", "IQ4_NL", "IQ4_XS") else 1)
-    for at in HALVES[kind]:
+    for at in HALVES.get(kind, ()):
         some = (numbers.standard_normal((*data.shape[:2], 1)) * small).astype(np.float16)
         data[..., at : at + 2] = some.view(np.uint8)
     return data.reshape(rows, -1)
@@ -80,7 +85,14 @@ def write(path: Path, kinds: dict[str, str]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("kind", [*HALVES, "F32", "F16", "BF16"])
+def test_every_type_that_the_package_reads_is_in_these_lists() -> None:
+    from gguf.quants import _type_traits
+
+    assert {kind.name for kind in _type_traits} == {*HALVES, *RARE, "BF16"}
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("kind", [*HALVES, *RARE, *PLAIN])
 def test_a_type_is_read_bit_for_bit_as_the_package_reads_it(kind: str, tmp_path: Path) -> None:
     path = write(tmp_path / "tiny.gguf", {"": kind})
     source = GgufSource(path, read_architecture(path))
@@ -88,7 +100,17 @@ def test_a_type_is_read_bit_for_bit_as_the_package_reads_it(kind: str, tmp_path:
     for ours, theirs in (("mlp.down_proj", "ffn_down"), ("self_attn.v_proj", "attn_v")):
         raw = tensors[f"blk.0.{theirs}.weight"]
         truth = gguf.dequantize(raw.data, raw.tensor_type).astype(np.float32)
-        assert np.array_equal(source.tensor(f"model.layers.0.{ours}.weight").numpy(), truth)
+        read = source.tensor(f"model.layers.0.{ours}.weight").numpy()
+        assert np.array_equal(read.view(np.int32), truth.view(np.int32))
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_codes_mean_bit_for_bit_what_the_package_says(kind: str) -> None:
+    """All of them, in float32: the codes that stay in memory are no approximation."""
+    data = random_bytes(kind, 64, WIDE, seed=3)
+    truth = gguf.dequantize(data, gguf.GGMLQuantizationType[kind]).astype(np.float32)
+    ours = whole(codes_of(Blocks(kind, torch.from_numpy(data)))).numpy()
+    assert np.array_equal(ours.view(np.int32), truth.view(np.int32))
 
 
 @pytest.mark.parametrize("kind", [*LAYOUTS, "Q3_K", "BF16"])
