@@ -2,8 +2,8 @@
 
     python -m benchmarks.serving_cpu --output-json benchmarks/results/serving_cpu.json
 
-logging: CPU seconds of all the server's processes for the same requests, with --enable-log-requests over without, in
-turn (a busy server's throughput is what its CPU time allows; time on the clock would measure the neighbours). refusals:
+logging: with --enable-log-requests over without, medians of pairs: throughput in turn, and the CPU time of all the
+server's processes while both answer the same requests side by side (what the neighbours do then hits both). refusals:
 how long a client waits for its 429 while the queue is full, and what Retry-After says. metrics: the server's own times
 over what clients measured.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import os
 import re
 import socket
@@ -22,7 +23,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -44,10 +45,10 @@ class Server:
     pid: int
 
     def cpu_s(self) -> float:
-        """CPU time of all its processes so far."""
+        """CPU time of all threads of all its processes so far, to the microsecond."""
         children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
-        fields = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in (self.pid, *children)]
-        return sum(int(each[11]) + int(each[12]) for each in fields) / os.sysconf("SC_CLK_TCK")
+        threads = [path for pid in (self.pid, *children) for path in Path(f"/proc/{pid}/task").iterdir()]
+        return sum(int((path / "schedstat").read_text().split()[0]) for path in threads) / 1e9
 
 
 @contextmanager
@@ -69,30 +70,52 @@ def served(model: Path, *flags: str) -> Iterator[Server]:
             process.wait()
 
 
-async def cpu_s_of(server: Server, requests: int) -> float:
-    """CPU seconds that short requests take: logging costs by the request."""
+@dataclass(frozen=True, slots=True)
+class Round:
+    requests_per_s: float
+    cpu_s: float
+
+
+async def round_of(server: Server, requests: int) -> Round:
+    """Short requests, 32 at a time: logging costs by the request, so this is where it shows most."""
     before_s = server.cpu_s()
     figures = await run(Load(server.url, "tiny", requests, 32, 16, 32, 0.0, 200))
     if figures["failed"]:
         raise RuntimeError(figures["errors"])
-    return server.cpu_s() - before_s
+    return Round(requests / figures["duration_s"], server.cpu_s() - before_s)
+
+
+def median_of(ratios: list[float]) -> dict[str, float]:
+    """The median, and what it lies between in 95 of 100 such runs (by order statistics)."""
+    ordered, half = sorted(ratios), len(ratios) / 2
+    margin = 0.98 * len(ratios) ** 0.5
+    low, high = max(0, math.floor(half - margin)), min(len(ratios) - 1, math.ceil(half + margin))
+    return {
+        "median": round(statistics.median(ratios), 4),
+        "from": round(ordered[low], 4),
+        "to": round(ordered[high], 4),
+    }
 
 
 async def logging_cost(model: Path, rounds: int, requests: int) -> dict[str, Any]:
+    turns, beside = list[tuple[Round, Round]](), list[tuple[Round, Round]]()
     with served(model) as plain, served(model, "--enable-log-requests") as logged:
         for server in (plain, logged):
-            await cpu_s_of(server, requests // 2)
-        ratios, without_s = list[float](), list[float]()
+            await round_of(server, requests)
         for number in range(rounds):
-            order = (plain, logged) if number % 2 else (logged, plain)
-            spent_s = {server: await cpu_s_of(server, requests) for server in order}
-            ratios.append(spent_s[logged] / spent_s[plain])
-            without_s.append(spent_s[plain])
+            if number % 2:
+                turns.append((await round_of(plain, requests), await round_of(logged, requests)))
+            else:
+                first = await round_of(logged, requests)
+                turns.append((await round_of(plain, requests), first))
+            beside.append(await asyncio.gather(round_of(plain, requests), round_of(logged, requests)))
     return {
+        "rounds": rounds,
         "requests_a_round": requests,
-        "cpu_s_without": round(statistics.median(without_s), 3),
-        "with_over_without_median": round(statistics.median(ratios), 4),
-        "with_over_without": [round(ratio, 4) for ratio in ratios],
+        "requests_per_s_without": round(statistics.median(without.requests_per_s for without, _ in turns), 1),
+        "cpu_ms_a_request_without": round(1000 * statistics.median(o.cpu_s / requests for o, _ in turns), 3),
+        "throughput_with_over_without": median_of([w.requests_per_s / o.requests_per_s for o, w in turns]),
+        "cpu_with_over_without_side_by_side": median_of([w.cpu_s / o.cpu_s for o, w in beside]),
     }
 
 
@@ -188,29 +211,36 @@ async def metrics_over_clients(model: Path) -> dict[str, Any]:
     }
 
 
-async def measure(rounds: int, requests: int, count: int) -> dict[str, Any]:
+PARTS = ("metrics", "refusals", "logging")
+
+
+async def measure(parts: Sequence[str], rounds: int, requests: int, count: int) -> dict[str, Any]:
+    figures: dict[str, Any] = {"cpus": len(os.sched_getaffinity(0))}
     with tempfile.TemporaryDirectory() as folder:
         model = make_tiny_model(Path(folder) / "model")
-        return {
-            "cpus": len(os.sched_getaffinity(0)),
-            "metrics": await metrics_over_clients(model),
-            "refusals": await refusals(model, count),
-            "logging": await logging_cost(model, rounds, requests),
-        }
+        if "metrics" in parts:
+            figures["metrics"] = await metrics_over_clients(model)
+        if "refusals" in parts:
+            figures["refusals"] = await refusals(model, count)
+        if "logging" in parts:
+            figures["logging"] = await logging_cost(model, rounds, requests)
+    return figures
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--requests", type=int, default=400, help="of each round")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="the rest of the file stays")
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--requests", type=int, default=256, help="of each round")
     parser.add_argument("--refusals", type=int, default=300)
     parser.add_argument("--output-json", type=Path)
     flags = parser.parse_args()
-    figures = asyncio.run(measure(flags.rounds, flags.requests, flags.refusals))
-    text = json.dumps(figures, indent=1)
-    print(text)
-    if flags.output_json is not None:
-        flags.output_json.write_text(text + "\n")
+    figures = asyncio.run(measure(flags.only, flags.rounds, flags.requests, flags.refusals))
+    print(json.dumps(figures, indent=1))
+    out: Path | None = flags.output_json
+    if out is not None:
+        before = json.loads(out.read_text()) if out.exists() else {}
+        out.write_text(json.dumps({**before, **figures}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
