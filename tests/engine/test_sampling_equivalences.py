@@ -152,13 +152,14 @@ def test_with_a_warm_cache_is_as_cold(tiny, reference):
         assert one.num_cached_tokens == (0 if params.prompt_logprobs is not None else len(prompt) - 1)
 
 
-def test_n_answers_are_as_n_requests_and_share_the_prompt(tiny):
+@pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["greedy", "seeded"])
+def test_n_answers_are_as_n_requests_and_share_the_prompt(tiny, temperature):
     prompt = prompts(1, seed=3)[0] * 3
-    jobs = [(prompt, SamplingParams(max_tokens=8, temperature=1.0, seed=seed)) for seed in range(5)]
+    jobs = [(prompt, SamplingParams(max_tokens=8, temperature=temperature, seed=seed)) for seed in range(5)]
     cold, _ = run(tiny[0], jobs, one_by_one=True, caching=False)
     together, stats = run(tiny[0], jobs)
     same(together, cold)
-    assert len({tuple(one.token_ids) for one in together}) > 1
+    assert (len({tuple(one.token_ids) for one in together}) > 1) == (temperature > 0)
     assert stats.prefix_cache_hits >= 4 * (len(prompt) - 1)
 
 

@@ -18,6 +18,7 @@ from mainsail_engine.errors import RequestError
 from mainsail_engine.server import schemas
 from mainsail_engine.server.chat import as_template_messages, chat_completion
 from mainsail_engine.server.completions import completion
+from mainsail_engine.server.deadline import timed
 from mainsail_engine.server.description import describe
 from mainsail_engine.server.embeddings import embeddings
 from mainsail_engine.server.errors import error_response, from_validation
@@ -85,19 +86,19 @@ def _add_error_handlers(app: FastAPI) -> None:
 def _add_generation(app: FastAPI, serving: Serving) -> None:
     @app.post("/v1/chat/completions", responses={200: {"model": schemas.ChatCompletion}, **ERRORS})
     async def create_chat_completion(body: schemas.ChatCompletionRequest, request: Request) -> Response:
-        return await chat_completion(serving, body, request)
+        return await chat_completion(serving, timed(body, request), request)
 
     @app.post("/v1/completions", responses={200: {"model": schemas.Completion}, **ERRORS})
     async def create_completion(body: schemas.CompletionRequest, request: Request) -> Response:
-        return await completion(serving, body, request)
+        return await completion(serving, timed(body, request), request)
 
     @app.post("/v1/responses", responses={200: {"model": ModelResponse}, **ERRORS})
     async def create_model_response(body: ResponsesRequest, request: Request) -> Response:
-        return await create_response(serving, body, request)
+        return await create_response(serving, timed(body, request), request)
 
     @app.post("/v1/embeddings", responses={200: {"model": schemas.EmbeddingList}, **ERRORS})
     async def create_embeddings(body: schemas.EmbeddingRequest, request: Request) -> Response:
-        return await embeddings(serving, body, request)
+        return await embeddings(serving, timed(body, request), request)
 
     @app.get("/v1/models")
     async def list_models() -> schemas.ModelList:

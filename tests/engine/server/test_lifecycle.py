@@ -174,7 +174,9 @@ def _is_zombie(pid: int) -> bool:
 
 @pytest.mark.model
 def test_key_and_overload(own_engine: Callable[..., Any]) -> None:
-    engine = own_engine("--api-key", "secret", "--max-num-queued-reqs", "1", "--max-num-seqs", "1")
+    engine = own_engine(
+        "--api-key", "secret", "--max-num-queued-reqs", "1", "--max-num-seqs", "1", "--enable-log-requests"
+    )
     body = {"model": "smol", "prompt": "x", "max_tokens": 1}
     assert engine.post("/v1/completions", **body).status_code == 401
     assert engine.http.get(engine.url + "/metrics").status_code == 200
@@ -192,3 +194,6 @@ def test_key_and_overload(own_engine: Callable[..., Any]) -> None:
     assert refused.status_code == 429
     assert int(refused.headers["retry-after"]) >= 1
     assert engine.metric("vllm:admission_rejections_total", reason="max_num_queued_reqs") == 1
+    log = engine.log.read_text()
+    assert "1 generated" in log
+    assert not any(said in log for said in ("secret", "wrong", "y y y"))

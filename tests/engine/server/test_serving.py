@@ -15,6 +15,8 @@ import pytest
 pytestmark = pytest.mark.model
 FRANCE: Any = [{"role": "user", "content": "What is the capital of France?"}]
 COUNT: Any = [{"role": "user", "content": "Count from one to one hundred in words."}]
+GREEDY: dict[str, Any] = {"temperature": 0}
+SEEDED: dict[str, Any] = {"temperature": 0.8, "seed": 4}
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +37,11 @@ def test_chat(client: openai.OpenAI) -> None:
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (37, 8)
 
 
-def test_streamed_is_not_streamed(client: openai.OpenAI) -> None:
-    whole = client.chat.completions.create(model="smol", messages=COUNT, temperature=0, max_tokens=30)
+@pytest.mark.parametrize("settings", [GREEDY, SEEDED], ids=["greedy", "seeded"])
+def test_streamed_is_not_streamed(client: openai.OpenAI, settings: dict[str, Any]) -> None:
+    whole = client.chat.completions.create(model="smol", messages=COUNT, max_tokens=30, **settings)
     stream = client.chat.completions.create(
-        model="smol", messages=COUNT, temperature=0, max_tokens=30, stream=True, stream_options={"include_usage": True}
+        model="smol", messages=COUNT, max_tokens=30, stream=True, stream_options={"include_usage": True}, **settings
     )
     chunks = list(stream)
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
@@ -202,6 +205,24 @@ def test_a_deadline_ends_a_request(engine: Any, waiting: Callable[..., None]) ->
     assert response.status_code == 504, response.text
     assert response.json()["error"]["type"] == "timeout_error"
     waiting(engine.idle, "nothing running, all blocks free")
+
+
+@pytest.mark.parametrize(("body", "header"), [({}, "0.3"), ({"timeout": 60}, "0.3"), ({"timeout": 0.3}, "60")])
+def test_the_shorter_of_body_and_header_is_the_deadline(engine: Any, body: dict[str, float], header: str) -> None:
+    asked = {"model": "smol", "messages": COUNT, "max_tokens": 4000, "ignore_eos": True, **body}
+    url, headers = engine.url + "/v1/chat/completions", {"X-Request-Timeout": header}
+    assert engine.http.post(url, json=asked, headers=headers).status_code == 504
+    with engine.http.stream("POST", url, json={**asked, "stream": True}, headers=headers) as answer:
+        *_, last, done = [line for line in answer.iter_lines() if line]
+    assert done == "data: [DONE]"
+    assert json.loads(last[6:])["error"]["code"] == "deadline_exceeded"
+
+
+@pytest.mark.parametrize("header", ["soon", "0", "-1", "inf", "nan"])
+def test_a_timeout_that_is_none_is_named(engine: Any, header: str) -> None:
+    asked = {"model": "smol", "prompt": "x", "max_tokens": 1}
+    refused = engine.http.post(engine.url + "/v1/completions", json=asked, headers={"x-request-timeout": header})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "X-Request-Timeout")
 
 
 def test_metrics_count_what_happened(engine: Any) -> None:
