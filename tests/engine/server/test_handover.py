@@ -187,14 +187,62 @@ def identity(response: httpx.Response) -> dict:
 
 @pytest.mark.parametrize("case", CASES)
 def test_what_is_left_is_equal_wherever_it_broke(engine: Engine, case: str) -> None:
-    path, body = CASES[case]
+    goes_on(engine, *CASES[case])
+
+
+THOUGHTS = [("fruit", "Apples", "An apple."), ("bird", "Ravens", "A raven."), ("tree", "Oaks", "An oak.")]
+THINKING: list[dict[str, Any]] = [
+    {"role": role, "content": content}
+    for kind, many, one in THOUGHTS
+    for role, content in (
+        ("user", f"Name a {kind}."),
+        ("assistant", f"<think>\nThe user wants a {kind}. {many} are a {kind}.\n</think>\n\n{one}"),
+    )
+] + [{"role": "user", "content": "Name a fish."}]
+"""A small model that is shown how to think does so."""
+ANSWER = {"type": "object", "properties": {"fish": {"type": "string", "maxLength": 12}}, "required": ["fish"],
+          "additionalProperties": False}  # fmt: skip
+REASONED = {
+    "greedy": (CHAT, {"messages": THINKING, "temperature": 0, **USAGE}),
+    "seeded, drawn from all tokens": (CHAT, {"messages": THINKING, "temperature": 0.7, "seed": 5, **USAGE}),
+    "ids shown": (CHAT, {"messages": THINKING, "temperature": 0, "return_token_ids": True}),
+    "kept back": (CHAT, {"messages": THINKING, "temperature": 0, "include_reasoning": False, **USAGE}),
+    "a schema after it": (
+        CHAT,
+        {
+            "messages": THINKING,
+            "temperature": 0,
+            "response_format": {"type": "json_schema", "json_schema": {"name": "answer", "schema": ANSWER}},
+            **USAGE,
+        },
+    ),
+    "a response": (RESPONSES, {"input": THINKING, "temperature": 0}),
+}
+
+
+def test_reasoning_goes_on_wherever_it_broke(own_engine) -> None:
+    """Cut after each piece: within the tags, in the reasoning, between it and the answer, in the answer."""
+    engine: Engine = own_engine("--reasoning-parser", "qwen3")
+    for path, body in REASONED.values():
+        limit = "max_output_tokens" if path == RESPONSES else "max_tokens"
+        whole = goes_on(engine, path, {**body, limit: 60}, everywhere=True)
+        assert (b"The" in whole and b"wants" in whole) == (body.get("include_reasoning") is not False)
+        assert b"think" not in whole, "the tags are nobody's"
+        if "stream_options" in body:
+            (used,) = re.findall(rb'"reasoning_tokens":([0-9]+)', whole)
+            assert int(used) > 10
+
+
+def goes_on(engine: Engine, path: str, body: dict, *, everywhere: bool = False) -> bytes:
+    """A stream that breaks after some of its pieces, or each of them, and is resumed, is the undisturbed one: its
+    bytes."""
     whole = stream(engine, path, body)
     assert whole.status_code == 200, whole.text
     notes, pieces = zip(*frames(whole.content), strict=True)
     assert pieces[-1].endswith(b"data: [DONE]\n\n") or whole.content.endswith(b":end\n")
     least = 2 if path == RESPONSES else 1  # a response's first piece only says that it has begun
     steps = sorted({least, least + 1, len(pieces) // 2, len(pieces) - 2, len(pieces) - 1} - {0})
-    for cut in steps:
+    for cut in range(least, len(pieces)) if everywhere else steps:
         resume = {**identity(whole), "choices": delivered(list(notes[:cut]))}
         rest = stream(engine, path, body, resume)
         assert rest.status_code == 200, rest.text
@@ -206,6 +254,7 @@ def test_what_is_left_is_equal_wherever_it_broke(engine: Engine, case: str) -> N
         else:  # choices may interleave in another order, and the cache knows more by now
             assert events(got) == events(pieces[cut:]), f"cut after piece {cut} of {len(pieces)}"
         assert tokens(got_notes) == tokens(notes[cut:])
+    return b"".join(pieces)
 
 
 def assert_alike(got: tuple[bytes, ...], wanted: tuple[bytes, ...]) -> None:
