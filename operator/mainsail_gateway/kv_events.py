@@ -255,6 +255,9 @@ class Listener(Collector):
                 self._compare(context, links, sockets, poller)
             for link in links.values():
                 link.want_snapshot(now)
+            if not sockets:  # pyzmq's poll of nothing does not wait
+                self._stop.wait(LOOK_S)
+                continue
             for socket, _ in poller.poll(100):
                 link = sockets[socket]
                 self._note((link.endpoint.key, change) for change in link.receive(socket))

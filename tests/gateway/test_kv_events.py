@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
@@ -236,3 +237,13 @@ async def test_who_comes_later_gets_a_snapshot_and_who_goes_is_forgotten(kit, sm
         silent = replace(ends[1], key="silent", kv_events=None)
         gw.gateway.use(kit.table(kit.service(silent, name="smol")))
         assert (await ask(gw, talk(51, 2)))["prompt_tokens"] > 0, "it works without"
+
+
+async def test_who_has_nobody_to_hear_rests():
+    """A gateway whose engines tell nothing, or that has none yet, keeps no core busy."""
+    listening = asyncio.create_task(Listener(Fleet()).run())
+    before = time.process_time()
+    await asyncio.sleep(1.0)
+    assert time.process_time() - before < 0.5, "processor time, of all threads"
+    listening.cancel()
+    await asyncio.gather(listening, return_exceptions=True)
