@@ -24,7 +24,8 @@ def stream_body(index: int, max_tokens: int) -> dict[str, Any]:
 
 
 async def test_500_clients_half_of_them_leave(tiny_engine: Engine, waiting: Callable[..., None]) -> None:
-    """At random, in the middle of their streams; afterwards nothing runs, waits or holds a block."""
+    """At random, in the middle of their streams; afterwards nothing runs, waits or holds a block. All the while the
+    engine is alive, and says so."""
     rng = random.Random(5)
     leaves_after = [rng.randint(0, 12) if rng.random() < 0.5 else None for _ in range(500)]
     counted: list[int] = []
@@ -41,9 +42,19 @@ async def test_500_clients_half_of_them_leave(tiny_engine: Engine, waiting: Call
                     return
         counted.append(seen)
 
+    async def probe() -> None:
+        async with httpx.AsyncClient(timeout=10) as http:
+            while True:
+                lives.append((await http.get(tiny_engine.url + "/health/live")).status_code)
+                await asyncio.sleep(0.2)
+
+    lives: list[int] = []
+    probing = asyncio.create_task(probe())
     before = tiny_engine.metric("vllm:request_success_total")
     async with httpx.AsyncClient(timeout=200, limits=httpx.Limits(max_connections=500)) as http:
         await asyncio.gather(*(one(http, index) for index in range(500)))
+    probing.cancel()
+    assert set(lives) == {200}
     waiting(tiny_engine.idle, "nothing running, all blocks free", timeout_s=100)
     assert counted == [16] * sum(after is None for after in leaves_after)
     assert tiny_engine.metric("vllm:request_success_total") - before == 500
