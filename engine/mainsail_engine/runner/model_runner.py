@@ -98,7 +98,8 @@ def choose_device(name: str, rank: int = 0) -> torch.device:
         raise InvalidConfigurationError("--device cuda: torch sees no CUDA device; use --device cpu or auto")
     if name == "cuda" and rank >= torch.cuda.device_count():
         raise InvalidConfigurationError(
-            f"--tensor-parallel-size needs a GPU for each rank: there are {torch.cuda.device_count()}"
+            "--tensor-parallel-size times --pipeline-parallel-size ranks need a GPU each: there are "
+            f"{torch.cuda.device_count()}, and none is left for rank {rank} of this node"
         )
     return torch.device("cuda", torch.cuda.current_device() + rank) if name == "cuda" else torch.device(name)
 

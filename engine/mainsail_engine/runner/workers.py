@@ -236,6 +236,7 @@ def start_ranks(config: EngineConfig, on_lost: Callable[[str], None]) -> tuple[P
     from mainsail_engine.runner.distributed import join, listen
     from mainsail_engine.runner.model_runner import choose_device
 
+    choose_device(config.device, config.ranks_per_node - 1)  # raises where there are too few
     device = choose_device(config.device)
     nodes, size = config.nodes, config.tensor_parallel_size
     store = listen(config.num_ranks, nodes.master_port if nodes.nnodes > 1 else 0)
