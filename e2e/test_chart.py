@@ -88,6 +88,17 @@ def test_settings_become_flags_rights_and_files(render: Render) -> None:
         assert all(binding["subjects"] == [account] for binding in bindings)
 
 
+def test_an_endpoint_picker_has_a_port_of_its_own(render: Render) -> None:
+    objects = render("gateway.endpointPicker.enabled=true", "gateway.endpointPicker.port=9004")
+    deployment, service = gateway(objects), named(objects, "Service", "mainsail-gateway")
+    assert flags(deployment)["--epp-port"] == ["9004"]
+    ports = {p["name"]: p["containerPort"] for p in deployment["spec"]["template"]["spec"]["containers"][0]["ports"]}
+    assert ports == {"http": 8080, "health": 8081, "grpc-ext-proc": 9004}
+    (picker,) = (port for port in service["spec"]["ports"] if port["name"] == "grpc-ext-proc")
+    assert (picker["port"], picker["targetPort"]) == (9004, "grpc-ext-proc")
+    assert len(named(render(), "Service", "mainsail-gateway")["spec"]["ports"]) == 1
+
+
 @pytest.mark.parametrize(
     "wrong", ["gateway.auth.mode=keys", "gateway.workers=0", "gateway.tls.secret=x", "gateway.externalNamespaces=a"]
 )

@@ -14,7 +14,7 @@ import ssl
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -298,6 +298,61 @@ def test_what_engines_have_cached_is_known(kube: Kube, gateway_url: str, front: 
 
     # Some 500 bytes are 30 blocks of a model over bytes, of which every fourth or so is kept.
     wait_for("both gateways know its blocks", lambda: len(found := blocks()) == 2 and min(found) >= 3, timeout_s=20)
+
+
+def test_held_conversations_all_complete_and_make_their_service_grow(
+    kube: Kube, gateway_url: str, front: Object
+) -> None:
+    """More agents than one replica has KV for, through two gateways. Only what they want together is scaled by."""
+    crowd = service("crowd", uri=URI, maxModelLen=4096, kvCache={"blocks": 300})
+    crowd["spec"].pop("replicas")
+    targets = {"queueDepth": 1000, "kvUsage": 1, "preemptionsPerMinute": 1000}
+    crowd["spec"]["scaling"] = {"min": 1, "max": 2, "targets": targets}
+    kube.apply(crowd)
+    try:
+        wait_ready(kube, "crowd")
+        wait_routed(gateway_url, "crowd")
+
+        told: list[Object] = []
+
+        def grown() -> bool:
+            told.append((kube.get("mis", "crowd") or {}).get("status", {}).get("scaling") or {})
+            return told[-1].get("desired") == 2
+
+        turns = asyncio.run(agents(gateway_url, "crowd", 16, grown, timeout_s=90))
+        assert told[-1]["reason"] == "HeldSessions", told[-1]
+        assert min(turns) >= 2, f"nobody is starved: {turns}"
+    finally:
+        kube.delete("mis", "crowd", wait=False)
+
+
+async def agents(url: str, model: str, count: int, enough: Callable[[], bool], *, timeout_s: float) -> list[int]:
+    """So many conversations at once, each a chain of turns without any id, until it is enough and each had two turns;
+    how many turns each had. Every turn has to be answered."""
+    done = asyncio.Event()
+    turns = [0] * count
+
+    async def agent(http: httpx.AsyncClient, number: int) -> None:
+        talk: list[dict[str, str]] = []
+        while not done.is_set() or turns[number] < 2:
+            said = f"{number} {turns[number]} " * (300 if not talk else 20)
+            talk.append({"role": "user", "content": said})
+            body = {"model": model, "messages": talk, "max_tokens": 16, "temperature": 0, "ignore_eos": True}
+            answer = await http.post("/v1/chat/completions", json=body)
+            assert answer.status_code == 200, answer.text
+            talk.append({"role": "assistant", "content": answer.json()["choices"][0]["message"]["content"] or ""})
+            turns[number] += 1
+            talk = talk if len(talk) < 16 else []
+
+    async def watch() -> None:
+        try:
+            await asyncio.to_thread(wait_for, "enough", enough, timeout_s=timeout_s)
+        finally:
+            done.set()
+
+    async with httpx.AsyncClient(base_url=url, timeout=120, limits=httpx.Limits(max_connections=count)) as http:
+        await asyncio.gather(watch(), *(agent(http, number) for number in range(count)))
+    return turns
 
 
 def test_twenty_held_requests_wake_a_service(kube: Kube, gateway_url: str, front: Object) -> None:

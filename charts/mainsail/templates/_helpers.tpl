@@ -49,6 +49,9 @@ tolerations: {{ toJson . }}
 {{- if .Values.gateway.tls.secretName -}}
 {{- $args = concat $args (list "--tls-cert" "/etc/mainsail/tls/tls.crt" "--tls-key" "/etc/mainsail/tls/tls.key") -}}
 {{- end -}}
+{{- if .Values.gateway.endpointPicker.enabled -}}
+{{- $args = concat $args (list "--epp-port" (toString .Values.gateway.endpointPicker.port)) -}}
+{{- end -}}
 {{- if not .Values.gateway.kvEvents -}}
 {{- $args = append $args "--no-kv-events" -}}
 {{- end -}}
