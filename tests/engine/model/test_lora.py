@@ -248,7 +248,52 @@ def test_adapters_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
 
 def test_experts_cannot_be_adapted(tmp_path: Path) -> None:
     base_model("Mixtral").save_pretrained(tmp_path)
-    assert not any(module.startswith("mlp") for module in module_shapes(read_architecture(tmp_path), Parallel()))
+    a = read_architecture(tmp_path)
+    assert not any(module.startswith("mlp") for module in module_shapes(a, Parallel()))
+    at = "base_model.model.model.layers.0.block_sparse_moe.experts.1.w1"
+    tensors = {f"{at}.lora_A.weight": torch.ones(4, 32), f"{at}.lora_B.weight": torch.ones(48, 4)}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 4}))
+    with pytest.raises(InvalidAdapterError, match=r"experts\.1\.w1\.lora_A\.weight, which is no factor"):
+        read_adapter(tmp_path, "a", a)
+
+
+@pytest.mark.parametrize(("targets", "words"), [
+    (["q_proj", "embed_tokens"], "embed_tokens"), (["q_proj", "lm_head"], "lm_head"),
+])  # fmt: skip
+def test_embedding_and_head_cannot_be_adapted(targets: list[str], words: str, tmp_path: Path) -> None:
+    """As PEFT writes them: refused with the name of the tensor, never left out."""
+    model = base_model("Llama")
+    model.save_pretrained(tmp_path)
+    save_adapter(model, tmp_path, "a", 4, targets)
+    with pytest.raises(InvalidAdapterError, match=words):
+        read_adapter(tmp_path / "a", "a", read_architecture(tmp_path))
+
+
+@torch.inference_mode()
+def test_a_rank_of_256_equals_merged_weights(tmp_path: Path) -> None:
+    """The adapter beside the base against a checkpoint that it was merged into, both through this engine."""
+    model = base_model("Llama")
+    model.save_pretrained(tmp_path / "base")
+    runner = runner_of(tmp_path / "base", max_lora_rank=256)
+    model = save_adapter(model, tmp_path, "a", 256, ALL, use_rslora=True)
+    runner.fill_adapter(0, runner.read_adapter("a", str(tmp_path / "a")))
+    model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    merged = runner_of(tmp_path / "merged")
+    prompt = prompt_of(40)
+    request = Request("r", prompt, SamplingParams(max_tokens=10, temperature=0.0, logprobs=0), 0.0, slot=0,
+                      adapter_slot=0, block_ids=list(range(16)))  # fmt: skip
+    plain = replace(request, adapter_slot=-1, output_token_ids=[])
+    for each, engine in ((request, runner), (plain, merged)):
+        done = 0
+        while len(each.output_token_ids) < 10:
+            size = each.num_tokens - done
+            plan = StepPlan(chunks=[Chunk(each, done, size, True, 0, each.block_ids)])
+            plan.num_decodes = int(size == 1)
+            each.output_token_ids += engine.launch(plan).result().token_ids
+            done += size
+    assert request.output_token_ids == plain.output_token_ids
+    assert request.output_token_ids != generate(runner, prompt, 10, chunk=64), "the adapter changes nothing"
 
 
 def test_a_model_of_transformers_takes_none(tmp_path: Path) -> None:
