@@ -187,7 +187,10 @@ def _add_engine_flags(serve: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--lora-modules", nargs="+", metavar="NAME=PATH", help="adapters (PEFT folders) to serve by name"
     )
-    group.add_argument("--max-loras", type=int, default=LoraConfig().max_loras, help="adapters there at once")
+    group.add_argument("--max-loras", type=int, default=LoraConfig().max_loras, help="adapters on the device at once")
+    group.add_argument(
+        "--max-cpu-loras", type=int, help="adapters that may be loaded, most in host memory; default: --max-loras"
+    )
     group.add_argument("--max-lora-rank", type=int, default=LoraConfig().max_lora_rank, help="of any adapter")
     group.add_argument(
         "--kv-cache-dtype", choices=KV_DTYPES, default="auto",
@@ -321,7 +324,10 @@ def lora_config(flags: argparse.Namespace) -> LoraConfig | None:
         if not name or not path:
             raise InvalidConfigurationError(f"--lora-modules takes NAME=PATH, not {module!r}")
         modules.append((name, path))
-    return LoraConfig(max_loras=flags.max_loras, max_lora_rank=flags.max_lora_rank, modules=tuple(modules))
+    return LoraConfig(
+        max_loras=flags.max_loras, max_cpu_loras=getattr(flags, "max_cpu_loras", None),
+        max_lora_rank=flags.max_lora_rank, modules=tuple(modules),
+    )  # fmt: skip
 
 
 def nodes_config(flags: argparse.Namespace) -> NodesConfig:
@@ -342,6 +348,7 @@ def engine_config(flags: argparse.Namespace) -> EngineConfig:
         return getattr(profile, name) if given is None else given
 
     max_num_seqs, guessing = chosen("max_num_seqs"), getattr(flags, "speculative_config", None)
+    by_profile = profile.speculative if flags.pipeline_parallel_size == 1 else None  # guesses need a single stage
 
     return EngineConfig(
         model=ModelConfig(
@@ -360,11 +367,7 @@ def engine_config(flags: argparse.Namespace) -> EngineConfig:
             metrics_sample=flags.kv_cache_metrics_sample,
         ),
         kv_events=json_config("--kv-events-config", getattr(flags, "kv_events_config", None), KVEventsConfig),
-        speculative=(
-            profile.speculative
-            if guessing is None
-            else json_config("--speculative-config", guessing, SpeculativeConfig)
-        ),
+        speculative=json_config("--speculative-config", guessing, SpeculativeConfig) if guessing else by_profile,
         scheduler=SchedulerConfig(
             max_num_seqs=SchedulerConfig().max_num_seqs if max_num_seqs is None else max_num_seqs,
             max_num_batched_tokens=chosen("max_num_batched_tokens"),

@@ -152,7 +152,10 @@ class LoraConfig(msgspec.Struct, frozen=True, kw_only=True):
     """LoRA adapters beside the base model (--enable-lora)."""
 
     max_loras: int = 8
-    """Adapters that are there at once, each with memory on the device from the start (--max-loras)."""
+    """Adapters on the device at once, each with memory there from the start (--max-loras)."""
+    max_cpu_loras: int | None = None
+    """Adapters that may be loaded, those without a place on the device in host memory (--max-cpu-loras). None: as many
+    as there are places."""
     max_lora_rank: int = 16
     """The largest rank that an adapter may have (--max-lora-rank)."""
     modules: tuple[tuple[str, str], ...] = ()
@@ -162,8 +165,14 @@ class LoraConfig(msgspec.Struct, frozen=True, kw_only=True):
         _require(self.max_loras >= 1, "--max-loras must be at least 1")
         _require(1 <= self.max_lora_rank <= 512, "--max-lora-rank must be between 1 and 512")
         names = [name for name, _ in self.modules]
-        _require(len(names) <= self.max_loras, f"--lora-modules has {len(names)} adapters, more than --max-loras")
+        _require(self.max_adapters >= self.max_loras, "--max-cpu-loras must be at least --max-loras")
+        most = "--max-loras" if self.max_cpu_loras is None else "--max-cpu-loras"
+        _require(len(names) <= self.max_adapters, f"--lora-modules has {len(names)} adapters, more than {most}")
         _require(len(set(names)) == len(names), "--lora-modules names an adapter twice")
+
+    @property
+    def max_adapters(self) -> int:
+        return self.max_loras if self.max_cpu_loras is None else self.max_cpu_loras
 
 
 class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -262,6 +271,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         _require(
             nnodes == 1 or self.lora is None,
             "--enable-lora does not work with --nnodes above 1 (adapters are read from one node's disk): leave one out",
+        )
+        _require(
+            self.num_ranks == 1 or self.lora is None or self.lora.max_adapters == self.lora.max_loras,
+            "--max-cpu-loras above --max-loras works on one device: leave it out, and set --max-loras",
         )
 
     @property

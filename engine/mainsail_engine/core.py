@@ -150,6 +150,7 @@ class EngineCore:
         self._runner = runner
         self._sleeper = sleeper
         self._adapters = adapters
+        self._place_adapters()
         self._controls: deque[Control] = deque()
         self._answers: list[FromCore] = []
         self._asleep = False
@@ -228,6 +229,7 @@ class EngineCore:
             self._sleeper.sleep()
         elif action == "wake_up" and self._asleep:
             self._scheduler, self._runner = self._sleeper.wake_up()
+            self._place_adapters()
             self._asleep = False
 
     def _add(self, add: Add, now: float) -> None:
@@ -262,13 +264,16 @@ class EngineCore:
         except RequestError as error:
             self._refuse(add.request_id, error.message)
 
+    def _place_adapters(self) -> None:
+        if self._adapters is not None:
+            self._scheduler.place_adapter = self._adapters.place
+
     def _adapt(self, request: Request, name: str) -> bool:
         """Send the request through that adapter. False: it was refused, since there is none (any more)."""
         loaded = self._adapters.table.use(name, request) if self._adapters is not None else None
         if loaded is None:
             self._refuse(request.request_id, f"the model {name!r} does not exist here (any more)", "model_not_found")
             return False
-        request.adapter_slot = loaded.slot
         request.cache_salt += loaded.salt
         return True
 
@@ -632,7 +637,7 @@ class _Engine:
             return None
         from mainsail_engine.adapters import AdapterDesk
 
-        desk = AdapterDesk(self.config.lora.max_loras, self)
+        desk = AdapterDesk(self.config.lora.max_loras, self, self.config.lora.max_adapters)
         desk.load_now(self.config.lora.modules)
         return desk
 

@@ -178,6 +178,7 @@ class LLM:
         device: str = "auto",
         enable_lora: bool = False,
         max_loras: int = LoraConfig().max_loras,
+        max_cpu_loras: int | None = None,
         max_lora_rank: int = LoraConfig().max_lora_rank,
     ) -> None:
         self._config = EngineConfig(
@@ -192,7 +193,11 @@ class LLM:
             ),
             scheduler=SchedulerConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens),
             speculative=None if speculative_config is None else msgspec.convert(speculative_config, SpeculativeConfig),
-            lora=LoraConfig(max_loras=max_loras, max_lora_rank=max_lora_rank) if enable_lora else None,
+            lora=(
+                LoraConfig(max_loras=max_loras, max_cpu_loras=max_cpu_loras, max_lora_rank=max_lora_rank)
+                if enable_lora
+                else None
+            ),
             tensor_parallel_size=tensor_parallel_size,
             pipeline_parallel_size=pipeline_parallel_size,
             device=device,

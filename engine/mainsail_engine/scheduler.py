@@ -28,7 +28,7 @@ Iteration-level scheduling as in Orca (Yu et al., 2022), chunked prefill as in S
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from heapq import heapify, heappop, heappush
 from itertools import islice
 from typing import TYPE_CHECKING, TypedDict
@@ -77,6 +77,11 @@ class SpeculationStats(TypedDict, total=False):
     num_draft_tokens: int
     num_accepted_tokens: int
     accepted_per_position: list[int]
+
+
+def _always(request: Request) -> bool:
+    del request
+    return True
 
 
 class Scheduler:
@@ -142,6 +147,8 @@ class Scheduler:
         self._now = self._loading_since_s = 0.0
         self._chunking = ChunkController(max_inter_token_latency_s) if max_inter_token_latency_s > 0 else None
         self._last_commit_s = 0.0
+        self.place_adapter: Callable[[Request], bool] = _always
+        """Asked before a request starts: whether its adapter has a place on the device, and which."""
         self._speculator = speculator
         self._is_verifying = False
         """A plan with guesses is in flight."""
@@ -401,6 +408,9 @@ class Scheduler:
                 return  # the last: it was preempted, and its step has not come back
             if self._is_held(request):
                 self._num_held += 1
+                continue
+            if not self.place_adapter(request):
+                held = True
                 continue
             match = self.kv.match(request)
             next_key = self._next_key(request, match.node, match.num_blocks)

@@ -202,6 +202,27 @@ def test_what_is_wrong_is_said(adapted: Engine, folder: Path) -> None:
     assert complete(adapted, "pirate") != complete(adapted, "smol")
 
 
+@pytest.mark.parametrize("adapted", [1], indirect=True)
+def test_more_adapters_than_places_on_the_device(adapted: Engine, folder: Path, tmp_path: Path) -> None:
+    """Three take turns in one slot, each asked again and again at once: each text as that of an adapter with a slot."""
+    names = ("pirate", "poet", "third")
+    expected = {"pirate": complete(adapted, "pirate")}
+    for name in names[1:]:
+        assert load(adapted, name, folder / name) == 200
+        expected[name] = complete(adapted, name)
+        assert unload(adapted, name) == 200
+    modules = [f"{name}={folder / name}" for name in names]
+    crowded = start(tmp_path, folder / "tiny", "--max-loras", "1", "--max-cpu-loras", "3", "--lora-modules", *modules,
+                    "--kv-cache-blocks", "512", "--max-num-seqs", "16")  # fmt: skip
+    try:
+        with ThreadPoolExecutor(9) as pool:
+            answers = list(pool.map(lambda name: (name, complete(crowded, name)), names * 6))
+        assert all(text == expected[name] for name, text in answers)
+        assert load(crowded, "fourth", folder / "poet") == 400
+    finally:
+        crowded.close()
+
+
 def test_without_the_flag_there_are_no_adapters(engine: Engine, folder: Path) -> None:
     answer = engine.post("/v1/load_lora_adapter", lora_name="poet", lora_path=str(folder / "poet"))
     assert answer.status_code == 400
