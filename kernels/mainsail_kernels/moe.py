@@ -99,16 +99,15 @@ def _group_kernel(
 
 @triton.jit
 def _fp4(code):
-    """Twice the number that an e2m1 code means, as float32."""
-    size, exponent = code & 1, (code >> 1) & 3
-    twice = tl.where(exponent == 0, size, (2 + size) << tl.maximum(exponent - 1, 0))
-    return tl.where(code > 7, -twice, twice).to(tl.float32)
+    """2 ** -14 of the number that the low half of a byte means: its bits are the highest but three of a float16's."""
+    bits = ((code & 7).to(tl.uint16) << 9) | ((code & 8).to(tl.uint16) << 12)
+    return bits.to(tl.float16, bitcast=True).to(tl.float32)
 
 
 @triton.jit
-def _half_power(scale):
-    """2 ** (scale - 128) of an e8m0 scale: its bits are a float's exponent. The least, 2 ** -127, becomes 0."""
-    return (scale.to(tl.int32) << 23).to(tl.float32, bitcast=True) * 0.5
+def _power(scale):
+    """2 ** 14 times what an e8m0 scale means: its bits are a float's exponent. Above 2 ** 113 it is that."""
+    return ((tl.minimum(scale.to(tl.int32), 240) + 14) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -163,8 +162,8 @@ def _grouped_kernel(
         if FP4:
             beyond = tl.load(x_rows + channel[None, :] + 16, mask=real[:, None] & inside[None, :], other=0.0)
             of_group = scales + output[None, :] * weight_scale_stride + (place // 16)[:, None]
-            power = _half_power(tl.load(of_group, mask=fits, other=0))
-            low, high = _fp4(weight.to(tl.int32) & 15) * power, _fp4(weight.to(tl.int32) >> 4) * power
+            power = _power(tl.load(of_group, mask=fits, other=0))
+            low, high = _fp4(weight) * power, _fp4(weight >> 4) * power
             acc = tl.dot(x, low.to(x.dtype), acc, input_precision="ieee")
             acc = tl.dot(beyond, high.to(x.dtype), acc, input_precision="ieee")
         elif BLOCKS:
