@@ -46,12 +46,13 @@ REAL: dict[str, tuple[int, dict[str, Any]]] = {
 @pytest.mark.parametrize("name", REAL)
 def test_frequencies_of_real_models_equal_transformers(name: str) -> None:
     """In engines for less than the trained context, for just as much, and for far more."""
-    from transformers import Phi3Config
+    from transformers import LlamaConfig, Phi3Config
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     dim, config = REAL[name]
     given = rope_of(config)
-    theirs: Any = Phi3Config(hidden_size=dim * 2, num_attention_heads=2, **config)
+    kind: Any = Phi3Config if given.kind == "longrope" else LlamaConfig
+    theirs = kind(hidden_size=dim * 2, num_attention_heads=2, **config)
     original = given.original_max_position_embeddings
     for positions in (original // 2, original, original + 1, 4 * original):
         truth, factor = ROPE_INIT_FUNCTIONS[given.kind](theirs, device=torch.device("cpu"), seq_len=positions)
