@@ -27,3 +27,7 @@ def test_a_flag_goes_before_the_profile() -> None:
     assert own.speculative is not None
     assert own.speculative.num_speculative_tokens == 3
     assert config("--profile", "throughput", "--max-num-seqs", "7").scheduler.max_num_seqs == 7
+
+
+def test_stages_need_steps_without_guesses() -> None:
+    assert config("--profile", "latency", "--pipeline-parallel-size", "2").speculative is None
