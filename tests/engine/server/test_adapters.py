@@ -181,7 +181,7 @@ def test_an_unloaded_adapter_finishes_what_it_began(adapted: Engine, folder: Pat
         text += [json.loads(line)["choices"][0]["text"] for line in data[:-1]]
     assert "".join(text) == alone
     if full.status_code == 400:
-        assert "all 2 slots for adapters are in use" in full.json()["error"]["message"]
+        assert "there are 2 adapters already, and no place for more" in full.json()["error"]["message"]
         assert load(adapted, "third", folder / "third") == 200
     assert complete(adapted, "third") not in (alone[:24], complete(adapted, "pirate"))
     assert unload(adapted, "third") == 200
