@@ -13,7 +13,7 @@ import httpx2
 import kopf
 import uvloop
 
-from mainsail_operator import cli, memory
+from mainsail_operator import cli, groups, memory
 from mainsail_operator.apply import Writer, kube_client
 from mainsail_operator.handlers import Store, register, settings_for_watching, woken
 from mainsail_operator.health import serve_health
@@ -26,7 +26,11 @@ from mainsail_operator.settings import Settings, from_environment
 from mainsail_operator.signals import Signals
 from mainsail_operator.sizing import Sizer
 
+log = logging.getLogger(__name__)
+
 _LOOP_STUCK_S = 60.0
+_NEW_API_S = 20.0
+"""How often it is looked whether an API that was missing at the start is there."""
 
 
 async def run(settings: Settings) -> None:
@@ -37,12 +41,13 @@ async def run(settings: Settings) -> None:
     health = serve_health(settings.health_port, lambda: time.monotonic() - beat[0] < _LOOP_STUCK_S)
     async with kube_client() as client, httpx2.AsyncClient(trust_env=False, timeout=TIMEOUT_S) as pods:
         lease = Lease(client, settings.namespace, settings.identity)
-        store = Store(settings.watch_namespaces)
+        grouped = await _has_groups(client)
+        store = Store(settings.watch_namespaces, groups=grouped)
         signals = Signals()
         scraper = Scraper(pods, signals, gateways=lambda: store.gateways() if lease.holds() else [])
         writer = Writer(client, lease.holds, settings.identity, store.heard)
         sizer = Sizer(signals, store.room)
-        reconciler = Reconciler(writer, lease, settings, store.read, scraper.want, signals, sizer)
+        reconciler = Reconciler(writer, lease, settings, store.read, scraper.want, signals, sizer, groups=grouped)
         scraper.on_queued = lambda key: reconciler.wake(key) if sizer.watches(key) else None
         registry = kopf.OperatorRegistry()
         relister = Relister(client, settings.listened_namespaces, store.sources(), woken(reconciler))
@@ -54,6 +59,7 @@ async def run(settings: Settings) -> None:
         scraping = asyncio.create_task(scraper.run())
         listing = asyncio.create_task(relister.run())
         routing = asyncio.create_task(routes.run())
+        looking = asyncio.create_task(_until_groups(client, stop) if not grouped else stop.wait())
         try:
             await relister.first()
             await kopf.operator(
@@ -66,11 +72,31 @@ async def run(settings: Settings) -> None:
             )
         finally:
             await reconciler.close()
-            for task in (leading, beating, scraping, listing, routing):
+            for task in (leading, beating, scraping, listing, routing, looking):
                 task.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
                     await task
             health.shutdown()
+
+
+async def _has_groups(client: httpx2.AsyncClient) -> bool:
+    """Whether the cluster has LeaderWorkerSets."""
+    try:
+        return (await client.get(groups.API)).status_code == 200
+    except (httpx2.HTTPError, OSError) as error:
+        log.warning("looking for LeaderWorkerSets: %s", error or type(error).__name__)
+        return False
+
+
+async def _until_groups(client: httpx2.AsyncClient, stop: asyncio.Event) -> None:
+    """Ends the process once there are LeaderWorkerSets: the next one, a second later, watches them from its start."""
+    while not await _has_groups(client):
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_NEW_API_S):
+                await stop.wait()
+                return
+    log.info("the LeaderWorkerSet API has appeared: starting anew to watch it")
+    stop.set()
 
 
 async def _beat(beat: list[float]) -> None:

@@ -33,6 +33,7 @@ _PATHS: dict[str, tuple[str, str]] = {
     "ServiceAccount": ("/api/v1", "serviceaccounts"),
     "Service": ("/api/v1", "services"),
     "Deployment": ("/apis/apps/v1", "deployments"),
+    "LeaderWorkerSet": ("/apis/leaderworkerset.x-k8s.io/v1", "leaderworkersets"),
     "DaemonSet": ("/apis/apps/v1", "daemonsets"),
     "Job": ("/apis/batch/v1", "jobs"),
     "PodDisruptionBudget": ("/apis/policy/v1", "poddisruptionbudgets"),
@@ -86,9 +87,9 @@ class Writer:
             case Apply(manifest):
                 name = f"{manifest['kind']} {manifest['metadata']['name']}"
                 await self._apply(owner, manifest)
-            case Scale(name, replicas, _, version):
+            case Scale(name, replicas, _, version, kind):
                 patch: JSON = {"spec": {"replicas": replicas}, "metadata": _at(version)}
-                await self._patch("Deployment", owner.namespace, name, patch)
+                await self._patch(kind, owner.namespace, name, patch)
             case Mark(name, cost):
                 await self._mark(owner.namespace, name, cost)
             case Forget(name, uid, node):

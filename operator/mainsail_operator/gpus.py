@@ -63,7 +63,7 @@ def _count(amount: Any) -> int:
     return int(text) if text.isdigit() else 0
 
 
-def per_replica(spec: InferenceServiceSpec) -> int:
+def per_pod(spec: InferenceServiceSpec) -> int:
     asked = spec.resources
     if not asked.requests and not asked.limits:
         return spec.engine.tensor_parallel_size
@@ -71,8 +71,10 @@ def per_replica(spec: InferenceServiceSpec) -> int:
 
 
 def room(spec: InferenceServiceSpec, nodes: Iterable[Node], held: Iterable[tuple[str, int]]) -> int | None:
-    """Further replicas that the nodes have GPUs for. None: it needs none, or no node is in sight."""
-    wanted, seen = per_replica(spec), list(nodes)
+    """Further replicas that the nodes have GPUs for. None: it needs none, or no node is in sight.
+
+    A replica of several pods needs them for each."""
+    wanted, seen = per_pod(spec), list(nodes)
     if wanted == 0 or not seen:
         return None
     used: dict[str, int] = {}
@@ -81,9 +83,10 @@ def room(spec: InferenceServiceSpec, nodes: Iterable[Node], held: Iterable[tuple
     template = spec.pod_template.spec
     selector = cast("dict[str, str]", template.get("nodeSelector") or {})
     tolerations = cast("list[JSON]", template.get("tolerations") or [])
-    return sum(
+    pods = sum(
         max(0, node.gpus - used.get(node.name, 0)) // wanted for node in seen if _takes(node, selector, tolerations)
     )
+    return pods // spec.engine.pipeline_parallel_size
 
 
 def _takes(node: Node, selector: Mapping[str, str], tolerations: Sequence[JSON]) -> bool:

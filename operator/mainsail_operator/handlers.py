@@ -15,12 +15,19 @@ from typing import Any, cast
 
 import kopf
 
-from mainsail_operator import gpus
+from mainsail_operator import gpus, groups
 from mainsail_operator.fetched import copied, read_fetcher, read_filler
 from mainsail_operator.fetching import LABEL as FETCH_LABEL
 from mainsail_operator.gpus import read_node
-from mainsail_operator.objects import SERVICE_LABEL
-from mainsail_operator.observe import read_child, read_deployment, read_endpoints, read_pod, scrape_target
+from mainsail_operator.objects import SERVICE_LABEL, WORKER_LABEL
+from mainsail_operator.observe import (
+    read_child,
+    read_deployment,
+    read_endpoints,
+    read_group_set,
+    read_pod,
+    scrape_target,
+)
 from mainsail_operator.reconcile import Reconciler, Snapshot
 from mainsail_operator.relist import Relister, Source
 from mainsail_operator.scrape import Target
@@ -58,9 +65,15 @@ def _by_label(obj: JSON) -> Key | None:
     return (str(obj["metadata"].get("namespace")), service) if service else None
 
 
+def _by_worker(obj: JSON) -> Key | None:
+    service = _labels(obj).get(WORKER_LABEL)
+    return (str(obj["metadata"].get("namespace")), service) if service else None
+
+
 def _by_fetch(obj: JSON) -> Key | None:
     """Pods that fetch a model, as their only work or before the engine."""
-    service = _labels(obj).get(FETCH_LABEL) or _labels(obj).get(SERVICE_LABEL)
+    found = _labels(obj)
+    service = found.get(FETCH_LABEL) or found.get(SERVICE_LABEL) or found.get(WORKER_LABEL)
     return (str(obj["metadata"].get("namespace")), service) if service else None
 
 
@@ -79,8 +92,10 @@ def _body(obj: JSON) -> bytes:
 class Store:
     """The objects by InferenceService."""
 
-    def __init__(self, namespaces: Sequence[str] = ()) -> None:
-        """namespaces: those whose InferenceServices are looked after; empty: all."""
+    def __init__(self, namespaces: Sequence[str] = (), *, groups: bool = False) -> None:
+        """namespaces: those whose InferenceServices are looked after; empty: all. groups: whether the cluster has
+        LeaderWorkerSets to watch."""
+        self._groups = groups
 
         def watched(obj: JSON) -> Key | None:
             key = key_of(obj["metadata"])
@@ -88,7 +103,9 @@ class Store:
 
         self.services: Collection[bytes] = Collection(watched, _body)
         self.deployments = Collection(_by_label, read_deployment)
+        self.group_sets = Collection(_by_label, read_group_set)
         self.pods = Collection(_by_label, read_pod)
+        self.workers = Collection(_by_worker, read_pod)
         self.gateway_pods = Collection(_gateway, partial(scrape_target, port=GATEWAY_METRICS_PORT))
         self.endpoints = Collection(_by_label, read_endpoints)
         self.nodes = Collection(lambda _: NODES, read_node)
@@ -105,7 +122,8 @@ class Store:
         return [
             Source(f"/apis/{GROUP}/{VERSION}", PLURAL, "", (self.services,)),
             Source("/apis/apps/v1", "deployments", _OURS, (self.deployments,)),
-            Source("/api/v1", "pods", _PODS, (self.pods, self.gateway_pods, self.fetchers)),
+            *([Source(groups.API, groups.PLURAL, _OURS, (self.group_sets,))] if self._groups else []),
+            Source("/api/v1", "pods", _PODS, (self.pods, self.workers, self.gateway_pods, self.fetchers)),
             Source("/apis/discovery.k8s.io/v1", "endpointslices", _OURS, (self.endpoints,)),
             Source("/api/v1", "nodes", "", (self.nodes,), namespaced=False),
             *(Source(base, plural, _OURS, (self.fillers[plural],)) for plural, (_, base) in FILLERS.items()),
@@ -122,9 +140,12 @@ class Store:
 
     def room(self, spec: InferenceServiceSpec) -> int | None:
         """Further replicas that the nodes have GPUs for, as far as Mainsail's own pods hold them."""
-        if gpus.per_replica(spec) == 0:
+        if gpus.per_pod(spec) == 0:
             return None
-        held = ((pod.node, pod.gpus) for owner in self.pods.owners() for pod in self.pods.of(owner) if pod.gpus)
+        held = (
+            (pod.node, pod.gpus)
+            for kept in (self.pods, self.workers) for owner in kept.owners() for pod in kept.of(owner) if pod.gpus
+        )  # fmt: skip
         return gpus.room(spec, self.nodes.of(NODES), held)
 
     def gone(self, node: str) -> bool:
@@ -133,7 +154,11 @@ class Store:
 
     def on_node(self, node: str) -> set[Key]:
         """The services that have pods there."""
-        return {owner for owner in self.pods.owners() if any(pod.node == node for pod in self.pods.of(owner))}
+        return {
+            owner
+            for kept in (self.pods, self.workers) for owner in kept.owners()
+            if any(pod.node == node for pod in kept.of(owner))
+        }  # fmt: skip
 
     def copies(self) -> set[str]:
         """The copies of models that any service asks for or any pod was made with, wherever they lie."""
@@ -143,7 +168,8 @@ class Store:
 
     def heard(self, plural: str, obj: JSON) -> None:
         """What the API server answered to a write."""
-        held = {PLURAL: self.services, "deployments": self.deployments, **self.fillers, **self.children}[plural]
+        workloads = {"deployments": self.deployments, groups.PLURAL: self.group_sets}
+        held = {PLURAL: self.services, **workloads, **self.fillers, **self.children}[plural]
         held.put(obj)
 
     def read(self, key: Key) -> Snapshot | None:
@@ -154,8 +180,8 @@ class Store:
         fillers = [filler for collection in self.fillers.values() for filler in collection.of(key)]
         fetchers = [fetcher for fetcher in self.fetchers.of(key) if fetcher is not None]
         return Snapshot(
-            json.loads(body[0]), self.deployments.of(key), self.pods.of(key), children, self.endpoints.of(key), fillers,
-            fetchers, self.gone, self.copies,
+            json.loads(body[0]), [*self.deployments.of(key), *self.group_sets.of(key)], self.pods.of(key), children,
+            self.endpoints.of(key), fillers, fetchers, self.gone, self.copies, self.workers.of(key),
         )  # fmt: skip
 
 

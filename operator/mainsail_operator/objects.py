@@ -22,7 +22,12 @@ from mainsail_operator.settings import Settings
 from mainsail_operator.types import API_VERSION, JSON, KIND, InferenceServiceSpec, pvc_source, seconds
 
 SERVICE_LABEL = "mainsail.dev/service"
+WORKER_LABEL = "mainsail.dev/worker-of"
+"""Label of the pods of a group that serve nothing themselves, in place of the one above."""
 REVISION_LABEL = "mainsail.dev/revision"
+GROUP_LABEL = "leaderworkerset.sigs.k8s.io/group-index"
+"""Of a LeaderWorkerSet's pods: which of its groups they belong to."""
+GROUP_KIND = "LeaderWorkerSet"
 APPLIED = "mainsail.dev/applied"
 """Annotation: hash of the manifest that was applied last. Equal: nothing to write."""
 PAUSED = "mainsail.dev/paused"
@@ -31,6 +36,8 @@ DELETION_COST = "controller.kubernetes.io/pod-deletion-cost"
 """Kubernetes' own annotation: of the pods of a ReplicaSet that shrinks, those with the lowest cost go first."""
 CONTAINER = "engine"
 HTTP_PORT, HEALTH_PORT = 8000, 8001
+MEETING_PORT = 29500
+"""Where the ranks of a group meet, on its leader."""
 KV_PORTS = {"kv-events": 5557, "kv-replay": 5558}
 """Where engines tell what KV blocks they store and remove, for the gateway: named so in Pods and EndpointSlices."""
 KV_EVENTS = json.dumps(
@@ -71,6 +78,16 @@ def labels(owner: Owner) -> dict[str, str]:
     }
 
 
+def labels_of_all(owner: Owner) -> dict[str, str]:
+    """What all of a service's engine pods have in common, workers included."""
+    return {name: labels(owner)[name] for name in ("app.kubernetes.io/name", "app.kubernetes.io/instance")}
+
+
+def is_grouped(spec: InferenceServiceSpec) -> bool:
+    """Whether a replica has several pods."""
+    return spec.engine.pipeline_parallel_size > 1
+
+
 def url(owner: Owner, settings: Settings) -> str:
     """Where a client in the cluster asks this service: its own name, which is one of the gateway's."""
     scheme, usual = ("https", 443) if settings.gateway_tls else ("http", 80)
@@ -105,7 +122,7 @@ def _metadata(owner: Owner, name: str, more: dict[str, str] | None = None) -> JS
     }
 
 
-def _stamped(manifest: JSON) -> JSON:
+def stamped(manifest: JSON) -> JSON:
     manifest["metadata"]["annotations"] = {APPLIED: digest(manifest)}
     return manifest
 
@@ -116,7 +133,7 @@ def digest_of(manifest: JSON) -> str:
 
 
 def service_account(owner: Owner) -> JSON:
-    return _stamped(
+    return stamped(
         {
             "apiVersion": "v1",
             "kind": "ServiceAccount",
@@ -129,7 +146,7 @@ def service_account(owner: Owner) -> JSON:
 def front(owner: Owner, settings: Settings) -> JSON:
     """The service's own name in the cluster: another name of the gateway, whose keys, weights and fail-over hold so."""
     gateway = f"{settings.gateway_service}.{settings.namespace}.svc.cluster.local"
-    return _stamped(
+    return stamped(
         {
             "apiVersion": "v1",
             "kind": "Service",
@@ -143,7 +160,7 @@ def endpoints(owner: Owner) -> JSON:
     """A headless Service: its EndpointSlices, with its label, are what the gateway routes by."""
     ports: list[JSON] = [{"name": "http", "port": 80, "targetPort": "http", "protocol": "TCP"}]
     ports += [{"name": name, "port": port, "targetPort": name, "protocol": "TCP"} for name, port in KV_PORTS.items()]
-    return _stamped(
+    return stamped(
         {
             "apiVersion": "v1",
             "kind": "Service",
@@ -153,10 +170,10 @@ def endpoints(owner: Owner) -> JSON:
     )
 
 
-def network_policy(owner: Owner, settings: Settings) -> JSON:
+def network_policy(owner: Owner, settings: Settings, *, grouped: bool = False) -> JSON:
     """Only the gateway, the operator (which asks for metrics) and the namespaces that scrape metrics reach engines.
 
-    Probes come from the node, which network plugins let through."""
+    Probes come from the node, which network plugins let through. grouped: pods of one replica reach one another."""
     name = "kubernetes.io/metadata.name"
     ours: JSON = {
         "namespaceSelector": {"matchLabels": {name: settings.namespace}},
@@ -167,40 +184,46 @@ def network_policy(owner: Owner, settings: Settings) -> JSON:
     ]
     # The second one tells how far a model is that the pod fetches.
     ports = [{"port": port, "protocol": "TCP"} for port in ("http", *KV_PORTS, fetching.PORT)]
-    return _stamped(
+    chosen = {"matchLabels": labels_of_all(owner) if grouped else {SERVICE_LABEL: owner.name}}
+    peers: list[JSON] = [{"from": [{"podSelector": chosen}]}] if grouped else []
+    return stamped(
         {
             "apiVersion": "networking.k8s.io/v1",
             "kind": "NetworkPolicy",
             "metadata": _metadata(owner, owner.name),
             "spec": {
-                "podSelector": {"matchLabels": {SERVICE_LABEL: owner.name}},
+                "podSelector": chosen,
                 "policyTypes": ["Ingress"],
-                "ingress": [{"from": [ours, *scrapers], "ports": ports}],
+                "ingress": [{"from": [ours, *scrapers], "ports": ports}, *peers],
             },
         }
     )
 
 
-def disruption_budget(owner: Owner) -> JSON:
-    """A drain of nodes takes one replica at a time; one that does not serve never holds a node back."""
-    return _stamped(
+def disruption_budget(owner: Owner, *, grouped: bool = False) -> JSON:
+    """A drain of nodes takes one replica at a time; one that does not serve never holds a node back.
+
+    grouped: and with one pod of a group the whole of it."""
+    chosen = labels_of_all(owner) if grouped else {SERVICE_LABEL: owner.name}
+    return stamped(
         {
             "apiVersion": "policy/v1",
             "kind": "PodDisruptionBudget",
             "metadata": _metadata(owner, owner.name),
             "spec": {
                 "maxUnavailable": 1,
-                "selector": {"matchLabels": {SERVICE_LABEL: owner.name}},
+                "selector": {"matchLabels": chosen},
                 "unhealthyPodEvictionPolicy": "AlwaysAllow",
             },
         }
     )
 
 
-def children(owner: Owner, settings: Settings) -> list[JSON]:
-    """Everything but the Deployments."""
-    found = [service_account(owner), endpoints(owner), front(owner, settings), disruption_budget(owner)]
-    return [*found, network_policy(owner, settings)] if settings.network_policy else found
+def children(owner: Owner, settings: Settings, *, grouped: bool = False) -> list[JSON]:
+    """Everything but what runs the pods. grouped: some replicas have several pods."""
+    budget = disruption_budget(owner, grouped=grouped)
+    found = [service_account(owner), endpoints(owner), front(owner, settings), budget]
+    return [*found, network_policy(owner, settings, grouped=grouped)] if settings.network_policy else found
 
 
 def grace_period_s(spec: InferenceServiceSpec) -> int:
@@ -226,6 +249,11 @@ def arguments(owner: Owner, spec: InferenceServiceSpec) -> list[str]:
     }
     for flag, value in optional.items():
         found += [flag, str(value)] if value is not None else []
+    if is_grouped(spec):
+        # The kubelet fills in what the LeaderWorkerSet's controller tells the pod in variables.
+        found += ["--pipeline-parallel-size", str(engine.pipeline_parallel_size), "--nnodes", "$(LWS_GROUP_SIZE)"]
+        found += ["--node-rank", "$(LWS_WORKER_INDEX)", "--master-addr", "$(LWS_LEADER_ADDRESS)"]
+        found += ["--master-port", str(MEETING_PORT)]
     found += ["--gpu-memory-utilization", f"{kv.memory_fraction:g}"]
     found += ["--kv-events-config", KV_EVENTS] if kv.prefix_caching else ["--no-enable-prefix-caching"]
     return found + adapters.arguments(spec) + list(engine.extra_args)
@@ -284,7 +312,7 @@ def _container(owner: Owner, spec: InferenceServiceSpec, image: str, pull_policy
 
 def _ranks_environment(spec: InferenceServiceSpec) -> list[JSON]:
     """The ranks of a pod are processes of one container: they meet on the loopback, whatever networks the pod has."""
-    if spec.engine.tensor_parallel_size == 1:
+    if spec.engine.tensor_parallel_size == 1 or is_grouped(spec):
         return []
     return [{"name": name, "value": "lo"} for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")]
 
@@ -409,26 +437,36 @@ def deployment_name(owner: Owner, revision: str) -> str:
 
 def deployment(owner: Owner, spec: InferenceServiceSpec, replicas: int, settings: Settings) -> JSON:
     """The Deployment of the spec's revision, as it is made; later only its replicas change."""
-    revision = revision_of(spec)
-    own = {REVISION_LABEL: revision}
-    template = spec.pod_template.metadata
+    chosen = {SERVICE_LABEL: owner.name, REVISION_LABEL: revision_of(spec)}
     manifest: JSON = {
         "apiVersion": "apps/v1",
         "kind": "Deployment",
-        "metadata": _metadata(owner, deployment_name(owner, revision), own),
+        "metadata": workload_metadata(owner, spec),
         "spec": {
             "replicas": replicas,
             "revisionHistoryLimit": 0,
             "progressDeadlineSeconds": seconds(spec.rollout.progress_deadline),
-            "selector": {"matchLabels": {SERVICE_LABEL: owner.name, **own}},
+            "selector": {"matchLabels": chosen},
             "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 0, "maxUnavailable": 1}},
-            "template": {
-                "metadata": {
-                    "labels": dict(template.labels) | labels(owner) | own,
-                    "annotations": dict(template.annotations),
-                },
-                "spec": _pod(owner, spec, settings),
-            },
+            "template": template(owner, spec, settings),
         },
     }
-    return _stamped(manifest)
+    return stamped(manifest)
+
+
+def workload_metadata(owner: Owner, spec: InferenceServiceSpec) -> JSON:
+    """Of what runs the pods of the spec's revision."""
+    revision = revision_of(spec)
+    return _metadata(owner, deployment_name(owner, revision), {REVISION_LABEL: revision})
+
+
+def template(owner: Owner, spec: InferenceServiceSpec, settings: Settings) -> JSON:
+    """The pods of the spec's revision."""
+    asked, own = spec.pod_template.metadata, {REVISION_LABEL: revision_of(spec)}
+    return {
+        "metadata": {
+            "labels": dict(asked.labels) | labels(owner) | own,
+            "annotations": dict(asked.annotations),
+        },
+        "spec": _pod(owner, spec, settings),
+    }

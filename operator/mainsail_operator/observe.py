@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, cast
@@ -16,7 +16,15 @@ from typing import Any, cast
 from mainsail_operator.adapters import FETCH_ADAPTER
 from mainsail_operator.fetching import CONTAINER as FETCH_CONTAINER
 from mainsail_operator.gpus import held_by
-from mainsail_operator.objects import APPLIED, CONTAINER, DELETION_COST, HTTP_PORT, REVISION_LABEL
+from mainsail_operator.objects import (
+    APPLIED,
+    CONTAINER,
+    DELETION_COST,
+    GROUP_KIND,
+    GROUP_LABEL,
+    HTTP_PORT,
+    REVISION_LABEL,
+)
 from mainsail_operator.scrape import Target
 from mainsail_operator.types import JSON, KIND
 
@@ -68,11 +76,13 @@ class Pod:
     """What the ReplicaSet controller goes by when it chooses a victim: the lowest first."""
     lost: bool = False
     """Its node is gone, and with it the pod: only its record is left, which its ReplicaSet still counts."""
+    group: str = ""
+    """Which replica it belongs to, where one has several pods."""
 
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
-    """A Deployment without its pods."""
+    """A Deployment, or a LeaderWorkerSet, without its pods."""
 
     revision: str
     name: str
@@ -85,6 +95,7 @@ class Deployment:
     ending: bool = False
     refusal: str = ""
     """Why the API server refuses its pods (a quota, an admission policy, a field that does not exist)."""
+    kind: str = "Deployment"
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +111,7 @@ class Child:
 
 @dataclass(frozen=True, slots=True)
 class Revision:
-    """A Deployment and its pods."""
+    """What runs its pods, and they: where a replica has several, its leaders."""
 
     revision: str
     name: str
@@ -109,6 +120,7 @@ class Revision:
     pods: tuple[Pod, ...] = ()
     version: str = ""
     refusal: str = ""
+    kind: str = "Deployment"
 
     @property
     def alive(self) -> tuple[Pod, ...]:
@@ -187,6 +199,7 @@ def read_pod(pod: JSON) -> Pod:
         node=sys.intern(str(_get(pod, "spec", "nodeName", default=""))),
         gpus=held_by(pod)[1],
         deletion_cost=int(cost) if cost.lstrip("-").isdigit() else 0,
+        group=str(_get(pod, "metadata", "labels", GROUP_LABEL, default="")),
     )
 
 
@@ -302,6 +315,11 @@ def read_deployment(deployment: JSON) -> Deployment:
     )
 
 
+def read_group_set(obj: JSON) -> Deployment:
+    """A LeaderWorkerSet: what counts of it is where a Deployment has it too."""
+    return replace(read_deployment(obj), kind=GROUP_KIND)
+
+
 def read_endpoints(piece: JSON) -> frozenset[str]:
     """The UIDs of the pods that an EndpointSlice has gateways route to."""
     found: set[str] = set()
@@ -319,26 +337,30 @@ def read_child(kind: str, obj: JSON) -> Child:
 def observe(
     deployments: Iterable[Deployment], pods: Iterable[Pod], children: Iterable[Child],
     endpoints: Iterable[frozenset[str]], owner_uid: str, *, now: float = 0.0,
-    gone: Callable[[str], bool] = lambda node: False,
+    gone: Callable[[str], bool] = lambda node: False, workers: Iterable[Pod] = (),
 ) -> Observed:  # fmt: skip
     """Only what this very InferenceService owns counts: a namesake's leftovers belong to the garbage collector.
 
     A pod that is ready but no endpoint yet does not serve: no gateway knows it. One whose node is gone does not either,
-    whatever its last status says: nobody is left to correct that. gone: whether there is no such node."""
-    routed = frozenset[str]().union(*endpoints)
-    by_revision: dict[str, list[Pod]] = {}
-    for pod in pods:
-        if pod.ended:
-            continue
+    whatever its last status says: nobody is left to correct that. gone: whether there is no such node. workers: the
+    further pods of replicas that have several."""
+
+    def present(pod: Pod) -> Pod:
         if pod.node and now - pod.progress > NEW_NODE_S and gone(pod.node):
-            pod = replace(pod, serving=False, lost=not pod.ending, ending=True)
-        elif pod.serving and pod.uid not in routed:
-            pod = replace(pod, serving=False)
+            return replace(pod, serving=False, lost=not pod.ending, ending=True)
+        return pod
+
+    routed = frozenset[str]().union(*endpoints)
+    leaders = [present(pod) for pod in pods if not pod.ended]
+    leaders = [replace(pod, serving=False) if pod.serving and pod.uid not in routed else pod for pod in leaders]
+    by_revision: dict[str, list[Pod]] = {}
+    for pod in joined(leaders, [present(pod) for pod in workers if not pod.ended]):
         by_revision.setdefault(pod.revision, []).append(pod)
     revisions = [
         Revision(
             revision=d.revision, name=d.name, replicas=d.replicas, created=d.created, version=d.version,
-            refusal=d.refusal, pods=tuple(sorted(by_revision.get(d.revision, []), key=lambda pod: pod.name)),
+            refusal=d.refusal, kind=d.kind,
+            pods=tuple(sorted(by_revision.get(d.revision, []), key=lambda pod: pod.name)),
         )
         for d in deployments
         if d.owner == owner_uid and not d.ending
@@ -346,6 +368,48 @@ def observe(
     revisions.sort(key=lambda revision: (revision.created, revision.name), reverse=True)
     applied = {f"{child.kind}/{child.name}": child.applied for child in children if child.owner == owner_uid}
     return Observed(tuple(revisions), applied)
+
+
+def joined(leaders: Sequence[Pod], workers: Sequence[Pod]) -> list[Pod]:
+    """Each leader as the replica that it stands for. Workers that are lost follow: their records are to go."""
+    if not workers:
+        return list(leaders)
+    groups: dict[tuple[str, str], list[Pod]] = {}
+    for worker in workers:
+        if worker.lost or not worker.ending:
+            groups.setdefault((worker.revision, worker.group), []).append(worker)
+    lost = [worker for worker in workers if worker.lost]
+    return [_whole(leader, groups.get((leader.revision, leader.group), [])) for leader in leaders] + lost
+
+
+def _whole(leader: Pod, workers: Sequence[Pod]) -> Pod:
+    """A leader and its workers as one: as far as the last of them, with the troubles of all."""
+    if not workers or not leader.group:
+        return leader
+    group = (leader, *workers)
+    return replace(
+        leader,
+        serving=leader.serving and not any(worker.lost for worker in workers),
+        scheduled=all(pod.scheduled for pod in group),
+        unschedulable_since=min(
+            (p.unschedulable_since for p in group if p.unschedulable_since is not None), default=None
+        ),
+        trouble=None if leader.serving else _worst(leader, workers),
+        restarts=max(pod.restarts for pod in group),
+        progress=max(pod.progress for pod in group),
+    )
+
+
+def _worst(leader: Pod, workers: Sequence[Pod]) -> Trouble | None:
+    """What tells most: when one fails to load, the others only miss their peers."""
+    troubles = [replace(w.trouble, message=f"worker {w.name}: {w.trouble.message}") for w in workers if w.trouble]
+    troubles += [leader.trouble] if leader.trouble else []
+    troubles.sort(key=lambda trouble: (not trouble.load_failure, trouble.reason in _MISSES_PEERS))
+    return troubles[0] if troubles else None
+
+
+_MISSES_PEERS = frozenset({"LeaderLost", "RankLost", "EngineFailed"})
+"""Reasons of an engine some of whose ranks have ended elsewhere."""
 
 
 def _owner(obj: JSON) -> str:

@@ -1,8 +1,9 @@
 """From a decision to what is to be done: a pure function. Each action says why.
 
-A revision's Deployment is rendered once, when it is made. From then on only its number of replicas is written, so a new
-version of the operator, which may render other pods, restarts none. Which pods go when a revision shrinks is told to
-the ReplicaSet controller beforehand, by Kubernetes' own annotation: the least loaded first.
+A revision's Deployment (or LeaderWorkerSet) is rendered once, when it is made. From then on only its number of replicas
+is written, so a new version of the operator, which may render other pods, restarts none. Which pods go when a
+Deployment shrinks is told to the ReplicaSet controller beforehand, by Kubernetes' own annotation: the least loaded
+first.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from mainsail_operator import objects
+from mainsail_operator import groups, objects
 from mainsail_operator.fetched import Filler
-from mainsail_operator.objects import Owner, deployment_name, revision_of
+from mainsail_operator.objects import GROUP_KIND, Owner, deployment_name, is_grouped, revision_of
 from mainsail_operator.observe import Observed, Revision
 from mainsail_operator.rollout import Decision
 from mainsail_operator.settings import Settings
@@ -27,13 +28,14 @@ class Apply:
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """Set the number of replicas of an existing Deployment and nothing else."""
+    """Set the number of replicas of an existing Deployment or LeaderWorkerSet and nothing else."""
 
     name: str
     replicas: int
     reason: str
     version: str = ""
     """The resourceVersion that this was decided on: a write decided on an older one is refused."""
+    kind: str = "Deployment"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +83,14 @@ class Plan:
 def plan(
     owner: Owner, spec: InferenceServiceSpec, observed: Observed, settings: Settings, decision: Decision,
     loads: Mapping[str, float], fillers: Sequence[Filler] = (), kept: Callable[[], Collection[str]] = tuple,
-    now: float = 0.0,
+    now: float = 0.0, makes: bool = True,
 ) -> Plan:  # fmt: skip
     """loads: running and waiting requests by pod UID, of the pods that tell them. fillers: what fetches models. kept:
-    the copies of models that anybody uses, asked when a model is to be fetched. now: Unix seconds."""
-    wanted_children = {f"{m['kind']}/{m['metadata']['name']}": m for m in objects.children(owner, settings)}
+    the copies of models that anybody uses, asked when a model is to be fetched. now: Unix seconds. makes: whether what
+    runs a new revision can be made here."""
+    grouped = is_grouped(spec) or any(revision.kind == GROUP_KIND for revision in observed.revisions)
+    made = objects.children(owner, settings, grouped=grouped)
+    wanted_children = {f"{m['kind']}/{m['metadata']['name']}": m for m in made}
     actions: list[Action] = [
         Apply(manifest, "missing or changed")
         for child, manifest in wanted_children.items()
@@ -98,8 +103,9 @@ def plan(
     filling = _fill(owner, spec, settings, fillers, kept, now)
     actions += filling.actions
     target = deployment_name(owner, revision_of(spec))
-    if filling.done and target in decision.replicas and all(revision.name != target for revision in observed.revisions):
-        manifest = objects.deployment(owner, spec, decision.replicas[target], settings)
+    due = makes and filling.done and target in decision.replicas
+    if due and all(revision.name != target for revision in observed.revisions):
+        manifest = groups.workload(owner, spec, decision.replicas[target], settings)
         actions.append(Apply(manifest, "new revision"))
     rests = decision.status.phase in ("Complete", "RolledBack")
     why = f"{spec.replicas} replicas are wanted" if rests else decision.status.message or decision.status.reason
@@ -114,10 +120,10 @@ def plan(
     for revision in sorted(observed.revisions, key=lambda r: growth[r.name], reverse=True):
         wanted = decision.replicas.get(revision.name)
         if wanted is None:
-            actions.append(Delete(revision.name, why, revision.version))
+            actions.append(Delete(revision.name, why, revision.version, revision.kind))
         elif wanted != revision.replicas:
             actions += marks(revision, wanted, loads) if wanted < revision.replicas else ()
-            actions.append(Scale(revision.name, wanted, why, revision.version))
+            actions.append(Scale(revision.name, wanted, why, revision.version, revision.kind))
     return Plan(tuple(actions))
 
 
@@ -148,7 +154,11 @@ def _fill(
 
 
 def marks(revision: Revision, wanted: int, loads: Mapping[str, float]) -> list[Mark]:
-    """The serving pods by load, where the loads are known and there is a choice."""
+    """The serving pods by load, where the loads are known and there is a choice.
+
+    A LeaderWorkerSet always ends its last group."""
+    if revision.kind == GROUP_KIND:
+        return []
     serving = [pod for pod in revision.alive if pod.serving]
     if wanted == 0 or len(serving) <= 1 or not all(pod.uid in loads for pod in serving):
         return []

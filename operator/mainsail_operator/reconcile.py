@@ -22,8 +22,9 @@ from mainsail_operator.fetched import Fetch, Fetcher, Filler, progress_of
 from mainsail_operator.fetched import judge as judge_fetch
 from mainsail_operator.fetching import copy_name, is_fetched
 from mainsail_operator.gate import Evidence, Verdict, Watch, collect, judge, judge_errors, together
+from mainsail_operator.groups import MISSING
 from mainsail_operator.lease import Lease
-from mainsail_operator.objects import PAUSED, Owner, deployment_name, filler, revision_of
+from mainsail_operator.objects import PAUSED, Owner, deployment_name, filler, is_grouped, revision_of
 from mainsail_operator.observe import Child, Deployment, Observed, Pod, observe
 from mainsail_operator.plan import Plan, plan
 from mainsail_operator.rollout import COMMAND, Decision, Situation, decide, judged, since
@@ -64,6 +65,8 @@ class Snapshot:
     """Whether there is no such node."""
     kept: Callable[[], Collection[str]] = tuple
     """The copies of models that any service or pod uses."""
+    workers: Sequence[Pod] = ()
+    """Of replicas with several pods, those that are not leaders."""
 
 
 Read = Callable[[Key], Snapshot | None]
@@ -74,8 +77,11 @@ Want = Callable[[Key, Sequence[Target]], None]
 
 class Reconciler:
     def __init__(
-        self, writer: Writer, lease: Lease, settings: Settings, read: Read, want: Want, signals: Signals, sizer: Sizer
-    ) -> None:
+        self, writer: Writer, lease: Lease, settings: Settings, read: Read, want: Want, signals: Signals, sizer: Sizer,
+        *, groups: bool = True,
+    ) -> None:  # fmt: skip
+        """groups: whether the cluster has LeaderWorkerSets."""
+        self._groups = groups
         self._writer = writer
         self._sizer = sizer
         self._want = want
@@ -182,7 +188,7 @@ class Reconciler:
             return TICK_S
         seen = observe(
             snapshot.deployments, snapshot.pods, snapshot.children, snapshot.endpoints, owner.uid, now=now,
-            gone=snapshot.gone,
+            gone=snapshot.gone, workers=snapshot.workers,
         )  # fmt: skip
         # Two revisions: the newest is judged beside the one before it.
         wanted = spec.scaling is not None or len(seen.revisions) > 1
@@ -203,6 +209,7 @@ class Reconciler:
         told = status(
             it.owner, it.spec, it.generation, it.seen, decision, it.before.conditions, it.now,
             settings=self._settings, refusal=self._refusals.get(it.key, ""), paused=paused, fetch=fetch,
+            lacking=None if self._can_make(it.spec) else MISSING,
         )  # fmt: skip
         told = sized.told(told, it.generation, it.before.conditions, it.now)
         if told != it.before:
@@ -220,8 +227,12 @@ class Reconciler:
 
     def _plan(self, it: _Pass, decision: Decision) -> Plan:
         return plan(
-            it.owner, it.spec, it.seen, self._settings, decision, self._loads(it), it.fillers, it.kept, it.now
+            it.owner, it.spec, it.seen, self._settings, decision, self._loads(it), it.fillers, it.kept, it.now,
+            makes=self._can_make(it.spec),
         )  # fmt: skip
+
+    def _can_make(self, spec: InferenceServiceSpec) -> bool:
+        return self._groups or not is_grouped(spec)
 
     def _fetch(self, it: _Pass) -> Fetch | None:
         """How far the model is, where it is fetched and anybody is to do so."""

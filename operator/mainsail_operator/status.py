@@ -41,14 +41,15 @@ class Finding:
 def status(
     owner: Owner, spec: InferenceServiceSpec, generation: int, observed: Observed, decision: Decision,
     old: Sequence[Condition], now: float, *, settings: Settings, refusal: str = "", paused: bool = False,
-    fetch: Fetch | None = None,
+    fetch: Fetch | None = None, lacking: tuple[str, str] | None = None,
 ) -> InferenceServiceStatus:  # fmt: skip
     """The status after this pass. old: the conditions that are there, whose times stay where nothing changed.
 
     refusal: what the API server said when it last refused a write for this service. paused: nothing is written.
+    lacking: reason and message of what this cluster has not, and the newest revision needs.
 
     fetch: how far the model is, where it is fetched."""
-    view = _View(spec, observed, decision.status, observed.revision(revision_of(spec)), fetch)
+    view = _View(spec, observed, decision.status, observed.revision(revision_of(spec)), fetch, lacking)
     findings = [
         _ready(view),
         *_model_fetched(fetch),
@@ -85,6 +86,7 @@ class _View:
     target: Revision | None
     """The newest revision, if its Deployment is there."""
     fetch: Fetch | None = None
+    lacking: tuple[str, str] | None = None
 
     @property
     def unfetched(self) -> Fetch | None:
@@ -138,6 +140,8 @@ def _ready(view: _View) -> Finding:
         return Finding("Ready", "True", "ScaledToZero", "No replica is wanted, and none serves.")
     if view.trouble:
         return Finding("Ready", "False", view.trouble.reason, view.trouble.message)
+    if view.lacking:
+        return Finding("Ready", "False", *view.lacking)
     if view.unfetched:
         return Finding("Ready", "False", *_unfetched(view.unfetched))
     return Finding("Ready", "False", "Starting", "No replica answers requests yet.")
@@ -219,6 +223,8 @@ def _movement(view: _View, refusal: str, paused: bool) -> list[Finding]:
         return [Finding("Reconciling", "True", "Paused", f"The annotation {objects.PAUSED} stops all writes.")]
     if refusal:
         return [Finding("Stalled", "True", "WriteRefused", refusal)]
+    if view.lacking:
+        return [Finding("Stalled", "True", *view.lacking)]
     if _complete(view):
         return []
     rollout, target, trouble = view.rollout, view.target, view.trouble

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mainsail_operator.gpus import held_by, per_replica, read_node, room
+from mainsail_operator.gpus import held_by, per_pod, read_node, room
 
 
 def node(name: str = "n", gpus: int | None = 4, *, ready: str = "True", labels=None, taints=(), unschedulable=False):
@@ -73,6 +73,6 @@ def test_tolerations(make_spec, toleration, fits: bool) -> None:
 
 
 def test_no_limit_without_gpus_or_nodes_in_sight(make_spec) -> None:
-    assert per_replica(make_spec()) == 1
+    assert per_pod(make_spec()) == 1
     assert room(make_spec(), [], []) is None
     assert room(make_spec(resources={"limits": {"memory": "1Gi"}}), [node()], []) is None

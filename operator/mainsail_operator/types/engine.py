@@ -17,6 +17,12 @@ OWNED_FLAGS: dict[str, str] = {
     "--max-num-batched-tokens": "spec.engine.maxBatchedTokens",
     "--tensor-parallel-size": "spec.engine.tensorParallelSize",
     "-tp": "spec.engine.tensorParallelSize",
+    "--pipeline-parallel-size": "spec.engine.pipelineParallelSize",
+    "-pp": "spec.engine.pipelineParallelSize",
+    "--nnodes": "spec.engine.pipelineParallelSize",
+    "--node-rank": "nothing (the operator owns it)",
+    "--master-addr": "nothing (the operator owns it)",
+    "--master-port": "nothing (the operator owns it)",
     "--kv-offloading-size": "spec.engine.kvCache.hostMemory",
     "--host-memory": "spec.engine.kvCache.hostMemory",
     "--dtype": "spec.engine.dtype",
@@ -97,6 +103,14 @@ class EngineSpec(Model):
         description="GPUs of one pod that share the model, each with a part of every matrix: for models that one GPU "
         "cannot hold, or to answer faster. They are on one node, best joined by NVLink. It must divide the model's "
         "heads; where it does not, ModelLoaded=False names the sizes that do.",
+    )
+    pipeline_parallel_size: int = Field(
+        default=1,
+        ge=1,
+        le=64,
+        description="Pods of one replica that share the model's layers, each with tensorParallelSize GPUs: for models "
+        "that the GPUs of one node cannot hold. Above 1 a replica is a group of a LeaderWorkerSet (sigs.k8s.io/lws), "
+        "which must be installed; where it is not, the condition Stalled says so.",
     )
     max_model_len: int | None = Field(
         default=None,
