@@ -5,12 +5,17 @@ cache held and wanted by sessions, preemptions per minute, p95 of the time to th
 `ceil(serving · mean pressure)` replicas, where the mean is more than a tolerance of 10 % above 1. Three things keep it
 from overshooting: at most twice what serves in one step, replicas that are still starting being capacity to come; what
 was measured before the newest replica served does not ask for another; and a queue that drains by itself within a
-minute is none, nor is a late first token behind it (more replicas would not shorten it: requests do not move).
+minute is none, nor is a late first token behind it (more replicas would not shorten it: requests do not move). Where it
+is known what a full replica carries, a step may be larger: as many as the requests that arrive would fill, so that a
+burst need not wait for one start after another.
 
 **Shrinking.** One replica at a time, and only to a number that would have had a pressure below 0.8 at every moment of
 the stabilization window. Queues and preemptions are blind below the point where a replica is full, so the simulation
 looks at two things more: the sequences that would run at once, and the throughput, against what one replica was seen to
 carry when it was full (`Capacity`, learned). Without that a service flaps: two replicas look idle, one is too few.
+A step back that had to be taken back within the hour makes it more patient: the window in which the fewer replicas
+would have had to do is twice as long from then on, up to an hour, and half as long again after an hour without regret.
+So load that comes in bursts finds the replicas of the last one, and a day's slow curve costs nothing more.
 
 **Doubt.** A serving replica that does not tell its load never lets the service shrink; the others go on growing it.
 
@@ -42,6 +47,16 @@ CALM = 0.8
 """The pressure below which one replica fewer would still be comfortable."""
 DRAINS_S = 60.0
 """A queue that will be gone in this time needs no replica: that would not have started by then."""
+REGRET_S = 3600.0
+"""Growing again this soon after shrinking was a mistake."""
+MOST_PATIENCE = 12
+"""Stabilization windows that load is remembered for at most: an hour, by default."""
+LEAP = 4
+"""How many times what serves there may be after one step, where arrivals and capacity are known."""
+HEADROOM = 1.15
+"""What a step for the requests that arrive leaves free."""
+CLEARS_S = 180.0
+"""In which the replicas of such a step are to clear what waits."""
 _LEARNING = 0.2
 
 Reason = Literal[
@@ -71,7 +86,11 @@ class Memory:
     watched_since: float | None = None
     """Unix seconds since which every serving replica has told its load."""
     needs: tuple[tuple[float, int], ...] = ()
-    """When how many replicas were needed, within the stabilization window: the falling maxima, the oldest first."""
+    """When how many replicas were needed, within `patience` windows: the falling maxima, the oldest first."""
+    patience: int = 1
+    """Stabilization windows in which fewer replicas must have been enough."""
+    shrank_at: float | None = None
+    """Unix seconds of the last step back that is neither regretted nor forgotten."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,12 +207,19 @@ def autoscale(spec: ScalingSpec, fleet: Fleet, before: Memory, now: float) -> De
     silent = fleet.serving - len(told)
     memory = _unwatched(memory) if silent else _watched(spec, fleet, told, memory, mean, now)
     if mean > 1 + TOLERANCE:
-        decision = _grow(spec, fleet, replace(memory, idle_since=None), mean, worst)
+        decision = _grow(spec, fleet, told, replace(memory, idle_since=None), mean, worst, now)
     elif silent:
         decision = Decision(current, "MetricsMissing", f"{silent} of {fleet.serving} replicas do not tell", memory)
     else:
         decision = _shrink(spec, fleet, told, memory, mean, now)
     return replace(decision, pressure=mean)
+
+
+def _regretted(memory: Memory, now: float) -> Memory:
+    """It grows. Soon after it shrank, that was too hasty."""
+    if memory.shrank_at is None or now - memory.shrank_at >= REGRET_S:
+        return memory
+    return replace(memory, patience=min(2 * memory.patience, MOST_PATIENCE), shrank_at=None)
 
 
 def _changed(memory: Memory, desired: int, reason: Reason, message: str, limited_by: Limit = "") -> Decision:
@@ -202,15 +228,17 @@ def _changed(memory: Memory, desired: int, reason: Reason, message: str, limited
 
 def _unwatched(memory: Memory) -> Memory:
     """The load is not known: nothing may shrink before a whole window has been seen again."""
-    return replace(memory, watched_since=None, needs=(), idle_since=None)
+    return replace(memory, watched_since=None, idle_since=None)
 
 
 def _watched(
     spec: ScalingSpec, fleet: Fleet, told: Sequence[PodLoad], memory: Memory, mean: float, now: float
 ) -> Memory:
-    """Notes how many replicas this moment needs; what is older than the stabilization window is forgotten."""
+    """Notes how many replicas this moment needs; what is older than the windows that count is forgotten."""
+    if memory.shrank_at is not None and now - memory.shrank_at >= REGRET_S:
+        memory = replace(memory, patience=max(1, memory.patience // 2), shrank_at=None)
     need = needed(fleet, told, memory.capacity, mean)
-    since = now - seconds(spec.scale_down.stabilization)
+    since = now - seconds(spec.scale_down.stabilization) * memory.patience
     kept = [(at, count) for at, count in memory.needs if count > need and at >= since]
     watched = memory.watched_since if memory.watched_since is not None else now
     return replace(memory, needs=(*kept, (now, need)), watched_since=watched)
@@ -239,9 +267,25 @@ def _from_zero(spec: ScalingSpec, fleet: Fleet, memory: Memory) -> Decision:
     return _changed(memory, wanted, "Woken", "woken by annotation")
 
 
-def _grow(spec: ScalingSpec, fleet: Fleet, memory: Memory, mean: float, worst: Pressure) -> Decision:
+def filled(fleet: Fleet, told: Sequence[PodLoad], capacity: Capacity | None) -> int:
+    """Replicas that the requests that arrive would fill, with what waits cleared in `CLEARS_S`; 0: not known.
+
+    What arrives is what is finished and what the queues grow by."""
+    if capacity is None or capacity.requests_per_s <= 0 or not told:
+        return 0
+    alike = fleet.serving / len(told)
+    arriving = sum(load.requests_per_s + max(0.0, load.waiting_trend) for load in told) * alike
+    waiting = sum(load.waiting for load in told) * alike + fleet.queue.length
+    rate = HEADROOM * (arriving + max(0.0, fleet.queue.trend)) + waiting / CLEARS_S
+    return min(math.ceil(min(rate / capacity.requests_per_s, 1e6)), LEAP * fleet.serving)
+
+
+def _grow(
+    spec: ScalingSpec, fleet: Fleet, told: Sequence[PodLoad], memory: Memory, mean: float, worst: Pressure, now: float
+) -> Decision:  # fmt: skip
     current = memory.desired
-    wanted = min(math.ceil(fleet.serving * mean - 1e-9), 2 * fleet.serving)
+    step = max(2 * fleet.serving, filled(fleet, told, memory.capacity))
+    wanted = min(math.ceil(fleet.serving * mean - 1e-9), step)
     most, limit = _most(spec, fleet)
     if fleet.unplaced > 1 and most < current:
         return _changed(memory, most, "NoRoom", f"{worst.told}; no node has a GPU for more", limit)
@@ -253,7 +297,8 @@ def _grow(spec: ScalingSpec, fleet: Fleet, memory: Memory, mean: float, worst: P
         return Decision(current, "WithinTargets", worst.told, memory)
     if min(wanted, most) <= current:
         return Decision(current, worst.reason, f"{worst.told}; {wanted} replicas would do", memory, limit)
-    return _changed(memory, min(wanted, most), worst.reason, f"{worst.told} (worst of {fleet.serving})", limit)
+    told_why = f"{worst.told} (worst of {fleet.serving})"
+    return _changed(_regretted(memory, now), min(wanted, most), worst.reason, told_why, limit)
 
 
 def _most(spec: ScalingSpec, fleet: Fleet) -> tuple[int, Limit]:
@@ -282,12 +327,12 @@ def _shrink(
     window = seconds(spec.scale_down.stabilization)
     most = max(count for _, count in memory.needs)
     watched = now - (memory.watched_since if memory.watched_since is not None else now)
+    long = f"{window * memory.patience // 60} minutes" if memory.patience > 1 else spec.scale_down.stabilization
     if most >= current or watched < window:
-        message = f"pressure {mean:.2f}; needed in the last {spec.scale_down.stabilization}: {most}"
-        return Decision(current, "WithinTargets", message, memory)
-    message = f"{most} would have carried the load of the last {spec.scale_down.stabilization}"
+        return Decision(current, "WithinTargets", f"pressure {mean:.2f}; needed in the last {long}: {most}", memory)
     # What was simulated is now to be seen: the next step waits for a whole window of it.
-    return _changed(_unwatched(memory), current - 1, "LowLoad", message)
+    after = replace(_unwatched(memory), shrank_at=now)
+    return _changed(after, current - 1, "LowLoad", f"{most} would have carried the load of the last {long}")
 
 
 def _throughput(told: Sequence[PodLoad]) -> tuple[float, float]:

@@ -11,7 +11,20 @@ from benchmarks.autoscale_sim import SPEC, Cluster, Engine, Mainsail, Scenario, 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mainsail_operator.autoscale import CALM, TOLERANCE, Capacity, Fleet, Memory, autoscale, pressure_of, victims
+from mainsail_operator.autoscale import (
+    CALM,
+    LEAP,
+    MOST_PATIENCE,
+    REGRET_S,
+    TOLERANCE,
+    Capacity,
+    Fleet,
+    Memory,
+    autoscale,
+    filled,
+    pressure_of,
+    victims,
+)
 from mainsail_operator.signals import PodLoad, Queue
 from mainsail_operator.types import ScalingSpec
 
@@ -132,6 +145,51 @@ def test_shrinking_takes_the_whole_window_and_goes_one_by_one() -> None:
     memory = over(STABLE_S, fleet, Memory(4))
     assert over(STABLE_S - 5, three, memory, start=NOW + STABLE_S + 5).desired == 3
     assert over(STABLE_S, three, memory, start=NOW + STABLE_S + 5).desired == 2
+
+
+def test_a_burst_is_answered_in_one_step_where_it_is_known_what_a_replica_carries() -> None:
+    """Seven requests a second each are what two replicas carry; forty come."""
+    flooded = [load(uid, waiting=100.0, waiting_trend=13.0, requests_per_s=7.0, tokens_per_s=1400.0) for uid in "ab"]
+    fleet, known = Fleet(flooded), Memory(2, capacity=Capacity(7.0, 1400.0))
+    assert autoscale(spec(max=16), fleet, known, NOW).desired == 7
+    assert filled(fleet, flooded, Capacity(0.1, 20.0)) == LEAP * 2, "whatever was learned"
+    assert filled(fleet, flooded, None) == 0
+
+
+def regretted(memory: Memory, at: float) -> Memory:
+    """After a step back that load took back a minute later."""
+    calm = Fleet([replace(CALM_POD, uid=str(n)) for n in range(memory.desired)])
+    begins = at
+    while memory.desired == len(calm.loads):
+        memory = autoscale(spec(), calm, memory, at).memory
+        at += 5
+        assert at - begins < 20 * STABLE_S
+    full = Fleet([load(str(n), waiting=12.0) for n in range(memory.desired)])
+    return autoscale(spec(), full, memory, at + 60).memory
+
+
+def test_a_step_back_that_was_regretted_makes_it_patient() -> None:
+    memory = regretted(Memory(2), NOW)
+    assert (memory.desired, memory.patience, memory.shrank_at) == (2, 2, None)
+    calm = Fleet([CALM_POD, replace(CALM_POD, uid="b")])
+    busy = Fleet([BUSY, replace(BUSY, uid="b")])
+    memory = autoscale(spec(), busy, memory, NOW + 1000).memory
+    assert over(2 * STABLE_S - 10, calm, memory, start=NOW + 1005).desired == 2, "a window would have done before"
+    assert over(2 * STABLE_S, calm, memory, start=NOW + 1005).desired == 1
+
+
+def test_patience_is_bounded_and_forgotten_when_nothing_is_regretted() -> None:
+    memory, at = Memory(2), NOW
+    for _ in range(6):
+        memory = regretted(memory, at)
+        at += 2 * REGRET_S
+    assert memory.patience == MOST_PATIENCE
+    memory = replace(memory, desired=1, shrank_at=at)
+    alone = Fleet([CALM_POD])
+    assert autoscale(spec(), alone, memory, at + REGRET_S - 5).memory.patience == MOST_PATIENCE
+    assert autoscale(spec(), alone, memory, at + REGRET_S).memory.patience == MOST_PATIENCE // 2
+    late = Fleet([load(waiting=12.0)])
+    assert autoscale(spec(), late, replace(memory, patience=4), at + REGRET_S).memory.patience < 8, "no regret so late"
 
 
 def test_a_moment_of_load_begins_the_window_anew() -> None:
@@ -265,7 +323,8 @@ def test_whatever_comes_steps_are_bounded_and_doubt_never_shrinks(
         before = min(max(memory.desired, least), most)
         found = autoscale(scaling, fleet, memory, NOW + 5 * number)
         assert least <= found.desired <= most
-        assert found.desired <= max(before, 2 * fleet.serving) or before == 0
+        step = 2 if found.memory.capacity is None else LEAP
+        assert found.desired <= max(before, step * fleet.serving) or before == 0
         fewer = before - found.desired
         if None in fleet.loads and before == memory.desired and found.reason != "NoRoom":
             assert fewer <= 0
