@@ -6,18 +6,21 @@ Three services run at once, because starting engines is what takes the time. All
 from __future__ import annotations
 
 import json
+import random
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
+import httpx
 import pytest
 
 from e2e import tiny
 from e2e.cluster.network import NODE
 from e2e.cluster.place import Place
 from e2e.kube import Kube, KubectlError, Object, condition, wait_for
-from e2e.services import client, pods, service, steady_traffic, wait_ready, wait_routed
+from e2e.services import Traffic, client, pods, service, steady_traffic, wait_ready, wait_routed
 
 GPU = "nvidia.com/gpu"
 SCALE_S = 150
@@ -144,3 +147,50 @@ def test_kubectl_scale_and_whoever_writes_the_scale_subresource(kube: Kube) -> N
         scale = json.loads(kube.run("get", "mis", "byhand", "--subresource=scale", "-o", "json"))
         assert scale["status"]["replicas"] == 1
         assert scale["status"]["selector"] == "mainsail.dev/service=byhand"
+
+
+def test_held_sessions_make_it_grow(kube: Kube, gateway_url: str) -> None:
+    """More agents between turns than one replica has KV for: gateways hold turns, and nothing else asks for more."""
+    alone = {"queueDepth": 1000, "kvUsage": 1, "preemptionsPerMinute": 1000}
+    agents = scaled("agents", {"max": 2, "targets": alone}, maxNumSeqs=4, maxModelLen=2048, kvCache={"blocks": 130})
+    agents["spec"]["admission"] = {"maxQueueTime": "10m"}
+    with applied(kube, agents):
+        wait_ready(kube, "agents")
+        wait_routed(gateway_url, "agents")
+        with conversations(gateway_url, "agents", 12) as traffic:
+            told = wait_desired(kube, "agents", 2, serving=1)
+        assert told["reason"] == "HeldSessions", told
+        assert "agent sessions are held or parked" in told["message"]
+        assert traffic.failures == []
+
+
+@contextmanager
+def conversations(url: str, model: str, count: int) -> Iterator[Traffic]:
+    """Agents: each turn repeats all before it, with a tool's pause in between; they begin anew when they are long."""
+    traffic, stop = Traffic(), threading.Event()
+
+    def talk(number: int) -> None:
+        rng = random.Random(number)
+        with httpx.Client(base_url=url, timeout=120) as api:
+            while not stop.is_set():
+                messages: list[Object] = []
+                for turn in range(4):
+                    said = "".join(rng.choices("abcdefgh ", k=1100 if turn == 0 else 100))
+                    messages.append({"role": "user", "content": said})
+                    body = {"model": model, "messages": messages, "max_tokens": 8, "temperature": 0}
+                    answer = api.post("/v1/chat/completions", json=body)
+                    if answer.status_code != 200:
+                        traffic.failures.append(answer.text)
+                        return
+                    traffic.completed += 1
+                    messages.append(answer.json()["choices"][0]["message"])
+                    stop.wait(0.5)
+
+    with ThreadPoolExecutor(count) as pool:
+        runs = [pool.submit(talk, number) for number in range(count)]
+        try:
+            yield traffic
+        finally:
+            stop.set()
+            for run in runs:
+                run.result()
