@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from mainsail_kernels import reference
+from mainsail_kernels import blocks, reference
 from mainsail_kernels.blocks import apply_token_bitmask, copy_blocks, gather_blocks, scatter_blocks
 from mainsail_kernels.kv_write import rope_and_write_kv
 from mainsail_kernels.rms_norm import rms_norm
@@ -134,6 +134,18 @@ def test_bitmask_reaches_its_rows_only(vocab, device, dtype):
     expected[rows.to(device)] = expected[rows.to(device)].masked_fill(~allowed[:, :vocab].to(device), -math.inf)
     apply_token_bitmask(logits, _packed(allowed).to(device), rows.to(device))
     assert torch.equal(logits.nan_to_num(nan=7.0), expected.nan_to_num(nan=7.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("vocab", [31, 50, 4100])
+def test_masks_by_the_table_are_the_references(vocab, dtype):
+    bits = torch.randint(-(2**31), 2**31 - 1, (3, -(-vocab // 32)), dtype=torch.int32)
+    logits, rows = torch.randn(5, vocab).to(dtype), torch.tensor([4, 0, 2])
+    logits[2, 3] = math.inf
+    expected = logits.clone()
+    blocks._mask_on_cpu(logits, bits, rows)
+    reference.apply_token_bitmask(expected, bits, rows)
+    assert torch.equal(logits, expected)
 
 
 def test_bitmask_refuses_other_shapes(device, dtype):
