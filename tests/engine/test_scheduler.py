@@ -238,13 +238,12 @@ class Engine:
             self.in_flight.append((plan, self.device.launch(plan, self.fail)))
         self.check()
         if plan is None and not self.in_flight and self.scheduler.has_work:
+            if self.scheduler.stats().sessions_held:
+                self.now += 1.0  # nothing may run before some time to live, or the age bound, is over
             self.take(self.scheduler.take_outputs())
             return True
         if self.in_flight and (plan is None or len(self.in_flight) >= self.depth):
             self.commit()
-            return True
-        if plan is None and self.scheduler.stats().sessions_held:
-            self.now += 1.0  # nothing may run before some time to live is over
             return True
         return plan is not None
 
@@ -905,6 +904,11 @@ def live_randomly(seed: int, steps: int, guessing: float | None = None) -> None:
         engine.step()
     engine.run()
     engine.check_outputs()
+
+
+def test_turns_are_held_up_to_the_age_bound_and_no_longer():
+    """A life that ended with nine turns held for sessions that never came back, in a pool of six blocks."""
+    live_randomly(20350, 4000, 0.9)
 
 
 def test_what_is_fetched_ahead_arrives_though_nobody_asks_for_anything():
