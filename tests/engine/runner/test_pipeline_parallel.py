@@ -79,6 +79,7 @@ def test_every_family_over_processes(family: str, ranks: int, tmp_path_factory: 
     assert answers(root / family, None, 2, ranks) == answers(root / family, None, 1, 1)
 
 
+@pytest.mark.slow
 def test_more_stages_than_layers_are_refused_with_those_that_fit(tiny: Path) -> None:
     with pytest.raises(StartupError, match="the model has 2 layers, and every stage needs one; these fit: 1 to 2"):
         LLM(str(tiny), pipeline_parallel_size=3, **COMMON)
