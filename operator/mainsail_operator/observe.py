@@ -395,7 +395,8 @@ def _whole(leader: Pod, workers: Sequence[Pod]) -> Pod:
             (p.unschedulable_since for p in group if p.unschedulable_since is not None), default=None
         ),
         trouble=None if leader.serving else _worst(leader, workers),
-        restarts=max(pod.restarts for pod in group),
+        # A worker that only lost its leader was started again for nothing that it did.
+        restarts=max([leader.restarts, *(w.restarts for w in workers if w.trouble and not _misses_peers(w.trouble))]),
         progress=max(pod.progress for pod in group),
     )
 
@@ -404,12 +405,16 @@ def _worst(leader: Pod, workers: Sequence[Pod]) -> Trouble | None:
     """What tells most: when one fails to load, the others only miss their peers."""
     troubles = [replace(w.trouble, message=f"worker {w.name}: {w.trouble.message}") for w in workers if w.trouble]
     troubles += [leader.trouble] if leader.trouble else []
-    troubles.sort(key=lambda trouble: (not trouble.load_failure, trouble.reason in _MISSES_PEERS))
-    return troubles[0] if troubles else None
+    troubles.sort(key=lambda trouble: (not trouble.load_failure, _misses_peers(trouble)))
+    if not troubles:
+        return None
+    # Starting again helps whoever only missed its peers: that alone condemns no revision.
+    return replace(troubles[0], told=False) if _misses_peers(troubles[0]) else troubles[0]
 
 
-_MISSES_PEERS = frozenset({"LeaderLost", "RankLost", "EngineFailed"})
-"""Reasons of an engine some of whose ranks have ended elsewhere."""
+def _misses_peers(trouble: Trouble) -> bool:
+    """Whether it is what an engine says some of whose ranks have ended elsewhere."""
+    return trouble.reason in ("LeaderLost", "RankLost", "EngineFailed")
 
 
 def _owner(obj: JSON) -> str:

@@ -111,6 +111,18 @@ def test_the_pod_that_failed_has_the_word(own: str) -> None:
     assert (pod.trouble.reason, pod.trouble.told, pod.restarts) == ("OutOfMemory", True, 3)
 
 
+def test_restarts_of_a_worker_that_lost_its_leader_are_no_crash_loop() -> None:
+    lost = Trouble("LeaderLost", "the connection is closed", load_failure=True, told=True)
+    (pod,) = seen(replace(LEADER, restarts=1), replace(WORKER, restarts=5, serving=False, trouble=lost)).alive
+    assert pod.restarts == 1
+    (pod,) = seen(replace(LEADER, serving=False), replace(WORKER, serving=False, trouble=lost)).alive
+    assert pod.trouble is not None
+    assert not pod.trouble.told, "starting again helps"
+    killed = Trouble("OOMKilled", "it took more memory than its limit", load_failure=True)
+    (pod,) = seen(replace(LEADER, serving=False), replace(WORKER, restarts=3, trouble=killed)).alive
+    assert (pod.restarts, pod.trouble is not None and pod.trouble.reason) == (3, "OOMKilled")
+
+
 def test_a_worker_whose_node_is_gone_takes_the_replica_out_and_its_record_goes() -> None:
     revision = seen(LEADER, replace(WORKER, node="spot"), gone="spot")
     assert revision.serving == 0
