@@ -1,19 +1,18 @@
 """SmolLM2 on the CPU: output tokens per second at concurrency 1, 8 and 32, beside two peers in the same run.
 
-    python benchmarks/engine_cpu.py MODEL.gguf [--dtypes bfloat16,float32] [--modes floor,ours,runner,plain]
-        [--vllm-python V/bin/python] [--no-transformers] [--output results/engine_cpu.json]
+    python benchmarks/engine_cpu.py MODEL.gguf [--dtypes bfloat16,float32] [--modes ours,vllm,…]
+        [--vllm-python V/bin/python] [--output results/engine_cpu.json]
 
 Prompts of 128 random token ids, 128 tokens out, greedy. "ours" is `LLM.generate`: scheduler, core process and all but
 HTTP; "runner" is the runner driven directly, a round's prompts prefilled within the token budget of a step, then
-decoded together; "plain" is that with PyTorch's operations instead of compiled kernels.
-`transformers.generate` takes prompts one by one. vLLM (vllm_cpu.py tells how to install it) takes the same rounds
-through `LLM.generate`, with its default binding, which leaves one core to its other processes, and with
---vllm-all-cores once more with every core (`VLLM_CPU_OMP_THREADS_BIND`). Each is a process of its own, one after the
-other. Ratios are ours over the peer's.
+decoded together; "plain" is that with PyTorch's operations instead of compiled kernels. `transformers.generate` takes
+prompts one by one. vLLM (vllm_cpu.py tells how to install it) takes the same rounds through `LLM.generate`: "vllm" with
+its default binding, which leaves one core to its other processes, "vllm_all_cores" with every core
+(`VLLM_CPU_OMP_THREADS_BIND`). Each is a process of its own, one after the other. Ratios are ours over the other's.
 
-The floor is what the machine allows: all weights read once a step at the rate at which its cores read memory, or all
-products at the rate of oneDNN's largest, whichever takes longer, and the same of the prompts. Both are measured here.
-An output file keeps what it has of other dtypes.
+The floor is what the machine allows: all weights read once a step at the best rate of reading much memory, or all
+products at the best rate of large ones (PyTorch's or the compiled kernels'), whichever takes longer, and the prompts'
+products. An output file keeps what it has of other dtypes.
 """
 
 from __future__ import annotations
@@ -28,7 +27,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +39,16 @@ from mainsail_engine.model.architecture import read_architecture
 from mainsail_engine.request import Request, SamplingParams
 from mainsail_engine.runner.model_runner import ModelRunner, batched_tokens
 from mainsail_engine.step import Chunk, StepPlan
+from mainsail_kernels.cpu import decoder
 
 LENGTH_IN = LENGTH_OUT = 128
 BLOCKS_PER_REQUEST = (LENGTH_IN + LENGTH_OUT) // 16 + 1
 ROUNDS = {1: 2, 8: 8, 32: 32}
 """Concurrency: how many requests."""
 VOCAB = 49_000
-MODES = {"ours": {}, "runner": {}, "plain": {"MAINSAIL_CPU_KERNELS": "0"}, "floor": {}}
+MODES = {"ours": {}, "runner": {}, "plain": {"MAINSAIL_CPU_KERNELS": "0"}, "floor": {}, "transformers": {}}
 """What a process of ours measures, and its environment."""
+ALL = (*MODES, "vllm", "vllm_all_cores")
 
 
 def make_runner(model: str, dtype: str) -> ModelRunner:
@@ -128,7 +128,7 @@ def whole_engine(model: str, dtype: str) -> dict[str, Any]:
     return {"load_s": round(load_s, 1), "results": results}
 
 
-def best_s(work: Callable[[], object], times: int = 7) -> float:
+def best_s(work: Callable[[], object], times: int) -> float:
     taken: list[float] = []
     for _ in range(times):
         started = time.perf_counter()
@@ -140,9 +140,14 @@ def best_s(work: Callable[[], object], times: int = 7) -> float:
 def floor(model: str, dtype: str) -> dict[str, Any]:
     """Tokens a second that no engine passes here: see the head of this file."""
     kind, a = getattr(torch, dtype), read_architecture(Path(model))
-    much, x, weight = torch.ones(1 << 27), torch.ones(2048, 4096, dtype=kind), torch.ones(4096, 4096, dtype=kind)
-    bytes_per_s = much.nbytes / best_s(much.sum)
-    flops_per_s = 2 * x.shape[0] * weight.numel() / best_s(lambda: torch.nn.functional.linear(x, weight))
+    much, x, weight = torch.ones(1 << 27), torch.ones(2048, 4096, dtype=kind), torch.ones(16384, 4096, dtype=kind)
+    reads: list[tuple[int, Callable[[], object]]] = [(much.nbytes, much.sum)]
+    products: list[Callable[[], object]] = [lambda: torch.nn.functional.linear(x, weight)]
+    if (panels := decoder.pack(weight)) is not None:
+        reads.append((weight.nbytes, lambda: decoder.linear(x[:1], panels)))
+        products.append(lambda: decoder.linear(x, panels))
+    bytes_per_s = max(num_bytes / best_s(read, 30) for num_bytes, read in reads)
+    flops_per_s = 2 * x.shape[0] * weight.numel() / min(best_s(product, 5) for product in products)
     heads = (2 * a.num_heads + 2 * a.num_kv_heads) * a.head_dim
     layers = a.num_layers * a.hidden_size * (heads + 3 * a.intermediate_size)
     head = a.vocab_size * a.hidden_size
@@ -156,14 +161,6 @@ def floor(model: str, dtype: str) -> dict[str, Any]:
     return {**rates, "results": results}
 
 
-MEASURES = {"ours": whole_engine, "runner": runner_alone, "plain": runner_alone, "floor": floor}
-
-
-def in_a_process(mode: str, model: str, dtype: str) -> dict[str, Any]:
-    command = [sys.executable, __file__, model, "--mode", mode, "--dtypes", dtype]
-    return result_of(command, {**os.environ, **MODES[mode]})
-
-
 def result_of(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     for line in done.stdout.splitlines():
@@ -172,10 +169,10 @@ def result_of(command: list[str], environment: dict[str, str]) -> dict[str, Any]
     raise SystemExit(f"{command} said nothing:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
 
 
-def transformers_peer(net: Any, dtype: str, num_prompts: int = 2) -> dict[str, Any]:
+def transformers_peer(model: str, dtype: str, num_prompts: int = 2) -> dict[str, Any]:
     import transformers
 
-    net = net.to(getattr(torch, dtype))
+    net = load_net(model).to(getattr(torch, dtype))
     started = time.perf_counter()
     for prompt in make_prompts(num_prompts):
         ids = torch.tensor([prompt])
@@ -186,6 +183,17 @@ def transformers_peer(net: Any, dtype: str, num_prompts: int = 2) -> dict[str, A
     speed = num_prompts * LENGTH_OUT / (time.perf_counter() - started)
     results = [{"concurrency": 1, "requests": num_prompts, "tokens_per_s": round(speed, 1)}]
     return {"version": transformers.__version__, "results": results}
+
+
+MEASURES = {
+    "ours": whole_engine, "runner": runner_alone, "plain": runner_alone, "floor": floor,
+    "transformers": transformers_peer,
+}  # fmt: skip
+
+
+def in_a_process(mode: str, model: str, dtype: str) -> dict[str, Any]:
+    command = [sys.executable, __file__, model, "--mode", mode, "--dtypes", dtype]
+    return result_of(command, {**os.environ, **MODES[mode]})
 
 
 def vllm_peer(python: str, checkpoint: Path, dtype: str, *, all_cores: bool = False) -> dict[str, Any]:
@@ -232,25 +240,19 @@ def measure(args: argparse.Namespace, result: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.checkpoint or Path(temporary)
         saved = (folder / "config.json").exists() or not args.vllm_python
-        net = None if args.no_transformers and saved else load_net(args.model)
         if not saved:
-            save_checkpoint(net, folder)
+            save_checkpoint(load_net(args.model), folder)
         for dtype in args.dtypes.split(","):
             one: dict[str, Any] = {"load_average": round(os.getloadavg()[0], 2)}
             result[dtype] = one
-            peers: dict[str, Callable[[], dict[str, Any]]] = {
-                mode: partial(in_a_process, mode, args.model, dtype) for mode in args.modes.split(",")
-            }
-            if not args.no_transformers:
-                peers["transformers"] = partial(transformers_peer, net, dtype)
-            if args.vllm_python:
-                peers["vllm"] = partial(vllm_peer, args.vllm_python, folder, dtype)
-            if args.vllm_python and args.vllm_all_cores:
-                peers["vllm_all_cores"] = partial(vllm_peer, args.vllm_python, folder, dtype, all_cores=True)
-            for name, peer in peers.items():
-                one[name] = peer()
-                print(json.dumps({name: one[name]}), flush=True)
-                others = [other for other in peers if other in one and other != "ours"]
+            modes = [mode for mode in args.modes.split(",") if mode in MODES or args.vllm_python]
+            for mode in modes:
+                if mode in MODES:
+                    one[mode] = in_a_process(mode, args.model, dtype)
+                else:
+                    one[mode] = vllm_peer(args.vllm_python, folder, dtype, all_cores=mode == "vllm_all_cores")
+                print(json.dumps({mode: one[mode]}), flush=True)
+                others = [other for other in modes if other in one and other != "ours"]
                 one["ratios"] = {other: ratios(one["ours"], one[other]) for other in others if "ours" in one}
                 if args.output:
                     args.output.write_text(json.dumps(result, indent=2) + "\n")
@@ -261,14 +263,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("model")
     parser.add_argument("--dtypes", default="bfloat16,float32")
-    parser.add_argument("--no-transformers", action="store_true")
     parser.add_argument("--vllm-python", help="the interpreter of an environment with vllm-cpu")
     parser.add_argument("--checkpoint", type=Path, help="where to keep vLLM's: it finds what it compiled by the path")
-    parser.add_argument("--vllm-all-cores", action="store_true", help="vLLM once more, bound to every core")
-    parser.add_argument("--modes", default="floor,ours,runner", help=f"of {', '.join(MODES)}")
+    parser.add_argument("--modes", default="ours,vllm,floor,transformers,runner", help=f"of {', '.join(ALL)}")
     parser.add_argument("--mode", choices=MODES, help="only this, of one dtype, printed for the process that asks")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
+    if unknown := set(args.modes.split(",")) - set(ALL):
+        parser.error(f"--modes: there is no {', '.join(sorted(unknown))}")
     if args.mode:
         print("RESULT " + json.dumps(MEASURES[args.mode](args.model, args.dtypes)))
         return
