@@ -11,15 +11,16 @@ import logging
 import re
 import sys
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Generator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Generator, Mapping
 from contextlib import asynccontextmanager, contextmanager
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from mainsail_gateway import admission, auth, balance, request
 from mainsail_gateway.admission import Admission, Door
-from mainsail_gateway.asgi import Headers, Message, Receive, Scope, Send
+from mainsail_gateway.asgi import GONE, Headers, Message, OnGone, Receive, Scope, Send
 from mainsail_gateway.attempt import Attempt, stopping
 from mainsail_gateway.auth import CREDENTIALS, ApiKey
 from mainsail_gateway.chain import SESSION_HEADERS, Asked, Chain, header
@@ -64,6 +65,8 @@ STOPPING_S, STOPPING_TRIES = 0.25, 40
 LINGER_S = 2.0
 """How long a refused body is still read, so that its sender sees the refusal instead of a reset."""
 USER_HEADERS = (b"x-user-id",)
+_NOTHING: Mapping[str, OnGone] = MappingProxyType({})
+_NO_EXTENSIONS: Mapping[str, Mapping[str, OnGone]] = MappingProxyType({})
 
 
 async def _unheard(message: Message) -> None:
@@ -433,6 +436,7 @@ class Gateway:
             service=service,
             sticky=asked.sticky,
             stream=parsed.stream,
+            on_gone=scope.get("extensions", _NO_EXTENSIONS).get(GONE, _NOTHING).get("tell"),
             once=any(name == NO_FAILOVER_HEADER for name, _ in headers),
         )
 

@@ -27,7 +27,7 @@ from types import TracebackType
 from typing import Literal
 
 from mainsail_gateway import balance
-from mainsail_gateway.asgi import Headers, Receive, Send
+from mainsail_gateway.asgi import Headers, OnGone, Receive, Send
 from mainsail_gateway.balance import Load, Prefix
 from mainsail_gateway.errors import GatewayError, no_capacity, out_of_sockets
 from mainsail_gateway.fleet import Flight, Picked, Pool, in_flight
@@ -103,6 +103,8 @@ class Call:
     deadline: float | None = None
     """By the event loop's clock: an answer that has not begun then is not wanted any more."""
     stream: bool = False
+    on_gone: OnGone | None = None
+    """Tells when the client has left; None: whoever asks for its next message hears it."""
     once: bool = False
     """The client does not want its request to run twice."""
     started: bool = False
@@ -157,18 +159,28 @@ class _Watched(AbstractAsyncContextManager[None]):
         self._receive = receive
 
     async def __aenter__(self) -> None:
-        self._watcher = asyncio.ensure_future(self._watch())
+        self._watcher: asyncio.Future[None] | None = None
+        if self._call.on_gone is not None:
+            self._call.on_gone(self._left)
+        else:
+            self._watcher = asyncio.ensure_future(self._watch())
+
+    def _left(self) -> None:
+        self._call.abort("client")
 
     async def _watch(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
-        self._call.abort("client")
+        self._left()
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._watcher.cancel()
         call = self._call
+        if call.on_gone is not None:
+            call.on_gone(None)
+        if self._watcher is not None:
+            self._watcher.cancel()
         if isinstance(error, asyncio.CancelledError) and call.abort_reason and call.task is not None:
             call.task.uncancel()
             if call.abort_reason == "client":

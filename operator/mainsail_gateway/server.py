@@ -15,7 +15,7 @@ import socket
 import ssl
 import sys
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import FrameType
@@ -31,6 +31,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from mainsail_gateway import record
 from mainsail_gateway.app import Gateway
+from mainsail_gateway.asgi import GONE
 from mainsail_gateway.auth import Secret
 from mainsail_gateway.crew import Post
 from mainsail_gateway.debug import routes
@@ -87,14 +88,27 @@ class LimitedProtocol(HttpToolsProtocol):
         super().connection_made(transport)
         if len(self.connections) > self.most_connections:  # there is no file left even to refuse it
             transport.abort()
+        self._gone: Callable[[], None] | None = None
         # Later than the relay itself gives up a client that takes nothing, and says so.
         notice_death(transport, self.client_timeout_s + 10.0)
         self.head_bytes = 0
         self.head_since: float | None = time.monotonic()
         self.closing_since: float | None = None
 
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self._gone is not None:
+            self._gone()
+
+    def on_gone(self, told: Callable[[], None] | None) -> None:
+        """Whom to tell that the client has left; it may have left before."""
+        self._gone = told
+        if told is not None and self.transport.is_closing():
+            self.loop.call_soon(told)
+
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self.scope["extensions"] = {GONE: {"tell": self.on_gone}}
         self.head_since = time.monotonic()
 
     def on_headers_complete(self) -> None:

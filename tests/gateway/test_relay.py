@@ -165,6 +165,31 @@ async def test_a_client_that_leaves_frees_its_endpoint(kit, when):
     assert gw.metric("mainsail:gateway_requests_total", namespace="default", service="m", code="499") == 1
 
 
+async def test_clients_that_leave_at_once_leave_nothing(kit):
+    """On the heels of their request, by a reset or an end, after an answered request or as the first."""
+    up = await kit.upstream(kit.hold)
+    quick = await kit.upstream()
+    async with kit.gateway(kit.service(up.endpoint()), kit.service(quick.endpoint(), name="quick")) as gw:
+
+        def request(model: str) -> bytes:
+            body = json.dumps({**BODY, "model": model, "stream": True}).encode()
+            return b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+
+        for number in range(20):
+            reader, writer = await asyncio.open_connection("127.0.0.1", gw.port)
+            if number % 2:
+                writer.write(request("quick"))
+                await reader.readuntil(b"0\r\n\r\n")
+            writer.write(request("m"))
+            await asyncio.sleep(0.001 * (number % 5))
+            writer.transport.abort() if number % 3 else writer.close()
+        await kit.until(lambda: not gw.server.server_state.connections and not gw.server.server_state.tasks)
+        assert not gw.gateway.relay.calls
+        assert gw.gateway.admission.doors["default", "m"].shedder.running == 0
+        load = next(iter(gw.gateway.fleet.pools["default", "m"].loads.values()))
+        assert (load.requests, load.tokens, load.failures) == (0, 0, 0)
+
+
 async def test_chunks_pass_at_once_and_a_slow_client_holds_back_the_engine(kit):
     written = 0
 
