@@ -143,11 +143,13 @@ class Connection(asyncio.Protocol):
         if sock is not None:
             with contextlib.suppress(OSError):
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                # A node that vanished sends no reset: its streams are to go on elsewhere after some 20 s.
+                # A node that vanished sends no reset: its streams are to go on elsewhere after some 20 s. Probes find
+                # it out where nothing is under way; where a request was just sent, the bound on what stays unconfirmed.
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 8)
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 4)
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 20_000)
 
     def data_received(self, data: bytes) -> None:
         if self._done or self._error is not None:

@@ -49,8 +49,8 @@ class Upstream:
         self.release = asyncio.Event()
         self._tasks: set[asyncio.Task] = set()
 
-    async def start(self) -> "Upstream":
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0, limit=1 << 25)
+    async def start(self, host: str = "127.0.0.1") -> "Upstream":
+        self._server = await asyncio.start_server(self._serve, host, 0, limit=1 << 25)
         self.port = self._server.sockets[0].getsockname()[1]
         return self
 

@@ -3,7 +3,11 @@
 import asyncio
 import contextlib
 import json
+import os
 import socket
+import subprocess
+import sys
+from pathlib import Path
 from typing import cast
 
 import httpx
@@ -115,6 +119,29 @@ async def test_a_client_that_vanishes_is_noticed_by_the_kernel(kit):
         names = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT, socket.TCP_USER_TIMEOUT)
         assert [sock.getsockopt(socket.IPPROTO_TCP, name) for name in names] == [10, 10, 3, 40_000]
         writer.close()
+
+
+async def test_an_engine_that_vanishes_is_noticed_by_the_kernel(kit):
+    """Whether it was silent or had just been sent a request."""
+    up = await kit.upstream()
+    async with kit.gateway(kit.service(up.endpoint())) as gw, httpx.AsyncClient() as client:
+        assert (await client.post(gw.url + CHAT, json=BODY)).status_code == 200
+        (connection,) = gw.gateway.connections._open
+        sock = connection._transport.get_extra_info("socket")
+        names = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT, socket.TCP_USER_TIMEOUT)
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        assert [sock.getsockopt(socket.IPPROTO_TCP, name) for name in names] == [8, 4, 3, 20_000]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="makes a network namespace")
+def test_an_engine_that_vanishes_costs_one_request_twenty_seconds():
+    """And no answer: it is asked of another."""
+    command = ["unshare", "--net", sys.executable, "-m", "tests.gateway.vanishing"]
+    done = subprocess.run(command, check=True, capture_output=True, timeout=120, cwd=Path(__file__).parents[2])
+    took = json.loads(done.stdout)
+    print(took)
+    assert max(took) < 60, "not the time that an answer may take"
 
 
 MIDDLES = {
