@@ -80,6 +80,11 @@ class Pool:
         load.picked = self._picks
         return Picked(self.endpoints[load.key], load, remaining)
 
+    def sound(self, now: float) -> bool:
+        """Most endpoints work: what one has lost is no more than the others can take over."""
+        failing = sum(load.failures > 0 or load.ejected_until > now for load in self.loads.values())
+        return failing <= balance.EJECT_MOST * len(self.loads)
+
     def observe(
         self, key: str, *, running: int, waiting: int, kv_usage: float, now: float, kv_tokens: int = 0,
         kept_tokens: int = 0, max_running: int = 0,

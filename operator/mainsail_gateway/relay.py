@@ -476,10 +476,10 @@ def _elsewhere(call: Call, pool: Pool, tried: set[str], metrics: ServiceMetrics)
 
 
 def _paid(call: Call, pool: Pool) -> bool:
-    """Pay for one more attempt. A resumed stream has paid; what an engine lost without having answered may, beyond the
-    budget for retries, draw on that for fail-overs: overload shows as 429, which is never retried."""
+    """Pay for one more attempt. A resumed stream has paid. What one engine lost without having answered may, beyond the
+    budget for retries, draw on that for fail-overs while the others work; where most fail, retries stay a tenth."""
     now = time.monotonic()
-    return call.started or pool.budget.withdraw(now) or pool.failovers.withdraw(now)
+    return call.started or pool.budget.withdraw(now) or (pool.sound(now) and pool.failovers.withdraw(now))
 
 
 def _affordable(call: Call, failure: UpstreamError, pool: Pool, metrics: ServiceMetrics) -> bool:

@@ -6,7 +6,8 @@ and Linkerd's retry budget). What cannot add load is free: a connection that was
 
 Fail-overs of streams that had begun have a budget of their own: when an engine with many streams breaks, all of them
 are to go on, and the load that they bring to the others is load that the engine has lost. So each stream that begins
-pays for one; what the budget bounds is a fleet that breaks faster than it begins answers.
+pays for one; what the budget bounds is a fleet that breaks faster than it begins answers. Requests that one engine lost
+before it had answered may draw on it too, while most of the others work (`Pool.sound`).
 """
 
 from dataclasses import dataclass
@@ -21,8 +22,8 @@ class RetryBudget:
     balance: float = 10.0
     ratio: float = RATIO
     most: float = MOST
-    at: float = 0.0
-    """When the floor was last added."""
+    at: float | None = None
+    """When the floor was last added; None: never yet."""
 
     def deposit(self) -> None:
         """An ordinary request came."""
@@ -30,7 +31,8 @@ class RetryBudget:
 
     def withdraw(self, now: float) -> bool:
         """Pay for a retry; False when the budget is spent."""
-        self.balance = min(self.most, self.balance + max(0.0, now - self.at) * FLOOR_PER_S)
+        since = now if self.at is None else self.at
+        self.balance = min(self.most, self.balance + max(0.0, now - since) * FLOOR_PER_S)
         self.at = now
         if self.balance < 1.0:
             return False

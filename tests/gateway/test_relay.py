@@ -2,10 +2,13 @@
 
 import asyncio
 import json
+import time
 
 import httpx
 import openai
 import pytest
+
+from mainsail_gateway.retry import FLOOR_PER_S, RATIO, RetryBudget
 
 BODY = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 CHAT = "/v1/chat/completions"
@@ -141,6 +144,18 @@ async def test_no_answer_is_504(kit):
     async with kit.gateway(kit.service(up.endpoint()), response_timeout_s=0.1) as gw, httpx.AsyncClient() as client:
         response = await client.post(gw.url + CHAT, json=BODY)
     assert (response.status_code, response.json()["error"]["code"]) == (504, "upstream_timeout")
+
+
+async def test_retries_are_a_tenth_where_all_engines_fail(kit):
+    """A fleet that breaks every connection gets hardly more requests than clients send."""
+    ups = [await kit.upstream(kit.raw(b"")) for _ in range(4)]
+    async with kit.gateway(kit.service(*(up.endpoint() for up in ups))) as gw, httpx.AsyncClient() as client:
+        began = time.monotonic()
+        for _ in range(200):
+            assert (await client.post(gw.url + CHAT, json=BODY)).status_code == 502
+        allowed = 200 * RATIO + RetryBudget().balance + FLOOR_PER_S * (time.monotonic() - began)
+        first = 2 * len(ups)  # until most have failed
+        assert sum(len(up.seen) for up in ups) <= 200 + allowed + first + 1
 
 
 @pytest.mark.parametrize("when", ["before the head", "within the stream"])
