@@ -2,14 +2,15 @@
 
     python -m benchmarks.gateway_balance [--replicas 8] [--output benchmarks/results/gateway_balance.json]
 
-Half a minute. The policy is the gateway's own code (`fleet.Pool`, `sessions.Sessions`, `kv_index.KVIndex`), in two
+A few minutes. The policy is the gateway's own code (`fleet.Pool`, `sessions.Sessions`, `kv_index.KVIndex`), in two
 gateways that do not talk, each with its own memory, scraping the engines' load every two seconds, with and without the
-engines' events about their KV; the clock and the engines are simulated. An engine does what its kind
-does: continuous batching under a token budget, prompts in chunks, a prefix cache by blocks with least-recently-used
-eviction, and times of steps as of an 8B model on an H200. Each session belongs to one of a few applications with a long
-system prompt, then repeats: a turn (its prompt so far, and a tool's result), an answer, a pause while the tool runs
-(86 % under 1 s, 95 % under 10 s), as traces of coding agents have it. No client names its session. Every policy meets
-the same trace.
+engines' events about their KV. These go through the code that follows real engines (`kv_events.Feed`, from the wire's
+bytes; heads of answers by the engine's `told_blocks`); the clock and the engines are simulated. An engine does what its
+kind does: continuous batching under a token budget, prompts in chunks, a prefix cache by blocks with least-recently-
+used eviction, and times of steps as of an 8B model on an H200. Each session belongs to one of a few applications with a
+long system prompt, then repeats: a turn (its prompt so far, and a tool's result), an answer, a pause while the tool
+runs (86 % under 1 s, 95 % under 10 s), as traces of coding agents have it. No client names its session. Every policy
+meets the same trace.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ import heapq
 import json
 import random
 import statistics
-from array import array
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -28,8 +28,12 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 
+import msgspec
+
+from mainsail_engine.server.told_blocks import packed
 from mainsail_gateway import balance, sessions
 from mainsail_gateway.fleet import Flight, Pool
+from mainsail_gateway.kv_events import Feed, apply
 from mainsail_gateway.kv_index import SAMPLE, Blocks
 from mainsail_gateway.request import Chain
 from mainsail_gateway.routes import Endpoint
@@ -88,8 +92,9 @@ class Engine:
         self.busy = False
         self.work_tokens = 0
         """Computed: what no cache held, and what was generated."""
-        self.watchers: list[Callable[[list[int], list[int]], None]] = []
-        """Told what blocks come into the cache, and which leave it."""
+        self.watchers: list[Callable[[int, bytes], None]] = []
+        """Told what blocks come into the cache and which leave it: numbered batches as they are on the wire."""
+        self.batches = 0
 
     @property
     def held(self) -> int:
@@ -154,8 +159,14 @@ class Engine:
         old: list[int] = []
         while len(self.cache) > self.capacity:
             old.append(self.cache.popitem(last=False)[0])
-        for tell in self.watchers:
-            tell(new, old)
+        self.publish([["BlockStored", new, None, [], BLOCK, None, "GPU"], ["BlockRemoved", old, "GPU"]])
+
+    def publish(self, events: list[list[object]]) -> None:
+        if self.watchers:
+            payload = msgspec.msgpack.encode([0.0, events, None])
+            for tell in self.watchers:
+                tell(self.batches, payload)
+            self.batches += 1
 
 
 Chosen = tuple[int, Callable[[], None], Callable[[float], None]]
@@ -233,12 +244,11 @@ class Gateway:
         self._ticking = False
         self._scraped = -SCRAPE_S
         for n, engine in enumerate(engines if events else ()):
-            self._pool.kv.begin(str(n))
-            engine.watchers.append(partial(self._on_event, str(n)))
+            engine.watchers.append(partial(self._on_batch, str(n), Feed()))
 
-    def _on_event(self, endpoint: str, stored: list[int], removed: list[int]) -> None:
-        self._pool.kv.stored(endpoint, stored)
-        self._pool.kv.removed(endpoint, removed)
+    def _on_batch(self, endpoint: str, feed: Feed, number: int, payload: bytes) -> None:
+        for change in feed.live(number, payload):
+            apply(self._pool.kv, endpoint, change)
 
     def _scrape(self, now: float) -> None:
         if now - self._scraped < SCRAPE_S:
@@ -283,8 +293,8 @@ class Gateway:
 
         def answering() -> None:
             flight.answering()
-            if self._events:
-                self._pool.kv.learn(session.prefixes, made_of(blocks, tokens), tokens)
+            if self._events and (told := Blocks.told(head_of(blocks, tokens))) is not None:
+                self._pool.kv.learn(session.prefixes, told, tokens)
 
         def end(then: float) -> None:
             flight.end()
@@ -323,9 +333,9 @@ def chain(talk: Conversation) -> Chain:
     return Chain(tuple(keys), talk.tokens, shared, len(talk.text[0]) // BYTES)
 
 
-def made_of(blocks: list[int], tokens: int) -> Blocks:
-    """As an engine tells it in the head of an answer."""
-    return Blocks(tokens, array("I", [(n + 1) * BLOCK for n in range(len(blocks))]), array("Q", blocks))
+def head_of(blocks: list[int], tokens: int) -> bytes:
+    """What an engine says of a prompt in the head of its answer."""
+    return packed(tokens, [((number + 1) * BLOCK, block) for number, block in enumerate(blocks)]).encode()
 
 
 def mainsail(
@@ -333,6 +343,8 @@ def mainsail(
 ) -> Choose:
     """Turns come to either gateway by chance, which is the worst case."""
     fronts = [Gateway(engines, at, holds=holds, events=events) for _ in range(gateways)]
+    for engine in engines:
+        engine.publish([["AllBlocksCleared"]])
     return lambda talk, weight, now, start: rng.choice(fronts).choose(talk, weight, now, start)
 
 
@@ -344,6 +356,7 @@ POLICIES: dict[str, Callable[[list[Engine], random.Random, At], Choose]] = {
     "mainsail, holding nobody": partial(mainsail, holds=False),
     "mainsail": mainsail,
     "mainsail with KV events": partial(mainsail, events=True),
+    "mainsail with KV events, one gateway": partial(mainsail, events=True, gateways=1),
 }
 
 

@@ -37,7 +37,9 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
+from math import inf
 from types import MappingProxyType
+from typing import NamedTuple
 
 from mainsail_gateway.balance import ANSWERING_TOKENS, FRESH_S, Load, Prefix, burden
 from mainsail_gateway.request import Chain
@@ -50,7 +52,9 @@ IDLE = 1 / 64
 """A replica is idle that has fewer tokens to compute than this share of its pool: about one step."""
 WARM = 0.8
 """A replica that has this share of a prompt is where it belongs, room or not."""
-MAX_HOLD_S = 30.0
+LOOKED_UP = 8
+"""Of those held, the first so many are looked up for what is cached of them: it takes time, at the end of each turn."""
+MAX_HOLD_S = 20.0
 """Who was held so long is let in wherever there is most room."""
 LEAST_TOKENS = 256
 """A prompt shorter than this has nothing to lose: it is never held."""
@@ -143,12 +147,27 @@ def backlog(load: Load, now: float) -> int:
     return burden(load, now) - ANSWERING_TOKENS * load.requests
 
 
+def is_idle(load: Load, now: float) -> bool:
+    """Whether a prompt would cost nobody anything there."""
+    return backlog(load, now) < IDLE * load.kv_tokens
+
+
+class Place(NamedTuple):
+    """An endpoint, as those who are held see it."""
+
+    key: str
+    room: float
+    """Tokens of KV that may still be taken there; endless where it is idle."""
+
+
 class Sessions:
     """One service's conversations, and those of them that are held."""
 
     def __init__(self) -> None:
         self.held: list[Session] = []
         """In the order in which they will be let in."""
+        self._since: dict[Session, None] = {}
+        """The same, who was held first first."""
         self._pauses = Pauses()
         self._by_key: OrderedDict[bytes, Session] = OrderedDict()
         self._homes: dict[str, _Home] = {}
@@ -215,17 +234,23 @@ class Sessions:
         home = next((load for load in loads if load.key == session.home), None)
         if home is not None and session.state is State.LIVE:
             return frozenset((home.key,))
-        warm = frozenset(load.key for load in loads if known.get(load.key, 0) >= WARM * session.tokens)
-        if warm:
+        if warm := self._warm(session, known, {load.key for load in loads}):
             return warm
         places = loads if home is None else (home,)
         return frozenset(load.key for load in places if self._takes(load, session, now))
 
     def _takes(self, load: Load, session: Session, now: float) -> bool:
-        home = self._homes.get(load.key)
+        return is_idle(load, now) or self.room(load, now) >= self._lacks(load.key, session)
+
+    def _warm(self, session: Session, known: Known, places: Collection[str]) -> frozenset[str]:
+        """Where nearly all of its prompt is."""
+        return frozenset(key for key, tokens in known.items() if tokens >= WARM * session.tokens and key in places)
+
+    def _lacks(self, endpoint: str, session: Session) -> int:
+        """Tokens of KV that its next turn wants there, besides what others share with it."""
+        home = self._homes.get(endpoint)
         shares = home is not None and session.shared in home.shared
-        wanted = session.wanted + (0 if shares else session.shared_tokens)
-        return self.room(load, now) >= wanted or backlog(load, now) < IDLE * load.kv_tokens
+        return session.wanted + (0 if shares else session.shared_tokens)
 
     # -- its turns ---------------------------------------------------------------------------------------------------
 
@@ -319,6 +344,7 @@ class Sessions:
         session.held_since = now
         session.order = -priority, session.state is State.NEW, session.arrival
         insort(self.held, session, key=lambda held: held.order)
+        self._since[session] = None
         self._parked.pop(session, None)
 
     def leave(self, session: Session) -> None:
@@ -326,20 +352,34 @@ class Sessions:
         if session.held_since is not None:
             session.held_since = None
             self.held.remove(session)
+            del self._since[session]
 
     def next(
         self, loads: Collection[Load], now: float, known: Callable[[Session], Known]
     ) -> tuple[Session, frozenset[str] | None] | None:
         """Who may start next, and where; None: nobody. The caller then owes a `begin` or a `leave`."""
-        if not loads:
+        if not loads or not self.held:
             return None
-        for session in self.held:
-            if now - (session.held_since or 0.0) >= MAX_HOLD_S:
-                return session, frozenset((max(loads, key=lambda load: self.room(load, now)).key,))
-        for session in self.held:
-            places = self.fits(session, loads, now, known(session))
-            if places is None or places:
-                return session, places
+        if not all(load.kv_tokens for load in loads):
+            return self.held[0], None
+        oldest = next(iter(self._since))
+        places = [Place(load.key, inf if is_idle(load, now) else self.room(load, now)) for load in loads]
+        if now - (oldest.held_since or 0.0) >= MAX_HOLD_S:
+            return oldest, frozenset((max(places, key=lambda place: place.room).key,))
+        return self._first_that_fits(places, known)
+
+    def _first_that_fits(
+        self, places: Collection[Place], known: Callable[[Session], Known]
+    ) -> tuple[Session, frozenset[str]] | None:
+        most = max((place.room for place in places), default=0.0)
+        keys = {place.key for place in places}
+        for number, session in enumerate(self.held):
+            if number < LOOKED_UP and (warm := self._warm(session, known(session), keys)):
+                return session, warm
+            if session.wanted <= most:
+                at = [place for place in places if place.key == session.home] or places
+                if found := [place.key for place in at if place.room >= self._lacks(place.key, session)]:
+                    return session, frozenset(found)
         return None
 
     # -- what is wanted ----------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import base64
 import struct
+from collections.abc import Sequence
 
 from starlette.requests import Request
 
@@ -29,10 +30,15 @@ def blocks_header(request: Request, jobs: list[Job]) -> dict[str, str]:
     if request.headers.get(BLOCKS_HEADER) != "tell" or not jobs or jobs[0].adapter:
         return {}
     job = jobs[0]
-    hashes = block_hashes(job.prompt_token_ids, job.cache_salt)
-    told = [(number, found) for number, found in enumerate(hashes, 1) if not found % SAMPLE]
+    ends = enumerate(block_hashes(job.prompt_token_ids, job.cache_salt), 1)
+    return {BLOCKS_HEADER: packed(len(job.prompt_token_ids), [(number * BLOCK_SIZE, found) for number, found in ends])}
+
+
+def packed(num_tokens: int, blocks: Sequence[tuple[int, int]]) -> str:
+    """The header's value for a prompt's full blocks: of each its end and its hash."""
+    told = [block for block in blocks if not block[1] % SAMPLE]
     step = -(-len(told) // MAX_TOLD)
     if step > 1:
         told = told[::-1][::step][::-1]  # the last one in any case: it says most
-    packed = b"".join(struct.pack(">IQ", number * BLOCK_SIZE, found) for number, found in told)
-    return {BLOCKS_HEADER: f"{len(job.prompt_token_ids)} {base64.b64encode(packed).decode()}"}
+    content = b"".join(struct.pack(">IQ", end, found) for end, found in told)
+    return f"{num_tokens} {base64.b64encode(content).decode()}"
