@@ -11,17 +11,20 @@ A *part* is a range of rows and a range of columns: what one rank of several nee
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from mainsail_engine.errors import ModelNotFoundError, UnsupportedModelError
 from mainsail_engine.model.architecture import Architecture
 from mainsail_engine.model.gguf_codes import Blocks
+from mainsail_engine.text.gguf_metadata import read_header
 
 ALL = slice(None)
 
@@ -168,16 +171,14 @@ class GgufSource:
 
         self.described = str(path)
         self._architecture = architecture
-        self._dequantize: Callable[..., object] = gguf.dequantize  # pyright: ignore[reportUnknownMemberType]
-        try:
-            reader = gguf.GGUFReader(path)
-        except Exception as error:
-            raise UnsupportedModelError(f"{path}: the GGUF file is damaged or cut off ({error})") from error
-        self._tensors = {gguf_name(t.name, architecture.name): t for t in reader.tensors}
+        self._dequantize: Callable[..., np.ndarray] = gguf.dequantize
+        self._sizes, self._kind = gguf.GGML_QUANT_SIZES, gguf.GGMLQuantizationType
+        self._tensors = {gguf_name(t.name, architecture.name): t for t in read_header(path)[1]}
+        self._file = np.memmap(path, np.uint8, mode="r")
         self.names = frozenset(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(int(n) for n in reversed(self._tensors[name].shape))
+        return self._tensors[name].shape
 
     def tensor(self, name: str, rows: slice = ALL, columns: slice = ALL) -> torch.Tensor:
         return _part(self._whole(name), rows, columns)
@@ -186,19 +187,32 @@ class GgufSource:
         del name, rows
         return None
 
-    def _whole(self, name: str) -> torch.Tensor:
-        raw = self._tensors[name]
+    def _raw(self, name: str) -> tuple[np.ndarray, Any]:
+        """(bytes in rows [.., bytes of a row], their type). Raises UnsupportedModelError."""
+        tensor = self._tensors[name]
         try:
-            values = self._dequantize(raw.data, raw.tensor_type)
+            kind = self._kind(tensor.type)
+        except ValueError as error:
+            raise UnsupportedModelError(f"{name}: there is no GGUF type {tensor.type}") from error
+        per_block, block_bytes = self._sizes[kind]
+        shape = (*tensor.shape[:-1], tensor.shape[-1] // per_block * block_bytes)
+        last = tensor.offset + math.prod(shape)
+        if last > len(self._file):
+            raise UnsupportedModelError(f"{self.described}: the GGUF file is cut off: {name} ends at byte {last}")
+        return self._file[tensor.offset : last].reshape(shape), kind
+
+    def _whole(self, name: str) -> torch.Tensor:
+        data, kind = self._raw(name)
+        try:
+            values = self._dequantize(data, kind)
         except NotImplementedError as error:
-            raise UnsupportedModelError(f"{name}: GGUF type {raw.tensor_type.name} is not supported") from error
-        return self._reordered(name, torch.tensor(values, dtype=torch.float32).reshape(self.shape(name)))
+            raise UnsupportedModelError(f"{name}: GGUF type {kind.name} is not supported") from error
+        return self._reordered(name, _owned(values).float().reshape(self.shape(name)))
 
     def blocks(self, name: str) -> Blocks:
         """The tensor as it is in the file, rows in our order."""
-        raw = self._tensors[name]
-        data = torch.tensor(raw.data).view(torch.uint8).reshape(self.shape(name)[0], -1)
-        return Blocks(str(raw.tensor_type.name), self._reordered(name, data))
+        data, kind = self._raw(name)
+        return Blocks(str(kind.name), self._reordered(name, _owned(data).reshape(self.shape(name)[0], -1)))
 
     def _reordered(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         if self._architecture.name == "LlamaForCausalLM":
@@ -209,6 +223,11 @@ class GgufSource:
                 if f".{suffix}." in name:
                     return _uninterleave(tensor, heads)
         return tensor
+
+
+def _owned(values: np.ndarray) -> torch.Tensor:
+    """Without a copy, unless the array is a view of the file."""
+    return torch.from_numpy(values if values.flags.writeable else values.copy())  # pyright: ignore[reportUnknownMemberType]
 
 
 def _uninterleave(tensor: torch.Tensor, heads: int) -> torch.Tensor:

@@ -449,11 +449,11 @@ void decoder_linear(const T *x, const uint32_t *weight, const uint32_t *up, cons
 void decoder_pack(const T *weight, uint32_t *packed, int64_t outputs, int64_t inputs, int64_t threads) {
     int64_t words = inputs / PER_WORD, panels = (outputs + PANEL - 1) / PANEL;
 #pragma omp parallel for num_threads(threads)
-    for (int64_t panel = 0; panel < panels; panel++)
-        for (int64_t column = 0; column < PANEL; column++) {
-            int64_t output = panel * PANEL + column;
-            const uint32_t *from = (const uint32_t *)(weight + output * inputs);
-            uint32_t *to = packed + panel * words * PANEL + column;
-            for (int64_t k = 0; k < words; k++) to[k * PANEL] = output < outputs ? from[k] : 0;
-        }
+    for (int64_t panel = 0; panel < panels; panel++) {
+        const uint32_t *from = (const uint32_t *)(weight + panel * PANEL * inputs);
+        uint32_t *to = packed + panel * words * PANEL;
+        int64_t rows = least(PANEL, outputs - panel * PANEL);
+        for (int64_t k = 0; k < words; k++)
+            for (int64_t row = 0; row < PANEL; row++) to[k * PANEL + row] = row < rows ? from[row * words + k] : 0;
+    }
 }

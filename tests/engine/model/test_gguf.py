@@ -12,14 +12,15 @@ import pytest
 import torch
 from tests.engine.model.test_quantization import distance, logits, model_of, runner_of, whole
 
-from mainsail_engine.errors import InvalidConfigurationError
+from mainsail_engine.errors import InvalidConfigurationError, UnsupportedModelError
 from mainsail_engine.model.architecture import read_architecture
 from mainsail_engine.model.gguf_codes import LAYOUTS, Blocks, codes_of
 from mainsail_engine.model.linear import RowsOf
 from mainsail_engine.model.loader import Part, open_weights
 from mainsail_engine.model.parallel import Parallel
 from mainsail_engine.model.quantization import read_quantization
-from mainsail_engine.model.sources import GgufSource
+from mainsail_engine.model.sources import GgufSource, gguf_name
+from mainsail_engine.text.gguf_metadata import read_header
 from mainsail_kernels.grouped import Codes
 
 HALVES = {
@@ -173,3 +174,25 @@ def test_real_gemma_is_what_transformers_makes_of_the_file(gemma: Path) -> None:
         ours = logits(runner_of(gemma, quantization)).log_softmax(-1)
         assert torch.equal(ours.argmax(-1), truth.argmax(-1))
         torch.testing.assert_close(ours, truth, rtol=1e-3, atol=2e-2)
+
+
+@pytest.mark.model
+def test_tensors_lie_where_the_package_says(smollm2: Path) -> None:
+    theirs = {tensor.name: tensor for tensor in gguf.GGUFReader(smollm2).tensors}
+    ours = read_header(smollm2)[1]
+    assert [tensor.name for tensor in ours] == list(theirs)
+    for tensor in ours:
+        other = theirs[tensor.name]
+        assert tensor.shape == tuple(int(size) for size in reversed(other.shape))
+        assert (tensor.type, tensor.offset) == (other.tensor_type, other.data_offset)
+
+
+@pytest.mark.model
+def test_a_file_cut_off_within_its_tensors_is_refused(smollm2: Path, tmp_path: Path) -> None:
+    last = max(read_header(smollm2)[1], key=lambda tensor: tensor.offset)
+    cut = tmp_path / "cut.gguf"
+    with smollm2.open("rb") as file:
+        cut.write_bytes(file.read(last.offset + 10))
+    source = GgufSource(cut, read_architecture(cut))
+    with pytest.raises(UnsupportedModelError, match=r"cut\.gguf: the GGUF file is cut off"):
+        source.tensor(gguf_name(last.name))
