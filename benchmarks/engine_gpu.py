@@ -1,10 +1,11 @@
 """Offline figures of the engine on one GPU: decode steps, prefill, whole runs; each beside its floor and its peer.
 
-    python benchmarks/engine_gpu.py [--model llama-3-8b|qwen3-0.6b|qwen3-30b-a3b|gpt-oss-20b] [--rows ROW,…] [--output]
+    python benchmarks/engine_gpu.py [--model NAME] [--rows ROW,…] [--output FILE]
 
     step      decode steps at a context of 1,024, by batch         mixed, long   whole runs of 256 and 512 requests
     prefill   64 prompts of 1,024 tokens                           sampling      what sampling settings add to a step
     deep      one decode at a context of 32k (--max-model-len)     sleep         to sleep and to wake up, twice
+    kernels   a decode step by kernel, from the profiler
 
 Real shapes, dummy weights, bf16, greedy, prompts of random token ids, prefix caching off, no bound on the time between
 tokens. The engine core runs in this process, with its scheduler, CUDA graphs and overlap. The floor of a decode step is
@@ -49,6 +50,8 @@ PEER: dict[str, dict[str, Any]] = {
     },
     "llama-3-8b fp8": {"step_ms": {1: 3.50, 32: 5.56, 128: 9.47, 256: 15.7}, "prefill": 79_000, "mixed": None,
                        "long": None},
+    "llama-3-70b": {"step_ms": {}, "prefill": None, "mixed": None, "long": None},
+    "llama-3-70b fp8": {"step_ms": {1: 20.65, 32: 27.9, 128: 37.1}, "prefill": None, "mixed": None, "long": None},
     "qwen3-30b-a3b": {"step_ms": {1: 4.13, 128: 21.5}, "prefill": 72_000, "mixed": None, "long": None},
     "gpt-oss-20b": {"step_ms": {}, "prefill": None, "mixed": None, "long": None},
 }  # fmt: skip
@@ -119,8 +122,8 @@ class Load:
         return tokens, time.perf_counter() - started
 
 
-def decode_step_ms(load: Load, batch: int, context: int = 992, **settings: Any) -> float:
-    """Mean time of 48 steps with `batch` decodes at a context of about `context` and 32 more."""
+def decode_together(load: Load, batch: int, context: int, **settings: Any) -> None:
+    """Bring `batch` decodes to a context of about `context`."""
     for _ in range(batch):
         load.add(context, 100, **settings)
     whole = 0
@@ -129,12 +132,31 @@ def decode_step_ms(load: Load, batch: int, context: int = 992, **settings: Any) 
             raise SystemExit(f"{batch} requests never decoded together")
         outputs = load.core.step(time.monotonic())
         whole += bool(outputs and sum(len(o.token_ids) for o in outputs.outputs) == batch)
+
+
+def decode_step_ms(load: Load, batch: int, context: int = 992, **settings: Any) -> float:
+    """Mean time of 48 steps with `batch` decodes at a context of about `context` and 32 more."""
+    decode_together(load, batch, context, **settings)
     started = time.perf_counter()
     for _ in range(48):
         load.core.step(time.monotonic())
     elapsed = time.perf_counter() - started
     load.drain()
     return elapsed / 48 * 1e3
+
+
+def kernel_times(load: Load, batch: int, context: int = 992, steps: int = 8) -> list[tuple[str, float, float]]:
+    """(kernel, launches of a step, milliseconds of a step) of decodes on the device, the largest share first."""
+    decode_together(load, batch, context)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(steps):
+            load.core.step(time.monotonic())
+        torch.cuda.synchronize()
+    load.drain()
+    kernels = [event for event in profile.key_averages() if event.self_device_time_total > 0]
+    table = [(event.key, event.count / steps, event.self_device_time_total / steps / 1e3) for event in kernels]
+    return sorted(table, key=lambda row: -row[2])
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -191,6 +213,9 @@ def rows(
         for batch in batches:
             floor = step_bytes(architecture, batch, 1024, widths) / bandwidth * 1e3
             note(f"decode step, batch {batch}", "ms", decode_step_ms(load, batch), floor, peer["step_ms"].get(batch))
+    for batch in batches if "kernels" in wanted else ():
+        for kernel, launches, ms in kernel_times(load, batch)[:14]:
+            print(f"    batch {batch:3}  {ms:8.3f} ms {launches:6.0f} x {kernel[:90]}", flush=True)
     if "prefill" in wanted:
         for _ in range(64):
             load.add(1024, 1)
