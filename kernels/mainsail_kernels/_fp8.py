@@ -1,6 +1,42 @@
-"""Numbers of 8 bits in kernels: rounding to e4m3."""
+"""Numbers of 8 bits in kernels: rounding to e4m3, and back to 16 bits two by two; rows that were quantized."""
+
+from dataclasses import dataclass
+
+import torch
 
 from mainsail_kernels._triton import tl, triton
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedRows:
+    """A matrix [n, in] of activations as FP8 linears take it: each row's largest number is 448."""
+
+    codes: torch.Tensor
+    """[n, in] e4m3."""
+    scale: torch.Tensor
+    """[n] float32."""
+    dtype: torch.dtype
+    """Of the numbers that they stand for, and of what becomes of them."""
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.codes.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    def wide(self) -> torch.Tensor:
+        """The numbers themselves, [n, in] float32."""
+        return self.codes.float() * self.scale[:, None]
+
+
+@triton.jit
+def row_scale(x):
+    """What the numbers [n, in] float32 of each row are divided by so that its largest becomes 448: [n]."""
+    # A NaN or an infinity makes the scale NaN: broken rows are seen as such at the end, instead of looking sound.
+    largest = tl.max(tl.abs(x), axis=1) + tl.sum(x * 0.0, axis=1)
+    return tl.where(largest < 1e-12, 1e-12, largest) / 448.0
 
 
 @triton.jit
@@ -15,3 +51,28 @@ def to_e4m3(x, ROUND: tl.constexpr):
         normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
         x = tl.where(tl.abs(x) < 0.015625, (x + 24576.0) - 24576.0, normal)
     return x.to(tl.float8e4nv)
+
+
+@triton.jit
+def e4m3_pairs(pairs, PTX: tl.constexpr):
+    """Of int16 words that hold two e4m3 numbers each: the lower ones and the upper ones, in float16, over 256.
+
+    Words of 16 bits take the ways through shared memory that matrix units' operands of 16 bits take, where those of 8
+    would be moved one by one. Seven bits moved to where float16 has its exponent's lower four and its mantissa are the
+    number over 256, small ones included. PTX: two words at a time, on NVIDIA's.
+    """
+    if PTX:
+        lower = tl.inline_asm_elementwise(
+            "{ .reg .b32 a; shl.b32 a, $1, 7; and.b32 a, a, 0x3f803f80; "
+            "shl.b32 $0, $1, 8; lop3.b32 $0, $0, 0x80008000, a, 0xea; }",
+            "=r,r", [pairs], dtype=tl.float16, is_pure=True, pack=2,
+        )  # fmt: skip
+        upper = tl.inline_asm_elementwise(
+            "{ .reg .b32 a; shr.b32 a, $1, 1; and.b32 a, a, 0x3f803f80; lop3.b32 $0, $1, 0x80008000, a, 0xea; }",
+            "=r,r", [pairs], dtype=tl.float16, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        word = pairs.to(tl.int32)
+        lower = (((word << 7) & 0x3F80) | ((word << 8) & 0x8000)).to(tl.int16).to(tl.float16, bitcast=True)
+        upper = (((word >> 1) & 0x3F80) | (word & 0x8000)).to(tl.int16).to(tl.float16, bitcast=True)
+    return lower, upper

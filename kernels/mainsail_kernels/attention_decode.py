@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import torch
 
 from mainsail_kernels import reference
-from mainsail_kernels._attention import check_attention, scaled_scores, sink_weight
+from mainsail_kernels._attention import beside_cache, check_attention, scaled_scores, sink_weight
+from mainsail_kernels._fp8 import e4m3_pairs
 from mainsail_kernels._triton import (
     INTERPRETED,
     dependent_launch,
@@ -31,6 +32,7 @@ from mainsail_kernels._triton import (
     triton,
     wait_for_inputs,
 )
+from mainsail_kernels.reference_quantized import FP8
 from mainsail_kernels.tuned import decode_config
 
 
@@ -110,6 +112,7 @@ def _decode_kernel(
     WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     SINKS: tl.constexpr,
+    PAIRS: tl.constexpr,
     STAGES: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
@@ -161,8 +164,13 @@ def _decode_kernel(
             prefetch_lines(near + side_stride + 64)
     wait_for_inputs(DEPENDENT)
     q = tl.load(query_ptr + q_row[:, None] + channel[None, :], mask=fits, other=0.0)
+    q = beside_cache(q, kv_ptr.dtype.element_ty)
 
-    acc = tl.zeros((ROWS, DIM), tl.float32)
+    WIDE: tl.constexpr = DIM // 2 if PAIRS else DIM  # pyright: ignore[reportAssignmentType]
+    acc = tl.zeros((ROWS, WIDE), tl.float32)
+    upper_acc = tl.zeros((ROWS, WIDE), tl.float32)
+    pair = tl.arange(0, DIM // 2)
+    pairs = (kv + side_stride).to(tl.pointer_type(tl.int16), bitcast=True)
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     for first in tl.range(start, end, BLOCK_N, num_stages=STAGES):
@@ -175,7 +183,16 @@ def _decode_kernel(
         if DIM != HEAD_DIM:
             readable = readable & (channel < HEAD_DIM)[None, :]
         k = tl.load(kv + tile, mask=readable, other=0.0).to(q.dtype)
-        v = tl.load(kv + side_stride + tile, mask=readable, other=0.0).to(q.dtype)
+        if PAIRS:
+            half_rows = block * (block_stride // 2) + (at % BLOCK_SIZE) * (HEAD_DIM // 2)
+            readable = owned[:, None]
+            if DIM != HEAD_DIM:
+                readable = readable & (pair < HEAD_DIM // 2)[None, :]
+            v, upper_v = e4m3_pairs(
+                tl.load(pairs + half_rows[:, None] + pair[None, :], mask=readable, other=0), DEPENDENT
+            )
+        else:
+            v = tl.load(kv + side_stride + tile, mask=readable, other=0.0).to(q.dtype)
         scores = scaled_scores(tl.dot(q, tl.trans(k)), scale, soft_cap, SOFT_CAP)
         visible = owned
         if WINDOW:
@@ -188,8 +205,12 @@ def _decode_kernel(
         total = total * fade + tl.sum(p, axis=1)
         acc = acc * fade[:, None]
         acc = tl.dot(p.to(v.dtype), v, acc)
+        if PAIRS:
+            upper_acc = tl.dot(p.to(v.dtype), upper_v, upper_acc * fade[:, None])
         top = new_top
 
+    if PAIRS:
+        acc = tl.interleave(acc, upper_acc) * 256.0
     if num_chunks > 1:
         item = (work * num_kv_heads + kv_head).to(tl.int64) * GROUP + row
         tl.store(partial_ptr + item[:, None] * HEAD_DIM + channel[None, :], acc, mask=fits)
@@ -341,6 +362,7 @@ def _launch(
         WINDOW=window > 0,
         SOFT_CAP=soft_cap > 0,
         SINKS=sinks is not None,
+        PAIRS=kv.dtype == FP8 and query.element_size() == 2,
         STAGES=config.stages,
         num_warps=config.warps,
         **dependent_launch(query.device),

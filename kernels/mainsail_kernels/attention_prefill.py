@@ -17,7 +17,7 @@ end run with one. Positions past the sequence are never read.
 import torch
 
 from mainsail_kernels import attention_hopper, reference
-from mainsail_kernels._attention import check_attention, scaled_scores, sink_weight
+from mainsail_kernels._attention import beside_cache, check_attention, scaled_scores, sink_weight
 from mainsail_kernels._triton import (
     INTERPRETED,
     dependent_launch,
@@ -164,6 +164,7 @@ def _prefill_kernel(
     fits = real[:, None] & (channel < HEAD_DIM)[None, :]
     q_row = (start + token).to(tl.int64) * query_stride + head * query_head_stride
     q = tl.load(query_ptr + q_row[:, None] + channel[None, :], mask=fits, other=0.0)
+    q = beside_cache(q, kv_ptr.dtype.element_ty)
 
     offset = context_end - num_queries
     position = offset + token

@@ -12,7 +12,7 @@ block's sum is scaled before it is added (DeepSeek-V3, 2024, section 3.3). A row
 import torch
 
 from mainsail_kernels import reference_quantized as reference
-from mainsail_kernels._fp8 import to_e4m3
+from mainsail_kernels._fp8 import QuantizedRows, row_scale, to_e4m3
 from mainsail_kernels._split import arrive, collect, split_that_fits, workspace
 from mainsail_kernels._triton import (
     INTERPRETED,
@@ -48,9 +48,7 @@ def _quantize_kernel(
     inside = channel < num_in
     wait_for_inputs(DEPENDENT)
     x = tl.load(x_ptr + row * x_stride + channel, mask=inside, other=0.0).to(tl.float32)
-    # A NaN or an infinity makes the scale NaN: broken rows are seen as such at the end, instead of looking sound.
-    largest = tl.max(tl.abs(x), axis=1) + tl.sum(x * 0.0, axis=1)
-    scale = tl.where(largest < 1e-12, 1e-12, largest) / 448.0
+    scale = row_scale(x)
     tl.store(codes_ptr + row * num_in + channel, to_e4m3(x / scale[:, None], ROUND), mask=inside)
     tl.store(scales_ptr + row * num_groups + group, scale, mask=group < num_groups)
 
@@ -239,17 +237,18 @@ def _quantize(x: torch.Tensor, width: int, per_program: int) -> tuple[torch.Tens
 
 
 def fp8_linear(
-    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None
+    x: torch.Tensor | QuantizedRows, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """x [n, in] times weight [out, in] e4m3 with scales [out] float32, plus bias [out]; returns [n, out] in x's type.
 
-    Rows are quantized on the way; a single row on CUDA stays as it is. Raises ValueError when shapes or types do not
-    fit. Calls of one process must run on one stream after another.
+    Rows that are not quantized yet are on the way; a single row on CUDA stays as it is. Raises ValueError when shapes
+    or types do not fit. Calls of one process must run on one stream after another.
     """
     _check(x, weight, bias)
     require(scale.shape == weight.shape[:1], f"fp8_linear: scale must be [{weight.shape[0]}], not {tuple(scale.shape)}")
-    if not runs_kernels(x):
-        return reference.fp8_linear(x, weight, scale, bias)
+    if not runs_kernels(weight):
+        wide = x if isinstance(x, torch.Tensor) else x.wide().to(x.dtype)
+        return reference.fp8_linear(wide, weight, scale, bias)
     config = fp8_config(x.device, x.shape[0], weight.shape[0], x.shape[1])
     if config is None:
         return _scaled_mm(x, weight, scale, bias)
@@ -270,7 +269,7 @@ def fp8_block_linear(
     return _launch(x, weight, scale, bias, config, weight.shape[0], gated=False)
 
 
-def fp8_gated_linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor | None:
+def fp8_gated_linear(x: torch.Tensor | QuantizedRows, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor | None:
     """silu(x @ gate.T) * (x @ up.T) for weight [2 * d, in] e4m3, the gate first, scales of either kind: [n, d].
 
     None where one launch of this kind is no faster than a linear and `silu_mul`. Raises ValueError as fp8_linear.
@@ -279,7 +278,7 @@ def fp8_gated_linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor)
     require(weight.shape[0] % 2 == 0, f"fp8_gated_linear: weight must be [2 * d, in], not {tuple(weight.shape)}")
     if scale.dim() == 2:
         _check_blocks(weight, scale)
-    if not runs_kernels(x):
+    if not runs_kernels(weight):
         return None
     config = fp8_config(
         x.device, x.shape[0], weight.shape[0] // 2, x.shape[1], gated=True, blocks=scale.dim() == 2
@@ -287,8 +286,13 @@ def fp8_gated_linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor)
     return None if config is None else _launch(x, weight, scale, None, config, weight.shape[0] // 2, gated=True)
 
 
-def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-    fits = x.dim() == 2 and weight.dim() == 2 and x.shape[1] == weight.shape[1] and weight.dtype == FP8
+def takes_quantized_rows(num_rows: int, scale: torch.Tensor) -> bool:
+    """Whether fp8_linear with these scales quantizes rows like these, so that whoever makes them may as well."""
+    return scale.is_cuda and scale.dim() == 1 and num_rows > 1
+
+
+def _check(x: torch.Tensor | QuantizedRows, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    fits = len(x.shape) == 2 and weight.dim() == 2 and x.shape[1] == weight.shape[1] and weight.dtype == FP8
     require(fits, f"fp8_linear: x {tuple(x.shape)} {x.dtype}, weight {tuple(weight.shape)} {weight.dtype}")
     require(weight.stride(1) == 1, "fp8_linear: the rows of weight must be contiguous")
     require(bias is None or bias.shape == weight.shape[:1], "fp8_linear: bias must be [out]")
@@ -300,11 +304,15 @@ def _check_blocks(weight: torch.Tensor, scale: torch.Tensor) -> None:
     require(fits, f"fp8_block_linear: scale must be contiguous {list(shape)}, not {list(scale.shape)}")
 
 
+def _quantized(x: torch.Tensor | QuantizedRows) -> tuple[torch.Tensor, torch.Tensor]:
+    return (x.codes, x.scale) if isinstance(x, QuantizedRows) else quantize_rows(x)
+
+
 def _scaled_mm(
-    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
+    x: torch.Tensor | QuantizedRows, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:  # fmt: skip
     """cuBLASLt, or CUTLASS where torch chooses so: bfloat16 out, whatever x is."""
-    codes, x_scale = quantize_rows(x)
+    codes, x_scale = _quantized(x)
     out = torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
         codes, weight.t(), scale_a=x_scale[:, None], scale_b=scale[None, :], out_dtype=torch.bfloat16,
         use_fast_accum=True,
@@ -313,8 +321,8 @@ def _scaled_mm(
 
 
 def _launch(
-    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, config: QuantizedConfig,
-    num_out: int, *, gated: bool,
+    x: torch.Tensor | QuantizedRows, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None,
+    config: QuantizedConfig, num_out: int, *, gated: bool,
 ) -> torch.Tensor:  # fmt: skip
     num_rows, num_in = x.shape
     blocks = scale.dim() == 2
@@ -325,13 +333,13 @@ def _launch(
         "LINES": config.ahead // 128, "STAGES": config.stages, "num_warps": config.warps, **dependent_launch(x.device),
     }  # fmt: skip
     added = weight if bias is None else bias
-    if num_rows == 1:
+    if num_rows == 1 and isinstance(x, torch.Tensor):
         _row_kernel[(tiles,)](
             x, weight, scale, added, out, num_out, num_in, weight.stride(0), scale.stride(0),
             BLOCK_IN=config.block_in, **options,
         )  # fmt: skip
         return out
-    codes, x_scale = quantize_groups(x) if blocks else quantize_rows(x)
+    codes, x_scale = quantize_groups(x) if blocks and isinstance(x, torch.Tensor) else _quantized(x)
     rows = min(max(next_power_of_2(num_rows), 16), config.block_rows)
     block_in = min(config.block_in, BLOCK) if blocks else config.block_in
     row_tiles = -(-num_rows // rows)

@@ -151,8 +151,10 @@ def test_prefill_leaves_rows_outside_its_chunks_alone(paged, close, device, dtyp
     assert bool((out[131:] == 7.0).all())
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(8, 2, 64), (4, 4, 32)])
-def test_fp8_cache_is_read_as_what_it_holds(heads, kv_heads, dim, paged, close, device, dtype):
+@pytest.mark.parametrize("halves", [False, True])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(8, 2, 64), (4, 4, 32), (4, 2, 96)])
+def test_fp8_cache_is_read_as_what_it_holds(heads, kv_heads, dim, halves, paged, close, device, dtype):
+    dtype = torch.bfloat16 if halves else dtype
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         pytest.skip("this card has no FP8")
     batch = paged([1, 33, 200, 60], kv_heads, dim, seed=8)

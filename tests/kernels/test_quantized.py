@@ -5,8 +5,17 @@ import torch
 
 from mainsail_kernels import reference
 from mainsail_kernels import reference_quantized as quantized
-from mainsail_kernels.fp8 import fp8_block_linear, fp8_gated_linear, fp8_linear, quantize_groups, quantize_rows
+from mainsail_kernels.fp8 import (
+    QuantizedRows,
+    fp8_block_linear,
+    fp8_gated_linear,
+    fp8_linear,
+    quantize_groups,
+    quantize_rows,
+)
 from mainsail_kernels.grouped import Codes, dequantize, grouped_linear
+from mainsail_kernels.rms_norm import rms_norm, rms_norm_quantized
+from mainsail_kernels.silu_mul import silu_mul, silu_mul_quantized
 from mainsail_kernels.tuned import QuantizedConfig, override
 
 TIGHT = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
@@ -178,3 +187,28 @@ def test_what_does_not_fit_is_refused(device, dtype):
     _, codes = codes_of("symmetric", 4, 32, 8, 128, device)
     with pytest.raises(ValueError, match="grouped_linear: x"):
         grouped_linear(x, codes)
+
+
+@pytest.mark.parametrize(("rows", "size"), [(1, 64), (3, 200), (17, 576)])
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_norm_and_activation_leave_rows_as_fp8_linears_quantize_them(rows, size, with_residual, device, dtype):
+    x, weight = torch.randn(rows, size).to(device, dtype), (1 + torch.rand(size)).to(device, dtype)
+    residual = torch.randn(rows, size).to(device, dtype) if with_residual else None
+    quantized_rows, total = rms_norm_quantized(x, weight, 1e-6, residual)
+    plain = rms_norm(x, weight, 1e-6, residual)
+    normed, added = plain if isinstance(plain, tuple) else (plain, x)
+    assert torch.equal(total, added)
+    near(quantized_rows.wide(), normed.double(), 5e-2)
+    codes, scale = quantize_rows(normed)
+    near(quantized_rows.scale, scale.double(), 1e-6 if dtype == torch.float32 else 1e-3)
+    same = (quantized_rows.codes.float() == codes.float()).double().mean()
+    assert same > 0.99, "codes of a norm differ from those of its stored result"
+    gate_up = torch.randn(rows, 2 * size).to(device, dtype)
+    near(silu_mul_quantized(gate_up).wide(), silu_mul(gate_up).double(), 5e-2)
+
+
+def test_rows_that_come_quantized_give_the_same_product(device, dtype):
+    weight, scale = fp8_weight(96, 64, device)
+    x = torch.randn(5, 64).to(device, dtype)
+    rows = QuantizedRows(*quantize_rows(x), x.dtype)
+    near(fp8_linear(rows, weight, scale), fp8_linear(x, weight, scale).double(), TIGHT[dtype])

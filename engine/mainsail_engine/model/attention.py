@@ -47,6 +47,12 @@ class Attention:
     """The decode kernel's scratch, one for all steps of a stream (CUDA)."""
     adapters: AdapterRows | None = None
     """Which rows go through which LoRA adapter. None: no row does."""
+    wanted: torch.Tensor | None = None
+    """[num_wanted] integer: the rows whose hidden states the forward pass is asked for. None: all."""
+
+    def only_wanted(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[num_tokens, n] to [num_wanted, n]."""
+        return hidden if self.wanted is None else hidden[self.wanted]
 
     def attend(
         self,

@@ -35,4 +35,4 @@ class Gemma2ForCausalLM(GemmaForCausalLM):
             x, _ = norm(self.attend(layer, x, attention, kv), layer.post_norm, eps, None)
             x, residual = norm(x, layer.more["pre_feedforward"], eps, residual)
             x, _ = norm(self.feed(layer, x, attention), layer.more["post_feedforward"], eps, None)
-        return self.leave(x, residual)
+        return attention.only_wanted(self.leave(x, residual))

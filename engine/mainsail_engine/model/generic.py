@@ -103,13 +103,13 @@ class TransformersForCausalLM:
         self._compare(device, dtype)
 
     def forward(self, token_ids: torch.Tensor, attention: Attention, kv_cache: torch.Tensor) -> torch.Tensor:
-        """Hidden states after the last norm, [num_tokens, hidden_size]; as LlamaForCausalLM's."""
+        """Hidden states after the last norm, [num_wanted, hidden_size]; as LlamaForCausalLM's."""
         step = Step(attention, kv_cache, self._unrotated, self.architecture)
         positions = attention.positions.unsqueeze(0)
         out = self._decoder(input_ids=token_ids.unsqueeze(0), position_ids=positions, use_cache=False, paged=step)
         if len(step.done) != self.architecture.num_layers:
             raise refuse(f"architecture {self.architecture.name} (not every layer asks for attention)")
-        return out.last_hidden_state[0]
+        return attention.only_wanted(out.last_hidden_state[0])
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[n, hidden_size] to [n, vocab_size]."""

@@ -18,11 +18,17 @@ import torch.nn.functional as F
 from mainsail_engine.model.architecture import Activation
 from mainsail_kernels.cpu import decoder
 from mainsail_kernels.cpu.decoder import Panels
-from mainsail_kernels.fp8 import fp8_block_linear, fp8_gated_linear, fp8_linear
+from mainsail_kernels.fp8 import (
+    QuantizedRows,
+    fp8_block_linear,
+    fp8_gated_linear,
+    fp8_linear,
+    takes_quantized_rows,
+)
 from mainsail_kernels.grouped import Codes, grouped_linear
 from mainsail_kernels.linear import gated_linear
 from mainsail_kernels.linear import linear as skinny
-from mainsail_kernels.silu_mul import gelu_tanh_mul, silu_mul
+from mainsail_kernels.silu_mul import gelu_tanh_mul, silu_mul, silu_mul_quantized
 
 PACKED_FOR = 32
 """Rows that the layout is chosen for. A decode step's; prompts of 512 and single rows run as fast with it."""
@@ -60,6 +66,9 @@ class RowsOf:
 
 Plain = torch.Tensor | Panels
 Weight = Plain | Fp8Weight | Codes | RowsOf
+Rows = torch.Tensor | QuantizedRows
+"""Activations [n, inputs]; quantized where whoever made them knew that an FP8 matrix, which would do that, takes them
+(`quantizes`)."""
 
 
 def packed(weight: Weight) -> Weight:
@@ -78,8 +87,17 @@ def packed_plain(weight: torch.Tensor) -> Plain:
     return torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_FOR)
 
 
-def linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
+def quantizes(weight: Weight, num_rows: int) -> bool:
+    """Whether `linear` quantizes so many rows before it multiplies them with this matrix."""
+    return isinstance(weight, Fp8Weight) and takes_quantized_rows(num_rows, weight.scale)
+
+
+def linear(x: Rows, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x [n, inputs] times weight [outputs, inputs] transposed, plus bias [outputs]: [n, outputs]."""
+    if isinstance(x, QuantizedRows):
+        if not isinstance(weight, Fp8Weight):
+            raise TypeError("rows in FP8 are for matrices in FP8")
+        return fp8_linear(x, weight.codes, weight.scale, bias)
     if isinstance(weight, torch.Tensor):
         if weight.is_mkldnn:
             return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
@@ -107,14 +125,17 @@ def gated_packed(x: torch.Tensor, gate: Plain, up: Plain, activation: Activation
     return torch.ops.mkldnn._linear_pointwise.binary(x, gated, up, None, "mul")
 
 
-def silu_gated(x: torch.Tensor, gate_up: Weight) -> torch.Tensor:
-    """silu(x @ gate.T) * (x @ up.T) for gate_up [2 * d, inputs], the gate first: [n, d]."""
+def silu_gated(x: Rows, gate_up: Weight, down: Weight) -> Rows:
+    """silu(x @ gate.T) * (x @ up.T) for gate_up [2 * d, inputs], the gate first: [n, d], for `down` to multiply."""
     mixed: torch.Tensor | None = None
-    if x.is_cuda and isinstance(gate_up, torch.Tensor):
-        mixed = gated_linear(x, gate_up)
-    elif isinstance(gate_up, Fp8Weight):
+    if isinstance(gate_up, Fp8Weight):
         mixed = fp8_gated_linear(x, gate_up.codes, gate_up.scale)
-    return silu_mul(linear(x, gate_up)) if mixed is None else mixed
+    elif isinstance(x, torch.Tensor) and x.is_cuda and isinstance(gate_up, torch.Tensor):
+        mixed = gated_linear(x, gate_up)
+    if mixed is not None:
+        return mixed
+    product = linear(x, gate_up)
+    return silu_mul_quantized(product) if quantizes(down, product.shape[0]) else silu_mul(product)
 
 
 def scaled(weight: Weight, factor: float) -> Weight:

@@ -20,14 +20,14 @@ import torch.nn.functional as F
 
 from mainsail_engine.model.architecture import Architecture
 from mainsail_engine.model.attention import Attention, KVScales
-from mainsail_engine.model.linear import Weight, linear, packed, scaled
+from mainsail_engine.model.linear import Rows, Weight, linear, packed, quantizes, scaled
 from mainsail_engine.model.loader import Part, Weights
 from mainsail_engine.model.lora import AdapterSlots, Site
 from mainsail_engine.model.mlp import DenseMlp, Mlp, PackedMlp, dense_mlp, expert_mlp
 from mainsail_engine.model.parallel import SINGLE, Parallel
 from mainsail_engine.model.rotary import cos_sin_table, no_rotation
 from mainsail_engine.model.whole_layers import whole_layers
-from mainsail_kernels.rms_norm import rms_norm
+from mainsail_kernels.rms_norm import rms_norm, rms_norm_quantized
 
 
 @dataclass(slots=True)
@@ -169,23 +169,31 @@ class LlamaForCausalLM:
     # -- computation ---------------------------------------------------------------------------------------------
 
     def forward(self, inputs: torch.Tensor, attention: Attention, kv_cache: torch.Tensor) -> torch.Tensor:
-        """Hidden states after the last norm, or of a stage that is not the last, after its last layer:
-        [num_tokens, hidden_size]. Writes the tokens' KV into kv_cache.
+        """Hidden states of the wanted rows after the last norm, or of a stage that is not the last, of all after its
+        last layer: [num_wanted, hidden_size]. Writes the tokens' KV into kv_cache.
 
+        Of the last layer, rows that nobody asks for have keys and values only: all that other tokens see of them.
         inputs: token ids [num_tokens] int64, or what the stage before passed on [num_tokens, hidden_size];
         kv_cache [num_layers, num_blocks, 2, num_kv_heads, 16, head_dim], of this stage's layers.
         """
         eps = self.architecture.rms_norm_eps
         x = self.enter(inputs)
         if self._whole is not None and self._whole.takes(attention, kv_cache):
-            return self._whole(x, attention, kv_cache)
+            return attention.only_wanted(self._whole(x, attention, kv_cache))
         residual: torch.Tensor | None = None
         for layer, kv in zip(self.layers, kv_cache, strict=True):
-            x, residual = norm(x, layer.input_norm, eps, residual)
-            x = self.attend(layer, x, attention, kv)
-            x, residual = norm(x, layer.post_norm, eps, residual)
-            x = self.feed(layer, x, attention)
-        return self.leave(x, residual)
+            normed, residual = norm_for(layer.qkv, attention, x, layer.input_norm, eps, residual)
+            seen = self.see(layer, normed, attention, kv)
+            if layer is self.layers[-1] and attention.adapters is None:
+                seen, residual = attention.only_wanted(seen), attention.only_wanted(residual)
+                if not seen.shape[0]:
+                    return residual
+            x = self.project(layer, seen, attention)
+            gate_up = layer.mlp.gate_up if isinstance(layer.mlp, DenseMlp) else None
+            normed, residual = norm_for(gate_up, attention, x, layer.post_norm, eps, residual)
+            x = self.feed(layer, normed, attention)
+        hidden = self.leave(x, residual)
+        return hidden if attention.adapters is None else attention.only_wanted(hidden)
 
     def enter(self, inputs: torch.Tensor) -> torch.Tensor:
         """What the first layer of this stage gets."""
@@ -207,8 +215,12 @@ class LlamaForCausalLM:
             x = self.parallel.sum(self.embedding[local.where(ours, 0)] * ours.unsqueeze(1))
         return x if self.architecture.embedding_scale == 1.0 else x * self.architecture.embedding_scale
 
-    def attend(self, layer: Layer, x: torch.Tensor, attention: Attention, kv: torch.Tensor) -> torch.Tensor:
+    def attend(self, layer: Layer, x: Rows, attention: Attention, kv: torch.Tensor) -> torch.Tensor:
         """Attention with its projections, [num_tokens, hidden_size] to the same."""
+        return self.project(layer, self.see(layer, x, attention, kv), attention)
+
+    def see(self, layer: Layer, x: Rows, attention: Attention, kv: torch.Tensor) -> torch.Tensor:
+        """What each token's heads see, [num_tokens, num_heads * head_dim]; writes the tokens' KV."""
         a = self.architecture
         query = attention.rotate_and_write(
             self._project(layer, x, attention), kv, layer.cos_sin,
@@ -219,23 +231,30 @@ class LlamaForCausalLM:
             query, kv, a.scale, window=layer.window, soft_cap=a.attention_soft_cap, sinks=layer.sinks,
             kv_scales=layer.kv_scales,
         )  # fmt: skip
-        seen = seen.flatten(1)
+        return seen.flatten(1)
+
+    def project(self, layer: Layer, seen: torch.Tensor, attention: Attention) -> torch.Tensor:
+        """What all heads saw to [n, hidden_size]."""
         out = linear(seen, layer.output, layer.output_bias)
         if attention.adapters is not None:
             attention.adapters.add(out, seen, layer.sites["output"])
         return self.parallel.sum(out)
 
-    def feed(self, layer: Layer, x: torch.Tensor, attention: Attention) -> torch.Tensor:
+    def feed(self, layer: Layer, x: Rows, attention: Attention) -> torch.Tensor:
         """The MLP, [num_tokens, hidden_size] to the same."""
         mlp, rows = layer.mlp, attention.adapters
+        if not isinstance(x, torch.Tensor):
+            if not isinstance(mlp, DenseMlp):
+                raise TypeError("rows in FP8 are for an MLP whose matrices are")
+            return self.parallel.sum(mlp(x))
         if rows is None or not isinstance(mlp, DenseMlp | PackedMlp) or "down" not in layer.sites:
             return self.parallel.sum(mlp(x))
         return self.parallel.sum(mlp.adapted(x, rows, layer.sites["gate_up"], layer.sites["down"]))
 
-    def _project(self, layer: Layer, x: torch.Tensor, attention: Attention) -> torch.Tensor:
+    def _project(self, layer: Layer, x: Rows, attention: Attention) -> torch.Tensor:
         """Queries, keys and values of all heads, side by side."""
         qkv = linear(x, layer.qkv, layer.qkv_bias)
-        if attention.adapters is not None:
+        if attention.adapters is not None and isinstance(x, torch.Tensor):
             attention.adapters.add(qkv, x, layer.sites["qkv"])
         return qkv
 
@@ -269,6 +288,16 @@ def norm(
 
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
+
+
+def norm_for(
+    matrix: Weight | None, attention: Attention, x: torch.Tensor, weight: torch.Tensor, eps: float,
+    residual: torch.Tensor | None,
+) -> tuple[Rows, torch.Tensor]:  # fmt: skip
+    """`norm`, as this matrix takes its rows: quantized already if it would do that, and nobody else wants them."""
+    if matrix is None or attention.adapters is not None or not quantizes(matrix, x.shape[0]):
+        return norm(x, weight, eps, residual)
+    return rms_norm_quantized(x, weight, eps, residual)
 
 
 def _ignored(architecture: Architecture, tied: bool) -> frozenset[str]:

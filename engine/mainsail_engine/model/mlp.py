@@ -15,6 +15,7 @@ from mainsail_engine.model.linear import (
     Fp4Experts,
     Fp8Weight,
     Plain,
+    Rows,
     Weight,
     gated_packed,
     linear,
@@ -49,9 +50,9 @@ class DenseMlp:
     """[hidden_size, channels]."""
     activation: Activation = "silu"
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: Rows) -> torch.Tensor:
         if self.activation == "silu":
-            return linear(silu_gated(x, self.gate_up), self.down)
+            return linear(silu_gated(x, self.gate_up, self.down), self.down)
         return linear(gelu_tanh_mul(linear(x, self.gate_up)), self.down)
 
     def adapted(self, x: torch.Tensor, rows: AdapterRows, gate_up: Site, down: Site) -> torch.Tensor:

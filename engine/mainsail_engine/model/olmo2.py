@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from mainsail_engine.model.attention import Attention
+from mainsail_engine.model.linear import Rows
 from mainsail_engine.model.llama import Layer, LlamaForCausalLM, norm
 from mainsail_engine.model.loader import Weights
 
@@ -33,9 +34,9 @@ class Olmo2ForCausalLM(LlamaForCausalLM):
         for layer, kv in zip(self.layers, kv_cache, strict=True):
             x = x + norm(self.attend(layer, x, attention, kv), layer.post_norm, eps, None)[0]
             x = x + norm(self.feed(layer, x, attention), layer.more["post_feedforward_layernorm"], eps, None)[0]
-        return self.leave(x, None)
+        return attention.only_wanted(self.leave(x, None))
 
-    def _project(self, layer: Layer, x: torch.Tensor, attention: Attention) -> torch.Tensor:
+    def _project(self, layer: Layer, x: Rows, attention: Attention) -> torch.Tensor:
         a, qkv = self.architecture, super()._project(layer, x, attention)
         q, k = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
         query, _ = norm(qkv[:, :q], layer.more["self_attn.q_norm"], a.rms_norm_eps, None)

@@ -48,7 +48,7 @@ MOST_CHUNKS = 32
 """Prompts in a mixed step that is replayed."""
 
 Forward = Callable[[torch.Tensor, Attention], torch.Tensor]
-"""(token ids or a stage's incoming hidden states, attention) to hidden states [n, hidden_size]."""
+"""(token ids or a stage's incoming hidden states, attention) to the wanted rows' hidden states."""
 Logits = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -226,11 +226,12 @@ class PaddedSteps:
             num_decodes=shape.decodes,
             max_query_len=shape.longest or shape.tokens,
             workspace=self._workspace,
+            wanted=packed[layout.sampled] if shape.is_mixed and self._logits is not None else None,
         )
         hidden = self._forward(inputs, attention)
         if self._logits is None:
             return hidden, hidden
-        logits = self._logits(hidden[packed[layout.sampled]] if shape.is_mixed else hidden)
+        logits = self._logits(hidden)
         tokens = self._greedy(logits)
         note(self._newest, packed[layout.sampled_slots], tokens)
         return logits, tokens

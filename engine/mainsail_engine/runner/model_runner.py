@@ -344,13 +344,14 @@ class ModelRunner:
             if self._sampler.wants_best(arrays.sampled_slots) and not plan.is_constrained:
                 return self._pending(tokens)
             return self._sample_or_wait(logits, arrays, plan, None, guessed)
-        hidden, sampled = self._forward(arrays, adapters)
+        hidden, sampled = self._forward(arrays, adapters, whole=whole)
         if not self.samples:
             return self._passed_on(hidden)
         extras = self._prompt_extras(plan, arrays, hidden) if whole else None
         if not len(arrays.sampled):
             return self._pending(torch.empty(0, dtype=torch.int64), extras)
-        return self._sample_or_wait(self._model.logits(hidden[sampled]), arrays, plan, extras, guessed)
+        logits = self._model.logits(hidden[sampled] if whole else hidden)
+        return self._sample_or_wait(logits, arrays, plan, extras, guessed)
 
     def _passed_on(self, hidden: torch.Tensor) -> PendingTokens:
         """The end of a step in a stage that is not the last."""
@@ -375,8 +376,10 @@ class ModelRunner:
         rows, tiles = tiles_of(np.repeat(slots, [chunk.num_tokens for chunk in plan.chunks]))
         return AdapterRows(*self._uploads.send([rows, tiles]))
 
-    def _forward(self, arrays: StepArrays, adapters: AdapterRows | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """A step as it is, kernel by kernel: (hidden states [num_tokens, hidden_size], sampled rows)."""
+    def _forward(
+        self, arrays: StepArrays, adapters: AdapterRows | None, *, whole: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A step as it is, kernel by kernel: (hidden states of all rows or else the sampled ones, sampled rows)."""
         token_ids, from_slots, sampled, *rest = self._uploads.send(
             [
                 arrays.token_ids, arrays.from_slots_of_rows(), arrays.sampled,
@@ -388,6 +391,7 @@ class ModelRunner:
             token_ids = resolve(token_ids, from_slots, self._newest)
         attention = self._attention(arrays, *rest)
         attention.adapters = adapters
+        attention.wanted = None if whole or not self.samples else sampled
         first = self._parallel.is_first
         inputs = token_ids if first else self._parallel.receive(self._room_for_hidden(len(token_ids)))
         return self._model.forward(inputs, attention, self.kv_cache), sampled

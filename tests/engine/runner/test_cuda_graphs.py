@@ -100,8 +100,11 @@ def test_a_padded_step_of_guesses_is_as_it_is(tmp_path: Path, singles: int, veri
         runner.launch(StepPlan(chunks=[replace(chunk, start=0, num_tokens=chunk.start, samples=False, guesses=())]))
     arrays, _ = build(plan, runner._tables)
     before = runner.kv_cache.clone()
-    hidden, sampled = runner._forward(arrays, None)
+    hidden, sampled = runner._forward(arrays, None, whole=True)
     expected = runner._model.logits(hidden[sampled])
+    runner.kv_cache.copy_(before)
+    wanted, _ = runner._forward(arrays, None, whole=False)
+    assert torch.allclose(wanted, hidden[sampled], rtol=1e-4, atol=1e-5)
     runner.kv_cache.copy_(before)
     steps = PaddedSteps(
         lambda token_ids, attention: runner._model.forward(token_ids, attention, runner.kv_cache), runner._model.logits,
