@@ -32,10 +32,10 @@ class QuantizedRows:
 
 
 @triton.jit
-def row_scale(x):
-    """What the numbers [n, in] float32 of each row are divided by so that its largest becomes 448: [n]."""
+def row_scale(x, AXIS: tl.constexpr):
+    """What float32 numbers are divided by so that the largest along an axis becomes 448."""
     # A NaN or an infinity makes the scale NaN: broken rows are seen as such at the end, instead of looking sound.
-    largest = tl.max(tl.abs(x), axis=1) + tl.sum(x * 0.0, axis=1)
+    largest = tl.max(tl.abs(x), axis=AXIS) + tl.sum(x * 0.0, axis=AXIS)
     return tl.where(largest < 1e-12, 1e-12, largest) / 448.0
 
 

@@ -48,7 +48,7 @@ def _quantize_kernel(
     inside = channel < num_in
     wait_for_inputs(DEPENDENT)
     x = tl.load(x_ptr + row * x_stride + channel, mask=inside, other=0.0).to(tl.float32)
-    scale = row_scale(x)
+    scale = row_scale(x, 1)
     tl.store(codes_ptr + row * num_in + channel, to_e4m3(x / scale[:, None], ROUND), mask=inside)
     tl.store(scales_ptr + row * num_groups + group, scale, mask=group < num_groups)
 

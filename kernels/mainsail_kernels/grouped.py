@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from mainsail_kernels import reference_quantized as reference
 from mainsail_kernels._split import arrive, collect, split_that_fits, workspace
 from mainsail_kernels._triton import (
+    INTERPRETED,
     dependent_launch,
     next_power_of_2,
     prefetch_lines,
@@ -37,7 +38,7 @@ from mainsail_kernels._triton import (
     triton,
     wait_for_inputs,
 )
-from mainsail_kernels.tuned import QuantizedConfig, grouped_config
+from mainsail_kernels.tuned import QuantizedConfig, grouped_config, nibbles_config
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,6 +265,159 @@ def _rows_kernel(
 
 
 @triton.jit
+def _spread_kernel(
+    x_ptr,
+    out_ptr,
+    num_words,
+    x_stride,
+    PER: tl.constexpr,
+    EACH: tl.constexpr,
+    BLOCK_WORDS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """x [n, in] to [n, PER, words]: the inputs that meet place p of each word, side by side."""
+    row = tl.program_id(1).to(tl.int64)
+    word = tl.program_id(0) * BLOCK_WORDS + tl.arange(0, BLOCK_WORDS)
+    inside = word < num_words
+    wait_for_inputs(DEPENDENT)
+    for place in tl.static_range(PER):
+        channel = word // EACH * (EACH * PER) + place * EACH + word % EACH
+        x = tl.load(x_ptr + row * x_stride + channel, mask=inside, other=0.0)
+        tl.store(out_ptr + (row * PER + place) * num_words + word, x, mask=inside)
+
+
+@triton.jit
+def _bfloat16_bits(x):
+    """The upper 16 bits of the nearest bfloat16s, as int32."""
+    bits = x.to(tl.int32, bitcast=True)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) & 0xFFFF
+
+
+@triton.jit
+def _weights(words, factors, FUSED: tl.constexpr, PTX: tl.constexpr):
+    """bfloat16 weights of the 4-bit codes in bits 0 to 3, and in bits 16 to 19, of each word.
+
+    factors has the scale in its lower half and in its upper one, FUSED, the offset: code * scale + offset; else 128
+    and the zero point: (code - zero) * scale. A code under the exponent of 128 is 128 + code, exactly. PTX: the words
+    of two neighbouring inputs at a time, on Hopper; else float32, for the interpreter, which multiplies no bfloat16.
+    """
+    if PTX:
+        if FUSED:
+            lower, upper = tl.inline_asm_elementwise(
+                """{ .reg .b32 a, b, s, o, h;
+                lop3.b32 a, $2, 0x000f000f, 0x43004300, 0xea; lop3.b32 b, $3, 0x000f000f, 0x43004300, 0xea;
+                prmt.b32 s, $4, $5, 0x5410; prmt.b32 o, $4, $5, 0x7632; mov.b32 h, 0x43004300;
+                prmt.b32 $0, a, b, 0x5410; prmt.b32 $1, a, b, 0x7632;
+                sub.bf16x2 $0, $0, h; sub.bf16x2 $1, $1, h;
+                fma.rn.bf16x2 $0, $0, s, o; fma.rn.bf16x2 $1, $1, s, o; }""",
+                "=&r,=&r,r,r,r,r", [words, factors], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
+            )  # fmt: skip
+        else:
+            lower, upper = tl.inline_asm_elementwise(
+                """{ .reg .b32 a, b, s, o;
+                lop3.b32 a, $2, 0x000f000f, 0x43004300, 0xea; lop3.b32 b, $3, 0x000f000f, 0x43004300, 0xea;
+                prmt.b32 s, $4, $5, 0x5410; prmt.b32 o, $4, $5, 0x7632;
+                prmt.b32 $0, a, b, 0x5410; prmt.b32 $1, a, b, 0x7632;
+                sub.bf16x2 $0, $0, o; sub.bf16x2 $1, $1, o;
+                mul.bf16x2 $0, $0, s; mul.bf16x2 $1, $1, s; }""",
+                "=&r,=&r,r,r,r,r", [words, factors], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
+            )  # fmt: skip
+    else:
+        scale = (factors << 16).to(tl.float32, bitcast=True)
+        other = (factors & -65536).to(tl.float32, bitcast=True)
+        lower, upper = (words & 15).to(tl.float32), ((words >> 16) & 15).to(tl.float32)
+        if FUSED:
+            lower, upper = lower * scale + other, upper * scale + other
+        else:
+            lower, upper = (lower + 128.0 - other) * scale, (upper + 128.0 - other) * scale
+    return lower, upper
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _nibbles_kernel(
+    x_ptr,
+    words_ptr,
+    scale_ptr,
+    offset_ptr,
+    super_scale_ptr,
+    super_offset_ptr,
+    bias_ptr,
+    out_ptr,
+    partial_ptr,
+    counters_ptr,
+    num_rows,
+    num_out,
+    num_words,
+    GROUP: tl.constexpr,
+    PER_SUPER: tl.constexpr,
+    OFFSET: tl.constexpr,
+    ZEROS: tl.constexpr,
+    ZERO: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_WORDS: tl.constexpr,
+    LINES: tl.constexpr,
+    SPLIT: tl.constexpr,
+    STAGES: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """Codes of 4 bits, x [n, 8, words] as _spread_kernel leaves it: tiles of rows by outputs, so that words go straight
+    to where the matrix unit takes its second operand from and become weights there."""
+    EACH: tl.constexpr = GROUP // 8
+    GROUPS: tl.constexpr = BLOCK_WORDS // EACH
+    FUSED: tl.constexpr = OFFSET and not ZEROS
+    tile, part = tl.program_id(0), tl.program_id(1)
+    output = tile * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    inner = tl.minimum(output, num_out - 1).to(tl.int64)
+    columns = words_ptr + inner[None, :] * num_words
+    groups = num_words // EACH
+    span = tl.cdiv(tl.cdiv(num_words, BLOCK_WORDS), SPLIT) * BLOCK_WORDS
+    first = part * span
+    last = tl.minimum(first + span, num_words)
+    if DEPENDENT:
+        prefetch_lines(columns + tl.minimum(first + tl.arange(0, LINES) * 32, num_words - 1)[:, None])
+    row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
+    real = row < num_rows
+    x_rows = x_ptr + row.to(tl.int64)[:, None] * (8 * num_words)
+    wait_for_inputs(DEPENDENT)
+    acc = tl.zeros((ROWS, BLOCK_OUT), tl.float32)
+    for start in tl.range(first, last, BLOCK_WORDS, num_stages=STAGES):
+        word = start + tl.arange(0, BLOCK_WORDS)
+        inside = word < num_words
+        words = tl.load(columns + word[:, None], mask=inside[:, None], other=0)
+        group = start // EACH + tl.arange(0, GROUPS)
+        scale, offset = _scale_and_offset(
+            scale_ptr, offset_ptr, super_scale_ptr, super_offset_ptr, inner[None, :], group[:, None], groups,
+            (group < groups)[:, None], PER_SUPER, FUSED, False,
+        )  # fmt: skip
+        if ZEROS:
+            at = inner[None, :] * groups + group[:, None]
+            offset = 128.0 + tl.load(offset_ptr + at, mask=(group < groups)[:, None], other=0).to(tl.float32)
+        elif not FUSED:
+            offset = tl.zeros_like(scale) + (128.0 + ZERO)
+        pair = _bfloat16_bits(scale) | (_bfloat16_bits(offset) << 16)
+        factors = tl.broadcast_to(pair[:, None, :], (GROUPS, EACH, BLOCK_OUT)).reshape((BLOCK_WORDS, BLOCK_OUT))
+        for place in tl.static_range(4):
+            lower, upper = _weights(words >> (4 * place), factors, FUSED, DEPENDENT)
+            near = x_rows + (place * num_words + word)[None, :]
+            x = tl.load(near, mask=real[:, None] & inside[None, :], other=0.0)
+            acc = tl.dot(x.to(lower.dtype), lower, acc)
+            x = tl.load(near + 4 * num_words, mask=real[:, None] & inside[None, :], other=0.0)
+            acc = tl.dot(x.to(upper.dtype), upper, acc)
+    fits = real[:, None] & (output < num_out)[None, :]
+    where = row.to(tl.int64)[:, None] * num_out + output[None, :]
+    if SPLIT > 1:
+        size = num_rows.to(tl.int64) * num_out
+        if arrive(acc, partial_ptr, counters_ptr + tile, part, size, where, fits) != SPLIT - 1:
+            return
+        acc = collect(acc, partial_ptr, counters_ptr + tile, size, where, fits, SPLIT)
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + output, mask=output < num_out, other=0.0).to(tl.float32)[None, :]
+    tl.store(out_ptr + where, acc.to(out_ptr.dtype.element_ty), mask=fits)
+
+
+@triton.jit
 def _dequantize_kernel(
     words_ptr,
     scale_ptr,
@@ -365,10 +519,40 @@ def _launch(x: torch.Tensor, codes: Codes, bias: torch.Tensor | None, config: Qu
     if num_rows == 1:
         _row_kernel[(tiles,)](x, *_parts(codes), added, out, num_out, num_words, **options)
         return out
+    if _as_nibbles(x, codes):
+        return _launch_nibbles(x, codes, bias, out)
     split = split_that_fits(config.split, num_rows, num_out, tiles)
     _rows_kernel[(tiles, split)](
         x, *_parts(codes), added, out, *workspace(x.device), num_rows, num_out, num_words, x.stride(0),
         ROWS=max(next_power_of_2(num_rows), 16), SPLIT=split, **options,
+    )  # fmt: skip
+    return out
+
+
+def _as_nibbles(x: torch.Tensor, codes: Codes) -> bool:
+    """Whether _nibbles_kernel can serve: its steps are whole groups."""
+    built = INTERPRETED or dependent_launch(x.device)["DEPENDENT"]
+    return built and x.dtype == torch.bfloat16 and codes.bits == 4 and codes.group in (32, 64, 128)
+
+
+def _launch_nibbles(x: torch.Tensor, codes: Codes, bias: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor:
+    num_rows, (num_out, num_in) = x.shape[0], codes.shape
+    num_words, each = num_in // 8, codes.group // 8
+    options = dependent_launch(x.device)
+    spread = torch.empty_like(x, memory_format=torch.contiguous_format)
+    block = min(next_power_of_2(num_words), 1024)
+    _spread_kernel[(-(-num_words // block), num_rows)](
+        x, spread, num_words, x.stride(0), PER=8, EACH=each, BLOCK_WORDS=block, num_warps=4, **options
+    )
+    config = nibbles_config(x.device, num_rows, num_out)
+    tiles, rows = -(-num_out // config.block_out), min(max(next_power_of_2(num_rows), 16), config.block_rows)
+    row_tiles = -(-num_rows // rows)
+    split = 1 if row_tiles > 1 else split_that_fits(config.split, num_rows, num_out, tiles)
+    kind = {name: value for name, value in _kind(codes).items() if name != "BITS"}
+    _nibbles_kernel[(tiles, split, row_tiles)](
+        spread, *_parts(codes), x if bias is None else bias, out, *workspace(x.device), num_rows, num_out, num_words,
+        **kind, HAS_BIAS=bias is not None, ROWS=rows, BLOCK_OUT=config.block_out, BLOCK_WORDS=config.block_in,
+        LINES=config.ahead // 128, SPLIT=split, STAGES=config.stages, num_warps=config.warps, **options,
     )  # fmt: skip
     return out
 

@@ -67,6 +67,7 @@ def penalize(
     require(fits and logits.dtype == torch.float32 and counts.dtype == torch.int32, "penalize: [n, vocab] and counts")
     for value in (slots, presence, frequency, repetition):
         require(value.shape == rows.shape, f"penalize: {tuple(value.shape)} values for {tuple(rows.shape)} rows")
+    presence, frequency, repetition = presence.contiguous(), frequency.contiguous(), repetition.contiguous()
     if not runs_kernels(logits) or logits.stride(1) != 1:
         reference.penalize(logits, counts, rows, slots, presence, frequency, repetition)
     elif len(rows):

@@ -15,11 +15,20 @@ MegaBlocks' (Gale et al., 2022) in the form that inference engines use.
 import torch
 
 from mainsail_kernels import reference
-from mainsail_kernels._triton import next_power_of_2, require, runs_kernels, tl, triton
+from mainsail_kernels._triton import (
+    dependent_launch,
+    next_power_of_2,
+    require,
+    runs_kernels,
+    tl,
+    triton,
+    wait_for_inputs,
+)
 from mainsail_kernels.silu_mul import clamped_swiglu, silu_mul
 
-SMALL_PAIRS = 1024
-"""Up to here one program sorts all pairs; a decode step's hundred launches would cost more than its experts."""
+SMALL_PAIRS = 4096
+"""Up to here one launch sorts all pairs; a decode step's hundred launches would cost more than its experts."""
+_SUM_BLOCK = 512
 TILE_SMALL, TILE_LARGE = 16, 64
 """Rows of a tile: for few rows an expert (decodes), and for many (prompts)."""
 
@@ -34,9 +43,11 @@ def _route_kernel(
     NORMALIZED: tl.constexpr,
     K: tl.constexpr,
     EXPERTS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     expert = tl.arange(0, EXPERTS)
+    wait_for_inputs(DEPENDENT)
     scores = tl.load(scores_ptr + row * stride + expert, mask=expert < num_experts, other=-float("inf")).to(tl.float32)
     powers = tl.exp(scores - tl.max(scores, axis=0))
     total = tl.sum(powers, axis=0)
@@ -66,35 +77,46 @@ def _group_kernel(
     PAIRS: tl.constexpr,
     EXPERTS: tl.constexpr,
     TILES: tl.constexpr,
-    STEP: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
-    expert = tl.arange(0, EXPERTS)
-    counts = tl.zeros((EXPERTS,), tl.int32)
-    for start in range(0, PAIRS, STEP):
-        pair = start + tl.arange(0, STEP)
-        of_pair = tl.load(chosen_ptr + pair, mask=pair < num_pairs, other=-1).to(tl.int32)
-        counts += tl.sum((of_pair[:, None] == expert[None, :]).to(tl.int32), axis=0)
+    """A program for each expert: all count everybody's pairs, which is cheap, and each writes down its own."""
+    mine = tl.program_id(0)
+    pair = tl.arange(0, PAIRS)
+    wait_for_inputs(DEPENDENT)
+    of_pair = tl.load(chosen_ptr + pair, mask=pair < num_pairs, other=EXPERTS).to(tl.int32)
+    expert = tl.arange(0, 2 * EXPERTS)  # those of padding are counted beyond the last expert
+    counts = tl.where(expert < EXPERTS, tl.histogram(of_pair, 2 * EXPERTS), 0)
     padded = (counts + TILE - 1) // TILE * TILE
-    ends = tl.cumsum(padded, axis=0)
+    first = tl.sum(tl.where(expert < mine, padded, 0), axis=0)
+    count = tl.sum(tl.where(expert == mine, counts, 0), axis=0)
+    end = first + (count + TILE - 1) // TILE * TILE
+    own = of_pair == mine
+    tl.store(rows_ptr + first + tl.cumsum(own.to(tl.int32), axis=0) - 1, pair, mask=own)
+    place = first + count + tl.arange(0, TILE)
+    tl.store(rows_ptr + place, tl.full((TILE,), 0, tl.int32) + num_pairs, mask=place < end)
     tile = tl.arange(0, TILES)
-    passed = (ends[None, :] <= tile[:, None] * TILE) & (expert < num_experts)[None, :]
-    of_tile = tl.sum(passed.to(tl.int32), axis=1)
-    tl.store(tile_expert_ptr + tile, tl.where(of_tile < num_experts, of_tile, -1), mask=tile < num_tiles)
-    for start in range(0, TILES * TILE, STEP):
-        place = start + tl.arange(0, STEP)
-        padding = tl.full((STEP,), 0, tl.int32) + num_pairs
-        tl.store(rows_ptr + place, padding, mask=place < num_tiles * TILE)
-    tl.debug_barrier()  # the padding is there before the pairs are written over it
-    first = ends - padded
-    seen = tl.zeros((EXPERTS,), tl.int32)
-    for start in range(0, PAIRS, STEP):
-        pair = start + tl.arange(0, STEP)
-        of_pair = tl.load(chosen_ptr + pair, mask=pair < num_pairs, other=-1).to(tl.int32)
-        hits = (of_pair[:, None] == expert[None, :]).to(tl.int32)
-        before = tl.cumsum(hits, axis=0) - hits + (seen + first)[None, :]
-        place = tl.sum(before * hits, axis=1)
-        tl.store(rows_ptr + place, pair, mask=pair < num_pairs)
-        seen += tl.sum(hits, axis=0)
+    tl.store(tile_expert_ptr + tile, tile * 0 + mine, mask=(tile >= first // TILE) & (tile < end // TILE))
+    if mine == num_experts - 1:
+        tl.store(tile_expert_ptr + tile, tile * 0 - 1, mask=(tile >= end // TILE) & (tile < num_tiles))
+        for start in range(end, num_tiles * TILE, 1024):
+            unused = start + tl.arange(0, 1024)
+            tl.store(rows_ptr + unused, tl.full((1024,), 0, tl.int32) + num_pairs, mask=unused < num_tiles * TILE)
+
+
+@triton.jit
+def _sum_kernel(
+    parts_ptr, out_ptr, size, PER_TOKEN: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    """out [n, size]: the sum of the PER_TOKEN rows of each token in parts [n * PER_TOKEN, size]."""
+    row = tl.program_id(1).to(tl.int64)
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    part = tl.arange(0, PADDED)
+    at = (row * PER_TOKEN + part)[:, None] * size + column[None, :]
+    wait_for_inputs(DEPENDENT)
+    parts = tl.load(parts_ptr + at, mask=(part < PER_TOKEN)[:, None] & (column < size)[None, :], other=0.0)
+    total = tl.sum(parts.to(tl.float32), axis=0)
+    tl.store(out_ptr + row * size + column, total.to(out_ptr.dtype.element_ty), mask=column < size)
 
 
 @triton.jit
@@ -138,8 +160,10 @@ def _grouped_kernel(
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
     STAGES: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     tile = tl.program_id(1)
+    wait_for_inputs(DEPENDENT)
     expert = tl.load(tile_expert_ptr + tile).to(tl.int64)
     if expert < 0:
         return
@@ -213,7 +237,13 @@ def grouped_mlp(
     outer = torch.empty((n * per_token, hidden), dtype=x.dtype, device=x.device)
     active = silu_mul(inner) if swiglu is None else clamped_swiglu(inner, *swiglu)
     _launch(active, down, down_scale, down_bias, rows, tile_expert, weights.reshape(-1), outer, 1, tile)
-    return outer.view(n, per_token, hidden).sum(dim=1)
+    out = torch.empty((n, hidden), dtype=x.dtype, device=x.device)
+    if n:
+        _sum_kernel[(-(-hidden // _SUM_BLOCK), n)](
+            outer, out, hidden, PER_TOKEN=per_token, PADDED=next_power_of_2(per_token), BLOCK=_SUM_BLOCK,
+            num_warps=4, **dependent_launch(x.device),
+        )  # fmt: skip
+    return out
 
 
 def _inputs(matrix: torch.Tensor, scale: torch.Tensor | None) -> int:
@@ -240,6 +270,7 @@ def route(scores: torch.Tensor, per_token: int, *, normalized: bool) -> tuple[to
         _route_kernel[(n,)](
             scores, weights, chosen, num_experts, scores.stride(0),
             NORMALIZED=normalized, K=per_token, EXPERTS=next_power_of_2(num_experts), num_warps=1,
+            **dependent_launch(scores.device),
         )  # fmt: skip
     return weights, chosen
 
@@ -255,9 +286,10 @@ def group(chosen: torch.Tensor, num_experts: int, tile: int) -> tuple[torch.Tens
     if num_pairs <= SMALL_PAIRS and runs_kernels(chosen):
         rows = torch.empty(tiles * tile, dtype=torch.int32, device=device)
         tile_expert = torch.empty(tiles, dtype=torch.int32, device=device)
-        _group_kernel[(1,)](
-            flat, rows, tile_expert, num_pairs, num_experts, tiles, TILE=tile, PAIRS=next_power_of_2(num_pairs),
-            EXPERTS=next_power_of_2(num_experts), TILES=next_power_of_2(tiles), STEP=64, num_warps=8,
+        _group_kernel[(num_experts,)](
+            flat, rows, tile_expert, num_pairs, num_experts, tiles, TILE=tile,
+            PAIRS=max(next_power_of_2(num_pairs), 128), EXPERTS=next_power_of_2(num_experts),
+            TILES=next_power_of_2(tiles), num_warps=4, **dependent_launch(device),
         )  # fmt: skip
         return rows, tile_expert
     order = flat.argsort(stable=True)
@@ -291,5 +323,5 @@ def _launch(
         PER_TOKEN=per_token, SCALED=scale is not None, BIAS=bias is not None, TILE=tile, CHANNELS=dims == 2,
         BLOCKS=dims == 3, FP4=fp4,
         BLOCK_OUT=block_out, BLOCK_IN=block_in, STAGES=4 if tile == TILE_SMALL else 3,
-        num_warps=4,
+        num_warps=4, **dependent_launch(x.device),
     )  # fmt: skip

@@ -50,11 +50,10 @@ def _rms_norm_kernel(
         tl.store(sum_ptr + row * size + column, x.to(sum_ptr.dtype.element_ty), mask=inside)
     scale = 1.0 / tl.sqrt(tl.sum(x * x, axis=0) / size + eps)
     if QUANTIZED:  # what would have been stored, as quantize_rows would read it
-        normed = (x * scale * weight).to(x_ptr.dtype.element_ty).to(tl.float32)[None, :]
-        step = row_scale(normed)
-        at = row * size + column[None, :]
-        tl.store(out_ptr + at, to_e4m3(normed / step[:, None], ROUND), mask=inside[None, :])
-        tl.store(scale_ptr + row + tl.arange(0, 1), step)
+        normed = (x * scale * weight).to(x_ptr.dtype.element_ty).to(tl.float32)
+        step = row_scale(normed, 0)
+        tl.store(out_ptr + row * size + column, to_e4m3(normed / step, ROUND), mask=inside)
+        tl.store(scale_ptr + row, step)
     else:
         tl.store(out_ptr + row * size + column, (x * scale * weight).to(out_ptr.dtype.element_ty), mask=inside)
 

@@ -188,3 +188,14 @@ def grouped_config(device: torch.device, rows: int, num_out: int, num_in: int) -
         return None
     split = _split(-(-num_out // 128), multiprocessors(device))
     return QuantizedConfig(128, 32, 4, 4, split) if rows <= 16 else QuantizedConfig(128, 16, 4, 4, split)
+
+
+def nibbles_config(device: torch.device, rows: int, num_out: int) -> QuantizedConfig:
+    """For x [rows, …] of bfloat16 and codes of 4 bits."""
+    chosen = _override.get(QuantizedConfig)
+    if isinstance(chosen, QuantizedConfig):
+        return chosen
+    if INTERPRETED:
+        return QuantizedConfig(16, 16, 4, 1, split=3, block_rows=16)
+    split = _split(-(-num_out // 64), multiprocessors(device))
+    return QuantizedConfig(64, 32, 4, 3, split, block_rows=32)

@@ -9,7 +9,8 @@ from mainsail_kernels.logits import best_logprobs, penalize
 from mainsail_kernels.reference import IN_PROMPT
 
 
-def test_penalties_change_seen_tokens_of_their_rows_only(device):
+@pytest.mark.parametrize("apart", [False, True])
+def test_penalties_change_seen_tokens_of_their_rows_only(apart, device):
     random = torch.Generator().manual_seed(0)
     logits = torch.randn(6, 9000, generator=random)
     counts = torch.zeros(4, 9000, dtype=torch.int32)
@@ -18,6 +19,8 @@ def test_penalties_change_seen_tokens_of_their_rows_only(device):
     counts[2, 8999] = 1
     rows, slots = torch.tensor([5, 0, 2]), torch.tensor([1, 2, 3])
     presence, frequency, repetition = torch.tensor([[0.5, 0.0, 0.3], [0.25, 1.0, 0.0], [1.0, 2.0, 1.5]])
+    if apart:  # each value three numbers after the last, as NumPy lays out rows that it picks columns of
+        presence, frequency, repetition = torch.stack((presence, frequency, repetition), dim=1).unbind(dim=1)
     out = logits.to(device, copy=True)
     penalize(out, *(x.to(device) for x in (counts, rows, slots, presence, frequency, repetition)))
     truth = logits.double()

@@ -65,7 +65,7 @@ class TokenCounts:
         self, logits: torch.Tensor, rows: np.ndarray, slots: np.ndarray, counts: torch.Tensor, places: torch.Tensor
     ) -> None:
         """Those rows, of these slots, by the counts in these rows of `counts`."""
-        presence, frequency, repetition = self._up(self._penalties[:, slots])
+        presence, frequency, repetition = self._up(np.ascontiguousarray(self._penalties[:, slots]))
         penalize(logits, counts, self._up(rows), places, presence, frequency, repetition)
 
     def catch_up(self, slot: int, tokens: Sequence[int]) -> None:
