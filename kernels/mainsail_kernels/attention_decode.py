@@ -265,9 +265,9 @@ def decode_workspace(
     )
 
 
-def _target(device: torch.device, head_dim: int, num_kv_heads: int, num_seqs: int) -> int:
-    """Chunks per KV head that fill the card."""
-    programs = multiprocessors(device) * decode_config(device, head_dim, num_seqs).programs_per_sm
+def _target(device: torch.device, head_dim: int, num_kv_heads: int, num_seqs: int, *, fp8: bool = False) -> int:
+    """Chunks per KV head that fill the card; of a cache in FP8 no more than of others."""
+    programs = multiprocessors(device) * decode_config(device, head_dim, num_seqs, fp8=fp8).programs_per_sm
     return max(programs // num_kv_heads, 1)
 
 
@@ -323,8 +323,9 @@ def _launch(
     num_seqs, num_heads, head_dim = query.shape
     num_kv_heads = kv.shape[2]
     group = num_heads // num_kv_heads
-    config = decode_config(query.device, head_dim, num_seqs)
-    target = _target(query.device, head_dim, num_kv_heads, num_seqs)
+    fp8 = kv.dtype == FP8
+    config = decode_config(query.device, head_dim, num_seqs, fp8=fp8)
+    target = _target(query.device, head_dim, num_kv_heads, num_seqs, fp8=fp8)
     items = (target + num_seqs) * num_heads
     enough = workspace.partial.numel() >= items * head_dim and workspace.counters.numel() >= num_seqs * num_kv_heads
     require(enough, f"the workspace is too small for {num_seqs} sequences of {num_heads} heads of {head_dim}")
@@ -362,7 +363,7 @@ def _launch(
         WINDOW=window > 0,
         SOFT_CAP=soft_cap > 0,
         SINKS=sinks is not None,
-        PAIRS=kv.dtype == FP8 and query.element_size() == 2,
+        PAIRS=fp8 and query.element_size() == 2,
         STAGES=config.stages,
         num_warps=config.warps,
         **dependent_launch(query.device),

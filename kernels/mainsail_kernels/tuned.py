@@ -1,7 +1,7 @@
 """Tuned launch configurations, as data: what `benchmarks/kernels.py --tune` found, by card, with the versions.
 
-The entries for Hopper (cards named "NVIDIA H…") were found with torch 2.11.0 and Triton 3.6.0, CUDA 13.0: prefill on an
-H200, decode and linears (dependent launches, the inputs' split) on an H100.
+The entries for Hopper (cards named "NVIDIA H…") were found with torch 2.11.0 and Triton 3.6.0, CUDA 13.0: attention and
+codes of 4 bits on an H200, linears (dependent launches, the inputs' split) on an H100.
 A card without a table gets the defaults, which are safe everywhere (shared memory of 100 KiB is enough for them).
 `override` replaces a choice for a block of code: the tuning script's way to try a configuration.
 """
@@ -98,8 +98,8 @@ def prefill_config(device: torch.device, head_dim: int, rows: int) -> PrefillCon
     return PrefillConfig(128, 128, 8, 3, specialized) if rows > 4096 else PrefillConfig(64, 64, 4, 2, specialized)
 
 
-def decode_config(device: torch.device, head_dim: int, num_seqs: int) -> DecodeConfig:
-    """For one query for each of num_seqs sequences."""
+def decode_config(device: torch.device, head_dim: int, num_seqs: int, *, fp8: bool = False) -> DecodeConfig:
+    """For one query for each of num_seqs sequences; fp8: the cache's numbers."""
     chosen = _override.get(DecodeConfig)
     if isinstance(chosen, DecodeConfig):
         return chosen
@@ -112,9 +112,7 @@ def decode_config(device: torch.device, head_dim: int, num_seqs: int) -> DecodeC
         return DecodeConfig(32, 4, 2, 4)
     if num_seqs <= 2:
         return DecodeConfig(64, 4, 3, 4, 1)
-    if num_seqs <= 48:
-        return DecodeConfig(64, 4, 3, 4, 2)
-    return DecodeConfig(32, 4, 3, 4, 2) if num_seqs <= 96 else DecodeConfig(64, 4, 2, 5, 1)
+    return DecodeConfig(128, 4, 2, 3, 1) if fp8 and num_seqs > 96 else DecodeConfig(64, 4, 3, 4, 2)
 
 
 def linear_config(
@@ -197,5 +195,5 @@ def nibbles_config(device: torch.device, rows: int, num_out: int) -> QuantizedCo
         return chosen
     if INTERPRETED:
         return QuantizedConfig(16, 16, 4, 1, split=3, block_rows=16)
-    split = _split(-(-num_out // 64), multiprocessors(device))
+    split = _split(-(-num_out // 64), 2 * multiprocessors(device))
     return QuantizedConfig(64, 32, 4, 3, split, block_rows=32)
