@@ -366,7 +366,7 @@ def _nibbles_kernel(
     to where the matrix unit takes its second operand from and become weights there."""
     EACH: tl.constexpr = GROUP // 8
     GROUPS: tl.constexpr = BLOCK_WORDS // EACH
-    FUSED: tl.constexpr = OFFSET and not ZEROS
+    FUSED: tl.constexpr = OFFSET and not ZEROS  # pyright: ignore[reportAssignmentType]
     tile, part = tl.program_id(0), tl.program_id(1)
     output = tile * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     inner = tl.minimum(output, num_out - 1).to(tl.int64)
