@@ -250,7 +250,9 @@ def _fetch_trouble(pod: JSON) -> Trouble | None:
             return Trouble(*words)
         if name.startswith(FETCH_ADAPTER) and (words := _unfetched(status, "an adapter")):
             reason = "AdapterNotFound" if words[0] == "ModelNotFound" else words[0]
-            return Trouble(reason, f"adapter {_source(pod, name)}: {words[1]}", adapter=True)
+            # The fetcher is the model's too, and names the model's field.
+            message = words[1].replace("spec.model.secretRef", "the adapter's secretRef")
+            return Trouble(reason, f"adapter {_source(pod, name)}: {message}", adapter=True)
     return None
 
 

@@ -64,7 +64,7 @@ SLICE = {
 
 
 def test_what_keeps_an_adapter_from_being_fetched_names_it() -> None:
-    said = json.dumps({"reason": "ModelNotFound", "message": "no such repository"})
+    said = json.dumps({"reason": "ModelNotFound", "message": "no such repository; see spec.model.secretRef"})
     failed = {"terminated": {"exitCode": 1, "message": said}}
     loading = pod(state={"waiting": {"reason": "PodInitializing"}})
     adapter = {"name": "fetch-adapter-0", "args": ["hf://org/sql", "/adapters/0"]}
@@ -74,7 +74,8 @@ def test_what_keeps_an_adapter_from_being_fetched_names_it() -> None:
         {"name": "fetch-adapter-0", "state": {"waiting": {"reason": "CrashLoopBackOff"}}, "lastState": failed},
     ]
     trouble = read_pod(loading).trouble
-    assert trouble == Trouble("AdapterNotFound", "adapter hf://org/sql: no such repository", adapter=True)
+    said = "adapter hf://org/sql: no such repository; see the adapter's secretRef"
+    assert trouble == Trouble("AdapterNotFound", said, adapter=True)
     unset = {"waiting": {"reason": "CreateContainerConfigError", "message": 'secret "hub" not found'}}
     loading["status"]["initContainerStatuses"][1] = {"name": "fetch-adapter-0", "state": unset}
     trouble = read_pod(loading).trouble
