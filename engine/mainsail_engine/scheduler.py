@@ -421,7 +421,7 @@ class Scheduler:
             lacking = self._lacking(request, match)
             if lacking > 0 and self.kv.pool.num_kept:
                 lacking = self._displace(request, match, lacking)
-                if 0 < lacking <= self.kv.pool.num_kept + self._watermark:
+                if 0 < lacking <= self._not_to_be_had():
                     self._hold(request, lacking)
                     continue
             if lacking > 0:
@@ -469,6 +469,11 @@ class Scheduler:
         if overdue and lacking <= residency.reserved_blocks:
             return 0
         return self._lacking(request, match) if residency.displace(request, lacking, overdue=overdue) else lacking
+
+    def _not_to_be_had(self) -> int:
+        """Blocks that are there, and are not to be had: kept or reserved for sessions, or below the watermark."""
+        reserved = self._residency.reserved_blocks if self._residency is not None else 0
+        return self.kv.pool.num_kept + reserved + self._watermark
 
     def _hold(self, request: Request, lacking: int) -> None:
         """It would fit, but for sessions that are expected back: its turn has not begun, and waits as a whole."""
