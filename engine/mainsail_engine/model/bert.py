@@ -25,6 +25,9 @@ from mainsail_engine.model.linear import Weight, linear, packed
 from mainsail_engine.model.loader import Part, Weights
 from mainsail_engine.model.parallel import SINGLE, Parallel
 
+UNUSED = frozenset({"embeddings.position_ids", "pooler.dense.weight", "pooler.dense.bias"})
+"""Tensors that checkpoints carry and that no embedding is made of."""
+
 
 @dataclass(slots=True)
 class Norm:
@@ -90,7 +93,7 @@ class BertModel:
         self.places = places[a.position_offset :] + types[0]
         self.norm = self._norm(weights, "embeddings.LayerNorm")
         self.layers = [self._layer(index, weights) for index in range(a.num_layers)]
-        weights.finish(frozenset({"embeddings.position_ids", "pooler.dense.weight", "pooler.dense.bias"}))
+        weights.finish(UNUSED.__contains__)
 
     def _check(self, weights: Weights) -> None:
         if not weights.has("embeddings.word_embeddings.weight"):
