@@ -73,13 +73,16 @@ def roll(
 
 
 def _shrunk(others: Iterable[Revision], needed: int) -> Replicas:
-    """The others, as far as they are needed. Whoever serves most and is youngest stays longest; none grows."""
+    """The others, as far as they are needed. Whoever serves most and is youngest stays longest; none grows.
+
+    Those of which nothing serves share what is left: each of them keeping as much would leave the newest no room."""
     replicas: Replicas = {}
     for revision in sorted(others, key=lambda r: (r.serving, r.created), reverse=True):
         if revision.serving == 0 and revision.trouble is not None and revision.trouble.load_failure:
             continue
-        replicas[revision.name] = min(revision.replicas, max(needed, 0))
-        needed -= revision.serving
+        kept = min(revision.replicas, max(needed, 0))
+        replicas[revision.name] = kept
+        needed -= revision.serving or kept
     return replicas
 
 
