@@ -37,7 +37,8 @@ from mainsail_engine.chunking import ChunkController, StepWork, attention_pairs,
 from mainsail_engine.config import BLOCK_SIZE, EngineConfig
 from mainsail_engine.errors import RequestError
 from mainsail_engine.kv.cache import KVCache, blocks_for
-from mainsail_engine.kv.prefix_tree import Match, Node, pack_tokens
+from mainsail_engine.kv.packed_tokens import pack_tokens
+from mainsail_engine.kv.prefix_tree import Match, Node
 from mainsail_engine.protocol import BlockLife, RequestOutput, SchedulerStats
 from mainsail_engine.request import FinishReason, Request, RequestStatus
 from mainsail_engine.residency import Residency

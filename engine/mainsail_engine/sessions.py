@@ -31,7 +31,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from mainsail_engine.config import BLOCK_SIZE
-from mainsail_engine.kv.prefix_tree import KEY_BYTES, pack_tokens
+from mainsail_engine.kv.packed_tokens import KEY_BYTES, pack_tokens
 
 EDGES_S = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 3.0, 5.0, 8.0, 12.0, 20.0, 30.0, 45.0, 60.0, 90.0, 120.0, 180.0, 300.0, 600.0)
 """Pauses are counted in these stretches: fine where tools are, coarse where people are."""

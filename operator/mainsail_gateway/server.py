@@ -319,8 +319,8 @@ def configure(gateway: Gateway) -> uvicorn.Config:
 
 async def serve(settings: Settings, post: Post | None = None) -> None:
     """Run a gateway until it is told to go. post: its place, when it is one of several workers."""
-    gateway = Gateway(settings, _traces(settings), most_clients=room(allow_many_files(), settings.workers))
     client = kubernetes_client(settings)
+    gateway = Gateway(settings, _traces(settings), most_clients=room(allow_many_files(), settings.workers))
     debug = debugger(gateway, asyncio.get_running_loop())
     address = (settings.host, settings.health_port) if post is None else post.health
     health = HealthServer(address, checks_of(gateway.health), exposition(gateway.metrics.registry), debug)

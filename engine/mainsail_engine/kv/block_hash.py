@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 
-from mainsail_engine.kv.prefix_tree import KEY_BYTES, pack_tokens
+from mainsail_engine.kv.packed_tokens import KEY_BYTES, pack_tokens
 
 
 def first_digest(salt: str) -> bytes:

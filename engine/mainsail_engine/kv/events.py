@@ -25,7 +25,8 @@ import zmq
 from mainsail_engine.config import BLOCK_SIZE, KVEventsConfig
 from mainsail_engine.errors import InvalidConfigurationError
 from mainsail_engine.kv.block_hash import first_digest, next_digest, number_of
-from mainsail_engine.kv.prefix_tree import Node, unpack_tokens
+from mainsail_engine.kv.packed_tokens import unpack_tokens
+from mainsail_engine.kv.prefix_tree import Node
 
 END_OF_REPLAY = (-1).to_bytes(8, "big", signed=True)
 SNAPSHOT = END_OF_REPLAY

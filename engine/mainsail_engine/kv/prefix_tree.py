@@ -25,8 +25,6 @@ The idea: RadixAttention (SGLang, Zheng et al. 2023) on paged blocks, with a cop
 
 from __future__ import annotations
 
-import sys
-from array import array
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
 from heapq import heapify, heappop, heappush
@@ -35,31 +33,7 @@ from typing import Protocol
 from mainsail_engine.config import BLOCK_SIZE
 from mainsail_engine.kv.block_pool import BlockPool, BlockPoolError
 from mainsail_engine.kv.host_tier import HostTier
-
-TOKEN_BYTES = 4
-KEY_BYTES = BLOCK_SIZE * TOKEN_BYTES
-
-
-def pack_tokens(token_ids: Sequence[int]) -> bytes:
-    """Token ids as big-endian 32-bit words, so that byte order is token order."""
-    words = array("I", token_ids)
-    if sys.byteorder == "little":
-        words.byteswap()
-    return words.tobytes()
-
-
-def unpack_tokens(packed: bytes) -> list[int]:
-    words = array("I", packed)
-    if sys.byteorder == "little":
-        words.byteswap()
-    return words.tolist()
-
-
-def common_tokens(left: bytes, right: bytes) -> int:
-    """How many leading tokens two packed sequences share."""
-    size = min(len(left), len(right))
-    differing = int.from_bytes(left[:size], "big") ^ int.from_bytes(right[:size], "big")
-    return (size * 8 - differing.bit_length()) // 8 // TOKEN_BYTES
+from mainsail_engine.kv.packed_tokens import KEY_BYTES, common_tokens, pack_tokens
 
 
 class Node:

@@ -17,7 +17,8 @@ from mainsail_engine.errors import InvalidConfigurationError
 from mainsail_engine.kv.block_hash import block_hashes
 from mainsail_engine.kv.block_pool import BlockPool
 from mainsail_engine.kv.events import END_OF_REPLAY, SNAPSHOT, KVEvents, block_hash
-from mainsail_engine.kv.prefix_tree import Node, PrefixTree, pack_tokens
+from mainsail_engine.kv.packed_tokens import pack_tokens
+from mainsail_engine.kv.prefix_tree import Node, PrefixTree
 
 FLAG = "--kv-events-config"
 LOCAL = KVEventsConfig(endpoint="tcp://127.0.0.1:0", replay_endpoint="tcp://127.0.0.1:0", topic="kv@pod")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from mainsail_engine.kv.block_pool import BlockPool
-from mainsail_engine.kv.prefix_tree import PrefixTree, common_tokens, pack_tokens
+from mainsail_engine.kv.packed_tokens import common_tokens, pack_tokens
+from mainsail_engine.kv.prefix_tree import PrefixTree
 
 
 class Cached:

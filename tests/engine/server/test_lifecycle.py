@@ -104,7 +104,7 @@ class Stream(threading.Thread):
 @pytest.mark.model
 def test_sigterm_drains(own_engine: Callable[..., Any], waiting: Callable[..., None]) -> None:
     engine = own_engine("--drain-timeout", "100")
-    stream = Stream(engine.url, 40)
+    stream = Stream(engine.url, 500)
     assert stream.begun.wait(60)
     engine.terminate()
     waiting(lambda: engine.http.get(engine.url + "/health/ready").status_code == 503, "readiness to fail")
