@@ -89,7 +89,7 @@ def test_overload_is_refused_quickly_and_the_rest_is_served(kube: Kube, gateway_
 
             async def one() -> tuple[int, float, httpx.Response]:
                 began = time.monotonic()
-                answer = await http.post("/v1/completions", json=ASK | {"max_tokens": 200, "ignore_eos": True})
+                answer = await http.post("/v1/completions", json=ASK | {"max_tokens": 800, "ignore_eos": True})
                 return answer.status_code, time.monotonic() - began, answer
 
             return await asyncio.gather(*(one() for _ in range(40)))
@@ -103,7 +103,7 @@ def test_overload_is_refused_quickly_and_the_rest_is_served(kube: Kube, gateway_
     assert len(times[429]) > len(times[200]) >= 3
     for code, _, answer in answers:
         if code == 200:
-            assert answer.json()["usage"]["completion_tokens"] == 200
+            assert answer.json()["usage"]["completion_tokens"] == 800
         else:
             assert int(answer.headers["retry-after"]) >= 1
             assert answer.json()["error"]["type"] == "rate_limit_error"
