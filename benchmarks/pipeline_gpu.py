@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -21,11 +19,10 @@ from typing import Any
 
 import torch
 from engine_gpu import MODELS, Load
-from tensor_parallel_gpu import make_tiny
+from tensor_parallel_gpu import answers, child_of, make_tiny
 
 from mainsail_engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from mainsail_engine.core import build
-from mainsail_engine.protocol import Add
 from mainsail_engine.request import SamplingParams
 
 BATCHES = (2, 16, 64, 256)
@@ -35,11 +32,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def child(task: str, *arguments: str) -> Any:
-    """What this script prints last when it is called for one task."""
-    done = subprocess.run([sys.executable, __file__, "--task", task, *arguments], stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise SystemExit(f"{task} {' '.join(arguments)} failed with code {done.returncode}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return child_of(__file__, task, *arguments)
 
 
 def tokens(folder: Path, stages: int) -> list[list[int]]:
@@ -48,18 +41,10 @@ def tokens(folder: Path, stages: int) -> list[list[int]]:
         model=ModelConfig(path=str(folder), dtype="float32", max_model_len=512), cache=CacheConfig(num_blocks=512),
         scheduler=SchedulerConfig(max_num_seqs=16), pipeline_parallel_size=stages, device=DEVICE,
     )  # fmt: skip
-    core, _ = build(config)
-    found: dict[str, list[int]] = {}
-    for index in range(16):
-        prompt = [(7 * index + 3 * i) % 1000 + 3 for i in range(20 + 17 * index)]
-        params = SamplingParams(max_tokens=64, temperature=float(index % 2), seed=index, ignore_eos=True)
-        core.handle(Add(f"{index:02}", prompt, params), 0.0)
-        found[f"{index:02}"] = []
-    while core.has_work:
-        outputs = core.step(time.monotonic())
-        for output in outputs.outputs if outputs else ():
-            found[output.request_id] += output.token_ids
-    return [found[key] for key in sorted(found)]
+    params = [
+        SamplingParams(max_tokens=64, temperature=float(index % 2), seed=index, ignore_eos=True) for index in range(16)
+    ]
+    return answers(config, params)
 
 
 def rates(model: str, stages: int) -> dict[str, Any]:

@@ -16,12 +16,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from engine_gpu import MODELS, Load, decode_step_ms, measured_bandwidth, step_bytes
+from engine_gpu import MODELS, Load, Widths, decode_step_ms, measured_bandwidth, step_bytes
 
 from mainsail_engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from mainsail_engine.core import build
@@ -40,12 +41,16 @@ TINY = {
 }  # fmt: skip
 
 
-def child(task: str, *arguments: str) -> Any:
-    """What this script prints last when it is called for one task."""
-    done = subprocess.run([sys.executable, __file__, "--task", task, *arguments], stdout=subprocess.PIPE, text=True)
+def child_of(script: str, task: str, *arguments: str) -> Any:
+    """What a script prints last when it is called for one task."""
+    done = subprocess.run([sys.executable, script, "--task", task, *arguments], stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise SystemExit(f"{task} {' '.join(arguments)} failed with code {done.returncode}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def child(task: str, *arguments: str) -> Any:
+    return child_of(__file__, task, *arguments)
 
 
 def make_tiny(folder: Path) -> None:
@@ -78,11 +83,16 @@ def tokens(folder: Path, size: int) -> list[list[int]]:
         cache=CacheConfig(num_blocks=512), scheduler=SchedulerConfig(max_num_seqs=16),
         tensor_parallel_size=size, device="cuda",
     )  # fmt: skip
+    return answers(config, [SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True)] * 16)
+
+
+def answers(config: EngineConfig, params: Sequence[SamplingParams]) -> list[list[int]]:
+    """Token ids by such an engine, one answer for each of params, to prompts of growing length."""
     core, _ = build(config)
     found: dict[str, list[int]] = {}
-    for index in range(16):
+    for index, each in enumerate(params):
         prompt = [(7 * index + 3 * i) % 1000 + 3 for i in range(20 + 17 * index)]
-        core.handle(Add(f"{index:02}", prompt, SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True)), 0.0)
+        core.handle(Add(f"{index:02}", prompt, each), 0.0)
         found[f"{index:02}"] = []
     while core.has_work:
         outputs = core.step(time.monotonic())
@@ -202,7 +212,7 @@ def main() -> None:
     result["start_s"] = [one["start_s"], many["start_s"]]
     result["steps"] = []
     for batch in BATCHES:
-        floor = step_bytes(architecture, batch, 1024) / bandwidth * 1e3
+        floor = step_bytes(architecture, batch, 1024, Widths(2.0, 2.0, 2.0)) / bandwidth * 1e3
         row = {
             "batch": batch,
             "one_ms": one["ms"][str(batch)],

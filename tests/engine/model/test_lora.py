@@ -88,6 +88,17 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return runner, model
 
 
+def answer(runner: ModelRunner, request: Request, count: int) -> None:
+    """Decodes alone until the request has so many tokens."""
+    done = 0
+    while len(request.output_token_ids) < count:
+        size = request.num_tokens - done
+        plan = StepPlan(chunks=[Chunk(request, done, size, True, request.slot, request.block_ids)])
+        plan.num_decodes = int(size == 1)
+        request.output_token_ids += runner.launch(plan).result().token_ids
+        done += size
+
+
 def theirs(model: Any, slot: int, prompt: list[int]) -> torch.Tensor:
     if slot < 0:
         with model.disable_adapter():
@@ -147,13 +158,7 @@ def test_greedy_tokens_of_a_mixed_batch_equal_each_alone(
     for request in requests:
         alone = Request("alone", request.prompt_token_ids, request.params, 0.0, slot=3,
                         adapter_slot=request.adapter_slot, block_ids=list(range(30, 38)))  # fmt: skip
-        done = 0
-        while len(alone.output_token_ids) < 8:
-            size = alone.num_tokens - done
-            plan = StepPlan(chunks=[Chunk(alone, done, size, True, 3, alone.block_ids)])
-            plan.num_decodes = int(size == 1)
-            alone.output_token_ids += runner.launch(plan).result().token_ids
-            done += size
+        answer(runner, alone, 8)
         assert alone.output_token_ids == request.output_token_ids
     assert len({tuple(request.output_token_ids) for request in requests}) == 3, "the adapters change nothing"
     for heads in (0, 1 << 30):  # rows of guesses as chunks and as decodes
@@ -285,13 +290,7 @@ def test_a_rank_of_256_equals_merged_weights(tmp_path: Path) -> None:
                       adapter_slot=0, block_ids=list(range(16)))  # fmt: skip
     plain = replace(request, adapter_slot=-1, output_token_ids=[])
     for each, engine in ((request, runner), (plain, merged)):
-        done = 0
-        while len(each.output_token_ids) < 10:
-            size = each.num_tokens - done
-            plan = StepPlan(chunks=[Chunk(each, done, size, True, 0, each.block_ids)])
-            plan.num_decodes = int(size == 1)
-            each.output_token_ids += engine.launch(plan).result().token_ids
-            done += size
+        answer(engine, each, 10)
     assert request.output_token_ids == plain.output_token_ids
     assert request.output_token_ids != generate(runner, prompt, 10, chunk=64), "the adapter changes nothing"
 
