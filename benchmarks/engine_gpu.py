@@ -85,14 +85,14 @@ def step_bytes(a: Architecture, batch: int, context: int, widths: Widths) -> flo
     """Bytes that a decode step must read: every weight but the embedding table, and the KV."""
     qkv = (a.num_heads + 2 * a.num_kv_heads) * a.head_dim * a.hidden_size
     attention = (qkv + a.num_heads * a.head_dim * a.hidden_size) * widths.weight
-    mlp = _mlp_weights(a, batch) * (widths.weight if a.experts is None else widths.expert)
+    mlp = mlp_weights(a, batch) * (widths.weight if a.experts is None else widths.expert)
     head = 2 * a.vocab_size * a.hidden_size
     seen = sum(min(context, a.window(layer) or context) for layer in range(a.num_layers))
     kv = 2 * a.num_kv_heads * a.head_dim * seen * batch
     return head + a.num_layers * (attention + mlp) + kv * widths.kv
 
 
-def _mlp_weights(a: Architecture, batch: int) -> float:
+def mlp_weights(a: Architecture, batch: int) -> float:
     """Of a layer; with experts, the share of them that `batch` random choices hit."""
     if a.experts is None:
         return 3 * a.hidden_size * a.intermediate_size
@@ -243,6 +243,28 @@ def rows(
     return table
 
 
+def engine_config(args: argparse.Namespace, *, prefix_caching: bool = False) -> EngineConfig:
+    """Dummy weights in the shapes of args.model, room for args.max_model_len tokens, no bound on the time of a step."""
+    model = MODELS / args.model
+    if args.max_model_len > read_architecture(model).max_position_embeddings:
+        shapes = json.loads((model / "config.json").read_text()) | {"max_position_embeddings": args.max_model_len}
+        model = Path(tempfile.mkdtemp())
+        (model / "config.json").write_text(json.dumps(shapes))
+    return EngineConfig(
+        model=ModelConfig(
+            path=str(model),
+            load_format="dummy",
+            max_model_len=args.max_model_len,
+            quantization=args.quantization,
+        ),
+        cache=CacheConfig(enable_prefix_caching=prefix_caching, dtype=args.kv_cache_dtype),
+        scheduler=SchedulerConfig(max_num_seqs=args.max_num_seqs, max_inter_token_latency_ms=0),
+        device="cuda",
+        overlap=not getattr(args, "no_overlap", False),
+        cuda_graphs=not getattr(args, "no_graphs", False),
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", default="llama-3-8b", choices=sorted(name for name in PEER if " " not in name))
@@ -260,24 +282,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     bandwidth = measured_bandwidth()
     torch.cuda.empty_cache()
-    model = MODELS / args.model
-    if args.max_model_len > read_architecture(model).max_position_embeddings:
-        shapes = json.loads((model / "config.json").read_text()) | {"max_position_embeddings": args.max_model_len}
-        model = Path(tempfile.mkdtemp())
-        (model / "config.json").write_text(json.dumps(shapes))
-    config = EngineConfig(
-        model=ModelConfig(
-            path=str(model),
-            load_format="dummy",
-            max_model_len=args.max_model_len,
-            quantization=args.quantization,
-        ),
-        cache=CacheConfig(enable_prefix_caching=False, dtype=args.kv_cache_dtype),
-        scheduler=SchedulerConfig(max_num_seqs=args.max_num_seqs, max_inter_token_latency_ms=0),
-        device="cuda",
-        overlap=not args.no_overlap,
-        cuda_graphs=not args.no_graphs,
-    )
+    config = engine_config(args)
     started = time.perf_counter()
     core, ready = build(config)
     start_s = time.perf_counter() - started
@@ -291,7 +296,7 @@ def main() -> None:
     named = args.model if args.quantization == "auto" else f"{args.model} {args.quantization}"
     peer = PEER.get(named, {"step_ms": {}, "prefill": None, "mixed": None, "long": None})
     table = rows(
-        load, named, read_architecture(model), set(args.rows.split(",")), bandwidth, widths,
+        load, named, read_architecture(Path(config.model.path)), set(args.rows.split(",")), bandwidth, widths,
         [int(batch) for batch in args.batches.split(",")], peer,
     )  # fmt: skip
     if args.output:
