@@ -113,16 +113,15 @@ def _end_pinning(stop: threading.Event, pinning: threading.Thread) -> None:
 
 
 def _give_back(pieces: list[torch.Tensor], device: torch.device) -> None:
-    """Not while the process ends: a thread that is in the driver then takes the process down with an abort."""
-    if not threading.main_thread().is_alive():
-        return
-    threading.Thread(target=_unpin, args=(pieces, device), name="unpin-host-memory", daemon=True).start()
+    """On a thread that the end of the process waits for: one still in the driver then takes it down with an abort."""
+    if threading.main_thread().is_alive():
+        threading.Thread(target=_unpin, args=(pieces, device), name="unpin-host-memory").start()
 
 
 def _unpin(pieces: list[torch.Tensor], device: torch.device) -> None:
-    """It takes about a second for 32 GiB: not on the thread that wants to sleep."""
+    """It takes about a second for 32 GiB: not on the thread that wants to sleep. The process's end does it faster."""
     torch.cuda.synchronize(device)
-    while pieces:
+    while pieces and threading.main_thread().is_alive():
         unpin(pieces.pop())
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -124,6 +127,20 @@ def test_when_memory_is_refused_it_goes_on_with_what_it_got(monkeypatch, caplog)
     swap.store([BlockMove(1, 15)])
     swap.load([BlockMove(2, 15)])
     assert torch.equal(cache[:, 1], cache[:, 2])
+
+
+def test_a_process_that_ends_while_memory_is_given_back_ends_well_and_soon() -> None:
+    """The main function's end frees the pool, whose memory a thread then unpins, in the driver most of the time."""
+    script = """
+import time, torch
+from mainsail_engine.runner import swap
+torch.cuda.synchronize = lambda device: None
+swap.unpin = lambda piece: time.sleep(0.05)
+swap._give_back([torch.empty(1)] * 1200, torch.device("cpu"))
+print("the end", flush=True)
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "the end\n", "")
 
 
 def test_how_much_host_memory() -> None:
