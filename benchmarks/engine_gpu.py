@@ -21,11 +21,13 @@ import json
 import logging
 import os
 import random
+import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +36,8 @@ import torch
 from mainsail_engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from mainsail_engine.core import EngineCore, build
 from mainsail_engine.model.architecture import Architecture, read_architecture
-from mainsail_engine.protocol import Add, Control
-from mainsail_engine.request import SamplingParams
+from mainsail_engine.protocol import Abort, Add, Control
+from mainsail_engine.request import FinishReason, SamplingParams
 
 MODELS = Path(__file__).parent / "models"
 STEP_BATCHES = (1, 8, 32, 64, 128, 256)
@@ -113,6 +115,12 @@ class Load:
         self.count += 1
         self.core.handle(Add(str(self.count), prompt, params), time.monotonic())
 
+    def abort(self, after: int) -> None:
+        """End all requests but the first `after`."""
+        names = [str(number) for number in range(after + 1, self.count + 1)]
+        self.core.handle(Abort(names, FinishReason.ABORT), time.monotonic())
+        self.drain()
+
     def drain(self) -> tuple[int, float]:
         """Run until all is done: (output tokens, seconds)."""
         started, tokens = time.perf_counter(), 0
@@ -134,15 +142,21 @@ def decode_together(load: Load, batch: int, context: int, **settings: Any) -> No
         whole += bool(outputs and sum(len(o.token_ids) for o in outputs.outputs) == batch)
 
 
-def decode_step_ms(load: Load, batch: int, context: int = 992, **settings: Any) -> float:
-    """Mean time of 48 steps with `batch` decodes at a context of about `context` and 32 more."""
+def decode_step_times(load: Load, batch: int, context: int = 992, **settings: Any) -> list[float]:
+    """Seconds of each of 48 steps with `batch` decodes at a context of about `context` and 32 more."""
+    first = load.count
     decode_together(load, batch, context, **settings)
-    started = time.perf_counter()
+    ends = [time.perf_counter()]
     for _ in range(48):
         load.core.step(time.monotonic())
-    elapsed = time.perf_counter() - started
-    load.drain()
-    return elapsed / 48 * 1e3
+        ends.append(time.perf_counter())
+    load.abort(first)
+    return [end - before for before, end in pairwise(ends)]
+
+
+def decode_step_ms(load: Load, batch: int, context: int = 992, **settings: Any) -> float:
+    """Their mean."""
+    return statistics.fmean(decode_step_times(load, batch, context, **settings)) * 1e3
 
 
 def kernel_times(load: Load, batch: int, context: int = 992, steps: int = 8) -> list[tuple[str, float, float]]:
@@ -171,14 +185,20 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def sampling_rows(load: Load, batch: int) -> Iterator[tuple[str, float, float]]:
-    """(setting, milliseconds of a step, milliseconds of a greedy one before and after it)."""
-    before = decode_step_ms(load, batch, 256)
-    for name, settings in SETTINGS.items():
-        ms = decode_step_ms(load, batch, 256, **settings)
-        after = decode_step_ms(load, batch, 256)
-        yield name, ms, (before + after) / 2
-        before = after
+def sampling_rows(load: Load, batch: int, rounds: int) -> Iterator[tuple[str, float, float]]:
+    """(setting, milliseconds of a step, of a greedy one): medians over all rounds, of the steps of greedy runs right
+    before and after each."""
+    asked: dict[str, list[float]] = {name: [] for name in SETTINGS}
+    greedy: dict[str, list[float]] = {name: [] for name in SETTINGS}
+    for _ in range(rounds):
+        before = decode_step_times(load, batch, 256)
+        for name, settings in SETTINGS.items():
+            asked[name] += decode_step_times(load, batch, 256, **settings)
+            after = decode_step_times(load, batch, 256)
+            greedy[name] += before + after
+            before = after
+    for name in SETTINGS:
+        yield name, 1e3 * statistics.median(asked[name]), 1e3 * statistics.median(greedy[name])
 
 
 def sleep_rows(load: Load) -> Iterator[tuple[str, float]]:
@@ -200,7 +220,7 @@ def sleep_rows(load: Load) -> Iterator[tuple[str, float]]:
 
 def rows(
     load: Load, name: str, architecture: Architecture, wanted: set[str], bandwidth: float, widths: Widths,
-    batches: list[int], peer: dict[str, Any],
+    batches: list[int], peer: dict[str, Any], rounds: int,
 ) -> list[dict[str, Any]]:  # fmt: skip
     table: list[dict[str, Any]] = []
 
@@ -235,7 +255,7 @@ def rows(
         floor = step_bytes(architecture, 1, 32_800, widths) / bandwidth * 1e3
         note("decode step, 1 x 32k", "ms", decode_step_ms(load, 1, 32_700), floor, None)
     for batch in (256, 1) if "sampling" in wanted else ():
-        for setting, ms, greedy_ms in sampling_rows(load, batch):
+        for setting, ms, greedy_ms in sampling_rows(load, batch, rounds):
             note(f"batch {batch}, {setting}", "ms", ms, greedy_ms, None)
     if "sleep" in wanted:
         for name_of, seconds in sleep_rows(load):
@@ -257,7 +277,9 @@ def engine_config(args: argparse.Namespace, *, prefix_caching: bool = False) -> 
             max_model_len=args.max_model_len,
             quantization=args.quantization,
         ),
-        cache=CacheConfig(enable_prefix_caching=prefix_caching, dtype=args.kv_cache_dtype),
+        cache=CacheConfig(
+            enable_prefix_caching=prefix_caching, dtype=args.kv_cache_dtype, offloading_size_gib=args.kv_offloading_size
+        ),
         scheduler=SchedulerConfig(max_num_seqs=args.max_num_seqs, max_inter_token_latency_ms=0),
         device="cuda",
         overlap=not getattr(args, "no_overlap", False),
@@ -274,6 +296,11 @@ def main() -> None:
     parser.add_argument("--batches", default=",".join(map(str, STEP_BATCHES)), help="of the decode steps")
     parser.add_argument("--max-num-seqs", type=int, default=256)
     parser.add_argument("--max-model-len", type=int, default=4096)
+    parser.add_argument(
+        "--kv-offloading-size", type=float,
+        help="GiB of host memory for KV; default: what serve takes for the row long, else 0: none is pinned meanwhile",
+    )  # fmt: skip
+    parser.add_argument("--rounds", type=int, default=2, help="of the sampling settings")
     parser.add_argument("--no-graphs", action="store_true")
     parser.add_argument("--no-overlap", action="store_true")
     parser.add_argument("--commit", default=os.environ.get("COMMIT", ""), help="noted with the results")
@@ -282,6 +309,8 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     bandwidth = measured_bandwidth()
     torch.cuda.empty_cache()
+    if args.kv_offloading_size is None and "long" not in args.rows.split(","):
+        args.kv_offloading_size = 0.0
     config = engine_config(args)
     started = time.perf_counter()
     core, ready = build(config)
@@ -297,7 +326,7 @@ def main() -> None:
     peer = PEER.get(named, {"step_ms": {}, "prefill": None, "mixed": None, "long": None})
     table = rows(
         load, named, read_architecture(Path(config.model.path)), set(args.rows.split(",")), bandwidth, widths,
-        [int(batch) for batch in args.batches.split(",")], peer,
+        [int(batch) for batch in args.batches.split(",")], peer, args.rounds,
     )  # fmt: skip
     if args.output:
         result = {

@@ -36,8 +36,8 @@ from engine_gpu import MODELS, PEER, Load, Widths, engine_config, measured_bandw
 from mainsail_engine.chunking import ChunkController, attention_pairs
 from mainsail_engine.core import EngineCore, build
 from mainsail_engine.model.architecture import Architecture, read_architecture
-from mainsail_engine.protocol import Abort, Add
-from mainsail_engine.request import FinishReason, SamplingParams
+from mainsail_engine.protocol import Add
+from mainsail_engine.request import SamplingParams
 from mainsail_engine.runner import cuda_graphs, model_runner
 from mainsail_engine.step import StepPlan
 
@@ -293,7 +293,7 @@ class Profiler:
         result.host_ms["the rest"] = max(0.0, result.step_ms - total / timed * 1e3)
         self._trace(result, profiled)
         self.watch.scheduler._budget = budget
-        self._abort(first)
+        self.load.abort(first)
         return result
 
     def _decodes(self, situation: Situation, steps: int) -> None:
@@ -332,11 +332,6 @@ class Profiler:
             kernel_row(name, share, len(steps), floor[name] / len(steps)) for name, share in table.items()
         ]
         result.kernels.sort(key=lambda row: -row["own_ms"])
-
-    def _abort(self, first: int) -> None:
-        names = [str(number) for number in range(first + 1, self.load.count + 1)]
-        self.core.handle(Abort(names, FinishReason.ABORT), time.monotonic())
-        self.load.drain()
 
     # -- whole loads ---------------------------------------------------------------------------------------------
 
@@ -463,6 +458,9 @@ def main() -> None:
     parser.add_argument("--kv-cache-dtype", default="auto", choices=("auto", "fp8"))
     parser.add_argument("--max-num-seqs", type=int, default=256)
     parser.add_argument("--max-model-len", type=int, default=4096)
+    parser.add_argument(
+        "--kv-offloading-size", type=float, default=0.0, help="GiB of host memory for KV, which P4 and P11 want"
+    )
     parser.add_argument("--prefix-caching", action="store_true", help="which P10 and P11 want")
     parser.add_argument("--commit", default=os.environ.get("COMMIT", ""), help="noted with the results")
     parser.add_argument("--output", type=Path)
