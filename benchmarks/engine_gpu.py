@@ -119,7 +119,6 @@ class Load:
         """End all requests but the first `after`."""
         names = [str(number) for number in range(after + 1, self.count + 1)]
         self.core.handle(Abort(names, FinishReason.ABORT), time.monotonic())
-        self.drain()
 
     def drain(self) -> tuple[int, float]:
         """Run until all is done: (output tokens, seconds)."""
@@ -151,6 +150,7 @@ def decode_step_times(load: Load, batch: int, context: int = 992, **settings: An
         load.core.step(time.monotonic())
         ends.append(time.perf_counter())
     load.abort(first)
+    load.drain()
     return [end - before for before, end in pairwise(ends)]
 
 

@@ -10,7 +10,8 @@
 
 Real shapes, dummy weights, greedy, random token ids, the engine core in this process. First steps run untouched, under
 a clock around the host's sections; then a few more under the profiler, which tells the device's side (device_trace.py)
-and slows the host down: compare the two times of a step. A floor is the larger of bytes over the card's copy rate and
+and slows the host down: compare the two times of a step. Situations in a row with the same decodes go on with those, so
+that contexts grow by some fifty tokens each time. A floor is the larger of bytes over the card's copy rate and
 operations over the rate of a large matrix product, both measured here.
 """
 
@@ -42,6 +43,8 @@ from mainsail_engine.runner import cuda_graphs, model_runner
 from mainsail_engine.step import StepPlan
 
 PROMPT = 1024
+ENOUGH = 800
+"""Tokens that a decode may go on for: some situations."""
 LATENCY_S = 0.04
 """Target between tokens of the loads that are served (P7 and on): the server's default."""
 
@@ -261,6 +264,8 @@ class Profiler:
     def __init__(self, core: EngineCore, vocab: int, a: Architecture, card: Card, widths: Widths) -> None:
         self.core, self.architecture, self.card, self.widths = core, a, card, widths
         self.watch, self.load = Watch(core), Load(core, vocab)
+        self._held = 0, 0
+        """Decodes that go on from one situation to the next, and the context that they had at first."""
 
     def profile(self, situation: Situation) -> Profile:
         padded = self.watch.runner._padded
@@ -275,8 +280,9 @@ class Profiler:
 
     def _steady(self, situation: Situation) -> Profile:
         settle, timed, profiled = situation.counts
+        if (situation.decodes, situation.context) != self._held:
+            self._decodes(situation)
         first = self.load.count
-        self._decodes(situation, 2 * (settle + timed + profiled) + 60)
         budget, self.watch.scheduler._budget = self.watch.scheduler._budget, situation.decodes + situation.prompt_tokens
         prompts = (settle + timed + profiled + 6) * situation.prompt_tokens // PROMPT + 2
         for _ in range(prompts if situation.prompt_tokens else 0):
@@ -296,13 +302,20 @@ class Profiler:
         self.load.abort(first)
         return result
 
-    def _decodes(self, situation: Situation, steps: int) -> None:
+    def _decodes(self, situation: Situation) -> None:
+        self._end_all()
+        self._held = situation.decodes, situation.context
         for _ in range(situation.decodes):
-            self.load.add(situation.context - 16, steps + 40)
+            self.load.add(situation.context - 16, ENOUGH)
         decoding = 0
         while decoding < situation.decodes:
             outputs = self.core.step(time.monotonic())
             decoding = sum(len(output.token_ids) for output in outputs.outputs) if outputs else 0
+
+    def _end_all(self) -> None:
+        self._held = 0, 0
+        self.load.abort(0)
+        self.load.drain()
 
     def _steps(self, count: int) -> None:
         for _ in range(count):
@@ -336,6 +349,7 @@ class Profiler:
     # -- whole loads ---------------------------------------------------------------------------------------------
 
     def _run(self, situation: Situation) -> Profile:
+        self._end_all()
         jobs, places, served = RUNS[situation.run]
         self.watch.scheduler._chunking = ChunkController(LATENCY_S) if served else None
         self.watch.start()
