@@ -7,6 +7,7 @@
     prefill:8192             … of so many tokens of such prompts
     run:P3                   a whole load offline, its steps by kind: P3, P4, P7, P8, P10, P11 (RUNS)
     …:eager                  the same steps kernel by kernel in their own shapes: what graphs and their padding cost
+    decode:256@272:seed      with a sampling setting, as engine_gpu.py names them
 
 Real shapes, dummy weights, greedy, random token ids, the engine core in this process. First steps run untouched, under
 a clock around the host's sections; then a few more under the profiler, which tells the device's side (device_trace.py)
@@ -32,7 +33,7 @@ from typing import Any
 
 import torch
 from device_trace import Share, read, shares
-from engine_gpu import MODELS, PEER, Load, Widths, engine_config, measured_bandwidth, mlp_weights
+from engine_gpu import MODELS, PEER, SETTINGS, Load, Widths, engine_config, measured_bandwidth, mlp_weights
 
 from mainsail_engine.chunking import ChunkController, attention_pairs
 from mainsail_engine.core import EngineCore, build
@@ -219,13 +220,16 @@ class Situation:
     context: int = PROMPT
     prompt_tokens: int = 0
     run: str = ""
-    eager: bool = False
+    mode: str = ""
+    """eager, or a sampling setting."""
 
     @classmethod
     def of(cls, text: str) -> Situation:
         kind, _, rest = text.partition(":")
         rest, _, mode = rest.partition(":")
-        self = cls(text, eager=mode == "eager")
+        if mode not in ("", "eager", *SETTINGS):
+            raise SystemExit(f"{text}: {mode} is neither eager nor one of {', '.join(SETTINGS)}")
+        self = cls(text, mode=mode)
         if kind == "run":
             self.run = rest
         elif kind == "prefill":
@@ -235,6 +239,15 @@ class Situation:
             context, _, prompts = more.partition("+")
             self.decodes, self.context, self.prompt_tokens = int(decodes), int(context), int(prompts or 0)
         return self
+
+    @property
+    def is_eager(self) -> bool:
+        return self.mode == "eager"
+
+    @property
+    def held(self) -> tuple[int, int, str]:
+        """What decodes are like: those of one situation may serve the next."""
+        return self.decodes, self.context, "" if self.is_eager else self.mode
 
     @property
     def counts(self) -> tuple[int, int, int]:
@@ -264,12 +277,12 @@ class Profiler:
     def __init__(self, core: EngineCore, vocab: int, a: Architecture, card: Card, widths: Widths) -> None:
         self.core, self.architecture, self.card, self.widths = core, a, card, widths
         self.watch, self.load = Watch(core), Load(core, vocab)
-        self._held = 0, 0
+        self._held = 0, 0, ""
         """Decodes that go on from one situation to the next, and the context that they had at first."""
 
     def profile(self, situation: Situation) -> Profile:
         padded = self.watch.runner._padded
-        if situation.eager:
+        if situation.is_eager:
             self.watch.runner._padded = None
         try:
             return self._run(situation) if situation.run else self._steady(situation)
@@ -280,7 +293,7 @@ class Profiler:
 
     def _steady(self, situation: Situation) -> Profile:
         settle, timed, profiled = situation.counts
-        if (situation.decodes, situation.context) != self._held:
+        if situation.held != self._held:
             self._decodes(situation)
         first = self.load.count
         budget, self.watch.scheduler._budget = self.watch.scheduler._budget, situation.decodes + situation.prompt_tokens
@@ -304,16 +317,16 @@ class Profiler:
 
     def _decodes(self, situation: Situation) -> None:
         self._end_all()
-        self._held = situation.decodes, situation.context
+        self._held = situation.held
         for _ in range(situation.decodes):
-            self.load.add(situation.context - 16, ENOUGH)
+            self.load.add(situation.context - 16, ENOUGH, **SETTINGS.get(situation.mode, {}))
         decoding = 0
         while decoding < situation.decodes:
             outputs = self.core.step(time.monotonic())
             decoding = sum(len(output.token_ids) for output in outputs.outputs) if outputs else 0
 
     def _end_all(self) -> None:
-        self._held = 0, 0
+        self._held = 0, 0, ""
         self.load.abort(0)
         self.load.drain()
 
