@@ -1,38 +1,30 @@
 """Pipeline stages on the GPUs of one host: the same tokens as on one, and what a token takes beside one GPU.
 
-    python benchmarks/pipeline_gpu.py [--stages 2] [--model llama-3-8b] [--output FILE]
+    python benchmarks/pipeline_gpu.py [--stages 2] [--model llama-3-8b] [--batches 2,16,64,256] [--output FILE]
 
-Tokens: a small model with random float32 weights, greedy, on one GPU and in stages, with CUDA graphs. Rates: dummy
-weights, bf16, context 1k: the time between two tokens of a request when so many decode, and tokens a second. One node:
-what crosses between the stages goes over NVLink or PCIe, not over a network. Every measurement runs in processes of its
-own.
+Tokens: a small model with random float32 weights, greedy and drawn, on one GPU and in stages, with CUDA graphs. Rates:
+dummy weights, bf16, context 1k: the time between two tokens of a request when so many decode, and tokens a second. One
+node: what crosses between the stages goes over NVLink or PCIe, not over a network. Every measurement runs in processes
+of its own.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
-import torch
 from engine_gpu import MODELS, Load
-from tensor_parallel_gpu import answers, child_of, make_tiny
+from several_gpus import DEVICE, Results, Task, end_task, make_tiny, tell
+from tensor_parallel_gpu import answers
 
 from mainsail_engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from mainsail_engine.core import build
 from mainsail_engine.request import SamplingParams
 
-BATCHES = (2, 16, 64, 256)
 WINDOW = 40
 """Tokens of each request that are timed."""
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def child(task: str, *arguments: str) -> Any:
-    return child_of(__file__, task, *arguments)
 
 
 def tokens(folder: Path, stages: int) -> list[list[int]]:
@@ -47,19 +39,21 @@ def tokens(folder: Path, stages: int) -> list[list[int]]:
     return answers(config, params)
 
 
-def rates(model: str, stages: int) -> dict[str, Any]:
+def rates(model: str, stages: int, batches: list[int]) -> None:
     config = EngineConfig(
-        model=ModelConfig(path=str(MODELS / model), load_format="dummy", max_model_len=4096),
-        cache=CacheConfig(enable_prefix_caching=False), scheduler=SchedulerConfig(max_num_seqs=256),
-        pipeline_parallel_size=stages, device=DEVICE,
+        model=ModelConfig(path=str(MODELS / model), load_format="dummy", max_model_len=2048),
+        cache=CacheConfig(enable_prefix_caching=False, num_blocks=None if DEVICE == "cuda" else 1024),
+        scheduler=SchedulerConfig(max_num_seqs=max(batches)), pipeline_parallel_size=stages, device=DEVICE,
     )  # fmt: skip
     started = time.perf_counter()
     core, ready = build(config)
-    start_s = time.perf_counter() - started
+    tell({"stages": stages, "start_s": time.perf_counter() - started, "blocks": ready.num_blocks})
     load = Load(core, ready.vocab_size)
     load.add(1000, 8)
     load.drain()
-    return {"start_s": start_s, "num_blocks": ready.num_blocks, "ms": {n: token_ms(load, n) for n in BATCHES}}
+    for batch in batches:
+        ms = token_ms(load, batch)
+        tell({"stages": stages, "batch": batch, "token_ms": ms, "tok_per_s": batch / ms * 1e3})
 
 
 def token_ms(load: Load, batch: int) -> float:
@@ -80,37 +74,43 @@ def token_ms(load: Load, batch: int) -> float:
     return elapsed * batch / counted * 1e3
 
 
+def run_tokens(stages: int, results: Results) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        make_tiny(Path(folder))
+        tasks = [
+            Task(__file__, "tokens", "--folder", folder, "--stages", str(n), "--batches", "1") for n in (1, stages)
+        ]
+        found = [list(task.rows()) for task in tasks]
+    if not all(found):
+        results.add({"failed": "tokens", "how": "; ".join(task.trouble for task in tasks)})
+        return
+    alone, staged = (rows[0]["tokens"] for rows in found)
+    same = sum(a == b for a, b in zip(alone, staged, strict=True))
+    results.add({"stages": stages, "same_answers_as_one": f"{same} of {len(alone)}"})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--stages", type=int, default=2)
     parser.add_argument("--model", default="llama-3-8b")
+    parser.add_argument("--batches", default="2,16,64,256")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--task", choices=("tokens", "rates"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.task:
-        found = tokens(args.folder, args.stages) if args.task == "tokens" else rates(args.model, args.stages)
-        print(json.dumps(found), flush=True)
-        return
-    card = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
-    result: dict[str, Any] = {"card": card, "stages": args.stages, "torch": torch.__version__, "model": args.model}
-    with tempfile.TemporaryDirectory() as folder:
-        make_tiny(Path(folder))
-        alone, staged = (child("tokens", "--folder", folder, "--stages", str(n)) for n in (1, args.stages))
-    same = sum(a == b for a, b in zip(alone, staged, strict=True))
-    result["same_answers"] = f"{same} of {len(alone)}"
-    print(f"answers of 64 tokens that are the same on 1 GPU and in {args.stages} stages: {same} of {len(alone)}")
-    one, many = (child("rates", "--model", args.model, "--stages", str(n)) for n in (1, args.stages))
-    result |= {"start_s": [one["start_s"], many["start_s"]], "num_blocks": [one["num_blocks"], many["num_blocks"]]}
-    result["token_ms"] = {n: [one["ms"][str(n)], many["ms"][str(n)]] for n in BATCHES}
-    for batch, (ms, staged_ms) in result["token_ms"].items():
-        print(
-            f"{batch:4} decodes: a token every {ms:6.2f} ms on 1 GPU, {staged_ms:6.2f} in {args.stages} stages; "
-            f"{batch / ms * 1e3:8,.0f} and {batch / staged_ms * 1e3:8,.0f} tokens/s",
-            flush=True,
-        )
-    if args.output:
-        args.output.write_text(json.dumps(result, indent=2) + "\n")
+    batches = [int(batch) for batch in args.batches.split(",")]
+    if args.task == "tokens":
+        tell({"tokens": tokens(args.folder, args.stages)})
+        end_task()
+    elif args.task == "rates":
+        rates(args.model, args.stages, batches)
+        end_task()
+    else:
+        results = Results(args.output, model=args.model)
+        run_tokens(args.stages, results)
+        for stages in (1, args.stages):
+            common: tuple[str, ...] = ("--model", args.model, "--stages", str(stages), "--batches", args.batches)
+            results.take(Task(__file__, "rates", *common))
 
 
 if __name__ == "__main__":

@@ -1,89 +1,64 @@
-"""Tensor parallelism on the GPUs of one host: the same tokens as on one, decode steps beside one GPU's, and the sums.
+"""Tensor parallelism on the GPUs of one host: the same tokens as on one, lost ranks, sums, and decode steps.
 
-    python benchmarks/tensor_parallel_gpu.py [--size 2] [--model llama-3-8b] [--output FILE]
+    python benchmarks/tensor_parallel_gpu.py [--size 2] [--parts PART,…] [--models NAME[:fp8],…] [--output FILE]
 
-Three tables. Tokens: a small model with random float32 weights, greedy, on one GPU and on `size`. Sums: one all-reduce
-of a decode step's hidden states in a CUDA graph, ours (one-shot over symmetric memory, or NCCL where it is larger) and
-NCCL alone. Steps: dummy weights, bf16, context 1k, beside the floor (bytes of weights and KV over the copy bandwidth of
-all GPUs together). Every measurement runs in processes of its own.
+    tokens   small models with random weights (Llama, Qwen3, a mixture of experts) on one GPU and on all: greedy answers
+             in float32, with CUDA graphs; and how far log-probabilities in bf16 are from float32's, on one and on all
+    sums     one sum of a decode step's hidden states in a CUDA graph: ours as it is, the one-shot kernel at every size
+             (with its own copy, and with one beside it), the two-shot kernel, and NCCL
+    served   `mainsail-engine serve` over HTTP: the same answer from one GPU and all; then a rank killed, and one
+             stopped, in the middle of a stream: when the stream ends, when the process does, and how
+    steps    dummy weights, context 1k, beside one GPU (where the model fits) and beside the floor: bytes of weights and
+             KV over the copy bandwidth of all GPUs together
+
+The parts take turns, every measurement in processes of its own; tokens and sums share theirs.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+import urllib.request
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from engine_gpu import MODELS, Load, Widths, decode_step_ms, measured_bandwidth, step_bytes
+from several_gpus import DEVICE, FAMILIES, Results, Row, Task, end_task, make_tiny, tell
 
 from mainsail_engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from mainsail_engine.core import build
 from mainsail_engine.model.architecture import read_architecture
+from mainsail_engine.model.parallel import SINGLE, Parallel
 from mainsail_engine.protocol import Add
-from mainsail_engine.request import SamplingParams
-from mainsail_engine.runner.distributed import join, listen
+from mainsail_engine.request import Request, SamplingParams
+from mainsail_engine.runner.distributed import RankParallel, join, listen
+from mainsail_engine.runner.model_runner import ModelRunner
+from mainsail_engine.runner.one_shot import OneShot, one_shot
+from mainsail_engine.step import Chunk, StepPlan
 
-BATCHES = (1, 8, 32, 128)
-SUM_ROWS = (1, 8, 32, 128, 512)
-HIDDEN = 4096
-TINY = {
-    "architectures": ["LlamaForCausalLM"], "vocab_size": 1024, "hidden_size": 256, "intermediate_size": 512,
-    "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64,
-    "max_position_embeddings": 1024, "rms_norm_eps": 1e-5, "dtype": "float32", "eos_token_id": 2,
-}  # fmt: skip
-
-
-def child_of(script: str, task: str, *arguments: str) -> Any:
-    """What a script prints last when it is called for one task."""
-    done = subprocess.run([sys.executable, script, "--task", task, *arguments], stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise SystemExit(f"{task} {' '.join(arguments)} failed with code {done.returncode}")
-    return json.loads(done.stdout.splitlines()[-1])
+SUM_ROWS = (1, 8, 32, 64, 128, 256, 512, 2048)
+SUM_COLUMNS = 4096
+NUM_PROMPTS, NUM_TOKENS = 8, 48
+GREEDY = SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True)
 
 
-def child(task: str, *arguments: str) -> Any:
-    return child_of(__file__, task, *arguments)
+# -- tokens ------------------------------------------------------------------------------------------------------
 
 
-def make_tiny(folder: Path) -> None:
-    from safetensors.torch import save_file
-
-    torch.manual_seed(0)
-    wide, kv = 8 * 64, 4 * 64
-
-    def matrix(out: int, inputs: int) -> torch.Tensor:
-        return torch.randn(out, inputs) * inputs**-0.5
-
-    tensors = {"model.embed_tokens.weight": matrix(1024, 256), "model.norm.weight": torch.ones(256)}
-    tensors["lm_head.weight"] = matrix(1024, 256) * 4
-    for layer in range(4):
-        at = f"model.layers.{layer}"
-        shapes = {
-            "self_attn.q_proj": (wide, 256), "self_attn.k_proj": (kv, 256), "self_attn.v_proj": (kv, 256),
-            "self_attn.o_proj": (256, wide), "mlp.gate_proj": (512, 256), "mlp.up_proj": (512, 256),
-            "mlp.down_proj": (256, 512),
-        }  # fmt: skip
-        tensors |= {f"{at}.{name}.weight": matrix(*shape) for name, shape in shapes.items()}
-        tensors |= {f"{at}.{name}_layernorm.weight": torch.ones(256) for name in ("input", "post_attention")}
-    save_file(tensors, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(TINY))
-
-
-def tokens(folder: Path, size: int) -> list[list[int]]:
-    config = EngineConfig(
-        model=ModelConfig(path=str(folder), dtype="float32", max_model_len=512),
-        cache=CacheConfig(num_blocks=512), scheduler=SchedulerConfig(max_num_seqs=16),
-        tensor_parallel_size=size, device="cuda",
-    )  # fmt: skip
-    return answers(config, [SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True)] * 16)
+def prompt_of(index: int) -> list[int]:
+    return [(7 * index + 3 * i) % 1000 + 3 for i in range(20 + 17 * index)]
 
 
 def answers(config: EngineConfig, params: Sequence[SamplingParams]) -> list[list[int]]:
@@ -91,8 +66,7 @@ def answers(config: EngineConfig, params: Sequence[SamplingParams]) -> list[list
     core, _ = build(config)
     found: dict[str, list[int]] = {}
     for index, each in enumerate(params):
-        prompt = [(7 * index + 3 * i) % 1000 + 3 for i in range(20 + 17 * index)]
-        core.handle(Add(f"{index:02}", prompt, each), 0.0)
+        core.handle(Add(f"{index:02}", prompt_of(index), each), 0.0)
         found[f"{index:02}"] = []
     while core.has_work:
         outputs = core.step(time.monotonic())
@@ -101,27 +75,82 @@ def answers(config: EngineConfig, params: Sequence[SamplingParams]) -> list[list
     return [found[key] for key in sorted(found)]
 
 
-def steps(model: str, size: int) -> dict[str, Any]:
+def runner_of(folder: Path, dtype: str, parallel: Parallel) -> ModelRunner:
     config = EngineConfig(
-        model=ModelConfig(path=str(MODELS / model), load_format="dummy", max_model_len=4096),
-        cache=CacheConfig(enable_prefix_caching=False), scheduler=SchedulerConfig(max_num_seqs=128),
-        tensor_parallel_size=size, device="cuda",
+        model=ModelConfig(path=str(folder), dtype=dtype, max_model_len=512), cache=CacheConfig(num_blocks=512),
+        scheduler=SchedulerConfig(max_num_seqs=16), tensor_parallel_size=parallel.size, device=DEVICE,
     )  # fmt: skip
-    started = time.perf_counter()
-    core, ready = build(config)
-    start_s = time.perf_counter() - started
-    load = Load(core, ready.vocab_size)
-    load.add(1000, 8)
-    load.drain()
-    return {"start_s": start_s, "num_blocks": ready.num_blocks, "ms": {n: decode_step_ms(load, n) for n in BATCHES}}
+    return ModelRunner(config, parallel)
 
 
-def graph_us(run: Any, x: torch.Tensor, repeats: int = 50) -> float:
-    """Microseconds of one `run(x)` inside a CUDA graph of many."""
+def greedy(runner: ModelRunner) -> list[list[int]]:
+    """The answers, by the same steps on every rank: all prompts in one, then all decodes together."""
+    requests = [
+        Request(str(i), prompt_of(i), GREEDY, 0.0, slot=i, block_ids=list(range(16 * i, 16 * i + 16)))
+        for i in range(NUM_PROMPTS)
+    ]
+    begins = [0] * NUM_PROMPTS
+    for step in range(NUM_TOKENS):
+        chunks = [
+            Chunk(each, start, each.num_tokens - start, samples=True, slot=each.slot, block_ids=each.block_ids)
+            for each, start in zip(requests, begins, strict=True)
+        ]
+        begins = [request.num_tokens for request in requests]
+        result = runner.launch(StepPlan(chunks, num_decodes=NUM_PROMPTS if step else 0)).result()  # pyright: ignore[reportAttributeAccessIssue]
+        for request, token in zip(requests, result.token_ids, strict=True):
+            request.output_token_ids.append(token)
+    return [request.output_token_ids for request in requests]
+
+
+def logprobs(runner: ModelRunner) -> list[float]:
+    """Of every token of the longest prompt but the first."""
+    params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
+    request = Request("p", prompt_of(NUM_PROMPTS), params, 0.0, slot=0, block_ids=list(range(16)))
+    chunk = Chunk(request, 0, request.num_tokens, samples=True, slot=0, block_ids=request.block_ids)
+    result = runner.launch(StepPlan([chunk])).result()
+    return [each.logprobs[0] for each in result.extras[0].prompt_logprobs or ()]
+
+
+def tell_tokens(root: Path, parallel: Parallel) -> None:
+    """A row for each family; of several ranks the first one's."""
+    for family in FAMILIES:
+        exact = runner_of(root / family, "float32", parallel)
+        row: Row = {"family": family, "tokens": greedy(exact), "float32": logprobs(exact)}
+        del exact
+        row["bfloat16"] = logprobs(runner_of(root / family, "bfloat16", parallel))
+        if parallel.rank == 0:
+            tell(row)
+
+
+def distance(a: list[float], b: list[float]) -> float:
+    return sum(abs(x - y) for x, y in zip(a, b, strict=True)) / len(a)
+
+
+def compared(alone: Row, together: Row) -> Row:
+    same = sum(a == b for a, b in zip(alone["tokens"], together["tokens"], strict=True))
+    truth = alone["float32"]
+    return {
+        "family": alone["family"],
+        "same_answers": f"{same} of {NUM_PROMPTS}",
+        "float32_apart": distance(together["float32"], truth),
+        "bf16_off_on_one": distance(alone["bfloat16"], truth),
+        "bf16_off_on_all": distance(together["bfloat16"], truth),
+    }
+
+
+# -- sums --------------------------------------------------------------------------------------------------------
+
+
+def graph_us(run: Callable[[torch.Tensor], object], x: torch.Tensor, repeats: int = 50) -> float:
+    """Microseconds of one `run(x)` inside a CUDA graph of many; without a GPU, of one."""
+    if DEVICE == "cpu":
+        started = time.perf_counter()
+        run(x)
+        return (time.perf_counter() - started) * 1e6
     run(x.clone())
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         for _ in range(repeats):
             run(x)
     times: list[float] = []
@@ -135,99 +164,257 @@ def graph_us(run: Any, x: torch.Tensor, repeats: int = 50) -> float:
     return sorted(times)[len(times) // 2]
 
 
-def sums(rank: int, size: int, port: int) -> list[dict[str, Any]]:
-    device = torch.device("cuda", rank)
-    torch.cuda.set_device(device)
-    parallel = join(rank, size, device, port if rank else listen_here(size))
-    table: list[dict[str, Any]] = []
+def with_a_copy(shot: OneShot, x: torch.Tensor) -> torch.Tensor:
+    laid = shot.buffer[: x.nbytes].view(x.dtype).view(x.shape)
+    laid.copy_(x)
+    return torch.ops.symm_mem.one_shot_all_reduce(laid, "sum", shot.group)
+
+
+def two_shot(shot: OneShot, x: torch.Tensor) -> torch.Tensor:
+    laid = shot.buffer[: x.nbytes].view(x.dtype).view(x.shape)
+    laid.copy_(x)
+    return torch.ops.symm_mem.two_shot_all_reduce_(laid, "sum", shot.group)
+
+
+def tell_sums(parallel: RankParallel) -> None:
+    group = dist.group.WORLD
+    assert group is not None
+    largest = 2 * SUM_ROWS[-1] * SUM_COLUMNS
+    shot = one_shot(parallel.device, group, largest) if DEVICE == "cuda" else None
     for rows in SUM_ROWS:
-        x = torch.randn(rows, HIDDEN, device=device, dtype=torch.bfloat16)
-        apart = [torch.empty_like(x) for _ in range(size)]
+        x = torch.randn(rows, SUM_COLUMNS, device=parallel.device, dtype=torch.bfloat16)
+        apart = [torch.empty_like(x) for _ in range(parallel.size)]
         dist.all_gather(apart, x)
         truth = torch.stack(apart).double().sum(0)
         error = float((parallel.sum(x.clone()).double() - truth).norm() / truth.norm())
-        ours = graph_us(parallel.sum, x)
-        plain = graph_us(dist.all_reduce, x * 0)
-        table.append(
-            {"rows": rows, "ours_us": ours, "nccl_us": plain, "error": error, "shared": bool(parallel._shared)}
+        still = x * 0  # NCCL sums in place, and many sums of anything else overflow
+        row: Row = {"sum_of_rows": rows, "bytes": x.nbytes, "error": error, "ours_us": graph_us(parallel.sum, still),
+                    "nccl_us": graph_us(dist.all_reduce, still)}  # fmt: skip
+        if shot is not None:
+            designs = {"one_shot_us": OneShot.sum, "one_shot_and_copy_us": with_a_copy, "two_shot_us": two_shot}
+            row |= {name: graph_us(lambda y, design=design: design(shot, y), x) for name, design in designs.items()}
+        if parallel.rank == 0:
+            tell(row)
+
+
+def ranks(args: argparse.Namespace) -> None:
+    """This rank of `size`; the first starts the others."""
+    store: Any = args.port
+    if not args.rank:
+        store = listen(args.size)
+        for rank in range(1, args.size):
+            command = [sys.executable, __file__, "--task", "ranks", "--rank", str(rank), "--size", str(args.size),
+                       "--port", str(store.port), "--folder", str(args.folder), "--parts", args.parts]  # fmt: skip
+            subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    device = torch.device(DEVICE, args.rank) if DEVICE == "cuda" else torch.device("cpu")
+    parallel = join(args.rank, args.size, device, store)
+    if not args.rank:
+        tell({"gpus": args.size, "one_shot": parallel.one_shot is not None})
+    if "tokens" in args.parts:
+        tell_tokens(args.folder, parallel)
+    if "sums" in args.parts:
+        tell_sums(parallel)
+
+
+# -- served ------------------------------------------------------------------------------------------------------
+
+
+class Server:
+    """`mainsail-engine serve` of the small model."""
+
+    def __init__(self, model: Path, size: int, port: int) -> None:
+        self._url = f"http://127.0.0.1:{port}"
+        self._log = model.parent / f"serve-{port}.log"
+        command = [
+            sys.executable, "-m", "mainsail_engine.cli", "serve", "--model", str(model), "--served-model-name", "tiny",
+            "--port", str(port), "--tensor-parallel-size", str(size), "--device", DEVICE, "--dtype", "float32",
+            "--max-num-seqs", "16", "--kv-cache-blocks", "512",
+        ]  # fmt: skip
+        self.process = subprocess.Popen(command, stdout=self._log.open("wb"), stderr=subprocess.STDOUT)
+
+    def wait_ready(self) -> None:
+        while True:
+            if self.process.poll() is not None:
+                raise SystemExit(f"the server did not start:\n{self._log.read_text()[-3000:]}")
+            try:
+                urllib.request.urlopen(f"{self._url}/health/ready", timeout=2).close()
+                return
+            except OSError:
+                time.sleep(0.1)
+
+    def _open(self, **body: Any) -> Any:
+        told = {"model": "tiny", "prompt": prompt_of(5), "temperature": 0, "ignore_eos": True, **body}
+        request = urllib.request.Request(
+            f"{self._url}/v1/completions", json.dumps(told).encode(), {"Content-Type": "application/json"}
         )
-    return table
+        return urllib.request.urlopen(request, timeout=30)
+
+    def answer(self) -> str:
+        with self._open(max_tokens=64) as response:
+            return json.load(response)["choices"][0]["text"]
+
+    def stream_until_lost(self, number: signal.Signals) -> Row:
+        """Begin to stream, send rank 1 the signal, and see how that ends."""
+        rank = next(c for c in psutil.Process(self.process.pid).children(True) if "tp_worker" in " ".join(c.cmdline()))
+        error = b""
+        with self._open(max_tokens=1800, stream=True) as response:
+            response.readline()
+            sent = time.monotonic()
+            rank.send_signal(number)
+            try:
+                for line in response:
+                    error = line.strip() if b'"error"' in line else error
+            except (OSError, HTTPException) as broken:
+                error = f"the stream broke off: {broken!r}".encode()
+            ended = time.monotonic() - sent
+        code = self.process.wait(timeout=20)
+        gone = time.monotonic() - sent
+        with contextlib.suppress(psutil.NoSuchProcess):
+            rank.kill()
+        return {"signal": number.name, "stream_ended_s": ended, "process_ended_s": gone, "exit_code": code,
+                "error": error.decode()[:200]}  # fmt: skip
+
+    def stop(self) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
 
 
-def listen_here(size: int) -> Any:
-    """Rank 0 keeps the store, and starts the others with its port."""
-    store = listen(size)
-    for rank in range(1, size):
-        subprocess.Popen(
-            [sys.executable, __file__, "--task", "sums", "--rank", str(rank), "--size", str(size),
-             "--port", str(store.port)], stdout=subprocess.DEVNULL,
-        )  # fmt: skip
-    return store
+def served(args: argparse.Namespace) -> None:
+    """One GPU, and all of them twice, started at once."""
+    model = args.folder / "llama"
+    servers = [Server(model, size, args.port + i) for i, size in enumerate((1, args.size, args.size))]
+    started = time.monotonic()
+    try:
+        for server in servers:
+            server.wait_ready()
+        tell({"served": "ready", "after_s": time.monotonic() - started})
+        texts = [server.answer() for server in servers]
+        tell({"served": "answers", "same_as_one": texts[1] == texts[2] == texts[0], "words": len(texts[0].split())})
+        numbers = (signal.SIGKILL, signal.SIGSTOP)
+        with ThreadPoolExecutor() as pool:
+            for row in pool.map(Server.stream_until_lost, servers[1:], numbers):
+                tell(row)
+        tell({"served": "one GPU still answers the same", "same": servers[0].answer() == texts[0]})
+    finally:
+        for server in servers:
+            server.stop()
 
 
-def one_task(args: argparse.Namespace) -> None:
-    if args.task == "tokens":
-        found: Any = tokens(args.folder, args.size)
-    elif args.task == "steps":
-        found = steps(args.model, args.size)
-    elif args.task == "sums":
-        found = sums(args.rank, args.size, args.port)
-    else:
-        found = measured_bandwidth()
-    print(json.dumps(found), flush=True)
+# -- steps -------------------------------------------------------------------------------------------------------
+
+
+def steps(args: argparse.Namespace) -> None:
+    name, _, quantization = args.model.partition(":")
+    config = EngineConfig(
+        model=ModelConfig(
+            path=str(MODELS / name), load_format="dummy", max_model_len=2048, quantization=quantization or "auto"
+        ),
+        cache=CacheConfig(enable_prefix_caching=False, num_blocks=None if DEVICE == "cuda" else 1024),
+        scheduler=SchedulerConfig(max_num_seqs=128, max_inter_token_latency_ms=0),
+        tensor_parallel_size=args.size, device=DEVICE,
+    )  # fmt: skip
+    started = time.perf_counter()
+    core, ready = build(config)
+    tell({"model": args.model, "gpus": args.size, "start_s": time.perf_counter() - started, "blocks": ready.num_blocks})
+    load = Load(core, ready.vocab_size)
+    load.add(1000, 8)
+    load.drain()
+    for batch in map(int, args.batches.split(",")):
+        ms = decode_step_ms(load, batch)
+        tell({"model": args.model, "gpus": args.size, "batch": batch, "ms": ms})
+    if args.prefill:
+        for _ in range(64):
+            load.add(1024, 1)
+        _, seconds = load.drain()
+        tell({"model": args.model, "gpus": args.size, "prefill_tok_per_s": 64 * 1024 / seconds})
+
+
+def floors(models: Sequence[str], batches: Sequence[int], size: int, bandwidth: float) -> list[Row]:
+    """Milliseconds below which a step cannot be."""
+    rows: list[Row] = []
+    for model in models:
+        name, _, quantization = model.partition(":")
+        width = {"fp8": 1.0}.get(quantization, 2.0)
+        for batch in batches:
+            read = step_bytes(read_architecture(MODELS / name), batch, 1024, Widths(width, 2.0, width))
+            rows.append({"model": model, "batch": batch, "floor_ms": read / bandwidth / size * 1e3})
+    return rows
+
+
+# -- all of it ---------------------------------------------------------------------------------------------------
+
+
+def run_together(args: argparse.Namespace, results: Results) -> None:
+    """Tokens and sums: one GPU's answers are made beside, before the sums are measured."""
+    common = ("--folder", str(args.folder), "--parts", args.parts)
+    apart = Task(__file__, "alone", *common, limit_s=90) if "tokens" in args.parts else None
+    together = Task(__file__, "ranks", *common, "--size", str(args.size), limit_s=120)
+    alone: dict[str, Row] = {row["family"]: row for row in apart.rows()} if apart else {}
+    for row in together.rows():
+        family = row.get("family")
+        if family is None or family in alone:
+            results.add(compared(alone[family], row) if family else row)
+    for task in (apart, together):
+        if task and task.trouble:
+            results.add({"failed": task.name, "how": task.trouble})
+
+
+def run_steps(args: argparse.Namespace, results: Results) -> None:
+    models = args.models.split(",")
+    if DEVICE == "cuda":
+        copy = results.take(Task(__file__, "bandwidth", limit_s=60))
+        for row in floors(models, [int(b) for b in args.batches.split(",")], args.size, copy[0]["copy_GB_per_s"] * 1e9):
+            results.add(row)
+    for model in models:
+        sizes = (args.size,) if model in args.only_together.split(",") else (1, args.size)
+        for size in sizes:
+            more = ("--prefill",) if args.prefill else ()
+            results.take(
+                Task(__file__, "steps", "--model", model, "--size", str(size), "--batches", args.batches, *more,
+                     limit_s=90)
+            )  # fmt: skip
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--size", type=int, default=2)
-    parser.add_argument("--model", default="llama-3-8b")
+    parser.add_argument("--parts", default="tokens,sums,served,steps")
+    parser.add_argument("--models", default="llama-3-8b", help="of the steps: folders of benchmarks/models, …:fp8")
+    parser.add_argument("--only-together", default="llama-3-70b:fp8", help="of these, those that do not fit one GPU")
+    parser.add_argument("--batches", default="1,32,128")
+    parser.add_argument("--prefill", action="store_true", help="and 64 prompts of 1,024 tokens")
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--task", choices=("tokens", "steps", "sums", "bandwidth"), help=argparse.SUPPRESS)
+    parser.add_argument("--port", type=int, default=8140, help="the first of three")
+    parser.add_argument("--task", choices=("alone", "ranks", "served", "steps", "bandwidth"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--model", help=argparse.SUPPRESS)
     parser.add_argument("--rank", type=int, default=0, help=argparse.SUPPRESS)
-    parser.add_argument("--port", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.task:
-        one_task(args)
-        return
-    result: dict[str, Any] = {
-        "card": torch.cuda.get_device_name(), "gpus": args.size, "torch": torch.__version__, "model": args.model,
-        "command": " ".join(sys.argv),
-    }  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder:
-        make_tiny(Path(folder))
-        alone, together = (child("tokens", "--folder", folder, "--size", str(n)) for n in (1, args.size))
-    same = sum(a == b for a, b in zip(alone, together, strict=True))
-    result["same_answers"] = f"{same} of {len(alone)}"
-    print(
-        f"greedy answers of 64 tokens that are the same on 1 and {args.size} GPUs: {same} of {len(alone)}", flush=True
-    )
-    result["sums"] = child("sums", "--size", str(args.size))
-    for row in result["sums"]:
-        print(f"sum of {row['rows']:4} x {HIDDEN}: {row['ours_us']:7.1f} us, NCCL {row['nccl_us']:7.1f} us", flush=True)
-    bandwidth = child("bandwidth")
-    result["copy_GB_per_s"] = round(bandwidth / 1e9)
-    one, many = (child("steps", "--model", args.model, "--size", str(n)) for n in (1, args.size))
-    architecture = read_architecture(MODELS / args.model)
-    result["start_s"] = [one["start_s"], many["start_s"]]
-    result["steps"] = []
-    for batch in BATCHES:
-        floor = step_bytes(architecture, batch, 1024, Widths(2.0, 2.0, 2.0)) / bandwidth * 1e3
-        row = {
-            "batch": batch,
-            "one_ms": one["ms"][str(batch)],
-            "ms": many["ms"][str(batch)],
-            "floor_ms": floor / args.size,
+        tasks: dict[str, Callable[[], None]] = {
+            "alone": lambda: tell_tokens(args.folder, SINGLE),
+            "ranks": lambda: ranks(args),
+            "served": lambda: served(args),
+            "steps": lambda: steps(args),
+            "bandwidth": lambda: tell({"copy_GB_per_s": measured_bandwidth() / 1e9}),
         }
-        result["steps"].append(row)
-        print(
-            f"step, batch {batch:4}: 1 GPU {row['one_ms']:6.2f} ms ({row['one_ms'] / floor:.2f} x floor), "
-            f"{args.size} GPUs {row['ms']:6.2f} ms ({row['ms'] / row['floor_ms']:.2f} x floor), "
-            f"{row['one_ms'] / row['ms']:.2f} x faster",
-            flush=True,
-        )
-    if args.output:
-        args.output.write_text(json.dumps(result, indent=2) + "\n")
+        tasks[args.task]()
+        end_task()
+    results = Results(args.output, gpus=args.size)
+    with tempfile.TemporaryDirectory() as folder:
+        args.folder = Path(folder)
+        for family in FAMILIES:
+            make_tiny(args.folder / family, family)
+        if "tokens" in args.parts or "sums" in args.parts:
+            run_together(args, results)
+        if "served" in args.parts:
+            task = ("--folder", folder, "--size", str(args.size), "--port", str(args.port))
+            results.take(Task(__file__, "served", *task, limit_s=90))
+    if "steps" in args.parts:
+        run_steps(args, results)
 
 
 if __name__ == "__main__":

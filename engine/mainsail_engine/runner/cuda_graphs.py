@@ -199,7 +199,7 @@ class PaddedSteps:
             self._run(shape)  # compiles what is not compiled yet, outside the capture
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # NCCL's watchdog goes on
                 logits, tokens = self._run(shape)
             pool = graph.pool()
             self._graphs[shape] = (graph, logits, tokens)

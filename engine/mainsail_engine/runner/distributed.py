@@ -2,8 +2,7 @@
 
 NCCL between GPUs, gloo on the CPU (the same code above it). The ranks of one stage live in one Pod and sum within a
 group of their own; between two stages each rank hands its hidden states to the rank of the same place in the next.
-Small sums on GPUs go through symmetric memory where torch offers it: every rank reads the others' buffers in one
-kernel, which for a decode step's few kilobytes takes a fraction of a ring's time.
+Small sums on GPUs go through symmetric memory (runner/one_shot.py).
 """
 
 from __future__ import annotations
@@ -27,10 +26,9 @@ from torch.distributed import (
 
 from mainsail_engine.errors import InvalidConfigurationError
 from mainsail_engine.model.parallel import Parallel
+from mainsail_engine.runner.one_shot import OneShot, one_shot
 
 RENDEZVOUS_S = 120
-ONE_SHOT_BYTES = 512 << 10
-"""Above this a ring's bandwidth counts for more than the one-shot kernel's latency."""
 _ADDRESS_OF_INTERFACE = 0x8915
 """SIOCGIFADDR of Linux."""
 
@@ -53,8 +51,8 @@ class RankParallel(Parallel):
     _before: ProcessGroup | None = None
     """This rank and the one of the stage before."""
     _after: ProcessGroup | None = None
-    _shared: list[torch.Tensor] = field(default_factory=list[torch.Tensor])
-    """The symmetric buffer; empty where there is none."""
+    one_shot: OneShot | None = None
+    """None: all sums go through the group."""
     _leaving: deque[tuple[Work, torch.Tensor]] = field(default_factory=deque[tuple[Work, torch.Tensor]])
     """Hand-overs that may not have arrived, which must be kept until they have."""
     _counted: _Counted = field(default_factory=_Counted)
@@ -68,11 +66,8 @@ class RankParallel(Parallel):
         if self.size == 1:
             return x
         x = x.contiguous()
-        if self._shared and x.nbytes <= self._shared[0].nbytes and x.numel() % 8 == 0:
-            buffer = self._shared[0].view(x.dtype)[: x.numel()]
-            buffer.copy_(x.view(-1))
-            group = self._group.group_name  # pyright: ignore[reportOptionalMemberAccess]
-            return torch.ops.symm_mem.one_shot_all_reduce(buffer, "sum", group).view_as(x)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+        if self.one_shot is not None and self.one_shot.takes(x):
+            return self.one_shot.sum(x)
         dist.all_reduce(x, group=self._group)  # pyright: ignore[reportUnknownMemberType]
         return x
 
@@ -136,6 +131,8 @@ def join(
     if isinstance(store, int):
         store = connect("127.0.0.1", store, size * num_stages)
     cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.set_device(device)  # what is made below is made on the current one, in parts
     if (interface := interface_towards(host)) is not None:
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if interface != "lo" else ("GLOO_SOCKET_IFNAME",):
             os.environ.setdefault(name, interface)
@@ -149,8 +146,8 @@ def join(
     stage, place = divmod(rank, size)
     group = _stage_group(stage, size, num_stages)
     before, after = _neighbours(rank, size, num_stages)
-    shared = _symmetric_buffer(device, group) if cuda and size > 1 else []
-    return RankParallel(place, size, stage, num_stages, device, group, before, after, shared)
+    small = one_shot(device, group) if cuda and size > 1 and group is not None else None
+    return RankParallel(place, size, stage, num_stages, device, group, before, after, small)
 
 
 def _stage_group(stage: int, size: int, num_stages: int) -> ProcessGroup | None:
@@ -192,14 +189,3 @@ def _address_of(probe: socket.socket, interface: str) -> str | None:
     except OSError:
         return None
     return socket.inet_ntoa(found[20:24])
-
-
-def _symmetric_buffer(device: torch.device, group: ProcessGroup | None) -> list[torch.Tensor]:
-    try:
-        import torch.distributed._symmetric_memory as symmetric
-
-        buffer = symmetric.empty(ONE_SHOT_BYTES, dtype=torch.uint8, device=device)
-        symmetric.rendezvous(buffer, group)  # pyright: ignore[reportArgumentType]
-    except (ImportError, RuntimeError):
-        return []
-    return [buffer]

@@ -91,17 +91,21 @@ class PendingConstrained:
 
 
 def choose_device(name: str, rank: int = 0) -> torch.device:
-    """The device of a rank: each has a GPU of its own."""
+    """The device of a rank of this node: each has a GPU of its own, from the named one on (cuda: the first)."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise InvalidConfigurationError("--device cuda: torch sees no CUDA device; use --device cpu or auto")
-    if name == "cuda" and rank >= torch.cuda.device_count():
+    device = torch.device(name)
+    if device.type != "cuda":
+        return device
+    if not torch.cuda.is_available():
+        raise InvalidConfigurationError(f"--device {name}: torch sees no CUDA device; use --device cpu or auto")
+    index = (device.index or 0) + rank
+    if index >= (count := torch.cuda.device_count()):
         raise InvalidConfigurationError(
-            "--tensor-parallel-size times --pipeline-parallel-size ranks need a GPU each: there are "
-            f"{torch.cuda.device_count()}, and none is left for rank {rank} of this node"
+            f"--device {name}: this node has {count} GPUs, and none is left for its rank {rank}: "
+            "--tensor-parallel-size times --pipeline-parallel-size ranks need a GPU each"
         )
-    return torch.device("cuda", torch.cuda.current_device() + rank) if name == "cuda" else torch.device(name)
+    return torch.device("cuda", index)
 
 
 def choose_dtype(name: str, architecture: Architecture, device: torch.device) -> torch.dtype:
@@ -160,8 +164,7 @@ class ModelRunner:
         self._decode_rows = max(slots, SPREAD_ROWS) if guessing else slots
         if self.device.type == "cpu":
             set_cpu_threads(config.ranks_per_node)
-        else:
-            torch.cuda.set_device(self.device)
+        self.take_device()
         self._uploads = Uploads(self.device)
         sleeps = parallel.is_alone  # an engine of several ranks cannot
         self._memory = DeviceMemory(self.device) if sleeps and device_memory.available(self.device) else None
@@ -180,6 +183,11 @@ class ModelRunner:
             ) from error
         self._warm_up()
         self._padded = self._pad(config) if self.device.type == "cuda" else None
+
+    def take_device(self) -> None:
+        """For the calling thread: another thread begins on the first GPU, which is another rank's."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
 
     @property
     def samples(self) -> bool:

@@ -137,10 +137,12 @@ class Finisher:
     """Waits for launched steps, in order, on a thread of its own."""
 
     def __init__(
-        self, parent: Parent, progress: Progress, context: zmq.Context[zmq.Socket[bytes]], results: str | None
-    ) -> None:
-        """results: where the leader wants to hear of them. None: it does not."""
+        self, parent: Parent, progress: Progress, context: zmq.Context[zmq.Socket[bytes]], results: str | None,
+        take_device: Callable[[], None],
+    ) -> None:  # fmt: skip
+        """results: where the leader wants to hear of them. None: it does not. take_device: for the calling thread."""
         self._progress, self._context, self._results = progress, context, results
+        self._take_device = take_device
         self._launched: queue.Queue[PendingStep | None] = queue.Queue()
         parent.start_vital(self._finish, "finisher")
 
@@ -153,6 +155,7 @@ class Finisher:
         self._launched.join()
 
     def _finish(self) -> None:
+        self._take_device()
         socket = self._context.socket(zmq.PUSH) if self._results is not None else None
         if socket is not None and self._results is not None:
             socket.set_hwm(0)
@@ -296,7 +299,7 @@ def run(start: WorkerStart, parent: Parent) -> None:
     runner = ModelRunner(config, parallel)
     orders.wait_heard()
     tells = num_stages > 1 and parallel.is_last and parallel.rank == 0
-    finisher = Finisher(parent, progress, context, addresses.results if tells else None)
+    finisher = Finisher(parent, progress, context, addresses.results if tells else None, runner.take_device)
     rank = Rank(config, runner, progress)
     parent.loaded()
     follow(rank, orders, finisher)
