@@ -118,6 +118,8 @@ class EngineClient:
         """LoRA adapters that the core has: served name → path."""
         self.adapter_use = AdapterUse()
         """… and which of them requests go through now."""
+        self.core_started_s = 0.0
+        """Monotonic time at which this process started the core."""
         self.num_steps = 0
         self.progress_at_s = time.monotonic()
         """Monotonic time of the last step, or of the moment since when there is work."""
@@ -157,6 +159,7 @@ class EngineClient:
         return f"ipc://{self.folder}/{what}.{process}"
 
     async def _start_core(self) -> asyncio.subprocess.Process:
+        self.core_started_s = time.monotonic()
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "mainsail_engine.core", stdin=asyncio.subprocess.PIPE, env=child_environment()
         )
@@ -164,6 +167,7 @@ class EngineClient:
             config=self._config,
             commands_addresses=[self._address("commands", number) for number in range(self._num_processes)],
             outputs_addresses=[self._address("outputs", number) for number in range(self._num_processes)],
+            started_s=self.core_started_s,
         )
         if process.stdin is None:
             raise StartupError("the core process has no standard input")

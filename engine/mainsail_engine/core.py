@@ -67,6 +67,7 @@ from mainsail_engine.request import FinishReason, Request, SamplingParams
 from mainsail_engine.step import PendingLogits, PendingStep, Runner, StepPlan, StepResult
 from mainsail_engine.structured.grammar import TRY_AGAIN
 from mainsail_engine.structured.masks import MaskFiller, Row, constrained_rows
+from mainsail_engine.timeline import Mark, Timeline
 
 if TYPE_CHECKING:
     from mainsail_engine.structured.compiler import Compiler
@@ -575,16 +576,17 @@ def _wait_for_command(core: EngineCore, mailbox: Mailbox, timeout_s: float | Non
 class _Engine:
     """The parts of a core, made once at the start and again after a sleep."""
 
-    def __init__(self, config: EngineConfig, on_lost: Callable[[str], None]) -> None:
+    def __init__(self, config: EngineConfig, on_lost: Callable[[str], None], mark: Mark) -> None:
         """Loads the model. Raises StartupError."""
         from mainsail_engine.runner.model_runner import ModelRunner
         from mainsail_engine.runner.workers import start_ranks
         from mainsail_engine.speculative.load import check_vocabularies, load_draft
 
+        mark("imports")
         self.config = config
         parallel, self._workers = start_ranks(config, on_lost)
         self.draft = load_draft(config) if config.speculative and config.speculative.is_draft_model else None
-        self.model_runner = ModelRunner(config, parallel)
+        self.model_runner = ModelRunner(config, parallel, mark)
         if self.draft is not None:
             check_vocabularies(self.draft.runner.vocab_size, self.model_runner.vocab_size)
         self.events = kv_events(config)
@@ -671,16 +673,20 @@ class _Engine:
         return self.parts()
 
 
-def build(config: EngineConfig, on_lost: Callable[[str], None] = log.critical) -> tuple[EngineCore, Ready]:
+def build(
+    config: EngineConfig, on_lost: Callable[[str], None] = log.critical, timeline: Timeline | None = None
+) -> tuple[EngineCore, Ready]:
     """Load the model and generate a token. Raises StartupError.
 
     on_lost: told, on another thread, that a rank of several is lost and nothing will ever come of the steps in flight.
+    timeline: where the start's phases are noted.
     """
     from mainsail_engine.structured.compiler import Compiler
     from mainsail_engine.structured.vocabulary import vocabulary_of
     from mainsail_engine.text.tokenizer import load_tokenizer
 
-    engine = _Engine(config, on_lost)
+    timeline = timeline or Timeline(time.monotonic())
+    engine = _Engine(config, on_lost, timeline.mark)
     scheduler, runner = engine.parts()
     device = str(engine.model_runner.device)
     vocab_size, eos_token_ids = runner.vocab_size, sorted(runner.eos_token_ids)
@@ -697,6 +703,7 @@ def build(config: EngineConfig, on_lost: Callable[[str], None] = log.critical) -
         core.after_step = engine.events.flush
     warm_up(core)
     core.after_step()  # an engine that nobody has asked yet says so, too
+    timeline.mark("token")
     ready = Ready(
         max_model_len=scheduler.max_model_len,
         num_blocks=runner.num_blocks,
@@ -708,6 +715,7 @@ def build(config: EngineConfig, on_lost: Callable[[str], None] = log.critical) -
         adapters=adapters.table.paths if adapters is not None else {},
         embeds_only=engine.model_runner.architecture.embeds_only,
         hidden_size=engine.model_runner.architecture.hidden_size,
+        start=timeline.phases,
     )
     return core, ready
 
@@ -735,9 +743,11 @@ def describe(error: BaseException) -> Failed:
 def main() -> None:
     start = take_orders(CoreStart)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s core: %(message)s", stream=sys.stderr)
+    timeline = Timeline(start.started_s or time.monotonic())
+    timeline.mark("core")
     mailbox = Mailbox(start)
     try:
-        core, ready = build(start.config, lambda message: _die(mailbox, Failed("RankLost", message)))
+        core, ready = build(start.config, lambda message: _die(mailbox, Failed("RankLost", message)), timeline)
         mailbox.compiler = core.compiler
         mailbox.send(ready)
         run_loop(core, mailbox)

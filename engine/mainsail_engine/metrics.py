@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING
@@ -31,6 +31,7 @@ from prometheus_client.utils import floatToGoString  # pyright: ignore[reportUnk
 from mainsail_engine.cells import Cells
 from mainsail_engine.config import MAX_SPECULATIVE_TOKENS, CacheConfig
 from mainsail_engine.protocol import AdapterUse, Ready, SchedulerStats, StepOutputs
+from mainsail_engine.timeline import PHASES
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span
@@ -143,6 +144,7 @@ LABELLED_GAUGES = {
         "reason",
         ("capacity", "deferred"),
     ),
+    "mainsail:start_time_seconds": ("Of the start, by phase.", "phase", tuple(PHASES)),
 }
 LABELLED_COUNTERS = {
     "vllm:prompt_tokens_by_source": (
@@ -350,6 +352,11 @@ class Metrics(Collector):
             "cache_dtype": ready.dtype,
             "engine": "0",
         }
+
+    def started(self, phases: Mapping[str, float]) -> None:
+        """Seconds of each phase of the start (timeline.py). Only one process, the leader, says so."""
+        for phase, seconds in phases.items():
+            self._labelled["mainsail:start_time_seconds"][phase].set(seconds)
 
     def set_adapters(self, max_loras: int, use: Callable[[], AdapterUse]) -> None:
         """This engine takes LoRA adapters, so many at once; use says which of them are in use."""

@@ -111,6 +111,8 @@ class Ready(msgspec.Struct, frozen=True, tag=True, array_like=True):
     embeds_only: bool = False
     """The model has no head: it makes embeddings and no text."""
     hidden_size: int = 0
+    start: dict[str, float] = {}
+    """Seconds of each phase of the core's start (timeline.py)."""
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -266,6 +268,8 @@ class CoreStart(msgspec.Struct, frozen=True, kw_only=True):
     commands_addresses: list[str]
     """One for each API process, the leader's first; `outputs_addresses` likewise."""
     outputs_addresses: list[str]
+    started_s: float = 0.0
+    """Monotonic time at which this process was started."""
 
 
 encode = msgspec.msgpack.Encoder().encode

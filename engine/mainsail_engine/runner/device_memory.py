@@ -14,10 +14,9 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import mmap
 import time
 from collections.abc import Generator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, cast
@@ -25,6 +24,7 @@ from typing import Any, cast
 import torch
 
 from mainsail_engine.errors import OutOfMemoryError
+from mainsail_engine.pages import untouched_zeros
 from mainsail_engine.transfers import Transfers
 
 log = logging.getLogger(__name__)
@@ -137,7 +137,7 @@ class DeviceMemory:
         began_s = time.monotonic()
         torch.cuda.synchronize(self._device)
         lasting = [region for region in self._regions.values() if region.lasting and region.handle is not None]
-        saved = _host_memory(sum(region.size for region in lasting))
+        saved = untouched_zeros(sum(region.size for region in lasting))
         with Transfers(self._device) as transfers:
             first = 0
             for region in lasting:
@@ -211,17 +211,6 @@ class DeviceMemory:
             return self._take(num_bytes, lasting=True).address
         except OutOfMemoryError:
             return None
-
-
-def _host_memory(num_bytes: int) -> torch.Tensor:
-    """[num_bytes] uint8, in large pages where there are some: taking small ones costs more than copying."""
-    if not num_bytes:
-        return torch.empty(0, dtype=torch.uint8)
-    pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):
-            pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=torch.uint8)
 
 
 def _call(name: str, *arguments: object) -> None:

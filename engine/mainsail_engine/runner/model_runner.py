@@ -25,6 +25,7 @@ from mainsail_engine.model.lora import Adapter, AdapterRows, AdapterSlots, read_
 from mainsail_engine.model.parallel import SINGLE, Parallel
 from mainsail_engine.model.quantization import Fp8, Quantization, read_quantization
 from mainsail_engine.model.registry import load_model
+from mainsail_engine.pages import untouched_zeros
 from mainsail_engine.request import Request, SamplingParams
 from mainsail_engine.runner import device_memory, memory
 from mainsail_engine.runner.batch import BlockTables, StepArrays, build
@@ -40,6 +41,7 @@ from mainsail_engine.sampling.pooling import Pooler
 from mainsail_engine.sampling.sampler import PROMPT, Sampler, greedy
 from mainsail_engine.speculative.policy import MAX_ROWS
 from mainsail_engine.step import BlockCopy, Chunk, StepPlan, StepResult
+from mainsail_engine.timeline import Mark, unmarked
 from mainsail_kernels.attention_decode import decode_workspace
 from mainsail_kernels.blocks import copy_blocks
 from mainsail_kernels.lora import tiles_of
@@ -143,7 +145,7 @@ class ModelRunner:
     num_host_blocks = 0
     """Host memory is another's (runner/swap.py)."""
 
-    def __init__(self, config: EngineConfig, parallel: Parallel = SINGLE) -> None:
+    def __init__(self, config: EngineConfig, parallel: Parallel = SINGLE, mark: Mark = unmarked) -> None:
         """Loads the weights and takes the KV pool. Raises StartupError's kinds."""
         path = Path(config.model.path)
         self.architecture = read_architecture(path)
@@ -169,6 +171,7 @@ class ModelRunner:
         sleeps = parallel.is_alone  # an engine of several ranks cannot
         self._memory = DeviceMemory(self.device) if sleeps and device_memory.available(self.device) else None
         self._padded: PaddedSteps | None = None
+        mark("device")
         try:
             with self._memory.lasting() if self._memory else nullcontext():
                 self._model = load_model(
@@ -176,13 +179,16 @@ class ModelRunner:
                     max_positions=self.max_model_len, device=self.device, parallel=parallel, quantization=quantization,
                 )  # fmt: skip
                 self._adapters = self._take_adapters(config.lora)
+            mark("weights")
             self._take_pool(config)
+            mark("kv_pool")
         except torch.OutOfMemoryError as error:
             raise OutOfMemoryError(
                 f"the device has too little memory for the model and its KV pool: {error}"
             ) from error
         self._warm_up()
         self._padded = self._pad(config) if self.device.type == "cuda" else None
+        mark("graphs")
 
     def take_device(self) -> None:
         """For the calling thread: another thread begins on the first GPU, which is another rank's."""
@@ -302,9 +308,11 @@ class ModelRunner:
         heads, kv_heads = self._model.num_heads, self._model.num_kv_heads
         num_layers = 0 if a.bidirectional else len(self._parallel.layers(a))
         shape = (num_layers, num_blocks, 2, kv_heads, BLOCK_SIZE, a.head_dim)
-        if pool_memory and num_layers:
-            num_bytes = torch.Size(shape).numel() * self.kv_dtype.itemsize
+        num_bytes = torch.Size(shape).numel() * self.kv_dtype.itemsize
+        if pool_memory and num_bytes:
             self.kv_cache = pool_memory.passing(num_bytes).view(self.kv_dtype).view(shape)
+        elif self.device.type == "cpu" and num_bytes:
+            self.kv_cache = untouched_zeros(num_bytes).view(self.kv_dtype).view(shape)
         else:
             self.kv_cache = torch.zeros(shape, dtype=self.kv_dtype, device=self.device)
         self._tables = BlockTables(slots, -(-self.max_model_len // BLOCK_SIZE))

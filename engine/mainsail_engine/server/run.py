@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Mapping
 
 import msgspec
 import uvloop
@@ -33,6 +34,7 @@ from mainsail_engine.server.health import (
 from mainsail_engine.server.serving import Serving
 from mainsail_engine.server.worker import WorkerStart
 from mainsail_engine.server.workers import Workers
+from mainsail_engine.timeline import in_words, process_began_s
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +52,6 @@ class Leader(ApiServer):
 
     async def run(self) -> None:
         """Serve until drained. Raises StartupError when the core cannot start, or dies."""
-        began_s = time.monotonic()
         shared = self.config.api_server_count > 1
         listener = bind(self.config.host, self.config.port, shared=shared)
         health = self._start_health()
@@ -60,7 +61,7 @@ class Leader(ApiServer):
         try:
             serving = await self._start_engine(listener)
             if serving is not None:
-                await self._serve(serving, listener, began_s)
+                await self._serve(serving, listener)
         finally:
             await self._workers.close()
             await self.client.close()
@@ -106,14 +107,17 @@ class Leader(ApiServer):
         await self._workers.serving()
         return ready
 
-    async def _serve(self, serving: Serving, listener: socket.socket, began_s: float) -> None:
+    async def _serve(self, serving: Serving, listener: socket.socket) -> None:
         http = self.http(look=self._look, drain=self._drain.begin)
         listener.listen(BACKLOG)
         serve = asyncio.create_task(http.serve(sockets=[listener]))
         while not http.started and not serve.done():  # noqa: ASYNC110 (uvicorn tells in no other way)
             await asyncio.sleep(0.005)
         host, port = listener.getsockname()[:2]
-        announce(f"ready: http://{host}:{port}/v1 serves {', '.join(serving.model_names)}", serving.ready, began_s)
+        phases = self._start_phases(serving.ready)
+        serving.metrics.started(phases)
+        log.info("%s", in_words(phases))
+        announce(f"ready: http://{host}:{port}/v1 serves {', '.join(serving.model_names)}", serving.ready, phases)
         died = asyncio.create_task(self.client.died.wait())
         drained = asyncio.create_task(self._drain.wait())
         lost = asyncio.create_task(self._workers.ended())
@@ -133,6 +137,12 @@ class Leader(ApiServer):
             for task in (died, drained, lost, lag):
                 task.cancel()
             await asyncio.gather(died, drained, lost, lag, return_exceptions=True)
+
+    def _start_phases(self, ready: Ready) -> dict[str, float]:
+        """Seconds of each, from this process's start to now."""
+        began_s = process_began_s()
+        phases = {"api": self.client.core_started_s - began_s, **ready.start}
+        return phases | {"http": max(0.0, time.monotonic() - began_s - sum(phases.values()))}
 
     def _num_running(self) -> int:
         return int(self.board.total("in_progress"))
@@ -154,9 +164,9 @@ class Leader(ApiServer):
         return judge(path, vitals, limit_s=self._live_limit_s, now=time.monotonic())
 
 
-def announce(line: str, ready: Ready, began_s: float) -> None:
+def announce(line: str, ready: Ready, phases: Mapping[str, float]) -> None:
     pool = f"{ready.num_blocks} KV blocks of {ready.block_size}, context {ready.max_model_len}"
-    took_s = time.monotonic() - began_s
+    took_s = sum(phases.values())
     print(f"{line} ({ready.device}, {ready.dtype}; {pool}; {took_s:.1f} s)", file=sys.stderr, flush=True)
 
 

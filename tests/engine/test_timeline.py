@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+import time
+
+from mainsail_engine.metrics import Metrics
+from mainsail_engine.timeline import PHASES, Timeline, in_words, process_began_s
+
+
+def test_time_belongs_to_the_phase_that_ends_with_it() -> None:
+    moments = iter((10.5, 13.0, 13.25, 14.25))
+    timeline = Timeline(10.0, lambda: next(moments))
+    for phase in ("core", "imports", "device", "imports"):
+        timeline.mark(phase)
+    assert timeline.phases == {"core": 0.5, "imports": 3.5, "device": 0.25}
+
+
+def test_the_log_tells_phases_in_their_order() -> None:
+    assert in_words({"weights": 2.04, "api": 0.5, "graphs": 1.5}) == (
+        "started in 4.0 s: api 0.5, weights 2.0, graphs 1.5"
+    )
+
+
+def test_every_phase_has_its_series_from_the_start() -> None:
+    metrics = Metrics("m", 8192)
+    metrics.started({"weights": 2.5})
+    values = {
+        phase: metrics.registry.get_sample_value(
+            "mainsail:start_time_seconds", {"model_name": "m", "engine": "0", "phase": phase}
+        )
+        for phase in PHASES
+    }
+    assert values == dict.fromkeys(PHASES, 0.0) | {"weights": 2.5}
+
+
+def test_this_process_began_before_now_and_not_long_ago() -> None:
+    assert 0 < time.monotonic() - process_began_s() < 3600
