@@ -121,7 +121,7 @@ def _give_back(pieces: list[torch.Tensor], device: torch.device) -> None:
 def _unpin(pieces: list[torch.Tensor], device: torch.device) -> None:
     """It takes about a second for 32 GiB: not on the thread that wants to sleep. The process's end does it faster."""
     torch.cuda.set_device(device)  # this thread's
-    torch.cuda.synchronize()
+    torch.cuda.synchronize(device)
     while pieces and threading.main_thread().is_alive():
         unpin(pieces.pop())
 

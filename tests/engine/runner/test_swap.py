@@ -134,7 +134,7 @@ def test_a_process_that_ends_while_memory_is_given_back_ends_well_and_soon() -> 
     script = """
 import time, torch
 from mainsail_engine.runner import swap
-torch.cuda.synchronize = lambda device: None
+torch.cuda.set_device = torch.cuda.synchronize = lambda device: None
 swap.unpin = lambda piece: time.sleep(0.05)
 swap._give_back([torch.empty(1)] * 1200, torch.device("cpu"))
 print("the end", flush=True)
