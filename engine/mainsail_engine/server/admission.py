@@ -2,12 +2,13 @@
 
 Queued means: accepted, and no first token yet. The rate at which prompt tokens leave the queue, while there is one, is
 measured; a refused client is told to come back when, at that rate, there is room for it. Where more comes than can be
-served, a queue only makes everybody late, so that work is done of which nobody waits for the end any more: while at
-least OVERLOAD times what leaves comes in, newcomers are refused at once if their first token would take over
-max_wait_s. A burst is no overload, nor is a fixed number of clients of whom each comes again when it is served: the
-queue must have stood for BURST_S (the idea is CoDel's: Nichols and Jacobson, 2012), and FREE_REQUESTS at a time are
-always let in, so that a few clients with long prompts are served however long that takes. Where several API processes
-serve one engine, what waits in all of them counts (`Board`). The clock is an argument.
+served, a queue only makes everybody late, so that work is done of which nobody waits for the end any more: newcomers
+whose first token would take over max_wait_s are refused at once, if they make the server fuller than it was. Who comes
+as another leaves does not: a fixed number of clients, of whom each comes again when it is served, is no overload,
+however long they wait; nor is a burst: the queue must have stood for BURST_S (the idea is CoDel's: Nichols and
+Jacobson, 2012). And every newcomer that is turned away lowers what may be inside, until the wait is in bounds again.
+FREE_REQUESTS at a time are always let in, so that a few clients with long prompts are served however long that takes.
+Where several API processes serve one engine, what waits in all of them counts (`Board`). The clock is an argument.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from dataclasses import dataclass
 
 from mainsail_engine.server.board import Board
 
-RATE_HALF_LIFE_S = 5.0
+RATE_HALF_LIVES_S = (1.0, 5.0)
+"""The queue's pace is taken over both, and the lower one believed: it falls as what was let in begins to decode."""
 MIN_RETRY_S, MAX_RETRY_S = 1.0, 60.0
-ARRIVAL_HALF_LIFE_S = 2.0
-OVERLOAD = 2.0
-"""Prompt tokens that come in, over those that leave."""
 BURST_S = 1.0
 """How long a queue may stand before its length counts as an overload."""
+FULLEST_S = 2.0
+"""How full the server was is remembered for so long, and at most twice as long."""
 RESERVED_S = 1.0
 """A reservation that nobody has taken by then is void."""
 FREE_REQUESTS = 64
@@ -43,7 +44,8 @@ class Rejection:
 class DrainRate:
     """Tokens per second that leave the queue, decaying with a half-life; unknown until something left."""
 
-    def __init__(self) -> None:
+    def __init__(self, half_life_s: float = RATE_HALF_LIVES_S[-1]) -> None:
+        self._half_life_s = half_life_s
         self._tokens = 0.0
         self._seconds = 0.0
         self._at_s: float | None = None
@@ -55,7 +57,7 @@ class DrainRate:
     def add(self, tokens: int, now: float) -> None:
         if self._at_s is not None:
             elapsed = max(now - self._at_s, 0.0)
-            kept = 0.5 ** (elapsed / RATE_HALF_LIFE_S)
+            kept = 0.5 ** (elapsed / self._half_life_s)
             self._tokens = self._tokens * kept + tokens
             self._seconds = self._seconds * kept + elapsed
         self._at_s = now
@@ -65,24 +67,25 @@ class DrainRate:
         return self._tokens / self._seconds if self._seconds > 0 else None
 
 
-class ArrivalRate:
-    """Tokens per second that ask to be let in, refused or not, over the last few seconds."""
+class Fullest:
+    """The most requests that were inside at once, of the last FULLEST_S seconds and up to as many before."""
 
     def __init__(self) -> None:
-        self._rate = 0.0
-        self._at_s = 0.0
+        self._now = self._before = 0
+        self._since_s = 0.0
 
-    def add(self, tokens: int, now: float) -> float:
-        """The rate with these."""
-        self._rate *= 0.5 ** (max(now - self._at_s, 0.0) / ARRIVAL_HALF_LIFE_S)
-        self._rate += tokens * math.log(2) / ARRIVAL_HALF_LIFE_S
-        self._at_s = now
-        return self._rate
+    def note(self, inside: int, now: float) -> int:
+        """So many are inside. Returns the most."""
+        if now - self._since_s >= FULLEST_S:
+            is_next = now - self._since_s < 2 * FULLEST_S
+            self._before, self._now, self._since_s = (self._now if is_next else 0), 0, now
+        self._now = max(self._now, inside)
+        return max(self._now, self._before)
 
 
 class Admission:
     """`check` and `reserve` before answering, `enter` when the request goes to the core, `leave` at its first token or
-    its end.
+    its end, `ended` at its end.
 
     Between the two a moment passes, in which others ask: a reservation counts until it is taken or too old (its client
     may have gone at once). Processes that ask in the very same moment may together let in one each too many.
@@ -96,8 +99,10 @@ class Admission:
         self._max_tokens = max_tokens
         self._max_wait_s = max_wait_s
         self._stands_since_s = 0.0
-        self._rate = DrainRate()
-        self._arrivals = ArrivalRate()
+        self._rates = [DrainRate(half_life_s) for half_life_s in RATE_HALF_LIVES_S]
+        self._fullest = Fullest()
+        self._num_turned_away = 0
+        """Newcomers refused for their wait, since the wait was in bounds."""
         self._board = board or Board()
         self._reserved: deque[tuple[float, int]] = deque()
         """(when it is too old, prompt tokens), oldest first."""
@@ -110,7 +115,8 @@ class Admission:
         queued = self.num_requests + len(self._reserved) + int(self._board.others("queued_requests"))
         reserved = sum(tokens for _, tokens in self._reserved)
         waiting = self.num_tokens + reserved + int(self._board.others("queued_tokens"))
-        arriving = self._arrivals.add(tokens, now)
+        inside = int(self._board.total("running")) + len(self._reserved)
+        fullest = self._fullest.note(inside, now)
         if queued == 0:
             return None
         if queued + requests > self._max_requests:
@@ -123,12 +129,12 @@ class Admission:
         if not rate or not self._max_wait_s or queued + requests <= FREE_REQUESTS:
             return None
         wait_s = (waiting + tokens) / rate
-        if (
-            wait_s <= self._max_wait_s
-            or arriving < OVERLOAD * self.own_tokens_per_s
-            or now - self._stands_since_s <= BURST_S
-        ):
+        if wait_s <= self._max_wait_s:
+            self._num_turned_away = 0
             return None
+        if now - self._stands_since_s <= BURST_S or inside + requests <= fullest - self._num_turned_away:
+            return None
+        self._num_turned_away += requests
         return self._reject(
             "max_queue_wait", f"the first token would take {wait_s:.1f} s", rate * (wait_s - self._max_wait_s)
         )
@@ -145,7 +151,8 @@ class Admission:
             self._reserved.popleft()
         if self.num_requests == 0:
             self._stands_since_s = now
-            self._rate.resume(now)
+            for rate in self._rates:
+                rate.resume(now)
         self.num_requests += 1
         self.num_tokens += tokens
         self._publish()
@@ -155,8 +162,13 @@ class Admission:
         self.num_requests -= 1
         self.num_tokens -= tokens
         if served:
-            self._rate.add(tokens, now)
+            for rate in self._rates:
+                rate.add(tokens, now)
         self._publish()
+
+    def ended(self, now: float) -> None:
+        """A request that had entered is about to go, wherever it is."""
+        self._fullest.note(int(self._board.total("running")) + len(self._reserved), now)
 
     def _publish(self) -> None:
         self._board.set("queued_requests", self.num_requests + len(self._reserved))
@@ -166,7 +178,7 @@ class Admission:
     @property
     def own_tokens_per_s(self) -> float:
         """The drain rate of this process's requests; 0 while unknown."""
-        return self._rate.tokens_per_s or 0.0
+        return min(rate.tokens_per_s or 0.0 for rate in self._rates)
 
     @property
     def tokens_per_s(self) -> float:

@@ -389,6 +389,7 @@ class Serving:
         if not times.num_tokens:
             self.admission.leave(times.num_prompt_tokens, time.monotonic(), served=False)
             self._show_queue()
+        self.admission.ended(time.monotonic())
         del self._times[request_id]
         self.board.set("running", len(self._times))
 

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from collections import deque
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mainsail_engine.cells import Cells
 from mainsail_engine.metrics import Metrics
@@ -72,7 +75,7 @@ def test_the_rate_forgets() -> None:
 
 def overloaded(*, max_wait_s: float, requests: int = 200) -> Admission:
     """Ten requests of 100 tokens leave in a second, and so many stand in the queue since t = 0."""
-    admission = Admission(max_requests=10_000, max_tokens=10**9, max_wait_s=max_wait_s)
+    admission = Admission(max_requests=10_000, max_tokens=10**9, max_wait_s=max_wait_s, board=Board())
     for _ in range(requests + 100):
         admission.enter(100, 0.0)
     for served in range(100):
@@ -80,15 +83,43 @@ def overloaded(*, max_wait_s: float, requests: int = 200) -> Admission:
     return admission
 
 
-def arrive(admission: Admission, requests: int, begin_s: float, end_s: float) -> None:
-    """Requests of 100 tokens ask, evenly in time; the queue is left as it is."""
-    for i in range(requests):
-        admission.check(1, 100, begin_s + (end_s - begin_s) * i / requests)
+class Clients:
+    """Requests of 100 tokens on an engine that begins ten in a second and ends each a second later."""
+
+    def __init__(self, max_wait_s: float = 4.0) -> None:
+        self.board = Board()
+        self.admission = Admission(max_requests=10_000, max_tokens=10**9, max_wait_s=max_wait_s, board=self.board)
+        self.queued, self.running = deque[float](), deque[float]()
+        self.refused = self.ended = 0
+        self.waits_s: list[float] = []
+
+    def ask(self, now: float) -> None:
+        if self.admission.check(1, 100, now) is not None:
+            self.refused += 1
+            return
+        self.admission.reserve([100], now)
+        self.admission.enter(100, now)
+        self.queued.append(now)
+        self._show()
+
+    def serve(self, now: float) -> None:
+        """A tenth of a second's work."""
+        if self.running and self.running[0] <= now - 1.0:
+            self.running.popleft()
+            self.admission.ended(now)
+            self.ended += 1
+            self._show()
+        if self.queued:
+            self.waits_s.append(now - self.queued.popleft())
+            self.running.append(now)
+            self.admission.leave(100, now, served=True)
+
+    def _show(self) -> None:
+        self.board.set("running", len(self.queued) + len(self.running))
 
 
 def test_a_standing_queue_that_would_take_too_long_refuses() -> None:
     admission = overloaded(max_wait_s=4.0)
-    arrive(admission, 160, 8.0, 10.0)
     rejection = admission.check(1, 100, 10.0)
     assert rejection is not None
     assert rejection.reason == "max_queue_wait"
@@ -98,17 +129,38 @@ def test_a_standing_queue_that_would_take_too_long_refuses() -> None:
     assert admission.check(1, 100, 10.0) is None
 
 
+@pytest.mark.parametrize("per_s", [12, 15, 40])
+def test_more_than_can_be_served_waits_for_little_more_than_the_bound(per_s: int) -> None:
+    clients = Clients()
+    for tenth in range(400):
+        for i in range(per_s * tenth // 10, per_s * (tenth + 1) // 10):
+            clients.ask(i / per_s)
+        clients.serve(0.1 * (tenth + 1))
+    assert clients.refused > 0.7 * 40 * (per_s - 10) - 60
+    assert max(clients.waits_s) < 7.5  # FREE_REQUESTS are 6.4 s here
+    assert len(clients.waits_s) > 390  # and the engine had work all the time
+
+
+@given(number=st.integers(1, 300), pause=st.sampled_from([0.0, 0.01, 0.5]))
+@settings(max_examples=20, deadline=None)
+def test_a_fixed_number_of_clients_is_never_refused_however_long_they_wait(number: int, pause: float) -> None:
+    clients, back = Clients(), deque[float]()
+    for i in range(number):
+        clients.ask(0.5 * i / number)
+    for tenth in range(10, 600):
+        now, ended = 0.1 * tenth, clients.ended
+        while back and back[0] <= now:
+            clients.ask(back.popleft())
+        clients.serve(now)
+        back.extend(now + pause for _ in range(clients.ended - ended))
+    assert clients.refused == 0
+
+
 def test_a_burst_is_let_in_and_so_are_a_few_with_long_prompts() -> None:
     admission = overloaded(max_wait_s=4.0)
     assert admission.check(1, 100, 0.9) is None
     assert overloaded(max_wait_s=0.0).check(1, 100, 10.0) is None
     assert overloaded(max_wait_s=4.0, requests=50).check(1, 10**6, 10.0) is None
-
-
-def test_clients_who_come_as_others_leave_are_no_overload() -> None:
-    admission = overloaded(max_wait_s=4.0)
-    arrive(admission, 100, 0.0, 10.0)
-    assert admission.check(1, 100, 10.0) is None
 
 
 def test_every_reason_is_counted() -> None:
@@ -117,7 +169,6 @@ def test_every_reason_is_counted() -> None:
     by_tokens.enter(10, 0.0)
     metrics = Metrics("m", 100)
     by_wait = overloaded(max_wait_s=4.0)
-    arrive(by_wait, 160, 8.0, 10.0)
     for admission in (by_requests, by_tokens, by_wait):
         rejection = admission.check(1, 10, 10.0)
         assert rejection is not None
