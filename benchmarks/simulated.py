@@ -11,6 +11,7 @@ import heapq
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from mainsail_engine.chunking import attention_pairs
 from mainsail_engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
@@ -21,6 +22,14 @@ from mainsail_engine.step import StepPlan, StepResult
 
 IDLE_S = 0.005
 """How long the core sleeps when nothing may run."""
+
+
+class Cost(Protocol):
+    """What a device takes."""
+
+    @property
+    def load_block(self) -> float: ...
+    def seconds(self, plan: StepPlan) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -63,7 +72,7 @@ class SimulatedEngine:
         max_num_seqs: int = 256,
         budget: int = 8192,
         latency_s: float = 0.05,
-        cost: DeviceCost = H200_8B,
+        cost: Cost = H200_8B,
         on_output: Callable[[RequestOutput, float], None] = lambda output, now: None,
         watermark: float = 0.01,
         **scheduler_options: bool,
@@ -78,7 +87,8 @@ class SimulatedEngine:
         self.scheduler = Scheduler(
             config, num_blocks, max_model_len, [], num_host_blocks=num_host_blocks, max_inter_token_latency_s=latency_s
         )
-        self.cost, self.now, self.busy_s = cost, 0.0, 0.0
+        self.cost: Cost = cost
+        self.now = self.busy_s = 0.0
         self.on_output, self.on_step = on_output, lambda plan: None
         self.prefilled = self.decoded = 0
         self._timers: list[tuple[float, int, Callable[[], None]]] = []

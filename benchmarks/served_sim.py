@@ -1,0 +1,380 @@
+"""The rows of served_gpu.py on a simulated H200, beside what the card measured: the real scheduler and admission.
+
+    python -m benchmarks.served_sim [--rows P7,P8,P9,P10,P11,P12] [--budget N] [--kv-bytes 1] [--output FILE]
+
+A step costs what its parts cost on the card (`H200`: linears by rows, padded as the runner pads them; decode attention
+by bytes; prefill attention by pairs), two steps are in flight, and a request takes its time to be parsed. Clients do
+what those of served_gpu.py do. It decides between policies in seconds; what it says is a prediction until the card has
+said it too. Measured figures: benchmarks/results/served.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean
+
+from benchmarks.served_gpu import GOALS, Figures, percentile
+from benchmarks.simulated import SimulatedEngine
+
+from mainsail_engine.chunking import STEP_ROWS, attention_pairs
+from mainsail_engine.protocol import RequestOutput
+from mainsail_engine.request import FinishReason, Request, SamplingParams
+from mainsail_engine.server.admission import Admission
+from mainsail_engine.server.board import Board
+from mainsail_engine.step import StepPlan, StepResult
+
+MEASURED = Path(__file__).parent / "results" / "served.json"
+NUM_BLOCKS = 56_000
+"""Of an H200 with an 8B model in bf16: 0.9 million tokens."""
+HOST_BLOCKS = 14_000
+"""A quarter of what a machine of 128 GiB has free."""
+
+
+def decode_rows(count: int) -> int:
+    """Rows of a step of so many decodes, padded (runner/cuda_graphs.py)."""
+    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, 1025, 64)]
+    return sizes[bisect_left(sizes, count)]
+
+
+def mixed_rows(count: int) -> int:
+    return next((size for size in STEP_ROWS if size >= count), count)
+
+
+@dataclass(frozen=True)
+class H200:
+    """Seconds. An 8B model in bf16; linears of all layers and the head by rows, measured alone."""
+
+    linears: tuple[tuple[int, float], ...] = (
+        (1, 3.9e-3), (32, 4.45e-3), (64, 4.6e-3), (128, 4.9e-3), (256, 6.85e-3), (512, 11.5e-3), (1024, 21e-3),
+        (2048, 40.5e-3), (8192, 160e-3),
+    )  # fmt: skip
+    step: float = 0.35e-3
+    mixed: float = 0.3e-3
+    """More, where prompts and decodes go together."""
+    row: float = 1.6e-6
+    """Norms, rotary, activation: a row."""
+    context_token: float = 131_072 / 4.2e12
+    pair: float = 1.0e-9
+    host: float = 1.2e-3
+    """From the end of a step to the launch of the next but one: it delays what arrives meanwhile, not the device."""
+    load_block: float = 4.2e-5
+
+    def linear_s(self, rows: int) -> float:
+        for (low, low_s), (high, high_s) in pairwise(self.linears):
+            if rows <= high:
+                return low_s + (high_s - low_s) * (rows - low) / (high - low)
+        return self.linears[-1][1] * rows / self.linears[-1][0]
+
+    def seconds(self, plan: StepPlan) -> float:
+        decodes, prefills = plan.chunks[: plan.num_decodes], plan.chunks[plan.num_decodes :]
+        rows = mixed_rows(plan.num_tokens) if prefills else decode_rows(len(decodes))
+        pairs = sum(attention_pairs(chunk.start, chunk.num_tokens) for chunk in prefills)
+        context = sum(chunk.start for chunk in decodes)
+        own = self.step + (self.mixed if prefills else 0.0)
+        return own + self.linear_s(rows) + self.row * rows + self.context_token * context + self.pair * pairs
+
+
+class OverlappedEngine(SimulatedEngine):
+    """Two steps in flight: the next is planned while the device computes, as EngineCore does it."""
+
+    def __init__(self, cost: H200, *, num_blocks: int, num_host_blocks: int, budget: int) -> None:
+        super().__init__(
+            cost=cost, latency_s=0.04, num_blocks=num_blocks, num_host_blocks=num_host_blocks, budget=budget
+        )
+        self._device = cost
+        self._flying: deque[tuple[StepPlan, float]] = deque()
+        """(plan, when the device is done with it)"""
+        self._device_free_s = 0.0
+        self.steps: list[tuple[int, int, float]] = []
+        """(decodes, prompt tokens, seconds)"""
+
+    def step(self) -> bool:
+        while len(self._flying) < 2 and (plan := self.scheduler.schedule(self.now)) is not None:
+            self._launch(plan)
+        if not self._flying:
+            return False
+        plan, end_s = self._flying.popleft()
+        self.now = max(self.now, end_s)
+        while self._loads and self._loads[0] <= self.now:
+            self._loads.popleft()
+            self._num_loaded += 1
+        tokens = [3 + (chunk.start * 31 + chunk.slot) % 1000 for chunk in plan.chunks if chunk.samples]
+        self.on_step(plan)
+        for output in self.scheduler.commit(plan, StepResult(tokens, num_loaded=self._num_loaded), self.now):
+            self.on_output(output, self.now)
+        self.now += self._device.host
+        return True
+
+    def _launch(self, plan: StepPlan) -> None:
+        for _ in plan.loads:
+            self._bus_free_s = max(self._bus_free_s, self.now) + self._device.load_block
+            self._loads.append(self._bus_free_s)
+        began_s = max(self.now, self._device_free_s)
+        took_s = self._device.seconds(plan) if plan.chunks else 0.0
+        self._device_free_s = began_s + took_s
+        self.busy_s += took_s
+        self.decoded += plan.num_decodes
+        self.prefilled += plan.num_tokens - plan.num_decodes
+        self.steps.append((plan.num_decodes, plan.num_tokens - plan.num_decodes, took_s))
+        waits_for_loads = not plan.chunks and self._loads
+        end_s = max(self._device_free_s, self._loads[-1]) if waits_for_loads else self._device_free_s
+        self._flying.append((plan, end_s))
+
+
+@dataclass
+class Job:
+    turns: list[list[int]]
+    max_tokens: int
+    at_s: float = 0.0
+    tag: str = ""
+
+
+@dataclass
+class Answer:
+    tag: str
+    turn: int
+    start_s: float
+    refused: bool = False
+    event_s: list[float] = field(default_factory=list[float])
+    ids: list[int] = field(default_factory=list[int])
+    num_tokens: int = 0
+    end_s: float = 0.0
+
+    @property
+    def first_s(self) -> float:
+        return self.event_s[0] - self.start_s if self.event_s else float("inf")
+
+
+class Server:
+    """An engine behind HTTP, simulated: requests are parsed one after another, tokens take a moment to arrive."""
+
+    PARSE_S, PARSE_TOKEN_S = 0.3e-3, 0.4e-6
+    WIRE_S = 1.5e-3
+
+    def __init__(self, engine: OverlappedEngine, max_wait_s: float = 4.0) -> None:
+        self.engine = engine
+        self.board = Board()
+        self.admission = Admission(max_requests=100_000, max_tokens=10_000_000, max_wait_s=max_wait_s, board=self.board)
+        self._random = random.Random(0)
+        self._parsed_s = 0.0
+        self._count = 0
+        self._live: dict[str, tuple[Answer, int, Callable[[Answer], None]]] = {}
+        engine.on_output = self._take
+
+    def tokens(self, count: int) -> list[int]:
+        return self._random.choices(range(1000, 128_000), k=count)
+
+    def send(self, prompt: list[int], max_tokens: int, answer: Answer, done: Callable[[Answer], None]) -> None:
+        """A client's request, now."""
+        answer.start_s = self.engine.now
+        self._parsed_s = max(self._parsed_s, self.engine.now) + self.PARSE_S + self.PARSE_TOKEN_S * len(prompt)
+        self.engine.at(self._parsed_s, lambda: self._arrive(prompt, max_tokens, answer, done))
+
+    def _arrive(self, prompt: list[int], max_tokens: int, answer: Answer, done: Callable[[Answer], None]) -> None:
+        now = self.engine.now
+        if self.admission.check(1, len(prompt), now) is not None:
+            answer.refused, answer.end_s = True, now
+            done(answer)
+            return
+        self.admission.reserve([len(prompt)], now)
+        self.admission.enter(len(prompt), now)
+        self._count += 1
+        self._live[str(self._count)] = answer, len(prompt), done
+        self.board.set("running", len(self._live))
+        params = SamplingParams(max_tokens=max_tokens, min_tokens=max_tokens, ignore_eos=True)
+        self.engine.add(Request(str(self._count), prompt, params, now))
+
+    def _take(self, output: RequestOutput, now: float) -> None:
+        answer, prompt_len, done = self._live[output.request_id]
+        if output.token_ids:
+            if not answer.event_s:
+                self.admission.leave(prompt_len, now, served=True)
+            answer.event_s.append(now + self.WIRE_S)
+            answer.ids += output.token_ids
+        if output.finish_reason is None:
+            return
+        assert output.finish_reason is FinishReason.LENGTH, output
+        answer.num_tokens, answer.end_s = len(answer.ids), now + self.WIRE_S
+        self.admission.ended(now)
+        del self._live[output.request_id]
+        self.board.set("running", len(self._live))
+        self.engine.at(answer.end_s, lambda: done(answer))
+
+    def run(self, jobs: list[Job], places: int = 0) -> list[Answer]:
+        """Until all are answered: so many at a time, or (0) each at its time."""
+        answers: list[Answer] = []
+        queue, start_s = iter(jobs), self.engine.now + 0.05
+
+        def turn(job: Job, number: int, prompt: list[int], after: Callable[[], None]) -> None:
+            prompt = prompt + job.turns[number]
+            answer = Answer(job.tag, number, 0.0)
+            answers.append(answer)
+
+            def done(answer: Answer) -> None:
+                if number + 1 < len(job.turns):
+                    turn(job, number + 1, prompt + answer.ids, after)
+                else:
+                    after()
+
+            self.send(prompt, job.max_tokens, answer, done)
+
+        def place() -> None:
+            job = next(queue, None)
+            if job is not None:
+                turn(job, 0, [], place)
+
+        for _ in range(places):
+            self.engine.at(start_s, place)
+        for job in jobs if not places else ():
+            self.engine.at(start_s + job.at_s, lambda job=job: turn(job, 0, [], lambda: None))
+        self.engine.run()
+        return answers
+
+
+def throughput(answers: list[Answer]) -> float:
+    return sum(a.num_tokens for a in answers) / (max(a.end_s for a in answers) - min(a.start_s for a in answers))
+
+
+def gaps(answers: list[Answer]) -> list[float]:
+    return [after - before for answer in answers for before, after in pairwise(answer.event_s)]
+
+
+def row_p7(server: Server, concurrency: int = 256, requests: int = 768) -> Figures:
+    answers = server.run([Job([server.tokens(1024)], 256) for _ in range(requests)], concurrency)
+    between = gaps(answers)
+    return {
+        "tokens_per_s": throughput(answers),
+        "first_token_p50_s": percentile([a.first_s for a in answers], 0.5),
+        "first_token_p99_s": percentile([a.first_s for a in answers], 0.99),
+        "between_tokens_p50_ms": 1e3 * percentile(between, 0.5),
+        "between_tokens_p99_ms": 1e3 * percentile(between, 0.99),
+        "between_tokens_max_ms": 1e3 * max(between),
+    }
+
+
+def row_p8(server: Server) -> Figures:
+    return row_p7(server, 64, 320)
+
+
+def row_p9(server: Server) -> Figures:
+    streams = [Job([server.tokens(512)], 900, tag="stream") for _ in range(16)]
+    prompts = [Job([server.tokens(32_000)], 16, at_s=1.0 + 2.0 * i, tag="long") for i in range(4)]
+    answers = server.run(streams + prompts)
+    long = [a for a in answers if a.tag == "long"]
+    begin, end = min(a.start_s for a in long), max(a.event_s[0] for a in long)
+    times = [a.event_s for a in answers if a.tag == "stream"]
+    under = [
+        after - before for own in times for before, after in pairwise(own) if after >= begin and before <= end
+    ]  # fmt: skip
+    return {
+        "between_tokens_p50_ms": 1e3 * percentile(under, 0.5),
+        "between_tokens_p99_ms": 1e3 * percentile(under, 0.99),
+        "between_tokens_max_ms": 1e3 * max(under),
+        "long_first_token_p50_s": percentile([a.first_s for a in long], 0.5),
+        "long_first_token_max_s": max(a.first_s for a in long),
+    }
+
+
+def row_p10(server: Server) -> Figures:
+    shared = server.tokens(2048)
+    server.run([Job([[*shared, *server.tokens(100)]], 4)])
+    together = server.run([Job([[*shared, *server.tokens(100)]], 64) for _ in range(100)])
+    apart = server.run([Job([server.tokens(2148)], 64) for _ in range(100)])
+    return {
+        "shared_first_token_p50_s": percentile([a.first_s for a in together], 0.5),
+        "shared_first_token_p99_s": percentile([a.first_s for a in together], 0.99),
+        "apart_first_token_p50_s": percentile([a.first_s for a in apart], 0.5),
+        "apart_first_token_p99_s": percentile([a.first_s for a in apart], 0.99),
+    }
+
+
+def row_p11(server: Server, sessions: int = 50, turns: int = 8, length: int = 32_000) -> Figures:
+    step = length // turns
+    jobs = [
+        Job([server.tokens(step), *[server.tokens(step - 150) for _ in range(turns - 1)]], 150) for _ in range(sessions)
+    ]
+    answers = server.run(jobs)
+    took = [a.end_s - a.start_s for a in answers]
+    return {
+        "total_s": max(a.end_s for a in answers) - min(a.start_s for a in answers),
+        "turn_p50_s": percentile(took, 0.5),
+        "turn_p95_s": percentile(took, 0.95),
+        "turn_max_s": max(took),
+        "turn_mean_s": fmean(took),
+    }
+
+
+def row_p12(server: Server, rate: float = 100.0, seconds: float = 20.0) -> Figures:
+    peak = throughput(server.run([Job([server.tokens(1024)], 128) for _ in range(512)], 256))
+    answers = server.run([Job([server.tokens(1024)], 128, at_s=i / rate) for i in range(int(rate * seconds))])
+    served, refused = [a for a in answers if not a.refused], [a for a in answers if a.refused]
+    useful = sum(a.num_tokens for a in served if a.first_s < 5.0)
+    over = max(a.end_s for a in served) - min(a.start_s for a in answers)
+    return {
+        "peak_tokens_per_s": peak,
+        "useful_tokens_per_s": useful / over,
+        "useful_share": useful / over / peak,
+        "served": len(served),
+        "served_within_5s": sum(a.first_s < 5.0 for a in served),
+        "refused": len(refused),
+        "first_token_p50_s": percentile([a.first_s for a in served], 0.5),
+        "first_token_max_s": max(a.first_s for a in served),
+        "over_s": over,
+    }
+
+
+ROWS = {"P7": row_p7, "P8": row_p8, "P9": row_p9, "P10": row_p10, "P11": row_p11, "P12": row_p12}
+
+
+def play(name: str, budget: int = 8192, kv_bytes: int = 2, host_blocks: int = HOST_BLOCKS) -> Figures:
+    """One row on an engine of its own, warmed up."""
+    cost = H200(context_token=65_536 * kv_bytes / 4.2e12)
+    engine = OverlappedEngine(cost, num_blocks=NUM_BLOCKS * 2 // kv_bytes, num_host_blocks=host_blocks, budget=budget)
+    server = Server(engine)
+    server.run([Job([server.tokens(1024)], 32) for _ in range(64)], 64)
+    engine.steps.clear()
+    figures = ROWS[name](server)
+    steps, stats = engine.steps, engine.scheduler.stats()
+    figures |= {
+        "steps": len(steps), "step_ms": 1e3 * fmean(s for _, _, s in steps), "preempted": stats.num_preemptions,
+        "loaded_blocks": stats.num_swapped_in, "prefilled": sum(p for _, p, _ in steps),
+    }  # fmt: skip
+    engine.scheduler.check_integrity()
+    return figures
+
+
+def show(name: str, figures: Figures, measured: Figures) -> None:
+    for figure, value in figures.items():
+        goal, _ = GOALS[name].get(figure, (None, None))
+        beside = f"   goal {goal:>7}" if goal is not None else ""
+        was = f"   measured {measured[figure]:10.2f}" if figure in measured else ""
+        print(f"{name:4} {figure:28} {value:10.2f}{was}{beside}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", default=",".join(ROWS))
+    parser.add_argument("--budget", type=int, default=8192)
+    parser.add_argument("--kv-bytes", type=int, default=2, choices=(1, 2))
+    parser.add_argument("--host-blocks", type=int, default=HOST_BLOCKS)
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    measured = json.loads(MEASURED.read_text())["rows"]
+    rows: dict[str, Figures] = {}
+    for name in args.rows.split(","):
+        rows[name] = play(name, args.budget, args.kv_bytes, args.host_blocks)
+        show(name, rows[name], measured.get(name, {}))
+    if args.output:
+        args.output.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
