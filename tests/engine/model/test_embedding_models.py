@@ -69,12 +69,12 @@ def pooled_by(mode: str) -> tuple[str, dict[str, Any]]:
     return "Pooling", {"word_embedding_dimension": 32} | {f"pooling_mode_{name}": name == mode for name in modes}
 
 
-def core_of(path: Path, budget: int = 0) -> EngineCore:
+def core_of(path: Path, budget: int = 0, device: str = "cpu") -> EngineCore:
     config = EngineConfig(
         model=ModelConfig(path=str(path), dtype="float32"),
         cache=CacheConfig(num_blocks=64),
         scheduler=SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=budget or None),
-        device="cpu",
+        device=device,
     )
     return build(config)[0]
 
@@ -97,6 +97,7 @@ def prompt_of(length: int) -> list[int]:
     return torch.randint(3, VOCAB, (length,), generator=torch.Generator().manual_seed(length)).tolist()
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize(
     ("kind", "mode", "pooling"),
     [
@@ -106,18 +107,19 @@ def prompt_of(length: int) -> list[int]:
     ],
 )  # fmt: skip
 @torch.inference_mode()
-def test_embeddings_equal_transformers(kind: str, mode: str, pooling: Pooling, tmp_path: Path) -> None:
+def test_embeddings_equal_transformers(kind: str, mode: str, pooling: Pooling, device: str, tmp_path: Path) -> None:
     """Prompts of unlike lengths in one batch, of one token and of as many as there are positions, twice: more than a
     step may hold at once, so that decoders' go in chunks, and encoders' never."""
     model = save(kind, tmp_path, [pooled_by(mode), ("Normalize", None)])
     form = read_embedding_form(tmp_path)
     assert form == EmbeddingForm(pooling, normalize=True)
     prompts = [prompt_of(length) for length in (5, 1, LONGEST, 17, 40, 1, 63)] * 2
-    core = core_of(tmp_path, budget=LONGEST + 1 if kind not in ("Qwen3", "Mistral") else 30)
+    core = core_of(tmp_path, LONGEST + 1 if kind not in ("Qwen3", "Mistral") else 30, device)
+    near = {"rtol": 1e-3, "atol": 1e-4} if device == "cpu" else {"rtol": 1e-2, "atol": 2e-2}
     for prompt, ours in zip(prompts, embed(core, prompts, form.pooling), strict=True):
         hidden = model(torch.tensor([prompt])).last_hidden_state[0]
         truth = {Pooling.CLS: hidden[0], Pooling.MEAN: hidden.mean(0), Pooling.LAST: hidden[-1]}[pooling]
-        np.testing.assert_allclose(ours, truth.numpy(), rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(ours, truth.numpy(), **near)
 
 
 def test_an_encoder_refuses_what_it_cannot_do(tmp_path: Path) -> None:

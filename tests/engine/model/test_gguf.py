@@ -123,6 +123,15 @@ def test_kept_types_compute_what_dequantized_ones_do(kind: str, tmp_path: Path) 
     assert distance(logits(kept), logits(truth)) < 1e-5
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_a_gpu_computes_with_kept_types(kind: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "tiny.gguf", {"": kind})
+    runner, truth = runner_of(path, "gguf", device="cuda"), logits(runner_of(path, "gguf"), 120)
+    for n in (1, 7, 33, 120):
+        assert distance(logits(runner, n), truth[:n]) < 0.03, f"{n} rows"
+
+
 def test_a_file_of_mixed_types(tmp_path: Path) -> None:
     """As the K mixtures have them: some values in a wider type than queries and keys."""
     path = write(tmp_path / "tiny.gguf", {"": "Q4_K", "attn_v": "Q6_K", "ffn_down": "Q6_K", "ffn_up": "Q2_K"})

@@ -59,31 +59,36 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def runner_of(
-    path: Path, quantization: str = "auto", load_format: str = "auto", kv_cache_dtype: str = "auto"
+    path: Path, quantization: str = "auto", load_format: str = "auto", kv_cache_dtype: str = "auto", device: str = "cpu"
 ) -> ModelRunner:
+    """In float32; on a GPU in bfloat16, which is what its kernels are for."""
+    dtype = "float32" if device == "cpu" else "bfloat16"
     return ModelRunner(
         EngineConfig(
             model=ModelConfig(
-                path=str(path), dtype="float32", max_model_len=128, quantization=quantization, load_format=load_format
+                path=str(path), dtype=dtype, max_model_len=128, quantization=quantization, load_format=load_format
             ),
             cache=CacheConfig(num_blocks=16, dtype=kv_cache_dtype),
             scheduler=SchedulerConfig(max_num_seqs=4),
-            device="cpu",
+            device=device,
+            cuda_graphs=False,  # the same arithmetic, and nothing to capture
         )
     )
 
 
 @torch.inference_mode()
-def logits(runner: ModelRunner) -> torch.Tensor:
-    n = 40
-    tokens = torch.randint(3, 96, (n,), generator=torch.Generator().manual_seed(1))
-    attention = Attention(
-        positions=torch.arange(n), slot_mapping=torch.arange(n), block_tables=torch.arange(3, dtype=torch.int32)[None],
-        chunk_start=torch.tensor([0, n], dtype=torch.int32), seq_lens=torch.tensor([n], dtype=torch.int32),
-        num_decodes=0, max_query_len=n,
-    )  # fmt: skip
+def logits(runner: ModelRunner, n: int = 40) -> torch.Tensor:
+    """Of the first n of some tokens: [n, vocab] on the CPU."""
+    tokens = torch.randint(3, 96, (128,), generator=torch.Generator().manual_seed(1))[:n].to(runner.device)
     model = model_of(runner)
-    return model.logits(model.forward(tokens, attention, runner.kv_cache))
+    with runner.device:
+        attention = Attention(
+            positions=torch.arange(n), slot_mapping=torch.arange(n),
+            block_tables=torch.arange(8, dtype=torch.int32)[None],
+            chunk_start=torch.tensor([0, n], dtype=torch.int32), seq_lens=torch.tensor([n], dtype=torch.int32),
+            num_decodes=0, max_query_len=n,
+        )  # fmt: skip
+        return model.logits(model.forward(tokens, attention, runner.kv_cache)).float().cpu()
 
 
 def model_of(runner: ModelRunner) -> Any:
@@ -106,6 +111,25 @@ def test_logits_are_those_of_the_numbers_that_the_codes_stand_for(form: str, pla
     # FP8 quantizes what goes in as well; integers are only a way of holding weights.
     assert distance(logits(runner), truth) < (0.12 if "fp8" in form else 1e-5)
     assert distance(logits(runner_of(plain)), truth) > 1e-3, "quantizing made no difference: the test proves nothing"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", checkpoints.FORMS)
+def test_a_gpu_computes_what_the_cpu_does(form: str, plain: Path, tmp_path: Path) -> None:
+    """By the kernels for one row, for a few and for many."""
+    checkpoints.FORMS[form](plain, tmp_path)
+    runner, truth = runner_of(tmp_path, device="cuda"), logits(runner_of(tmp_path), 120)
+    for n in (1, 7, 33, 120):
+        assert distance(logits(runner, n), truth[:n]) < (0.12 if "fp8" in form else 0.03), f"{n} rows"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("quantization", "kv_cache_dtype"), [("fp8", "auto"), ("int4", "auto"), ("fp8", "fp8")])
+def test_a_gpu_quantizes_when_it_loads(quantization: str, kv_cache_dtype: str, plain: Path) -> None:
+    settings = {"quantization": quantization, "kv_cache_dtype": kv_cache_dtype}
+    runner, truth = runner_of(plain, **settings, device="cuda"), logits(runner_of(plain, **settings), 120)
+    for n in (1, 7, 33, 120):
+        assert distance(logits(runner, n), truth[:n]) < (0.12 if quantization == "fp8" else 0.03), f"{n} rows"
 
 
 def whole(weight: Weight) -> torch.Tensor:

@@ -1,0 +1,92 @@
+"""Sums over symmetric memory on GPUs: two processes, which share a GPU where there is but one; and NCCL in graphs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mainsail_engine.runner.one_shot import OneShot
+
+ROOT = Path(__file__).parents[3]
+HEAD = """
+import sys, torch, torch.distributed as dist
+from mainsail_engine.runner.distributed import join, listen
+from mainsail_engine.runner.one_shot import OneShot, one_shot
+torch.manual_seed(7)
+"""
+SUMS = """
+rank, place = int(sys.argv[1]), sys.argv[2]
+device = torch.device("cuda", rank % torch.cuda.device_count())
+torch.cuda.set_device(device)
+dist.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=2)
+shot = one_shot(device, dist.group.WORLD, 1 << 20)
+assert shot is not None
+for dtype in (torch.bfloat16, torch.float32):
+    for shape in ((1, 256), (3, 4096), (32, 4096)):
+        parts = torch.randn(2, *shape).to(dtype).to(device)
+        truth = parts[0] + parts[1]
+        for _ in range(2):  # the second right behind the first, in the same memory
+            summed = shot.sum(parts[rank])
+        torch.testing.assert_close(summed, truth, rtol=0, atol=0)
+x = parts[rank].clone()
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    y = shot.sum(shot.sum(x) / 2)  # of what is the same on both: itself, twice
+for turn in (1.0, 3.0):
+    x.copy_(parts[rank] * turn)
+    dist.barrier()
+    graph.replay()
+    torch.testing.assert_close(y, truth * turn, rtol=1e-6, atol=1e-6)
+print("sums are right", flush=True)
+"""
+NCCL = """
+parallel = join(0, 1, torch.device("cuda", 0), listen(1))
+x = torch.full((4, 64), 2.0, device="cuda")
+dist.all_reduce(x)
+graph = torch.cuda.CUDAGraph()
+out = torch.empty_like(x)
+with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    for _ in range(200):
+        dist.all_reduce(x)
+    dist.all_gather_into_tensor(out, x)
+graph.replay()
+assert (out == 2.0).all() and parallel.smallest(5) == 5 and one_shot(parallel.device, dist.group.WORLD) is not None
+print("graphs hold NCCL's work", flush=True)
+"""
+
+
+def run(script: str, *arguments: str) -> subprocess.Popen[str]:
+    paths = os.pathsep.join(str(ROOT / part) for part in ("engine", "kernels"))
+    environment = os.environ | {"TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1", "PYTHONPATH": paths}
+    command = [sys.executable, "-c", HEAD + script, *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+@pytest.mark.gpu
+def test_two_processes_sum_by_reading_one_another(tmp_path: Path) -> None:
+    ranks = [run(SUMS, str(rank), str(tmp_path / "store")) for rank in range(2)]
+    told = [rank.communicate(timeout=90)[0] for rank in ranks]
+    assert all("sums are right" in words for words in told), "\n".join(told)
+
+
+@pytest.mark.gpu
+def test_graphs_hold_what_nccl_does_beside_its_watchdog() -> None:
+    told = run(NCCL).communicate(timeout=90)[0]
+    assert "graphs hold NCCL's work" in told, told
+
+
+def test_what_the_kernel_takes() -> None:
+    """Words of 16 bytes, of the types that it knows, and no more than there is memory for."""
+    shot = OneShot(torch.empty(1024, dtype=torch.uint8), "0")
+    rows = torch.zeros(8, 64, dtype=torch.bfloat16)
+    assert shot.takes(rows)
+    assert not shot.takes(torch.zeros(9, 64, dtype=torch.bfloat16))
+    assert not shot.takes(rows.half())
+    assert not shot.takes(rows[:, :3].contiguous()[:1])
+    assert not shot.takes(rows.view(-1)[1:9])
+    assert not shot.takes(rows[:0])
