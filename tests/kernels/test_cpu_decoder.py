@@ -86,18 +86,19 @@ class Case:
         angles = torch.arange(2000)[:, None] * 10000.0 ** -(torch.arange(0, dim // 2 if more else dim, 2) / dim)
         self.cos_sin = torch.cat((angles.cos(), angles.sin()), dim=1).float()
 
-    def decoder(self) -> Decoder:
+    def decoder(self, *, is_last: bool = True) -> Decoder:
         layer = LayerParameters(
             input_norm=self.norms[0], post_norm=self.norms[1], qkv_bias=self.bias, q_norm=self.head_norms[0],
             k_norm=self.head_norms[1], cos_sin=self.cos_sin, window=self.window,
             **{name: packed(matrix) for name, matrix in self.matrices.items()},
         )  # fmt: skip
         return Decoder(
-            [layer], self.norms[2], num_heads=self.heads, num_kv_heads=self.kv_heads, head_dim=self.dim, eps=1e-5,
-            scale=0.11,
+            [layer], self.norms[2] if is_last else None, num_heads=self.heads, num_kv_heads=self.kv_heads,
+            head_dim=self.dim, eps=1e-5, scale=0.11,
         )  # fmt: skip
 
-    def meaning(self, x, kv, positions, slots, starts, tables, lens) -> torch.Tensor:
+    def meaning(self, x, kv, positions, slots, starts, tables, lens) -> tuple[torch.Tensor, torch.Tensor]:
+        """(the residual stream after the layer, what the last norm makes of it)."""
         m = {name: matrix.double() for name, matrix in self.matrices.items()}
         qkv = F.linear(
             reference.normalized(x, self.norms[0], 1e-5), m["qkv"], None if self.bias is None else self.bias.double()
@@ -112,7 +113,7 @@ class Case:
         x = x + seen.flatten(1) @ m["output"].T
         inner = reference.normalized(x, self.norms[1], 1e-5)
         x = x + (F.silu(inner @ m["gate"].T) * (inner @ m["up"].T)) @ m["down"].T
-        return reference.normalized(x, self.norms[2], 1e-5)
+        return x, reference.normalized(x, self.norms[2], 1e-5)
 
 
 @pytest.mark.parametrize("kernel_dtype", DTYPES)
@@ -132,11 +133,15 @@ def test_a_layer(kernel_dtype, dim, kv_heads, group, window, more, paged, close)
     slots = tables[sequences, positions // 16].long() * 16 + positions % 16
     x = random(len(positions), 80, dtype=kernel_dtype, seed=5)
     wide = kv.double()
-    truth = case.meaning(x.double(), wide, positions, slots, starts, tables, cache.lens.cpu())
+    stream, truth = case.meaning(x.double(), wide, positions, slots, starts, tables, cache.lens.cpu())
     out = case.decoder()(
         x, kv[None], positions=positions, slot_mapping=slots, sequences=sequences.int(), block_tables=tables
     )  # fmt: skip
     close(out, truth)
+    passed_on = case.decoder(is_last=False)(
+        x, kv[None], positions=positions, slot_mapping=slots, sequences=sequences.int(), block_tables=tables
+    )  # fmt: skip
+    close(passed_on, stream)
     written = kv.view(-1, 2, kv_heads, 16, dim)[slots // 16, :, :, slots % 16]
     close(written, wide.view(-1, 2, kv_heads, 16, dim)[slots // 16, :, :, slots % 16])
 

@@ -1,8 +1,8 @@
-"""All layers of a plain Llama in one compiled call, on CPUs that have kernels (cpu/decoder.c of the kernels).
+"""All layers of a plain Llama, or of a stage of it, in one compiled call, on CPUs with kernels (their cpu/decoder.c).
 
 `LlamaForCausalLM.forward` is the definition, and computes whatever this does not: mixtures of experts, quantized
-matrices, other activations, a bias after attention, scores with caps or sinks, an FP8 cache, several ranks, steps in
-which a row has an adapter.
+matrices, other activations, a bias after attention, scores with caps or sinks, an FP8 cache, matrices shared by several
+ranks, steps in which a row has an adapter.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class WholeLayers:
         return attention.adapters is None and kv_cache.dtype == self._dtype
 
     def __call__(self, x: torch.Tensor, attention: Attention, kv_cache: torch.Tensor) -> torch.Tensor:
-        """Embeddings [num_tokens, hidden_size] to hidden states after the last norm; writes their KV."""
+        """What the stage's first layer gets [num_tokens, hidden_size] to what `forward` gives; writes their KV."""
         return self._decoder(
             x, kv_cache, positions=attention.positions, slot_mapping=attention.slot_mapping,
             sequences=_sequences(attention), block_tables=attention.block_tables,
@@ -41,13 +41,14 @@ def whole_layers(model: LlamaForCausalLM) -> WholeLayers | None:
     """None where something is in the model, or missing on the machine, that only its own forward pass computes."""
     a, heads = model.architecture, model.num_heads
     parameters = _parameters(model.layers)
-    if parameters is None or a.attention_soft_cap or a.activation != "silu" or not model.parallel.is_alone:
+    if parameters is None or a.attention_soft_cap or a.activation != "silu" or model.parallel.size > 1:
         return None
     dtype = parameters[0].qkv.dtype
     if a.head_dim not in HEAD_DIMS[dtype]:
         return None
+    norm = model.norm if model.parallel.is_last else None
     decoder = Decoder(
-        parameters, model.norm, num_heads=heads, num_kv_heads=model.num_kv_heads, head_dim=a.head_dim,
+        parameters, norm, num_heads=heads, num_kv_heads=model.num_kv_heads, head_dim=a.head_dim,
         eps=a.rms_norm_eps, scale=a.scale,
     )  # fmt: skip
     return WholeLayers(decoder, dtype)

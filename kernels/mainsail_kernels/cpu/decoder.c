@@ -64,7 +64,7 @@ typedef struct {
 typedef struct {
     int64_t num_layers, hidden, intermediate, heads, kv_heads, head_dim;
     float eps, scale;
-    const float *norm;
+    const float *norm;  // NULL: a stage of several that is not the last
     const Layer *layers;
 } Model;
 
@@ -421,12 +421,13 @@ static void forward(const Model *m, const Step *step, Phase *phase) {
         multiply((Product){step->normed, m->hidden, m->intermediate, layer->gate, layer->up, NULL, step->inner, GATED}, rows, phase++);
         multiply((Product){step->inner, m->intermediate, m->hidden, layer->down, NULL, NULL, step->residual, ADD}, rows, phase++);
     }
-    normalize(step->residual, m->norm, step->normed, rows, m->hidden, m->eps, phase);
+    if (m->norm) normalize(step->residual, m->norm, step->normed, rows, m->hidden, m->eps, phase);
 }
 
 #define PHASES_OF_A_LAYER 8
 
-// All layers: step->residual in, the normed hidden states in step->normed out. Not 0: there is no memory.
+// All layers: step->residual in and out, and with a last norm the normed hidden states in step->normed out. Not 0: there
+// is no memory.
 int decoder_forward(const Model *m, const Step *step, int64_t threads) {
     Phase *phases = calloc(m->num_layers * PHASES_OF_A_LAYER + 1, sizeof(Phase));
     if (!phases) return 1;

@@ -176,12 +176,13 @@ class LayerParameters:
 
 
 class Decoder:
-    """All layers of a Llama and its last norm."""
+    """All layers of a Llama and its last norm, or those of a stage."""
 
     def __init__(
-        self, layers: Sequence[LayerParameters], norm: torch.Tensor, *,
+        self, layers: Sequence[LayerParameters], norm: torch.Tensor | None, *,
         num_heads: int, num_kv_heads: int, head_dim: int, eps: float, scale: float,
     ) -> None:  # fmt: skip
+        """norm None: other layers follow elsewhere."""
         self._kept: list[torch.Tensor] = []  # what the structures point at
         self._dtype, self._qkv = layers[0].qkv.dtype, layers[0].qkv.shape[0]
         require(head_dim in HEAD_DIMS[self._dtype], f"no attention is compiled for heads of {head_dim}")
@@ -217,7 +218,7 @@ class Decoder:
         self, x: torch.Tensor, kv_cache: torch.Tensor, *,
         positions: torch.Tensor, slot_mapping: torch.Tensor, sequences: torch.Tensor, block_tables: torch.Tensor,
     ) -> torch.Tensor:  # fmt: skip
-        """x [n, hidden] to hidden states after the last norm; writes keys and values to kv_cache.
+        """x [n, hidden] to hidden states after the last norm, or the last layer; writes keys and values to kv_cache.
 
         kv_cache [num_layers, num_blocks, 2, num_kv_heads, 16, head_dim]; positions and slot_mapping [n] int64;
         sequences [n] int32: whose row of block_tables [num_seqs, blocks] int32 has a token's context.
@@ -235,7 +236,7 @@ class Decoder:
         )  # fmt: skip
         if library.decoder_forward(ctypes.addressof(self._model), ctypes.addressof(step), torch.get_num_threads()):
             raise MemoryError("no memory for a step's bookkeeping")
-        return out
+        return out if self._model.norm else residual.to(self._dtype)
 
     def _point_at(self, kv_cache: torch.Tensor) -> None:
         if self._pool == kv_cache.data_ptr():

@@ -141,7 +141,8 @@ SLOWER = [pytest.param(name, marks=pytest.mark.slow) for name in ("Olmo2", "Gran
 def test_stages_together_compute_what_one_rank_does(name: str, tmp_path: Path) -> None:
     """Every parameter, chunked prompts, shared prefixes, preemption; two and three stages; nothing else comes out."""
     config = config_of(save(tmp_path, name, tie_word_embeddings=name in ("Llama", "Gemma3")), blocks=20)
-    alone = answers(Stages(config, 1), 1)
+    one = Stages(config, 1)
+    alone = answers(one, 1)
     assert all(len(tokens) == 30 for tokens in alone.tokens.values())
     assert len(alone.logprobs) == 30 + 40 + 11 * 4 + 3 - 1
     assert len(alone.embedding) == 32
@@ -149,6 +150,12 @@ def test_stages_together_compute_what_one_rank_does(name: str, tmp_path: Path) -
         runner = Stages(config, num_stages)
         answers(runner, num_stages).check_like(alone)
         assert [stage.kv_cache.shape[0] for stage in runner.stages] == stage_sizes(4, num_stages, 0.4)
+        assert {is_compiled(stage) for stage in runner.stages} == {is_compiled(one.stages[0])}
+
+
+def is_compiled(runner: ModelRunner) -> bool:
+    """Whether its layers are one call of the CPU's kernels."""
+    return getattr(runner._model, "_whole", None) is not None
 
 
 class Recorded(SafetensorsSource):
