@@ -71,10 +71,27 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "head_dim": 16, "sliding_window": WINDOW, "query_pre_attn_scalar": 20, "layer_types":
         ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
     },
+    "Gemma3 rope linear": {
+        "head_dim": 16, "sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    },
+    "Qwen2 rope yarn": rope("yarn"),
+    "Qwen3 rope yarn": {"head_dim": 16, **rope("yarn")},
+    "Qwen3Moe rope yarn": {"head_dim": 16, **EXPERTS, **rope("yarn")},
+    "Mistral rope yarn": {"head_dim": 16, **rope("yarn", mscale=1.0, mscale_all_dim=1.0)},
+    "Phi3 longrope partial rotary": {
+        "original_max_position_embeddings": 64, "head_dim": 8,
+        **rope("longrope", long_factor=[1.0, 2.0], short_factor=[1.0, 1.2], partial_rotary_factor=0.5),
+    },
+    "Olmo2 rope llama3": rope("llama3", low_freq_factor=1.0, high_freq_factor=4.0),
+    "Granite rope linear": rope("linear"),
 }  # fmt: skip
 
 
-LONG_ONLY = {"Llama rope dynamic": (256,), "Phi3 longrope": (90, 150)}
+LONG_ONLY = {"Llama rope dynamic": (256,), "Phi3 longrope": (90, 150), "Phi3 longrope partial rotary": (90, 150)}
 """Where transformers rotates by the length that a sequence has now, and Mainsail by the longest that it may get."""
 
 
