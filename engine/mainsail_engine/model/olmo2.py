@@ -19,13 +19,16 @@ class Olmo2ForCausalLM(LlamaForCausalLM):
         return None
 
     def _more_norms(self, weights: Weights, at: str) -> dict[str, torch.Tensor]:
-        a = self.architecture
-        sizes = {
-            "self_attn.q_norm": a.num_heads * a.head_dim,
-            "self_attn.k_norm": a.num_kv_heads * a.head_dim,
-            "post_feedforward_layernorm": a.hidden_size,
+        a, parallel = self.architecture, self.parallel
+        q, k, kv = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim, parallel.kv_heads(a.num_kv_heads)
+        key_share = slice(kv.start * a.head_dim, kv.stop * a.head_dim)
+        return {
+            "self_attn.q_norm": weights.get(f"{at}.self_attn.q_norm.weight", (q,), parallel.part(q)),
+            "self_attn.k_norm": weights.get(f"{at}.self_attn.k_norm.weight", (k,), key_share),
+            "post_feedforward_layernorm": self._norm_weight(
+                weights, f"{at}.post_feedforward_layernorm.weight", a.hidden_size
+            ),
         }
-        return {name: self._norm_weight(weights, f"{at}.{name}.weight", size) for name, size in sizes.items()}
 
     def forward(self, inputs: torch.Tensor, attention: Attention, kv_cache: torch.Tensor) -> torch.Tensor:
         """As LlamaForCausalLM's."""
@@ -37,8 +40,24 @@ class Olmo2ForCausalLM(LlamaForCausalLM):
         return attention.only_wanted(self.leave(x, None))
 
     def _project(self, layer: Layer, x: Rows, attention: Attention) -> torch.Tensor:
-        a, qkv = self.architecture, super()._project(layer, x, attention)
-        q, k = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
-        query, _ = norm(qkv[:, :q], layer.more["self_attn.q_norm"], a.rms_norm_eps, None)
-        key, _ = norm(qkv[:, q : q + k], layer.more["self_attn.k_norm"], a.rms_norm_eps, None)
+        qkv, dim = super()._project(layer, x, attention), self.architecture.head_dim
+        q, k = self.num_heads * dim, self.num_kv_heads * dim
+        query, key = self._norm_heads(layer, qkv[:, :q], qkv[:, q : q + k])
         return torch.cat((query, key, qkv[:, q + k :]), dim=1)
+
+    def _norm_heads(self, layer: Layer, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Over the heads of all ranks, whose squares are summed; a key head that several ranks have counts once."""
+        a, size = self.architecture, self.parallel.size
+        weights = layer.more["self_attn.q_norm"], layer.more["self_attn.k_norm"]
+        if size == 1:
+            eps = a.rms_norm_eps
+            return norm(query, weights[0], eps, None)[0], norm(key, weights[1], eps, None)[0]
+        wide, narrow = query.float(), key.float()
+        copies = max(size // a.num_kv_heads, 1)
+        squares = (
+            wide.square().sum(1) / (a.num_heads * a.head_dim),
+            narrow.square().sum(1) / (a.num_kv_heads * a.head_dim * copies),
+        )
+        factors = torch.rsqrt(self.parallel.sum(torch.stack(squares, dim=1)) + a.rms_norm_eps)
+        wide, narrow = wide * factors[:, :1] * weights[0], narrow * factors[:, 1:] * weights[1]
+        return wide.to(query.dtype), narrow.to(key.dtype)

@@ -146,10 +146,5 @@ def _divides(a: Architecture, size: int) -> bool:
     kv = a.num_kv_heads % size == 0 or size % a.num_kv_heads == 0
     widths = [a.intermediate_size, *([a.experts.intermediate_size] if a.experts else [])]
     return (
-        not a.generic
-        and not a.bidirectional
-        and a.name != "Olmo2ForCausalLM"
-        and kv
-        and a.num_heads % size == 0
-        and all(w % size == 0 for w in widths)
+        not a.generic and not a.bidirectional and kv and a.num_heads % size == 0 and all(w % size == 0 for w in widths)
     )

@@ -25,6 +25,7 @@ COMMON = {
 MODELS: dict[str, dict[str, Any]] = {
     "Llama": {},
     "Qwen3": {"head_dim": 16},
+    "Olmo2": {},
     "Mixtral": {"num_experts_per_tok": 2, "num_local_experts": 4},
     "GptOss": {"head_dim": 16, "sliding_window": 24, "num_experts_per_tok": 2, "num_local_experts": 4},
 }
@@ -69,7 +70,10 @@ def answers(path: Path, ranks: int, guesses: int = 0) -> list[list[int]]:
     return [output.outputs[0].token_ids for output in outputs]
 
 
-@pytest.mark.parametrize(("family", "ranks"), [("Llama", 2), ("Llama", 4), ("Qwen3", 2), ("Mixtral", 2), ("GptOss", 2)])
+@pytest.mark.parametrize(
+    ("family", "ranks"),
+    [("Llama", 2), ("Llama", 4), ("Qwen3", 2), ("Olmo2", 2), ("Olmo2", 4), ("Mixtral", 2), ("GptOss", 2)],
+)
 def test_ranks_give_the_tokens_of_one(folder: Path, family: str, ranks: int) -> None:
     """Four ranks have fewer key and value heads than there are ranks: they are repeated."""
     alone = answers(folder / family, 1)
