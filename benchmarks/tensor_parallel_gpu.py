@@ -6,8 +6,8 @@
              in float32, with CUDA graphs; and how far log-probabilities in bf16 are from float32's, on one and on all
     sums     one sum of a decode step's hidden states in a CUDA graph: ours as it is, the one-shot kernel at every size
              (with its own copy, and with one beside it), the two-shot kernel, and NCCL
-    served   `mainsail-engine serve` over HTTP: the same answer from one GPU and all; then a rank killed, and one
-             stopped, in the middle of a stream: when the stream ends, when the process does, and how
+    served   `mainsail-engine serve` over HTTP: the same answer from one GPU and all, before and after a sleep; then a
+             rank killed, and one stopped, in the middle of a stream: when the stream ends, when the process does, how
     steps    dummy weights, context 1k, beside one GPU (where the model fits) and beside the floor: bytes of weights and
              KV over the copy bandwidth of all GPUs together
 
@@ -249,6 +249,15 @@ class Server:
         )
         return urllib.request.urlopen(request, timeout=30)
 
+    def sleep_and_wake(self) -> float:
+        """Seconds of both together."""
+        started = time.monotonic()
+        for path in ("sleep", "wake_up"):
+            urllib.request.urlopen(
+                urllib.request.Request(f"{self._url}/{path}", b"", method="POST"), timeout=60
+            ).close()
+        return time.monotonic() - started
+
     def answer(self) -> str:
         with self._open(max_tokens=64) as response:
             return json.load(response)["choices"][0]["text"]
@@ -293,6 +302,8 @@ def served(args: argparse.Namespace) -> None:
         tell({"served": "ready", "after_s": time.monotonic() - started})
         texts = [server.answer() for server in servers]
         tell({"served": "answers", "same_as_one": texts[1] == texts[2] == texts[0], "words": len(texts[0].split())})
+        seconds = servers[1].sleep_and_wake()
+        tell({"served": "slept and woken", "same": servers[1].answer() == texts[0], "after_s": seconds})
         numbers = (signal.SIGKILL, signal.SIGSTOP)
         with ThreadPoolExecutor() as pool:
             for row in pool.map(Server.stream_until_lost, servers[1:], numbers):

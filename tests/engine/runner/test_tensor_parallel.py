@@ -56,9 +56,10 @@ def make_models(root: Path) -> Path:
 
 
 @cache
-def answers(path: Path, ranks: int, guesses: int = 0) -> list[list[int]]:
+def answers(path: Path, ranks: int, guesser: str = "") -> list[list[int]]:
     """Greedy and sampled, of prompts that share a beginning, with a pool too small for all at once."""
-    speculative = {"method": "ngram", "num_speculative_tokens": guesses, "adaptive": False} if guesses else None
+    by = {"ngram": {"method": "ngram"}, "draft": {"model": str(path)}}
+    speculative = {**by[guesser], "num_speculative_tokens": 5, "adaptive": False} if guesser else None
     prompts = [[5, 6, 7, 8] * 8 + [length] * length for length in (1, 9, 30, 55)] * 2
     greedy = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
     sampled = [SamplingParams(max_tokens=24, temperature=1.0, top_p=0.9, seed=i, ignore_eos=True) for i in range(4)]
@@ -81,8 +82,10 @@ def test_ranks_give_the_tokens_of_one(folder: Path, family: str, ranks: int) -> 
     assert answers(folder / family, ranks) == alone
 
 
-def test_ranks_verify_guesses_together(folder: Path) -> None:
-    assert answers(folder / "Llama", 2, 5) == answers(folder / "Llama", 1)
+@pytest.mark.parametrize("guesser", ["ngram", "draft"])
+def test_ranks_verify_guesses_together(folder: Path, guesser: str) -> None:
+    """A draft model runs on the first rank only."""
+    assert answers(folder / "Llama", 2, guesser) == answers(folder / "Llama", 1)
 
 
 def test_a_size_that_does_not_divide_is_refused_with_those_that_do(folder: Path) -> None:
