@@ -11,8 +11,8 @@ import msgspec
 from mainsail_engine.errors import InvalidConfigurationError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-TOOL_CALL_PARSERS = ("auto", "hermes", "llama3_json", "mistral", "pythonic")
-REASONING_PARSERS = ("auto", "none", "think", "deepseek_r1", "qwen3", "mistral")
+TOOL_CALL_PARSERS = ("auto", "hermes", "llama3_json", "mistral", "openai", "pythonic")
+REASONING_PARSERS = ("auto", "none", "think", "deepseek_r1", "qwen3", "mistral", "openai_gptoss")
 LOAD_FORMATS = ("auto", "dummy")
 KV_DTYPES = ("auto", "fp8", "fp8_e4m3")
 QUANTIZATIONS = ("auto", "fp8", "int4", "gguf")

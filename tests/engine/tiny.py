@@ -22,13 +22,15 @@ TEMPLATE = (
 LAYERS, HIDDEN, HEADS, KV_HEADS, WIDE = 2, 32, 4, 2, 48
 
 
-def make_tiny_model(folder: Path, *, max_len: int = 2048) -> Path:
-    """A Hugging Face folder."""
+def make_tiny_model(
+    folder: Path, *, max_len: int = 2048, special: list[str] = SPECIAL, template: str = TEMPLATE
+) -> Path:
+    """A Hugging Face folder. special: ends with what begins a text, what begins a turn and what ends one."""
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = _tokenizer()
+    tokenizer = _tokenizer(special)
     vocab = tokenizer.get_vocab_size(with_added_tokens=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {"chat_template": TEMPLATE, "bos_token": SPECIAL[0], "eos_token": SPECIAL[2]}
+    settings = {"chat_template": template, "bos_token": special[-3], "eos_token": special[-1]}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": vocab, "hidden_size": HIDDEN,
@@ -42,13 +44,13 @@ def make_tiny_model(folder: Path, *, max_len: int = 2048) -> Path:
     return folder
 
 
-def _tokenizer() -> Tokenizer:
+def _tokenizer(special: list[str]) -> Tokenizer:
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     pieces = letters + ["".join(pair) for pair in MERGES]
     tokenizer = Tokenizer(models.BPE(vocab={piece: index for index, piece in enumerate(pieces)}, merges=MERGES))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(SPECIAL)
+    tokenizer.add_special_tokens(special)
     return tokenizer
 
 

@@ -131,8 +131,11 @@ async def plan_chat(serving: Serving, body: ChatCompletionRequest) -> tuple[Plan
     )  # fmt: skip
     logprobs = body.top_logprobs or 0 if body.logprobs else None
     jobs = serving.make_jobs(body, prompt, max_tokens, logprobs=logprobs, prompt_logprobs=body.prompt_logprobs)
-    reads = bool(tools) or serving.answer_format.reasoning is not None
-    jobs = [replace(job, grammar=grammar and grammar[0], keep_markers=reads) for job in jobs]
+    reads = bool(tools) or serving.answer_format.reads
+    jobs = [
+        replace(job, params=serving.with_ends(job.params), grammar=grammar and grammar[0], keep_markers=reads)
+        for job in jobs
+    ]
     return Plan(jobs, prompt_end, frozenset(t.function.name for t in tools) if tools else None), grammar
 
 

@@ -85,11 +85,14 @@ def chat_grammar(
     if content is None and calls is None:
         return None
     grammar, param = content or (None, "tools")
-    if calls is None and form.reasoning is None and grammar is not None:
+    if calls is None and not form.reads and grammar is not None:
         return grammar, param
     node = calls
     if grammar is not None and not must_call:
-        node = g.as_node(grammar) if calls is None else {"type": "or", "elements": [g.as_node(grammar), calls]}
+        said = tool_grammar.final_message(g.as_node(grammar), prompt_end) if form.harmony else g.as_node(grammar)
+        node = said if calls is None else {"type": "or", "elements": [said, calls]}
+    if form.harmony and node is not None and (must_call or grammar is not None):
+        node = tool_grammar.after_analysis(node, prompt_end)
     if form.reasoning is not None and node is not None:
         opened = prompt_end.rstrip().endswith(form.reasoning.opening)
         node = tool_grammar.after_reasoning(form.reasoning, node, opened=opened)

@@ -31,6 +31,7 @@ from mainsail_engine.server.answer_format import AnswerFormat, choose_format
 from mainsail_engine.server.board import Board
 from mainsail_engine.server.parameters import sampling_params
 from mainsail_engine.server.schemas import GenerationRequest
+from mainsail_engine.server.tools.harmony import STOPS, as_harmony
 from mainsail_engine.server.tools.prompt import with_tools_written_out
 from mainsail_engine.server.tracing import end_generation, generation_span
 from mainsail_engine.structured.grammar import TRY_AGAIN, Grammar
@@ -247,12 +248,23 @@ class Serving:
         template = self.text().template
         if template is None:
             raise RequestError("this model has no chat template: use /v1/completions", param="messages")
+        if self.answer_format.harmony:
+            messages = as_harmony(messages)
         if not self.answer_format.template_has_tools:
             messages, tools = with_tools_written_out(messages, tools), None
         return template.render(
             messages, add_generation_prompt=add_generation_prompt, tools=tools or None, variables=variables,
             continue_final_message=continue_final_message,
         )  # fmt: skip
+
+    def with_ends(self, params: SamplingParams) -> SamplingParams:
+        """Stops at what ends an answer in the model's format, too, where its configuration names only some of that."""
+        if not self.answer_format.harmony or params.ignore_eos:
+            return params
+        each = [self.text().encode(stop, add_special_tokens=False) for stop in STOPS]
+        known = {*self.ready.eos_token_ids, *params.stop_token_ids}
+        more = [ids[0] for ids in each if len(ids) == 1 and ids[0] not in known]
+        return msgspec.structs.replace(params, stop_token_ids=(*params.stop_token_ids, *more)) if more else params
 
     async def encode_chat(
         self, messages: list[dict[str, Any]], *, add_generation_prompt: bool, variables: dict[str, Any] | None

@@ -20,6 +20,10 @@ MARKERS = frozenset({
     "[THINK]", "[/THINK]",
 })  # fmt: skip
 """Special tokens that are part of an answer's text: what tool calls and reasoning are told by."""
+HARMONY_MARKERS = frozenset({
+    "<|start|>", "<|channel|>", "<|constrain|>", "<|message|>", "<|end|>", "<|call|>", "<|return|>",
+})  # fmt: skip
+"""Of gpt-oss, and markers only in a vocabulary that has them all: some of them end other models' turns."""
 
 
 def _byte_level_alphabet() -> dict[str, int]:
@@ -38,6 +42,8 @@ class TokenBytes:
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         self._added = backend.get_added_tokens_decoder()
+        special = {token.content for token in self._added.values() if token.special}
+        self._markers = MARKERS | HARMONY_MARKERS if special >= HARMONY_MARKERS else MARKERS
         self._known: dict[int, bytes] = {}
         names = _decoder_names(backend)
         self.kind = "byte_level" if "ByteLevel" in names else "byte_fallback" if "ByteFallback" in names else "other"
@@ -53,7 +59,7 @@ class TokenBytes:
 
     def is_marker(self, token_id: int) -> bool:
         added = self._added.get(token_id)
-        return added is not None and added.content in MARKERS
+        return added is not None and added.content in self._markers
 
     def __getitem__(self, token_id: int) -> bytes:
         known = self._known.get(token_id)

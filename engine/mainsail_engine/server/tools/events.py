@@ -82,11 +82,11 @@ def up_to(text: str, marker: str) -> tuple[str, bool, str]:
     before, found, rest = text.partition(marker)
     if found:
         return before, True, rest
-    shown = len(text) - _held_back(text, marker)
+    shown = len(text) - held_back(text, marker)
     return text[:shown], False, text[shown:]
 
 
-def _held_back(text: str, marker: str) -> int:
+def held_back(text: str, marker: str) -> int:
     """Length of the longest end of the text that may be the beginning of the marker."""
     for length in range(min(len(text), len(marker) - 1), 0, -1):
         if marker.startswith(text[-length:]):

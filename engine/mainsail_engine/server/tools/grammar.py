@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from mainsail_engine.server.answer_format import AnswerFormat
 from mainsail_engine.server.reasoning import Tags
+from mainsail_engine.server.tools.harmony import CHANNEL, CONSTRAIN, END, MARKERS, MESSAGE, START
 from mainsail_engine.structured.grammar import schema_node
 
 Node = dict[str, Any]
@@ -22,6 +23,8 @@ def calls(form: AnswerFormat, tools: list[dict[str, Any]], *, required: bool, on
 
     tools: OpenAI's function objects. Raises GrammarError for parameters that cannot be enforced.
     """
+    if form.harmony:
+        return _harmony(tools, required=required)
     if form.tool_parser == "pythonic":
         return _pythonic(tools, required=required, one=one)
     if form.tool_parser == "mistral":
@@ -42,6 +45,30 @@ def after_reasoning(tags: Tags, node: Node, *, opened: bool) -> Node:
     reasoning: Node = {"type": "tag", "begin": begin, "content": {"type": "any_text"}, "end": tags.closing}
     reasoning = _sequence(reasoning, {"type": "regex", "pattern": r"[\n ]{0,4}"})
     return _sequence(reasoning if opened else {"type": "optional", "content": reasoning}, node)
+
+
+def final_message(node: Node, prompt_end: str) -> Node:
+    """Harmony's message to the user, whose text this is; the prompt may have opened it."""
+    opened = MESSAGE in prompt_end.rpartition(START)[2]
+    return node if opened else _sequence(_text(f"{CHANNEL}final{MESSAGE}"), node)
+
+
+def after_analysis(node: Node, prompt_end: str) -> Node:
+    """Harmony: a message of reasoning first, if the model wants to."""
+    if MESSAGE in prompt_end.rpartition(START)[2]:
+        return node
+    text: Node = {"type": "any_text", "excludes": list(MARKERS)}
+    reasoning = _sequence(_tag_of(f"{CHANNEL}analysis{MESSAGE}", text, END), _text(f"{START}assistant"))
+    begun = prompt_end.endswith(f"{START}assistant")
+    rest = _sequence({"type": "optional", "content": reasoning}, node)
+    return rest if begun else _sequence(_text(f"{START}assistant"), rest)
+
+
+def _harmony(tools: list[dict[str, Any]], *, required: bool) -> Node:
+    """One call: the token that ends it ends the answer."""
+    begin = f"{CHANNEL}commentary to=functions."
+    tags = [_tag(f"{begin}{tool['name']} {CONSTRAIN}json{MESSAGE}", tool, "") for tool in tools]
+    return _separated(tags, "", one=True) if required else _triggered(tags, [begin], one=True)
 
 
 def _mistral(form: AnswerFormat, tools: list[dict[str, Any]], *, required: bool, one: bool) -> Node:
@@ -89,7 +116,11 @@ def _keyword(name: str, schema: Any, shared: dict[str, Any], tool: dict[str, Any
 
 def _tag(begin: str, tool: dict[str, Any], end: str) -> Node:
     schema = schema_node(tool.get("parameters") or NO_ARGUMENTS, strict=bool(tool.get("strict")))
-    return {"type": "tag", "begin": begin, "content": schema, "end": end}
+    return _tag_of(begin, schema, end)
+
+
+def _tag_of(begin: str, content: Node, end: str) -> Node:
+    return {"type": "tag", "begin": begin, "content": content, "end": end}
 
 
 def _separated(tags: list[Node], separator: str, one: bool) -> Node:

@@ -27,7 +27,7 @@ def content(events: list[Event]) -> str:
     return "".join(event.text for event in events if isinstance(event, Content))
 
 
-ONE = [("f", {"a": 1})]
+ONE: list[tuple[str, object]] = [("f", {"a": 1})]
 CASES: list[tuple[str, str, str, list[tuple[str, object]]]] = [
     ("hermes", 'Sure.\n<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>', "Sure.", ONE),
     ("hermes", '<tool_call>{"arguments": {"a": 1}, "name": "f"}</tool_call>\n\nDone', "Done", ONE),
@@ -165,6 +165,7 @@ def test_reasoning_that_the_prompt_opened() -> None:
         ("{% if tools %}[TOOL_CALLS]{% endif %}", "mistral", False),
         ('{% if tools %}ipython {"name": f, "parameters": x}{% endif %}', "llama3_json", False),
         ("{% if tools %}[func(param=1)]{% endif %}", "pythonic", False),
+        ("{% if tools %}<|channel|>analysis<|message|>{% endif %}", "openai", False),
         ("{{ messages }}", "hermes", False),
         (None, "hermes", False),
     ],
@@ -174,4 +175,6 @@ def test_the_template_tells(template: str | None, parser: str, reasons: bool) ->
     assert form.tool_parser == parser
     assert (form.reasoning is not None) == reasons
     assert form.template_has_tools == ("tools" in (template or ""))
+    assert form.harmony == (parser == "openai")
     assert choose_format(template, tool_parser="mistral", reasoning_parser="none").tool_parser == "mistral"
+    assert choose_format(template, reasoning_parser="openai_gptoss").harmony
