@@ -87,45 +87,40 @@ def _gumbel(seed, step, what: tl.constexpr, index):
 
 
 @triton.jit
-def _above(row_ptr, best_ptr, vocab, num_chunks, floor, low, high, a, b, c, top, heat, CHUNK: tl.constexpr):
-    """Counts and masses of the logits >= floor at or above low, a, b, c; the range of those within [low, high)."""
+def _both(a, b, c, least, most, other_a, other_b, other_c, other_least, other_most):
+    return a + other_a, b + other_b, c + other_c, tl.minimum(least, other_least), tl.maximum(most, other_most)
+
+
+@triton.jit
+def _above(
+    row_ptr, best_ptr, vocab, num_chunks, low, high, a, b, c, top, rate, BY_MASS: tl.constexpr, CHUNK: tl.constexpr
+):
+    """How much lies at or above each of a, b and c, which are at least low: mass, exp2((x - top) * rate) for a logit
+    x, or a count. And the range of the logits within [low, high)."""
     lane = tl.arange(0, CHUNK)
     zero = tl.zeros((CHUNK,), tl.float32)
-    n_low, n_a, n_b, n_c = zero, zero, zero, zero
-    m_a, m_b, m_c = zero, zero, zero
+    at_a, at_b, at_c = zero, zero, zero
     least = zero + float("inf")
     most = zero - float("inf")
     for chunk in range(num_chunks):
-        if tl.load(best_ptr + chunk) >= tl.maximum(low, floor):
+        if tl.load(best_ptr + chunk) >= low:
             token = chunk * CHUNK + lane
             x = tl.load(row_ptr + token, mask=token < vocab, other=float("-inf")).to(tl.float32)
-            weight = tl.exp((x - top) / heat)
-            kept = x >= floor
-            above = kept & (x >= a)
-            n_low += (kept & (x >= low)).to(tl.float32)
-            n_a += above.to(tl.float32)
-            m_a += tl.where(above, weight, 0.0)
-            above = kept & (x >= b)
-            n_b += above.to(tl.float32)
-            m_b += tl.where(above, weight, 0.0)
-            above = kept & (x >= c)
-            n_c += above.to(tl.float32)
-            m_c += tl.where(above, weight, 0.0)
-            within = kept & (x >= low) & (x < high)
+            weight = tl.exp2((x - top) * rate) if BY_MASS else zero + 1.0
+            at_a += tl.where(x >= a, weight, 0.0)
+            at_b += tl.where(x >= b, weight, 0.0)
+            at_c += tl.where(x >= c, weight, 0.0)
+            within = (x >= low) & (x < high)
             least = tl.minimum(least, tl.where(within, x, float("inf")))
             most = tl.maximum(most, tl.where(within, x, float("-inf")))
-    return (
-        tl.sum(n_a, axis=0), tl.sum(n_b, axis=0), tl.sum(n_c, axis=0),
-        tl.sum(m_a, axis=0), tl.sum(m_b, axis=0), tl.sum(m_c, axis=0),
-        tl.min(least, axis=0), tl.max(most, axis=0),
-    )  # fmt: skip
+    return tl.reduce((at_a, at_b, at_c, least, most), 0, _both)
 
 
 @triton.jit
 def _threshold(
-    row_ptr, best_ptr, vocab, num_chunks, floor, low, top, heat, wanted, BY_MASS: tl.constexpr, CHUNK: tl.constexpr
+    row_ptr, best_ptr, vocab, num_chunks, low, top, rate, wanted, BY_MASS: tl.constexpr, CHUNK: tl.constexpr
 ):
-    """The largest logit at or above which lie `wanted` tokens, or `wanted` of mass, counting logits >= floor only."""
+    """The largest logit, of those >= low, at or above which lie `wanted` tokens, or `wanted` of mass."""
     # Enough lies at or above low, and too little at or above high (a value just over the best logit).
     high = top + tl.abs(top) * 1e-6 + 1e-30
     searching = 1
@@ -133,13 +128,9 @@ def _threshold(
     while searching == 1:
         step = (high - low) * 0.25
         a, b, c = low + step, low + 2 * step, low + 3 * step
-        n_a, n_b, n_c, m_a, m_b, m_c, least, most = _above(
-            row_ptr, best_ptr, vocab, num_chunks, floor, low, high, a, b, c, top, heat, CHUNK
+        at_a, at_b, at_c, least, most = _above(
+            row_ptr, best_ptr, vocab, num_chunks, low, high, a, b, c, top, rate, BY_MASS, CHUNK
         )
-        if BY_MASS:
-            at_a, at_b, at_c = m_a >= wanted, m_b >= wanted, m_c >= wanted
-        else:
-            at_a, at_b, at_c = n_a >= wanted, n_b >= wanted, n_c >= wanted
         rounds += 1
         if least >= most:  # one distinct logit left: it is the one
             low = least
@@ -148,8 +139,9 @@ def _threshold(
             searching = 0
         else:
             # From the ends of what is there, not of the interval: ties and gaps cost nothing.
-            next_low = tl.where(at_c, c, tl.where(at_b, b, tl.where(at_a, a, least)))
-            high = tl.where(at_c, high, tl.where(at_b, c, tl.where(at_a, b, a)))
+            enough_a, enough_b, enough_c = at_a >= wanted, at_b >= wanted, at_c >= wanted
+            next_low = tl.where(enough_c, c, tl.where(enough_b, b, tl.where(enough_a, a, least)))
+            high = tl.where(enough_c, high, tl.where(enough_b, c, tl.where(enough_a, b, a)))
             low = next_low
     return low
 
@@ -193,21 +185,20 @@ def _draw_kernel(
     top_k, top_p, min_p = tl.load(top_k_ptr + row), tl.load(top_p_ptr + row), tl.load(min_p_ptr + row)
     mass = tl.load(mass_row + index, mask=inside, other=0.0)
     mass = tl.where(best == float("-inf"), 0.0, mass * tl.exp((best - top) / heat))
+    rate = 1.4426950408889634 / heat
     floor = top - 90.0 * heat  # what float32 cannot tell from probability zero
     limited = (top_k > 0) & (top_k < vocab)
     if limited:
-        floor = _kth(row_ptr, best_row, vocab, num_chunks, floor, top, heat, top_k, CHUNK)
+        floor = _kth(row_ptr, best_row, vocab, num_chunks, floor, top, top_k, CHUNK)
     if top_p < 1.0:
         total = tl.sum(mass, axis=0)
         if limited:
-            total = _mass_above(row_ptr, best_row, vocab, num_chunks, floor, top, heat, CHUNK)
+            total = _mass_above(row_ptr, best_row, vocab, num_chunks, floor, top, rate, CHUNK)
         # 1e-7 keeps a sum that rounding has taken just below the whole from asking for more than there is
         wanted = tl.maximum(top_p * (1.0 - 1e-7), 1e-30) * total
         nucleus = top + heat * (tl.log(tl.maximum(1.0 - top_p, 1e-7)) - tl.log(vocab.to(tl.float32))) - 1e-3
         low = tl.maximum(floor, nucleus)
-        floor = tl.maximum(
-            floor, _threshold(row_ptr, best_row, vocab, num_chunks, floor, low, top, heat, wanted, True, CHUNK)
-        )
+        floor = tl.maximum(floor, _threshold(row_ptr, best_row, vocab, num_chunks, low, top, rate, wanted, True, CHUNK))
     filtered = limited | (top_p < 1.0) | (min_p > 0.0)
     if min_p > 0.0:
         floor = tl.maximum(floor, top + heat * tl.log(min_p))
@@ -217,7 +208,7 @@ def _draw_kernel(
             if tl.load(best_row + chunk) >= floor:
                 token = chunk * CHUNK + lane
                 x = tl.load(row_ptr + token, mask=token < vocab, other=float("-inf")).to(tl.float32)
-                kept_mass = tl.sum(tl.where(x >= floor, tl.exp((x - top) / heat), 0.0), axis=0)
+                kept_mass = tl.sum(tl.where(x >= floor, tl.exp2((x - top) * rate), 0.0), axis=0)
             mass = tl.where(index == chunk, kept_mass, mass)
     else:
         floor = float("-inf")
@@ -234,21 +225,21 @@ def _draw_kernel(
 
 
 @triton.jit
-def _kth(row_ptr, best_ptr, vocab, num_chunks, floor, top, heat, k, CHUNK: tl.constexpr):
+def _kth(row_ptr, best_ptr, vocab, num_chunks, floor, top, k, CHUNK: tl.constexpr):
     """The k-th best logit, or floor if fewer than k are at or above it."""
-    n, _b, _c, _ma, _mb, _mc, _l, _m = _above(
-        row_ptr, best_ptr, vocab, num_chunks, floor, floor, top, floor, floor, floor, top, heat, CHUNK
+    n, _b, _c, _l, _m = _above(
+        row_ptr, best_ptr, vocab, num_chunks, floor, top, floor, floor, floor, top, 0.0, False, CHUNK
     )
     kth = floor
     if n > k:
-        kth = _threshold(row_ptr, best_ptr, vocab, num_chunks, floor, floor, top, heat, k.to(tl.float32), False, CHUNK)
+        kth = _threshold(row_ptr, best_ptr, vocab, num_chunks, floor, top, 0.0, k.to(tl.float32), False, CHUNK)
     return kth
 
 
 @triton.jit
-def _mass_above(row_ptr, best_ptr, vocab, num_chunks, floor, top, heat, CHUNK: tl.constexpr):
-    _a, _b, _c, mass, _mb, _mc, _l, _m = _above(
-        row_ptr, best_ptr, vocab, num_chunks, floor, floor, top, floor, floor, floor, top, heat, CHUNK
+def _mass_above(row_ptr, best_ptr, vocab, num_chunks, floor, top, rate, CHUNK: tl.constexpr):
+    mass, _b, _c, _l, _m = _above(
+        row_ptr, best_ptr, vocab, num_chunks, floor, top, floor, floor, floor, top, rate, True, CHUNK
     )
     return mass
 
