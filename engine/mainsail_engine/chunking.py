@@ -32,7 +32,7 @@ SPREAD_ROWS = 256
 """Rows of a step up to which its linears cost little more than reading the weights (180 to 250 on Hopper)."""
 SPREAD_STEPS = 4
 """A backlog of prompts is spread over at least so many steps while requests decode."""
-STEP_ROWS = (64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1280, 1536)
+STEP_ROWS = (64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1152, 1280, 1408, 1536)
 """What small mixed steps are padded to on CUDA (runner/cuda_graphs.py)."""
 SWEEPS = 8
 """Rounds of coordinate descent before a prediction: it starts where it ended the last time."""

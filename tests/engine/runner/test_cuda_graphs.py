@@ -13,6 +13,7 @@ from benchmarks.speculation import Replay, always
 from tests.engine.test_sampling_equivalences import mixed, run
 from tests.engine.tiny import make_tiny_model
 
+from mainsail_engine.chunking import STEP_ROWS
 from mainsail_engine.config import (
     MAX_SPECULATIVE_TOKENS,
     CacheConfig,
@@ -25,7 +26,6 @@ from mainsail_engine.request import Request, SamplingParams
 from mainsail_engine.runner import model_runner
 from mainsail_engine.runner.batch import BlockTables, StepArrays, build
 from mainsail_engine.runner.cuda_graphs import (
-    LARGEST_DECODE,
     Layout,
     PaddedSteps,
     StepShape,
@@ -61,10 +61,27 @@ def test_beyond_1024_rows_steps_run_without_a_graph() -> None:
 
 @pytest.mark.parametrize("max_num_seqs", [1, 24, 256, 2000])
 def test_shapes_have_room_for_every_row(max_num_seqs: int) -> None:
-    for shape in shapes_of(max_num_seqs):
-        assert shape.decodes <= shape.tokens
-        assert shape.sampled >= min(shape.tokens, max_num_seqs, LARGEST_DECODE)
+    shapes = shapes_of(max_num_seqs)
+    for shape in shapes:
+        assert shape.decodes <= shape.sampled <= shape.tokens
+        assert shape.sampled >= min(shape.decodes + shape.chunks, shape.tokens, max_num_seqs)
         assert shape.is_mixed or shape.tokens == shape.decodes == shape.sampled
+    for tokens in STEP_ROWS:
+        last = [shape for shape in shapes if shape.is_mixed and shape.tokens == tokens][-1]
+        assert last.sampled == last.decodes == min(tokens, max_num_seqs)
+
+
+@pytest.mark.parametrize(("decodes", "prompts", "room"), [(64, 4, 64), (65, 4, 256), (3, 15, 64), (3, 17, 256)])
+def test_a_step_of_few_decodes_has_room_for_few(decodes: int, prompts: int, room: int) -> None:
+    """Prompts of 48 tokens."""
+    steps = PaddedSteps.__new__(PaddedSteps)
+    steps._shapes = shapes_of(256)
+    arrays = step_arrays(decodes, [48] * prompts)
+    shape = steps.shape_for(arrays)
+    assert shape is not None
+    assert shape.decodes == room
+    assert shape.tokens == min(n for n in STEP_ROWS if n >= decodes + 48 * prompts)
+    assert shape.sampled >= len(arrays.sampled)
 
 
 @pytest.mark.parametrize("max_num_seqs", [1, 24, 256])
@@ -174,7 +191,7 @@ def runner_config(path: Path, graphs: bool, num_blocks: int, *, guesses: bool = 
     return EngineConfig(
         model=ModelConfig(path=str(path), load_format="dummy", dtype="float32"),
         cache=CacheConfig(num_blocks=num_blocks),
-        scheduler=SchedulerConfig(max_num_seqs=24),
+        scheduler=SchedulerConfig(max_num_seqs=128),  # more than the shapes for few decodes have room for
         speculative=SpeculativeConfig(method="ngram") if guesses else None,
         device="cuda",
         cuda_graphs=graphs,
