@@ -124,7 +124,7 @@ class BertModel:
         )
 
     def forward(self, token_ids: torch.Tensor, attention: Attention, kv_cache: torch.Tensor) -> torch.Tensor:
-        """Hidden states of the last layer, [num_tokens, hidden_size]. Every chunk is a whole prompt; kv_cache is empty.
+        """Hidden states of the last layer, [num_wanted, hidden_size]. Every chunk is a whole prompt; kv_cache is empty.
 
         token_ids [num_tokens] int64.
         """
@@ -134,7 +134,7 @@ class BertModel:
         for layer in self.layers:
             x = layer.attention_norm(x + layer.output(self._attend(layer.qkv(x), batch)))
             x = layer.norm(x + layer.down(F.gelu(layer.up(x))))
-        return x
+        return attention.only_wanted(x)
 
     def _attend(self, qkv: torch.Tensor, batch: Batch | None) -> torch.Tensor:
         """[num_tokens, 3 * hidden_size] to [num_tokens, hidden_size]."""

@@ -130,12 +130,13 @@ class TransformersForCausalLM:
         self._decoder.set_attn_implementation(INTERFACE)
         apart = (ours - theirs.last_hidden_state[0]).float().norm(dim=1)
         relative = float((apart / theirs.last_hidden_state[0].float().norm(dim=1)).median())
-        if not relative < _TOLERANCE[dtype]:
+        if not relative < _TOLERANCE[dtype] * (20 if device.type == "cuda" and dtype == torch.float32 else 1):
             raise refuse(f"architecture {a.name} (its attention is not plain: hidden states are {relative:.0%} apart)")
 
 
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.15}
-"""Of the median token's hidden state; experts chosen otherwise by a rounding error move single tokens far."""
+"""Of the median token's hidden state; experts chosen otherwise by a rounding error move single tokens far. On a GPU
+attention multiplies float32 with 11 of its 24 bits."""
 
 
 def _one_chunk(n: int, device: torch.device) -> Attention:

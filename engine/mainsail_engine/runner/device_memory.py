@@ -101,6 +101,11 @@ def available(device: torch.device) -> bool:
     )
 
 
+_kept: list[object] = []
+"""Pools and what serves them, for good: torch ends the process when a pool is collected before the last of its tensors,
+as it may be with an engine that somebody made in a process of their own."""
+
+
 class DeviceMemory:
     """The regions of one device. Only for the thread that launches steps, with nothing running."""
 
@@ -119,6 +124,7 @@ class DeviceMemory:
         make: Any = torch._C._cuda_customAllocator  # pyright: ignore[reportPrivateUsage, reportUnknownMemberType, reportAttributeAccessIssue, reportUnknownVariableType]
         self._allocator: Any = make(*addresses)
         self._pool = torch.cuda.MemPool(self._allocator)
+        _kept.append((self._functions, self._allocator, self._pool))
 
     @contextmanager
     def lasting(self) -> Generator[None]:

@@ -187,7 +187,7 @@ class ModelRunner:
                 f"the device has too little memory for the model and its KV pool: {error}"
             ) from error
         self._warm_up()
-        self._padded = self._pad(config) if self.device.type == "cuda" else None
+        self._padded = self._pad(config)
         mark("graphs")
 
     def take_device(self) -> None:
@@ -254,9 +254,12 @@ class ModelRunner:
             move_tensors(self._model, to_device(self.device))
         self._allocate(self.num_blocks, config.scheduler.max_num_seqs)
         self._warm_up()
-        self._padded = self._pad(config) if self.device.type == "cuda" else None
+        self._padded = self._pad(config)
 
-    def _pad(self, config: EngineConfig) -> PaddedSteps:
+    def _pad(self, config: EngineConfig) -> PaddedSteps | None:
+        """None where no graph can be: on the CPU, and of models that may wait for the device in a step."""
+        if self.device.type != "cuda" or not self._model.captures_graphs:
+            return None
         with torch.inference_mode():
             return PaddedSteps(
                 lambda inputs, attention: self._model.forward(inputs, attention, self.kv_cache),
@@ -267,7 +270,7 @@ class ModelRunner:
                 workspace=self._workspace,
                 max_num_seqs=self._decode_rows,
                 max_blocks=self._tables.rows.shape[1],
-                capture=config.cuda_graphs and self._model.captures_graphs,
+                capture=config.cuda_graphs,
                 guesses=config.speculative is not None,
                 incoming=None if self._parallel.is_first else self._room_for_hidden(LARGEST_STEP).zero_(),
             )

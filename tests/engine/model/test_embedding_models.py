@@ -115,11 +115,13 @@ def test_embeddings_equal_transformers(kind: str, mode: str, pooling: Pooling, d
     assert form == EmbeddingForm(pooling, normalize=True)
     prompts = [prompt_of(length) for length in (5, 1, LONGEST, 17, 40, 1, 63)] * 2
     core = core_of(tmp_path, LONGEST + 1 if kind not in ("Qwen3", "Mistral") else 30, device)
-    rtol, atol = (1e-3, 1e-4) if device == "cpu" else (1e-2, 2e-2)
     for prompt, ours in zip(prompts, embed(core, prompts, form.pooling), strict=True):
         hidden = model(torch.tensor([prompt])).last_hidden_state[0]
         truth = {Pooling.CLS: hidden[0], Pooling.MEAN: hidden.mean(0), Pooling.LAST: hidden[-1]}[pooling]
-        np.testing.assert_allclose(ours, truth.numpy(), rtol=rtol, atol=atol)
+        if device == "cpu":
+            np.testing.assert_allclose(ours, truth.numpy(), rtol=1e-3, atol=1e-4)
+        else:  # whose attention multiplies float32 with 11 bits
+            assert np.linalg.norm(ours - truth.numpy()) < 0.03 * np.linalg.norm(truth.numpy())
 
 
 def test_an_encoder_refuses_what_it_cannot_do(tmp_path: Path) -> None:
