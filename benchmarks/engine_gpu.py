@@ -54,6 +54,7 @@ PEER: dict[str, dict[str, Any]] = {
                        "long": None},
     "llama-3-70b": {"step_ms": {}, "prefill": None, "mixed": None, "long": None},
     "llama-3-70b fp8": {"step_ms": {1: 20.65, 32: 27.9, 128: 37.1}, "prefill": None, "mixed": None, "long": None},
+    "llama-2-13b": {"step_ms": {}, "prefill": None, "mixed": None, "long": None},
     "qwen3-30b-a3b": {"step_ms": {1: 4.13, 128: 21.5}, "prefill": 72_000, "mixed": None, "long": None},
     "gpt-oss-20b": {"step_ms": {}, "prefill": None, "mixed": None, "long": None},
 }  # fmt: skip
@@ -278,13 +279,27 @@ def engine_config(args: argparse.Namespace, *, prefix_caching: bool = False) -> 
             quantization=args.quantization,
         ),
         cache=CacheConfig(
-            enable_prefix_caching=prefix_caching, dtype=args.kv_cache_dtype, offloading_size_gib=args.kv_offloading_size
+            enable_prefix_caching=prefix_caching,
+            dtype=args.kv_cache_dtype,
+            offloading_size_gib=args.kv_offloading_size,
+            memory_utilization=_share_of_card(getattr(args, "memory_gib", None)),
         ),
         scheduler=SchedulerConfig(max_num_seqs=args.max_num_seqs, max_inter_token_latency_ms=0),
         device="cuda",
         overlap=not getattr(args, "no_overlap", False),
         cuda_graphs=not getattr(args, "no_graphs", False),
     )
+
+
+def in_use_gib() -> float:
+    """Of the card, by everybody."""
+    free, total = torch.cuda.mem_get_info()
+    return (total - free) / 2**30
+
+
+def _share_of_card(gib: float | None) -> float:
+    default = CacheConfig().memory_utilization
+    return default if gib is None else gib * 2**30 / torch.cuda.mem_get_info()[1]
 
 
 def main() -> None:
@@ -296,6 +311,7 @@ def main() -> None:
     parser.add_argument("--batches", default=",".join(map(str, STEP_BATCHES)), help="of the decode steps")
     parser.add_argument("--max-num-seqs", type=int, default=256)
     parser.add_argument("--max-model-len", type=int, default=4096)
+    parser.add_argument("--memory-gib", type=float, help="of the card that the engine may take; default: as serve")
     parser.add_argument(
         "--kv-offloading-size", type=float,
         help="GiB of host memory for KV; default: what serve takes for the row long, else 0: none is pinned meanwhile",
@@ -328,13 +344,14 @@ def main() -> None:
         load, named, read_architecture(Path(config.model.path)), set(args.rows.split(",")), bandwidth, widths,
         [int(batch) for batch in args.batches.split(",")], peer, args.rounds,
     )  # fmt: skip
+    print(f"{named}: {in_use_gib():.2f} GiB of the card in use", flush=True)
     if args.output:
         result = {
             "card": torch.cuda.get_device_name(), "torch": torch.__version__, "model": args.model,
             "quantization": args.quantization, "kv_cache_dtype": args.kv_cache_dtype, "commit": args.commit,
             "command": " ".join(["python", *sys.argv]), "max_num_seqs": args.max_num_seqs,
             "graphs": config.cuda_graphs, "overlap": config.overlap, "start_s": round(start_s, 1),
-            "copy_GB_per_s": round(bandwidth / 1e9), "rows": table,
+            "copy_GB_per_s": round(bandwidth / 1e9), "rows": table, "card_GiB_in_use": round(in_use_gib(), 2),
         }  # fmt: skip
         args.output.write_text(json.dumps(result, indent=2) + "\n")
 

@@ -113,11 +113,12 @@ def logprobs(runner: ModelRunner) -> list[float]:
 
 def tell_tokens(root: Path, parallel: Parallel) -> None:
     """A row for each family; of several ranks the first one's."""
+    kept: list[ModelRunner] = []
     for family in FAMILIES:
-        exact = runner_of(root / family, "float32", parallel)
+        kept += [runner_of(root / family, dtype, parallel) for dtype in ("float32", "bfloat16")]
+        exact, rounded = kept[-2:]
         row: Row = {"family": family, "tokens": greedy(exact), "float32": logprobs(exact)}
-        del exact
-        row["bfloat16"] = logprobs(runner_of(root / family, "bfloat16", parallel))
+        row["bfloat16"] = logprobs(rounded)
         if parallel.rank == 0:
             tell(row)
 
