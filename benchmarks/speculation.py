@@ -14,6 +14,9 @@ are replaced (`Dictated`), so that a model of random weights edits code too. A f
 moment when the whole batch decodes and the first end of an answer, over the same without speculation, measured before
 and after in the same process. Every case is run once before it is measured, by the same policy: it has learnt by then
 what steps take, as that of a server has.
+
+`--kernels` shows instead where a step with `--fixed` right guesses spends its time: the device's by kernel, and the
+host's between the tokens of a step and the launch of the next, when the device has nothing to do.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -92,10 +96,15 @@ class Dictated:
         self.num_blocks, self.max_model_len = runner.num_blocks, runner.max_model_len
         self.eos_token_ids, self.vocab_size = runner.eos_token_ids, runner.vocab_size
         self.answers: Answers = {}
+        self.moments: list[tuple[str, float]] = []
+        """When a launch began and ended, and tokens came."""
 
     def launch(self, plan: StepPlan) -> PendingStep | PendingLogits:
+        self.moments.append(("launching", time.perf_counter()))
         pending = self._runner.launch(plan)
-        return _DictatedStep(pending, [token for chunk in plan.chunks for token in self._tokens(chunk)])
+        self.moments.append(("launched", time.perf_counter()))
+        tokens = [token for chunk in plan.chunks for token in self._tokens(chunk)]
+        return _DictatedStep(pending, tokens, self.moments)
 
     def _tokens(self, chunk: Any) -> list[int]:
         if not chunk.samples:
@@ -109,9 +118,11 @@ class Dictated:
 class _DictatedStep:
     pending: PendingStep
     tokens: list[int]
+    moments: list[tuple[str, float]]
 
     def result(self) -> StepResult:
         computed = self.pending.result()
+        self.moments.append(("there", time.perf_counter()))
         assert len(computed.token_ids) == len(self.tokens)
         return StepResult(self.tokens, computed.extras, computed.num_loaded)
 
@@ -189,6 +200,10 @@ class Bench:
 
     def rate(self, text: Text, speculator: Speculator | None) -> tuple[float, float]:
         """(tokens per second, tokens of a request in a step) while the whole batch decodes."""
+        return self._measure(self._begin(text, speculator), len(text.prompts))
+
+    def _begin(self, text: Text, speculator: Speculator | None) -> EngineCore:
+        """A core that has been asked everything and has computed nothing."""
         self._num_runs += 1
         names = [f"{self._num_runs}-{index}" for index in range(len(text.prompts))]
         self._runner.answers = dict(zip(names, text.answers, strict=True))
@@ -204,7 +219,45 @@ class Bench:
                 max_tokens=len(text.answers[index]), temperature=text.temperature, seed=index, ignore_eos=True
             )
             core.handle(Add(name, prompt, most), time.monotonic())
-        return self._measure(core, len(names))
+        return core
+
+    def kernels(self, text: Text, speculator: Speculator, steps: int = 8) -> None:
+        """Print where steps with guesses spend their time."""
+        import torch
+
+        core, batch = self._begin(text, speculator), len(text.prompts)
+        begun: set[str] = set()
+        while len(begun) < batch:
+            outputs = core.step(time.monotonic())
+            begun |= {output.request_id for output in outputs.outputs} if outputs else set()
+        for _ in range(6):
+            core.step(time.monotonic())
+        moments = self._runner.moments
+        moments.clear()
+        started = time.perf_counter()
+        for _ in range(steps):
+            core.step(time.monotonic())
+        wall_ms = (time.perf_counter() - started) / steps * 1e3
+        between = {(a, b): list[float]() for a, b in (("there", "launching"), ("launching", "launched"))}
+        for (before, first_s), (after, then_s) in pairwise(moments):
+            between.get((before, after), []).append((then_s - first_s) * 1e3)
+        idle, launching = (sum(each) / max(1, len(each)) for each in between.values())
+        print(
+            f"batch {batch:4}  {wall_ms:6.2f} ms a step: from tokens to the next launch {idle:5.2f}, "
+            f"launching {launching:5.2f}", flush=True,
+        )  # fmt: skip
+        if self.device.startswith("cuda"):
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+                for _ in range(steps):
+                    core.step(time.monotonic())
+                torch.cuda.synchronize()
+            found = sorted(profile.key_averages(), key=lambda event: -event.self_device_time_total)
+            times = [(event.self_device_time_total / steps / 1e3, event.count / steps, event.key) for event in found]
+            print(f"    {sum(ms for ms, _, _ in times):8.3f} ms of the device", flush=True)
+            for ms, count, name in times[:12]:
+                print(f"    {ms:8.3f} ms {count:6.0f} x {name[:100]}", flush=True)
+        while core.has_work:
+            core.step(time.monotonic())
 
     def _measure(self, core: EngineCore, batch: int) -> tuple[float, float]:
         begun: set[str] = set()
@@ -241,7 +294,8 @@ def cases(bench: Bench, fixed: int) -> list[tuple[str, Callable[..., Text], floa
 def rows(bench: Bench, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for batch in args.batches:
         bench.rate(random_text(batch, args, bench.vocab_size, 0.0), None)
-        for name, make_text, temperature, make_speculator in cases(bench, args.fixed):
+        chosen = cases(bench, args.fixed)
+        for name, make_text, temperature, make_speculator in (chosen[index] for index in args.cases):
             text, speculator = make_text(batch, args, bench.vocab_size, temperature), make_speculator()
             bench.rate(text, speculator)
             rates: dict[bool, list[float]] = {False: [], True: []}
@@ -272,11 +326,20 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--budget", type=int, default=8192, help="tokens of a step")
     parser.add_argument("--max-model-len", type=int, default=2048)
+    parser.add_argument("--cases", type=int, nargs="+", default=list(range(6)), help="which, in the order above")
+    parser.add_argument("--kernels", action="store_true")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     import torch
 
     bench = Bench(args)
+    if args.kernels:
+        for batch in args.batches:
+            _, make_text, temperature, make_speculator = cases(bench, args.fixed)[0]
+            text = make_text(batch, args, bench.vocab_size, temperature)
+            bench.rate(text, make_speculator())
+            bench.kernels(text, make_speculator())
+        return
     cuda = bench.device.startswith("cuda")
     card = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
     result: dict[str, Any] = {"card": card, "torch": torch.__version__, "model": Path(args.model).name}

@@ -97,6 +97,7 @@ class KVEventsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 SPECULATIVE_METHODS = ("ngram", "draft_model", "draft")
 MAX_SPECULATIVE_TOKENS = 16
+MAX_SPECULATIVE_ROWS = 1024
 
 
 class SpeculativeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -116,6 +117,8 @@ class SpeculativeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     """The draft model runs on one device: 1 or left out."""
     adaptive: bool = True
     """Guess as many as pays, by what was measured, and none where none does. Off: always as many as there may be."""
+    max_step_rows: int = 1024
+    """Tokens of a step with guesses at most, of all requests: more would need memory for more logits, and graphs."""
 
     def __post_init__(self) -> None:
         flag, methods = "--speculative-config", ", ".join(SPECULATIVE_METHODS[:2])
@@ -126,6 +129,10 @@ class SpeculativeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
         _require(
             n is None or 1 <= n <= MAX_SPECULATIVE_TOKENS,
             f"{flag}: num_speculative_tokens must be between 1 and {MAX_SPECULATIVE_TOKENS}",
+        )
+        _require(
+            2 <= self.max_step_rows <= MAX_SPECULATIVE_ROWS,
+            f"{flag}: max_step_rows must be between 2 and {MAX_SPECULATIVE_ROWS}",
         )
         least, longest = self.ngram_sizes
         _require(1 <= least <= longest <= 16, f"{flag}: 1 <= prompt_lookup_min <= prompt_lookup_max <= 16 is needed")

@@ -176,6 +176,8 @@ class EngineCore:
         """Called by the loop between two steps: for what may be told outside then."""
         self._num_steps = 0
         self._last_step_end_s = 0.0
+        self._launched_next = False
+        """The last step launched the next one itself, right after its own tokens came."""
 
     @property
     def has_work(self) -> bool:
@@ -336,7 +338,7 @@ class EngineCore:
 
     def step(self, now: float) -> StepOutputs | None:
         """Fill the pipeline, then finish its oldest step. None: there was nothing to run."""
-        started_s = max(now, self._last_step_end_s)
+        started_s = self._last_step_end_s if self._launched_next else max(now, self._last_step_end_s)
         if not self._asleep:
             self._scheduler.set_host_blocks(self._runner.num_host_blocks)
         if self._parked:
@@ -351,6 +353,10 @@ class EngineCore:
         end_s = time.monotonic()
         outputs = self._scheduler.commit(plan, result, end_s)
         self._sample_constrained()
+        idle = self._depth > 1 and not self._in_flight
+        if idle:  # the device is: what was sampled is told while it computes the next step
+            self._launch(end_s)
+        self._launched_next = idle and bool(self._in_flight)
         self._num_steps += 1
         self._last_step_end_s = end_s
         host_s = max(0.0, waits_s - started_s)
@@ -624,7 +630,7 @@ class _Engine:
 
     def _speculator(self, device: str) -> Speculator | None:
         """What guesses tokens, if anything does."""
-        if self.config.speculative is None:
+        if self.config.speculative is None or self.model_runner.architecture.bidirectional:
             return None
         from mainsail_engine.speculative.speculator import Speculator
 

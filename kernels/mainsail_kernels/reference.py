@@ -76,7 +76,7 @@ def add_lora(
 ) -> None:  # fmt: skip
     """What each row's adapter makes of x is added to y in place; one product for each adapter of the batch."""
     rank, slot_of_row = up.shape[2], slots.repeat_interleave(rows.shape[0] // slots.shape[0])
-    for slot in slots.unique().tolist():
+    for slot in slots[slots >= 0].unique().tolist():
         own = rows[(slot_of_row == slot) & (rows >= 0)].long()
         mid = _wide(x[own]) @ _wide(down[slot]).T
         first = 0

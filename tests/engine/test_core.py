@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from mainsail_engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from mainsail_engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig, SpeculativeConfig
 from mainsail_engine.core import EngineCore, describe, pipeline_depth, warm_up
 from mainsail_engine.errors import MissingTensorError
 from mainsail_engine.protocol import (
@@ -24,6 +24,7 @@ from mainsail_engine.protocol import (
 )
 from mainsail_engine.request import FinishReason, SamplingParams
 from mainsail_engine.scheduler import Scheduler
+from mainsail_engine.speculative.speculator import Speculator
 from mainsail_engine.step import FAILED_TOKEN, StepPlan, StepResult
 
 EOS = 7
@@ -60,13 +61,18 @@ class NamingRunner:
     def launch(self, plan: StepPlan) -> Pending:
         self._count += 1
         self.log.append(f"launch {self._count}")
-        ends = [chunk.start + chunk.num_tokens for chunk in plan.chunks if chunk.samples]
+        ends = [
+            end for chunk in plan.chunks if chunk.samples
+            for end in range(chunk.start + chunk.num_tokens - len(chunk.guesses), chunk.start + chunk.num_tokens + 1)
+        ]  # fmt: skip
         return Pending([end % 5 if self._token is None else self._token for end in ends], self.log, self._count)
 
 
-def make(depth: int = 1, token: int | None = None) -> tuple[EngineCore, NamingRunner]:
+def make(
+    depth: int = 1, token: int | None = None, speculator: Speculator | None = None
+) -> tuple[EngineCore, NamingRunner]:
     runner = NamingRunner(token)
-    return EngineCore(Scheduler(CONFIG, 16, 64, {EOS}), runner, depth=depth), runner
+    return EngineCore(Scheduler(CONFIG, 16, 64, {EOS}, speculator=speculator), runner, depth=depth), runner
 
 
 def drive(core: EngineCore) -> list[StepOutputs]:
@@ -98,6 +104,23 @@ def test_with_depth_two_the_next_step_is_launched_before_a_result_is_read() -> N
     core.handle(add("a"), 0.0)
     drive(core)
     assert runner.log[:3] == ["launch 1", "launch 2", "result 1"]
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_device_that_waits_for_guesses_gets_its_next_step_before_the_tokens_are_told(depth: int) -> None:
+    """On the CPU, where the next step would be computed at once, tokens are told first."""
+    guessing = SpeculativeConfig(method="ngram", num_speculative_tokens=4, adaptive=False)
+    core, runner = make(depth, speculator=Speculator(guessing, overlap=depth > 1))
+    core.handle(add("a", max_tokens=40), 0.0)
+    tokens, launched_next = list[int](), 0
+    while core.has_work:
+        step = core.step(time.monotonic())
+        assert step is not None
+        tokens += step.outputs[0].token_ids
+        launched_next += len(step.outputs[0].token_ids) == 5 and runner.log[-1].startswith("launch")
+    assert tokens == [end % 5 for end in range(3, 43)]
+    assert len(runner.log) < 2 * 25
+    assert launched_next >= 4 if depth > 1 else launched_next == 0
 
 
 def test_the_time_in_the_queue_is_told_once() -> None:

@@ -16,13 +16,18 @@ anew when another request (or the same one after a preemption) moves in.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from mainsail_engine.config import BLOCK_SIZE
 from mainsail_engine.request import Request
 from mainsail_engine.step import Chunk, StepPlan
+from mainsail_kernels.lora import tiles_of
+
+
+def _none() -> np.ndarray:
+    return np.empty(0, np.int32)
 
 
 @dataclass(slots=True)
@@ -54,6 +59,10 @@ class StepArrays:
     num_decodes: int
     """Sequences of one row each, which come first."""
     max_query_len: int
+    adapter_rows: np.ndarray = field(default_factory=_none)
+    """[num_tiles * 16] int32: rows by the LoRA adapter that they go through (`mainsail_kernels.lora.tiles_of`)."""
+    adapter_slots: np.ndarray = field(default_factory=_none)
+    """[num_tiles] int32: whose rows a tile's are. Empty: no row goes through an adapter."""
 
     def from_slots_of_rows(self) -> np.ndarray:
         """[num_tokens] int64: the slot whose newest token a row takes, -1 where token_ids has it."""
@@ -87,8 +96,13 @@ class BlockTables:
         return not same
 
 
-def build(plan: StepPlan, tables: BlockTables, *, spread: bool = False) -> tuple[StepArrays, list[Chunk]]:
-    """The arrays of a plan, and the chunks whose slot has a new tenant. spread: rows of guesses as decodes."""
+def build(
+    plan: StepPlan, tables: BlockTables, *, spread: bool = False, adapters: bool = False
+) -> tuple[StepArrays, list[Chunk]]:
+    """The arrays of a plan, and the chunks whose slot has a new tenant.
+
+    spread: rows of guesses as decodes. adapters: rows may go through some.
+    """
     chunks = plan.chunks
     moved_in = [chunk for chunk in chunks if tables.update(chunk)]
     lengths = np.array([chunk.num_tokens for chunk in chunks], np.int64)
@@ -110,6 +124,7 @@ def build(plan: StepPlan, tables: BlockTables, *, spread: bool = False) -> tuple
     block_tables = tables.rows[slots, :used]
     slot_mapping: np.ndarray = block_tables[seq_of_token, positions // BLOCK_SIZE].astype(np.int64) * BLOCK_SIZE
     slot_mapping += positions % BLOCK_SIZE
+    adapter_rows, adapter_slots = _adapter_tiles(chunks) if adapters else (_none(), _none())
     arrays = StepArrays(
         token_ids=token_ids,
         positions=positions,
@@ -125,8 +140,17 @@ def build(plan: StepPlan, tables: BlockTables, *, spread: bool = False) -> tuple
         first_rows=first_rows[:-1],
         num_decodes=num_decodes,
         max_query_len=int(lengths.max()),
+        adapter_rows=adapter_rows,
+        adapter_slots=adapter_slots,
     )
     return arrays, moved_in
+
+
+def _adapter_tiles(chunks: list[Chunk]) -> tuple[np.ndarray, np.ndarray]:
+    slots = np.array([chunk.request.adapter_slot for chunk in chunks], np.int64)
+    if (slots < 0).all():
+        return _none(), _none()
+    return tiles_of(np.repeat(slots, [chunk.num_tokens for chunk in chunks]))
 
 
 def _running(lengths: np.ndarray) -> np.ndarray:

@@ -10,7 +10,11 @@ token rows; what the rows are (so many decodes, then chunks of so many prompts) 
 
 All inputs of a step are one packed upload of int32 numbers, block tables last:
 
-    token | from slot | position | KV slot | lengths | chunk starts | sampled rows | their slots | tables
+    token | from slot | position | KV slot | lengths | chunk starts | sampled rows | their slots | adapters | tables
+
+Steps with rows of LoRA adapters have shapes of their own, with room for as many tiles of rows (`mainsail_kernels.lora`)
+as so many rows can make: which row goes through which adapter, if through any, is data too. Those without are spared
+the kernels.
 
 With graphs off the same shapes run kernel by kernel: the arithmetic is the same, so the tokens are. Shapes are captured
 from large to small out of one memory pool, so that the small reuse the large's.
@@ -21,28 +25,29 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from mainsail_engine.chunking import STEP_ROWS
-from mainsail_engine.config import MAX_SPECULATIVE_TOKENS
+from mainsail_engine.config import MAX_SPECULATIVE_ROWS, MAX_SPECULATIVE_TOKENS
 from mainsail_engine.model.architecture import Architecture
 from mainsail_engine.model.attention import Attention
+from mainsail_engine.model.lora import AdapterRows
 from mainsail_engine.runner.batch import StepArrays
 from mainsail_engine.runner.uploads import Uploads
-from mainsail_engine.speculative.policy import MAX_ROWS
 from mainsail_kernels.attention_decode import DecodeWorkspace
+from mainsail_kernels.lora import TILE, most_tiles
 from mainsail_kernels.tokens import note, resolve
 
 log = logging.getLogger(__name__)
 LARGEST_DECODE = 1024
 LARGEST_MIXED = STEP_ROWS[-1]
 """Tokens. Larger steps keep the device busy for longer than it takes to launch them."""
-VERIFY_ROWS = (64, 128, 192, 256, 384, 512, 768, MAX_ROWS)
+VERIFY_ROWS = (64, 96, 128, 160, 192, 256, 320, 384, 448, 512, 640, 768, 896, MAX_SPECULATIVE_ROWS)
 """Of steps that verify guesses as chunks."""
-LARGEST_STEP = max(LARGEST_DECODE, LARGEST_MIXED, MAX_ROWS)
+LARGEST_STEP = max(LARGEST_DECODE, LARGEST_MIXED, MAX_SPECULATIVE_ROWS)
 """Rows."""
 MOST_CHUNKS = 32
 """Prompts in a mixed step that is replayed."""
@@ -68,6 +73,8 @@ class StepShape:
     sampled: int
     longest: int = 0
     """Rows of the longest chunk, where chunks verify guesses and every row is sampled. 0: as long as the step."""
+    tiles: int = 0
+    """Of rows that go through adapters. 0: none does."""
 
     @property
     def is_mixed(self) -> bool:
@@ -80,13 +87,16 @@ def decode_sizes(largest: int) -> list[int]:
     return [size for size in sizes if size < largest] + [min(largest, LARGEST_DECODE)]
 
 
-def shapes_of(max_num_seqs: int, *, guesses: bool = False) -> list[StepShape]:
-    """Every shape, from small to large within its kind; decodes first, then with guesses those that verify them."""
+def shapes_of(max_num_seqs: int, *, guess_rows: int = 0, adapter_slots: int = 0) -> list[StepShape]:
+    """Every shape, from small to large within its kind; decodes first, then those that verify guesses, of up to
+    guess_rows rows, then mixed ones; then, where there are slots for adapters, all again with room for their rows."""
     decodes = [StepShape(n, n, 0, n) for n in decode_sizes(max_num_seqs)]
     mixed = [shape for n in STEP_ROWS for shape in _mixed(n, min(n, max_num_seqs))]
-    rows = VERIFY_ROWS if guesses else ()
+    rows = [n for n in VERIFY_ROWS if n < guess_rows] + ([guess_rows] if guess_rows else [])
     verify = [StepShape(n, min(n, max_num_seqs), min(n, max_num_seqs), n, 1 + MAX_SPECULATIVE_TOKENS) for n in rows]
-    return decodes + verify + mixed
+    shapes = decodes + verify + mixed
+    adapted = [replace(shape, tiles=most_tiles(shape.tokens, adapter_slots)) for shape in shapes]
+    return shapes + adapted if adapter_slots else shapes
 
 
 def _mixed(tokens: int, most: int) -> list[StepShape]:
@@ -116,6 +126,8 @@ class Layout:
     starts: slice
     sampled: slice
     sampled_slots: slice
+    adapter_rows: slice
+    adapter_slots: slice
     tables: int
     """Where the block tables begin."""
 
@@ -137,6 +149,8 @@ class Layout:
             starts=part(shape.chunks + 1),
             sampled=part(shape.sampled),
             sampled_slots=part(shape.sampled),
+            adapter_rows=part(TILE * shape.tiles),
+            adapter_slots=part(shape.tiles),
             tables=at,
         )
 
@@ -156,6 +170,8 @@ def pack(packed: np.ndarray, layout: Layout, shape: StepShape, arrays: StepArray
     _fill(packed[layout.starts], arrays.query_start[decodes:], seqs - decodes + 1, n)
     _fill(packed[layout.sampled], arrays.sampled, sampled, 0)
     _fill(packed[layout.sampled_slots], arrays.sampled_slots, sampled, spare_slot)
+    _fill(packed[layout.adapter_rows], arrays.adapter_rows, len(arrays.adapter_rows), -1)
+    _fill(packed[layout.adapter_slots], arrays.adapter_slots, len(arrays.adapter_slots), -1)
     tables = packed[layout.tables : layout.tables + arrays.block_tables.size]
     tables.reshape(arrays.block_tables.shape)[...] = arrays.block_tables
 
@@ -180,7 +196,8 @@ class PaddedSteps:
         max_num_seqs: int,
         max_blocks: int,
         capture: bool,
-        guesses: bool = False,
+        guess_rows: int = 0,
+        adapter_slots: int = 0,
         incoming: torch.Tensor | None = None,
     ) -> None:
         """newest [num_slots + 1] int64 holds every slot's newest token; its last row belongs to padding.
@@ -192,7 +209,7 @@ class PaddedSteps:
         self._forward, self._logits, self._greedy = forward, logits, greedy
         self._newest, self._uploads, self._workspace = newest, uploads, workspace
         self._spare_slot = newest.shape[0] - 1
-        self._shapes = shapes_of(max_num_seqs, guesses=guesses)
+        self._shapes = shapes_of(max_num_seqs, guess_rows=guess_rows, adapter_slots=adapter_slots)
         self._layouts = {shape: Layout.of(shape) for shape in self._shapes}
         rows = max(shape.decodes + shape.chunks for shape in self._shapes)
         numbers = max(layout.tables for layout in self._layouts.values()) + rows * max_blocks
@@ -225,6 +242,8 @@ class PaddedSteps:
         self._packed[layout.from_slot] = -1
         self._packed[layout.kv_slot] = -1
         self._packed[layout.sampled_slots] = self._spare_slot
+        self._packed[layout.adapter_rows] = -1
+        self._packed[layout.adapter_slots] = -1
 
     def _run(self, shape: StepShape) -> tuple[torch.Tensor, torch.Tensor]:
         layout, packed = self._layouts[shape], self._packed
@@ -238,6 +257,7 @@ class PaddedSteps:
             num_decodes=shape.decodes,
             max_query_len=shape.longest or shape.tokens,
             workspace=self._workspace,
+            adapters=AdapterRows(packed[layout.adapter_rows], packed[layout.adapter_slots]) if shape.tiles else None,
             wanted=packed[layout.sampled] if shape.is_mixed and self._logits is not None else None,
         )
         hidden = self._forward(inputs, attention)
@@ -257,7 +277,10 @@ class PaddedSteps:
     def shape_for(self, arrays: StepArrays) -> StepShape | None:
         """The smallest shape that holds the step. None: it is too large, of too many prompts, or samples too much."""
         n, chunks = len(arrays.token_ids), len(arrays.slots) - arrays.num_decodes
+        tiles = len(arrays.adapter_slots)
         for shape in self._shapes:
+            if (shape.tiles > 0) != (tiles > 0):
+                continue
             fits = shape.decodes >= arrays.num_decodes and shape.sampled >= len(arrays.sampled)
             fits = fits and (not shape.longest or shape.longest >= arrays.max_query_len)
             if fits and shape.tokens >= n and shape.is_mixed == (chunks > 0) and shape.chunks >= chunks:

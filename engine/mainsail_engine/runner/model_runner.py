@@ -39,12 +39,10 @@ from mainsail_engine.sampling.extras import PendingExtras
 from mainsail_engine.sampling.logprobs import prompt_logprob_rows
 from mainsail_engine.sampling.pooling import Pooler
 from mainsail_engine.sampling.sampler import PROMPT, Sampler, greedy
-from mainsail_engine.speculative.policy import MAX_ROWS
 from mainsail_engine.step import BlockCopy, Chunk, StepPlan, StepResult
 from mainsail_engine.timeline import Mark, unmarked
 from mainsail_kernels.attention_decode import decode_workspace
 from mainsail_kernels.blocks import copy_blocks
-from mainsail_kernels.lora import tiles_of
 from mainsail_kernels.tokens import note, resolve
 
 CUDA_BATCHED_TOKENS = 8192
@@ -160,10 +158,10 @@ class ModelRunner:
         self.eos_token_ids = self.architecture.eos_token_ids
         self.vocab_size = self.architecture.vocab_size
         self.budget = batched_tokens(config, self.device, self._longest_prompt())
-        guessing = config.speculative is not None
-        self._guess_rows = MAX_ROWS if guessing else 0
+        guessing = config.speculative is not None and not self.architecture.bidirectional
+        self._guess_rows = config.speculative.max_step_rows if config.speculative and guessing else 0
         slots = config.scheduler.max_num_seqs
-        self._decode_rows = max(slots, SPREAD_ROWS) if guessing else slots
+        self._decode_rows = max(slots, min(SPREAD_ROWS, self._guess_rows))
         if self.device.type == "cpu":
             set_cpu_threads(config.ranks_per_node)
         self.take_device()
@@ -271,7 +269,8 @@ class ModelRunner:
                 max_num_seqs=self._decode_rows,
                 max_blocks=self._tables.rows.shape[1],
                 capture=config.cuda_graphs,
-                guesses=config.speculative is not None,
+                guess_rows=self._guess_rows,
+                adapter_slots=config.lora.max_loras if config.lora else 0,
                 incoming=None if self._parallel.is_first else self._room_for_hidden(LARGEST_STEP).zero_(),
             )
 
@@ -347,13 +346,13 @@ class ModelRunner:
         """Start a step; see step.Runner."""
         if plan.copies:
             self._copy(plan.copies)
-        arrays, moved_in = build(plan, self._tables, spread=self._spreads(plan))
+        adapters = self._adapters is not None
+        arrays, moved_in = build(plan, self._tables, spread=self._spreads(plan), adapters=adapters)
         for chunk in moved_in:
             self._sampler.move_in(chunk.slot, chunk.request)
         guessed = self._sampler.verify(plan)
         whole = bool(self._sampler.slots.asks(arrays.slots) & PROMPT)
-        adapters = self._adapter_rows(plan)
-        shape = self._padded.shape_for(arrays) if self._padded and not whole and adapters is None else None
+        shape = self._padded.shape_for(arrays) if self._padded and not whole else None
         if self._padded and shape:
             if self._padded.incoming is not None:
                 self._parallel.receive(self._padded.incoming[: len(arrays.token_ids)])
@@ -363,7 +362,7 @@ class ModelRunner:
             if self._sampler.wants_best(arrays.sampled_slots) and not plan.is_constrained:
                 return self._pending(tokens)
             return self._sample_or_wait(logits, arrays, plan, None, guessed)
-        hidden, sampled = self._forward(arrays, adapters, whole=whole)
+        hidden, sampled = self._forward(arrays, whole=whole)
         if not self.samples:
             return self._passed_on(hidden)
         extras = self._prompt_extras(plan, arrays, hidden) if whole else None
@@ -385,19 +384,7 @@ class ModelRunner:
         heads = plan.num_verifying * self._model.num_kv_heads
         return 0 < heads < SPREAD_HEADS[self.device.type] and rows <= self._decode_rows
 
-    def _adapter_rows(self, plan: StepPlan) -> AdapterRows | None:
-        """None: no row of this step goes through an adapter, and CUDA graphs may serve it."""
-        if self._adapters is None:
-            return None
-        slots = np.array([chunk.request.adapter_slot for chunk in plan.chunks], np.int64)
-        if (slots < 0).all():
-            return None
-        rows, tiles = tiles_of(np.repeat(slots, [chunk.num_tokens for chunk in plan.chunks]))
-        return AdapterRows(*self._uploads.send([rows, tiles]))
-
-    def _forward(
-        self, arrays: StepArrays, adapters: AdapterRows | None, *, whole: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _forward(self, arrays: StepArrays, *, whole: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """A step as it is, kernel by kernel: (hidden states of all rows or else the sampled ones, sampled rows)."""
         token_ids, from_slots, sampled, *rest = self._uploads.send(
             [
@@ -409,7 +396,8 @@ class ModelRunner:
         if len(arrays.from_device):
             token_ids = resolve(token_ids, from_slots, self._newest)
         attention = self._attention(arrays, *rest)
-        attention.adapters = adapters
+        if len(arrays.adapter_slots):
+            attention.adapters = AdapterRows(*self._uploads.send([arrays.adapter_rows, arrays.adapter_slots]))
         attention.wanted = None if whole or not self.samples else sampled
         first = self._parallel.is_first
         inputs = token_ids if first else self._parallel.receive(self._room_for_hidden(len(token_ids)))

@@ -172,9 +172,10 @@ class Sampler:
                 self._counts.catch_up(slot, tokens)
             self._edits.catch_up(slot, request)
         self._behind.clear()
-        if not plan.num_verifying:
-            return {}
         guessed: dict[int, Sequence[int]] = {}
+        edited = self.slots.asks(np.array([chunk.slot for chunk in plan.chunks], np.int64)) & (EDITS | PENALTIES)
+        if not plan.num_verifying or not edited:
+            return guessed  # nobody would look
         row = 0
         for chunk in plan.chunks:
             guessed |= {row + ahead: chunk.guesses[:ahead] for ahead in range(1, 1 + len(chunk.guesses))}

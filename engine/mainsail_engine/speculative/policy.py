@@ -33,8 +33,6 @@ WAIT = 1.05
 """How much longer than a step without guesses one with a few is taken to be, until it is measured: nothing overlaps."""
 FREE_ROWS = {"cuda": 192, "cpu": 1}
 """Rows up to which a step costs little more than reading the weights."""
-MAX_ROWS = 1024
-"""Of a step with guesses: bounds its logits, and is the largest that is captured as a graph."""
 FIRST_GUESSES = 4
 """… and of the first, or one for each decode."""
 SMOOTHING = 0.2

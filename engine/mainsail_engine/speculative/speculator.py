@@ -17,7 +17,7 @@ from typing import Protocol
 from mainsail_engine.config import SpeculativeConfig
 from mainsail_engine.request import Request
 from mainsail_engine.speculative.ngram import NgramSource
-from mainsail_engine.speculative.policy import FREE_ROWS, MAX_ROWS, StepTimes, choose_lengths
+from mainsail_engine.speculative.policy import FREE_ROWS, StepTimes, choose_lengths
 
 COMPARE_EVERY = 400
 """After so many steps with guesses, some without."""
@@ -74,7 +74,7 @@ class Speculator:
         """source: None for the request's own text. overlap: steps without guesses are planned ahead."""
         self.source: Source = source or NgramSource(*config.ngram_sizes)
         self._adaptive = config.adaptive
-        self._most = config.max_guesses
+        self._most, self._max_rows = config.max_guesses, config.max_step_rows
         self._overlap = overlap
         self.times = StepTimes(FREE_ROWS["cuda" if cuda else "cpu"])
         self.counts = SpeculationCounts(accepted_per_position=[0] * self._most)
@@ -104,14 +104,15 @@ class Speculator:
 
     def would_guess(self, requests: list[Request], batch: int) -> bool:
         """Whether the next step is to have guesses, as far as can be known before the step in flight is read."""
-        return any(self._lengths(requests, [self._most] * len(requests), batch, MAX_ROWS - batch))
+        max_guesses = self._max_rows - batch
+        return max_guesses > 0 and any(self._lengths(requests, [self._most] * len(requests), batch, max_guesses))
 
     def guess(self, requests: list[Request], room: list[int], batch: int, max_guesses: int) -> list[list[int]]:
         """Guesses for the next step, none or some for each; at most room[i] for requests[i], max_guesses in all.
 
         Every token of these requests must be known.
         """
-        lengths = self._lengths(requests, room, batch, min(max_guesses, MAX_ROWS - batch))
+        lengths = self._lengths(requests, room, batch, min(max_guesses, self._max_rows - batch))
         wanted = [(request, count) for request, count in zip(requests, lengths, strict=True) if count]
         if not wanted:
             return [[] for _ in requests]

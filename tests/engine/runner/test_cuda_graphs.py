@@ -18,6 +18,7 @@ from mainsail_engine.config import (
     MAX_SPECULATIVE_TOKENS,
     CacheConfig,
     EngineConfig,
+    LoraConfig,
     ModelConfig,
     SchedulerConfig,
     SpeculativeConfig,
@@ -35,7 +36,6 @@ from mainsail_engine.runner.cuda_graphs import (
 )
 from mainsail_engine.runner.model_runner import ModelRunner
 from mainsail_engine.sampling.sampler import greedy
-from mainsail_engine.speculative.policy import MAX_ROWS
 from mainsail_engine.step import Chunk, StepPlan
 
 TINY = {
@@ -84,53 +84,80 @@ def test_a_step_of_few_decodes_has_room_for_few(decodes: int, prompts: int, room
     assert shape.sampled >= len(arrays.sampled)
 
 
+@pytest.mark.parametrize("rows", [20, 256, 1024])
 @pytest.mark.parametrize("max_num_seqs", [1, 24, 256])
-def test_shapes_that_verify_sample_every_row(max_num_seqs: int) -> None:
-    verify = [shape for shape in shapes_of(max_num_seqs, guesses=True) if shape.longest]
-    assert [shape for shape in shapes_of(max_num_seqs, guesses=True) if not shape.longest] == shapes_of(max_num_seqs)
+def test_shapes_that_verify_sample_every_row(max_num_seqs: int, rows: int) -> None:
+    shapes = shapes_of(max_num_seqs, guess_rows=rows)
+    verify = [shape for shape in shapes if shape.longest]
+    assert [shape for shape in shapes if not shape.longest] == shapes_of(max_num_seqs)
     assert all(shape.sampled == shape.tokens and shape.longest == 1 + MAX_SPECULATIVE_TOKENS for shape in verify)
-    assert max(shape.tokens for shape in verify) == MAX_ROWS
+    assert max(shape.tokens for shape in verify) == rows
 
 
-def verifying_plan(singles: int, verifying: int) -> StepPlan:
-    """Decodes with their tokens known, some of which verify five guesses."""
+@pytest.mark.parametrize("rows", [0, 256])
+def test_with_adapters_there_is_each_shape_again_with_room_for_their_rows(rows: int) -> None:
+    plain = shapes_of(24, guess_rows=rows)
+    both = shapes_of(24, guess_rows=rows, adapter_slots=5)
+    assert both[: len(plain)] == plain
+    assert [replace(shape, tiles=0) for shape in both[len(plain) :]] == plain
+    assert all(shape.tiles >= max(min(shape.tokens, 5), shape.tokens // 16) for shape in both[len(plain) :])
+
+
+def fill_slots(runner: ModelRunner) -> None:
+    """Every slot holds an adapter of random numbers."""
+    assert runner._adapters is not None
+    torch.manual_seed(3)
+    for sites in runner._adapters.layers:
+        for site in sites.values():
+            for factors in (site.down, site.up):
+                factors.copy_(torch.randn(factors.shape) * 0.2)
+
+
+def verifying_plan(singles: int, verifying: int, slots: int) -> StepPlan:
+    """Decodes with their tokens known, some of which verify five guesses, through no adapter or one of the slots."""
     plan = StepPlan(num_decodes=singles, num_verifying=verifying)
     for i in range(singles + verifying):
         prompt = [(7 * i + 3 * place) % 90 + 1 for place in range(20 + i)]
         request = Request(str(i), prompt, SamplingParams(max_tokens=40, temperature=0.0), 0.0, slot=i)
         request.block_ids = [4 * i, 4 * i + 1, 4 * i + 2, 4 * i + 3]
+        request.adapter_slot = i % (slots + 1) - 1
         guesses = [11, 12, 13, 14, 15] if i >= singles else []
         plan.chunks.append(Chunk(request, 19 + i, 1 + len(guesses), True, i, request.block_ids, guesses))
     return plan
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("slots", [0, 3])
 @pytest.mark.parametrize(("singles", "verifying"), [(0, 1), (3, 2), (2, 9), (0, 12)])
-def test_a_padded_step_of_guesses_is_as_it_is(tmp_path: Path, singles: int, verifying: int) -> None:
+def test_a_padded_step_of_guesses_is_as_it_is(tmp_path: Path, singles: int, verifying: int, slots: int) -> None:
     """The arithmetic of the shape that CUDA captures, on the CPU: the same logits for every row."""
     config = EngineConfig(
         model=ModelConfig(path=str(make_tiny_model(tmp_path / "tiny"))), cache=CacheConfig(num_blocks=64),
         scheduler=SchedulerConfig(max_num_seqs=12), speculative=SpeculativeConfig(method="ngram"), device="cpu",
+        lora=LoraConfig(max_loras=slots) if slots else None,
     )  # fmt: skip
-    runner, plan = ModelRunner(config), verifying_plan(singles, verifying)
+    runner, plan = ModelRunner(config), verifying_plan(singles, verifying, slots)
+    if slots:
+        fill_slots(runner)
     for chunk in plan.chunks:  # the prompts, but for their last token
         runner.launch(StepPlan(chunks=[replace(chunk, start=0, num_tokens=chunk.start, samples=False, guesses=())]))
-    arrays, _ = build(plan, runner._tables)
+    arrays, _ = build(plan, runner._tables, adapters=slots > 0)
     before = runner.kv_cache.clone()
-    hidden, sampled = runner._forward(arrays, None, whole=True)
+    hidden, sampled = runner._forward(arrays, whole=True)
     expected = runner._model.logits(hidden[sampled])
     runner.kv_cache.copy_(before)
-    wanted, _ = runner._forward(arrays, None, whole=False)
+    wanted, _ = runner._forward(arrays, whole=False)
     assert torch.allclose(wanted, hidden[sampled], rtol=1e-4, atol=1e-5)
     runner.kv_cache.copy_(before)
     steps = PaddedSteps(
         lambda token_ids, attention: runner._model.forward(token_ids, attention, runner.kv_cache), runner._model.logits,
         greedy, runner._newest, runner._uploads, workspace=None, max_num_seqs=12, max_blocks=4, capture=False,
-        guesses=True,
+        guess_rows=256, adapter_slots=slots,
     )  # fmt: skip
     shape = steps.shape_for(arrays)
     assert shape is not None
     assert shape.longest
+    assert (shape.tiles > 0) == bool(len(arrays.adapter_slots)) == (slots > 0 and singles + verifying > 1)
     layout, decodes = steps._layouts[shape], arrays.num_decodes
     packed = steps._packed.numpy()
     pack(packed[: layout.tables + arrays.block_tables.size], layout, shape, arrays, spare_slot=12)
@@ -187,20 +214,26 @@ def test_a_packed_step_holds_its_rows_and_padding_that_does_nothing(decodes: int
     assert 12345 not in packed[layout.sampled].tolist()
 
 
-def runner_config(path: Path, graphs: bool, num_blocks: int, *, guesses: bool = False) -> EngineConfig:
+def runner_config(path: Path, graphs: bool, num_blocks: int, *, guesses: bool = False, slots: int = 0) -> EngineConfig:
     return EngineConfig(
         model=ModelConfig(path=str(path), load_format="dummy", dtype="float32"),
         cache=CacheConfig(num_blocks=num_blocks),
         scheduler=SchedulerConfig(max_num_seqs=128),  # more than the shapes for few decodes have room for
         speculative=SpeculativeConfig(method="ngram") if guesses else None,
+        lora=LoraConfig(max_loras=slots, max_lora_rank=8) if slots else None,
         device="cuda",
         cuda_graphs=graphs,
     )
 
 
-def make_runner(path: Path, graphs: bool, num_blocks: int = NUM_BLOCKS, *, guesses: bool = False) -> ModelRunner:
+def make_runner(
+    path: Path, graphs: bool, num_blocks: int = NUM_BLOCKS, *, guesses: bool = False, slots: int = 0
+) -> ModelRunner:
     (path / "config.json").write_text(json.dumps(TINY))
-    return ModelRunner(runner_config(path, graphs, num_blocks, guesses=guesses))
+    runner = ModelRunner(runner_config(path, graphs, num_blocks, guesses=guesses, slots=slots))
+    if slots:
+        fill_slots(runner)
+    return runner
 
 
 def blocks_of(index: int) -> list[int]:
@@ -214,15 +247,19 @@ def test_no_two_requests_share_a_block() -> None:
     assert len(set(blocks)) == len(blocks)
 
 
-def tokens_of(runner: ModelRunner, *, overlap: bool) -> list[list[int]]:
-    """Twenty mixed requests: prefilled together, then 20 decode steps, each read at once or one step late."""
+def tokens_of(runner: ModelRunner, *, overlap: bool, slots: int = 0) -> list[list[int]]:
+    """Twenty mixed requests: prefilled together, then 20 decode steps, each read at once or one step late.
+
+    slots: of adapters that some of them go through.
+    """
     runner.kv_cache.fill_(float("nan"))
     requests = []
     for i in range(20):
         prompt = torch.randint(0, 500, (3 + 9 * i,), generator=torch.Generator().manual_seed(i)).tolist()
         seeded = SamplingParams(max_tokens=99, temperature=0.8, top_p=0.9, seed=i)
         params = seeded if i % 5 == 4 else SamplingParams(max_tokens=99, temperature=0.0)
-        requests.append(Request(str(i), prompt, params, 0.0, slot=i, block_ids=blocks_of(i)))
+        adapter = i % (slots + 1) - 1
+        requests.append(Request(str(i), prompt, params, 0.0, slot=i, block_ids=blocks_of(i), adapter_slot=adapter))
     plans = [StepPlan(chunks=[Chunk(r, 0, r.num_tokens, True, r.slot, r.block_ids) for r in requests])]
     more = Request("more", [7] * 400, SamplingParams(max_tokens=9, temperature=0.0), 0.0, slot=20)
     more.block_ids = blocks_of(20)
@@ -249,6 +286,19 @@ def test_graphs_and_overlap_change_no_token(tmp_path: Path) -> None:
     graphed = make_runner(tmp_path, True)
     assert tokens_of(graphed, overlap=False) == eager
     assert tokens_of(graphed, overlap=True) == eager
+
+
+@pytest.mark.gpu
+def test_graphs_change_no_token_of_a_mixture_of_adapters(tmp_path: Path) -> None:
+    graphed = make_runner(tmp_path, True, slots=3)
+    mixed_ones = tokens_of(make_runner(tmp_path, False, slots=3), overlap=False, slots=3)
+    assert tokens_of(graphed, overlap=False, slots=3) == mixed_ones
+    assert tokens_of(graphed, overlap=True, slots=3) == mixed_ones
+    without = tokens_of(make_runner(tmp_path, True), overlap=True)
+    assert tokens_of(graphed, overlap=True) == without
+    assert all(ours[0] == plain[0] for ours, plain in zip(mixed_ones, without, strict=True))
+    changed = [any(ours[i] != plain[i] for ours, plain in zip(mixed_ones, without, strict=True)) for i in range(20)]
+    assert changed == [i % 4 > 0 for i in range(20)]
 
 
 @pytest.mark.gpu

@@ -7,11 +7,14 @@ import torch
 from benchmarks.speculation import Replay, always
 from tests.engine.test_sampling_equivalences import VOCAB, mixed, prompts, reference, run, same, tiny
 
-from mainsail_engine.config import SpeculativeConfig
-from mainsail_engine.request import SamplingParams
+from mainsail_engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig, SpeculativeConfig
+from mainsail_engine.request import Request, SamplingParams
 from mainsail_engine.runner import model_runner
+from mainsail_engine.runner.model_runner import ModelRunner
 from mainsail_engine.speculative.ngram import NgramSource
 from mainsail_engine.speculative.speculator import Speculator
+from mainsail_engine.step import Chunk, StepPlan
+from mainsail_kernels.cpu import decoder
 
 __all__ = ["reference", "tiny"]
 """Fixtures."""
@@ -66,6 +69,44 @@ def test_guesses_past_the_end_of_an_answer_are_of_no_consequence(tiny):
         params = SamplingParams(max_tokens=most, temperature=0.0, ignore_eos=True, stop_token_ids=stops)
         (got,), _ = run(tiny[0], [(prompt, params)], speculator=replay([long], 1.0))
         assert got.token_ids == long.token_ids[:length]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_on_the_cpu_rows_that_verify_have_the_bits_of_decodes(smollm2, dtype):
+    """Where compiled kernels compute: so greedy tokens are the same even where two are all but equally likely."""
+    if decoder.pack(torch.zeros(64, 64, dtype=getattr(torch, dtype))) is None:
+        pytest.skip(f"this CPU has no compiled kernels for {dtype}")
+    config = EngineConfig(
+        model=ModelConfig(path=str(smollm2), max_model_len=256, dtype=dtype), cache=CacheConfig(num_blocks=32),
+        scheduler=SchedulerConfig(max_num_seqs=2), speculative=SpeculativeConfig(method="ngram"), device="cpu",
+    )  # fmt: skip
+    runner, logits = ModelRunner(config), list[torch.Tensor]()
+    plain = runner._model.logits
+    runner._model.logits = lambda hidden: (logits.append(plain(hidden)), logits[-1])[1]  # type: ignore[method-assign]
+    requests = [
+        Request(str(slot), list(range(100, 140)), SamplingParams(max_tokens=99, temperature=0.0), 0.0, slot=slot,
+                block_ids=list(range(8 * slot, 8 * slot + 8)))
+        for slot in range(2)
+    ]  # fmt: skip
+    one, other = requests
+
+    def step(request, guesses=()):
+        start = request.num_tokens - 1 if request.output_token_ids else 0
+        chunk = Chunk(request, start, request.num_tokens - start + len(guesses), True, request.slot, request.block_ids,
+                      guesses)  # fmt: skip
+        single = chunk.num_tokens == 1
+        plan = StepPlan(chunks=[chunk], num_decodes=int(single), num_verifying=int(bool(guesses)))
+        return runner.launch(plan).result().token_ids
+
+    for request in requests:
+        request.output_token_ids += step(request)
+    logits.clear()
+    for _ in range(17):
+        one.output_token_ids += step(one)
+    alone = torch.cat(logits)
+    logits.clear()
+    assert step(other, one.output_token_ids[1:17]) == one.output_token_ids[1:]
+    assert torch.equal(logits[0], alone)
 
 
 def chi_square_limit(freedom: int, deviations: float = 4.0) -> float:

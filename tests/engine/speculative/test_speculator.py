@@ -6,9 +6,9 @@ import random
 
 import pytest
 
-from mainsail_engine.config import SpeculativeConfig
+from mainsail_engine.config import MAX_SPECULATIVE_ROWS, SpeculativeConfig
 from mainsail_engine.request import Request, SamplingParams
-from mainsail_engine.speculative.policy import MAX_ROWS, HitRates
+from mainsail_engine.speculative.policy import HitRates
 from mainsail_engine.speculative.speculator import Speculator
 
 BASE_S = 0.005
@@ -80,7 +80,7 @@ def fixed_rate(count: int, chance: float, batch: int, free_rows: int, wait: floa
 @pytest.mark.parametrize("chance", [0.0, 0.3, 0.8, 1.0])
 def test_nearly_as_good_as_the_best_fixed_number(batch: int, chance: float) -> None:
     for free_rows, wait, level_s in ((200, 0.1, 0.0), (1000, 0.3, 0.1 * BASE_S), (batch, 0.1, 0.0)):
-        counts = range(min(16, (MAX_ROWS - batch) // batch) + 1)
+        counts = range(min(16, (MAX_SPECULATIVE_ROWS - batch) // batch) + 1)
         best = max(fixed_rate(count, chance, batch, free_rows, wait, level_s) for count in counts)
         rate = adaptive_rate(chance, batch, free_rows, wait, level_s, noise=0.05)
         assert rate * 1.025 > 0.85 * best, (free_rows, wait, level_s)
