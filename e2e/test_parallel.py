@@ -1,7 +1,11 @@
-"""One model over three ranks of a pod (tensor parallelism): it answers, and rolls without a failed request."""
+"""One model over three ranks of a pod (tensor parallelism): it answers, rolls without a failure, and loses a rank."""
 
 from __future__ import annotations
 
+import os
+import signal
+
+from e2e import processes
 from e2e.kube import Kube, Object, wait_for
 from e2e.services import QUESTION, client, pods, service, steady_traffic, wait_ready, wait_routed
 
@@ -16,17 +20,38 @@ def parallel(**engine: int) -> Object:
     return found
 
 
+def answer(gateway_url: str) -> str:
+    with client(gateway_url) as api:
+        found = api.chat.completions.create(
+            model="parallel", messages=[{"role": "user", "content": QUESTION}], temperature=0, max_tokens=16
+        )
+    return found.choices[0].message.content or ""
+
+
+def _outlives_a_rank(kube: Kube, gateway_url: str) -> None:
+    """A rank that is killed ends its engine, which says why; the kubelet starts it again in the same pod."""
+    (before,) = pods(kube, "parallel")
+    os.kill(processes.of_pod(before, "mainsail_engine.runner.tp_worker")[0], signal.SIGKILL)
+
+    def started_again() -> Object | None:
+        (pod,) = pods(kube, "parallel")
+        (container,) = pod["status"]["containerStatuses"]
+        return container if container["restartCount"] == 1 and container["ready"] else None
+
+    container = wait_for("the engine to serve again", started_again, timeout_s=60, story=kube.story)
+    assert "RankLost" in container["lastState"]["terminated"]["message"]
+    assert container["lastState"]["terminated"]["exitCode"] == 1
+    wait_routed(gateway_url, "parallel")
+    assert "Paris" in answer(gateway_url)
+
+
 def test_three_ranks_answer_and_roll(kube: Kube, gateway_url: str) -> None:
     kube.apply(parallel())
     try:
         wait_ready(kube, "parallel")
         wait_routed(gateway_url, "parallel")
         (old,) = pods(kube, "parallel")
-        with client(gateway_url) as api:
-            answer = api.chat.completions.create(
-                model="parallel", messages=[{"role": "user", "content": QUESTION}], temperature=0, max_tokens=16
-            )
-        assert "Paris" in (answer.choices[0].message.content or "")
+        assert "Paris" in answer(gateway_url)
         with steady_traffic(gateway_url, "parallel", streams=1, max_tokens=8) as traffic:
             kube.apply(parallel(maxNumSeqs=12))
             wait_ready(kube, "parallel")
@@ -37,5 +62,6 @@ def test_three_ranks_answer_and_roll(kube: Kube, gateway_url: str) -> None:
             wait_for("an answer of the new revision", lambda: traffic.completed > after, timeout_s=60)
         assert traffic.failures == []
         assert traffic.completed > 1
+        _outlives_a_rank(kube, gateway_url)
     finally:
         kube.delete("mis", "parallel", wait=False)

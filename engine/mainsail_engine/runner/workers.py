@@ -7,8 +7,9 @@ one is lost.
                           ◀──results (PULL)─── the last stage's tokens, where there are several stages
 
 A rank is lost when its process ends, when it is silent for SILENT_S (stopped, starved, or its node is gone), or when a
-step that was sent is not done within the step limit (a collective that hangs). Nothing can go on without it: `on_lost`
-is told why, once. Ranks of other nodes end when the connection to the leader does, or its pulse (tp_worker.py).
+step is not done within the step limit of the one before it (a collective that hangs). Nothing can go on without it:
+`on_lost` is told why, once. Ranks of other nodes end when the connection to the leader does, or its pulse
+(tp_worker.py).
 
 Within a node the sockets are files; over nodes they listen on free ports, which the leader tells at the rendezvous.
 """
@@ -95,6 +96,8 @@ class Workers:
         self._decode_result = msgspec.msgpack.Decoder(ResultMessage).decode
         self._unfinished: deque[tuple[int, float]] = deque()
         """(number, when it was sent) of the steps that not every rank has done."""
+        self._last_done_s = 0.0
+        """When every rank had done the step before those: they may wait for one another, each for a whole limit."""
         self._num_sent = self._num_told = 0
         ranks = range(1, config.num_ranks)
         self._num_done = dict.fromkeys(ranks, 0)
@@ -200,6 +203,7 @@ class Workers:
         self._last_beat[beat.rank] = time.monotonic()
         while self._unfinished and self._unfinished[0][0] <= min(self._num_done.values()):
             self._unfinished.popleft()
+            self._last_done_s = time.monotonic()
 
     def _trouble(self, now: float) -> str | None:
         for rank, last_s in self._last_beat.items():
@@ -210,7 +214,7 @@ class Workers:
             limit_s = SILENT_S if self._begun[rank] else LOADING_SILENT_S
             if now - last_s > limit_s:
                 return f"rank {rank} has been silent for {limit_s:g} s: stopped, gone, or starved of CPU"
-        if self._unfinished and now - self._unfinished[0][1] > self._step_limit_s:
+        if self._unfinished and now - max(self._unfinished[0][1], self._last_done_s) > self._step_limit_s:
             number = self._unfinished[0][0]
             late = ", ".join(str(rank) for rank, done in self._num_done.items() if done < number)
             return f"rank {late} has not finished a step within {self._step_limit_s:g} s"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -135,3 +138,49 @@ def test_a_lost_rank_is_noticed_and_ends_the_engine(folder: Path, loss: str) -> 
         if rank.is_running():
             rank.kill()
         llm.close()
+
+
+HANGING = """
+import os, signal, sys, threading, time, psutil
+from mainsail_engine.config import CacheConfig, EngineConfig, ModelConfig
+from mainsail_engine.core import build
+from mainsail_engine.protocol import Add
+from mainsail_engine.request import SamplingParams
+from mainsail_engine.runner import workers
+
+workers.CPU_STEP_LIMIT_S = 2.0
+
+def lost(why):
+    print(f"{time.monotonic() - hung_s:.1f} s: {why}", flush=True)
+    os._exit(0)
+
+def hang():
+    global hung_s
+    hung_s = time.monotonic()
+    rank.send_signal(signal.SIGUSR1)
+
+config = EngineConfig(
+    model=ModelConfig(path=sys.argv[1]), cache=CacheConfig(num_blocks=64), tensor_parallel_size=2, device="cpu"
+)
+core, _ = build(config, lost)
+(rank,) = psutil.Process().children()
+core.handle(Add("a", [5, 6, 7], SamplingParams(max_tokens=490, temperature=0.0, ignore_eos=True)), 0.0)
+threading.Timer(0.3, hang).start()
+while core.has_work:
+    core.step(time.monotonic())
+"""
+
+
+def test_a_rank_that_hangs_in_a_step_is_noticed(folder: Path, tmp_path: Path) -> None:
+    """Its thread that computes does nothing more while the others go on: it beats, and finishes no step."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import signal, time\nsignal.signal(signal.SIGUSR1, lambda *unused: time.sleep(60))\n"
+    )
+    command = [sys.executable, "-c", HANGING, str(folder / "Llama")]
+    ended = subprocess.run(
+        command, stdout=subprocess.PIPE, text=True, timeout=60, check=True,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    seconds, why = ended.stdout.strip().split(" s: ", 1)
+    assert why == "rank 1 has not finished a step within 2 s"
+    assert float(seconds) < 4
