@@ -430,6 +430,16 @@ def note(newest: torch.Tensor, slots: torch.Tensor, tokens: torch.Tensor) -> Non
     newest[slots.long()] = tokens.clamp(min=0)
 
 
+def unpack(
+    source: torch.Tensor, packed: torch.Tensor, tables: torch.Tensor, width: int, decodes: int, gap: int
+) -> None:
+    """See tokens.unpack."""
+    packed[:] = source[: packed.shape[0]]
+    rows = source[packed.shape[0] :].view(-1, max(width, 1))
+    tables[: min(decodes, len(rows)), :width] = rows[:decodes]
+    tables[decodes + gap : len(rows) + gap, :width] = rows[decodes:]
+
+
 IN_PROMPT = 1 << 30
 """Of a token's count: the prompt has it."""
 _PIECE = 64

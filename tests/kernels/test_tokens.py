@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mainsail_kernels import reference
-from mainsail_kernels.tokens import note, resolve
+from mainsail_kernels.tokens import note, resolve, send, unpack
 
 
 @pytest.mark.parametrize("count", [1, 7, 300])
@@ -29,6 +29,43 @@ def test_note_writes_named_slots_only_and_never_a_code(count, device):
     for slot, token in zip(slots.tolist(), tokens.tolist(), strict=True):
         expected[slot] = max(token, 0)
     assert newest.tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("decodes", "chunks", "width", "room"), [(3, 0, 5, 8), (3, 2, 700, 8), (0, 4, 9, 8), (8, 1, 1, 8)]
+)
+def test_a_steps_inputs_go_where_they_belong(decodes, chunks, width, room, device):
+    """Rows of decodes first, then those of chunks behind the room for decodes; nothing else is touched."""
+    numbers = 1100
+    source = torch.randint(1, 1000, (numbers + (decodes + chunks) * width,), dtype=torch.int32)
+    source = source.pin_memory() if device.type == "cuda" else source
+    packed = torch.zeros(numbers + 50, dtype=torch.int32, device=device)
+    tables = torch.zeros((room + 5, width + 3), dtype=torch.int32, device=device)
+    unpack(source, packed[:numbers], tables, width=width, decodes=decodes, gap=room - decodes)
+    assert packed.tolist() == source[:numbers].tolist() + [0] * 50
+    rows = source[numbers:].view(-1, width).tolist()
+    expected = torch.zeros_like(tables).tolist()
+    for index, row in enumerate(rows):
+        expected[index if index < decodes else index + room - decodes][:width] = row
+    assert tables.tolist() == expected
+
+
+@pytest.mark.parametrize("count", [0, 1, 300])
+def test_tokens_are_sent_to_the_host(count, device):
+    tokens = torch.randint(-2, 1 << 40, (count,)).to(device)
+    on_host = torch.zeros(count, dtype=torch.int64, pin_memory=device.type == "cuda")
+    send(tokens, on_host)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    assert on_host.tolist() == tokens.tolist()
+
+
+def test_inputs_that_do_not_fit_are_refused(device):
+    numbers, tables = torch.zeros(20, dtype=torch.int32), torch.zeros((2, 4), dtype=torch.int32, device=device)
+    packed = torch.zeros(10, dtype=torch.int32, device=device)
+    for width, gap in ((3, 0), (5, 0), (2, 0)):
+        with pytest.raises(ValueError, match="unpack"):
+            unpack(numbers, packed, tables, width=width, decodes=1, gap=gap)
 
 
 def test_shapes_that_differ_are_refused(device):

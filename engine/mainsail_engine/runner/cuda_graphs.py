@@ -8,7 +8,7 @@ token rows; what the rows are (so many decodes, then chunks of so many prompts) 
     decodes   the first D rows, those past the real ones of length 0; chunks' attention writes those rows afterwards
     sampled   one row for each sequence that samples, then padding: its tokens go to a spare row of `newest`
 
-All inputs of a step are one packed upload of int32 numbers, block tables last:
+All inputs of a step are int32 numbers in one pinned buffer, which a kernel reads, block tables last:
 
     token | from slot | position | KV slot | lengths | chunk starts | sampled rows | their slots | adapters | tables
 
@@ -39,7 +39,7 @@ from mainsail_engine.runner.batch import StepArrays
 from mainsail_engine.runner.uploads import Uploads
 from mainsail_kernels.attention_decode import DecodeWorkspace
 from mainsail_kernels.lora import TILE, most_tiles
-from mainsail_kernels.tokens import note, resolve
+from mainsail_kernels.tokens import note, resolve, unpack
 
 log = logging.getLogger(__name__)
 LARGEST_DECODE = 1024
@@ -295,12 +295,11 @@ class PaddedSteps:
         numbers = layout.tables + seqs * used
         staging = self._uploads.staging(4 * numbers)
         pack(staging.bytes[: 4 * numbers].view(np.int32), layout, shape, arrays, self._spare_slot)
-        staging.copy_to(self._packed.view(torch.uint8), 4 * numbers)
-        tables = self._packed[layout.tables : numbers].view(seqs, used)
-        if decodes:
-            self._tables[:decodes, :used] = tables[:decodes]
-        if seqs > decodes:
-            self._tables[shape.decodes : shape.decodes + seqs - decodes, :used] = tables[decodes:]
+        unpack(
+            staging.numbers(numbers), self._packed[: layout.tables], self._tables,
+            width=used, decodes=decodes, gap=shape.decodes - decodes if seqs > decodes else 0,
+        )  # fmt: skip
+        staging.is_read()
         if shape in self._graphs:
             graph, logits, tokens = self._graphs[shape]
             graph.replay()

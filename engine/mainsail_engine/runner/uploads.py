@@ -1,4 +1,4 @@
-"""A step's inputs on their way to the device, and its tokens on their way back: asynchronous copies of pinned memory.
+"""A step's inputs on their way to the device, and its tokens on their way back: out of pinned memory and into it.
 
     arrays ──pack──▶ pinned buffer ──one asynchronous copy──▶ device bytes ──views──▶ tensors
 
@@ -16,6 +16,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+
+from mainsail_kernels.tokens import send
 
 FIRST_BUFFERS = 12
 """Twice what two steps in flight send when their sampling is elaborate."""
@@ -49,6 +51,14 @@ class Staging:
     def copy_to(self, target: torch.Tensor, num_bytes: int) -> None:
         """Queue the copy of the first num_bytes to target [at least num_bytes] uint8, on the device."""
         target[:num_bytes].copy_(self._pinned[:num_bytes], non_blocking=True)
+        self.is_read()
+
+    def numbers(self, count: int) -> torch.Tensor:
+        """The first `count` int32 numbers, for a kernel that reads them where they are; `is_read` once it is queued."""
+        return self._pinned.view(torch.int32)[:count]
+
+    def is_read(self) -> None:
+        """Whatever reads this buffer is queued."""
         self._read.record()
 
 
@@ -103,7 +113,7 @@ class Downloads:
         """tokens [n] int64 of the device: where they will be on the host, and when."""
         self._turn = (self._turn + 1) % len(self._buffers)
         on_host = self._buffers[self._turn][: tokens.shape[0]]
-        on_host.copy_(tokens, non_blocking=True)
+        send(tokens, on_host)
         done = torch.cuda.Event()
         done.record()
         return on_host, done
