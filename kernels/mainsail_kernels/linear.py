@@ -205,7 +205,8 @@ def gated_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
     _check(x, weight)
     require(weight.shape[0] % 2 == 0, f"gated_linear: weight must be [2 * d, in], got {tuple(weight.shape)}")
     config = _config(x, weight, weight.shape[0] // 2, gated=True)
-    if config is None and specialized_gate(x.device, x.shape[0]) and linear_hopper.applies(x, weight):
+    wanted = config is None and specialized_gate(x.device, x.shape[0], weight.shape[0] // 2)
+    if wanted and linear_hopper.applies(x, weight):
         return linear_hopper.gated_linear(x, weight)
     return None if config is None else _launch(x, weight, None, weight.shape[0] // 2, config, gated=True)
 
