@@ -10,7 +10,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from tests.engine.model.test_quantization import distance, logits, model_of, runner_of, whole
+from tests.engine.model.test_quantization import check_on_gpu, distance, logits, model_of, runner_of, whole
 
 from mainsail_engine.errors import InvalidConfigurationError, UnsupportedModelError
 from mainsail_engine.model.architecture import read_architecture
@@ -127,9 +127,7 @@ def test_kept_types_compute_what_dequantized_ones_do(kind: str, tmp_path: Path) 
 @pytest.mark.parametrize("kind", LAYOUTS)
 def test_a_gpu_computes_with_kept_types(kind: str, tmp_path: Path) -> None:
     path = write(tmp_path / "tiny.gguf", {"": kind})
-    runner, truth = runner_of(path, "gguf", device="cuda"), logits(runner_of(path, "gguf"), 120)
-    for n in (1, 7, 33, 120):
-        assert distance(logits(runner, n), truth[:n]) < 0.03, f"{n} rows"
+    check_on_gpu(runner_of(path, "gguf", device="cuda"), runner_of(path, "gguf"), runner_of(path, device="cuda"))
 
 
 def test_a_file_of_mixed_types(tmp_path: Path) -> None:
