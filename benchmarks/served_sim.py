@@ -53,11 +53,12 @@ class H200:
     """Seconds. An 8B model in bf16; linears of all layers and the head by rows, measured alone."""
 
     linears: tuple[tuple[int, float], ...] = (
-        (1, 3.9e-3), (32, 4.45e-3), (64, 4.6e-3), (128, 4.9e-3), (256, 6.85e-3), (512, 11.5e-3), (1024, 21e-3),
-        (2048, 40.5e-3), (8192, 160e-3),
+        (1, 3.9e-3), (32, 4.45e-3), (64, 4.6e-3), (128, 4.9e-3), (256, 6.85e-3), (320, 8.1e-3), (384, 8.7e-3),
+        (447, 9.9e-3), (448, 13.9e-3), (449, 9.9e-3), (512, 10.9e-3), (640, 14.1e-3), (768, 16.8e-3), (1024, 21e-3),
+        (1280, 25.5e-3), (2048, 40.5e-3), (8192, 160e-3),
     )  # fmt: skip
     step: float = 0.35e-3
-    mixed: float = 0.3e-3
+    mixed: float = 1.5e-3
     """More, where prompts and decodes go together."""
     row: float = 1.6e-6
     """Norms, rotary, activation: a row."""

@@ -87,6 +87,9 @@ class RequestStatus(enum.Enum):
     FINISHED = enum.auto()
 
 
+Place = tuple[int, float, int]
+"""Of a waiting request in its lane: smaller goes first (waiting.py)."""
+
 LEGAL_MOVES: dict[RequestStatus, frozenset[RequestStatus]] = {
     RequestStatus.WAITING: frozenset({RequestStatus.RUNNING, RequestStatus.FINISHED}),
     RequestStatus.RUNNING: frozenset({RequestStatus.WAITING, RequestStatus.FINISHED}),
@@ -153,7 +156,9 @@ class Request:
     max_num_tokens: int = 0
     """Prompt and answer together end here: by max_tokens, or the model's length. Set by the scheduler."""
     arrival_index: int = -1
-    """Place in the queue: by its session's arrival, then its own; kept through preemptions. Set by the scheduler."""
+    """Seniority: by its session's arrival, then its own; kept through preemptions. Set by the scheduler."""
+    place: Place = (0, 0.0, 0)
+    """Among the waiting requests of its user, while it waits. Set by the queue (waiting.py)."""
     tree_node: Node | None = None
     """Where this request's written path ends in the prefix tree; None: at the root."""
     num_tree_blocks: int = 0

@@ -11,6 +11,9 @@ leave room for what the kept ones will add in their next turns. Whoever has wait
 none is starved: the less room it wants, the sooner (MAX_HOLD_S for a twentieth of the pool, a quarter of that for half
 as much), so a small request beside large sessions waits for a moment at most.
 
+A session that should have been back by now, as all others were, is taken for ended: what only it had is the first to
+make room, and does not push out of host memory what is expected back.
+
 Accounting is the block pool's own: a block that several sessions share is kept once, and what is on the host counts
 there. All of it is about idle blocks; with nothing kept, the scheduler does what it does without sessions.
 """
@@ -210,6 +213,8 @@ class Residency:
             kept = heappop(self._expiry)[2]
             if kept.is_kept and kept.session.state is SessionState.ACTING:
                 self._park(kept)
+                if kept.forecast.is_last:
+                    self._kv.tree.demote(kept.leaf)
         for session in self._table.advance(now):
             kept = self._between.pop(session, None)
             if kept is not None:

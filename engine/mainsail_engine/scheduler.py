@@ -44,7 +44,7 @@ from mainsail_engine.request import FinishReason, Request, RequestStatus
 from mainsail_engine.residency import Residency
 from mainsail_engine.speculative.verify import right_guesses, verified_tokens
 from mainsail_engine.step import FORBIDDEN_TOKEN, Chunk, ChunkExtras, StepPlan, StepResult
-from mainsail_engine.waiting import OUTPUT_WEIGHT, PROMPT_WEIGHT, Account, WaitingQueue
+from mainsail_engine.waiting import OUTPUT_WEIGHT, PROMPT_WEIGHT, Account, Order, WaitingQueue
 
 if TYPE_CHECKING:
     from mainsail_engine.speculative.speculator import Speculator
@@ -137,7 +137,7 @@ class Scheduler:
         self._prefilling: list[Request] = []
         self._decoding: list[Request] = []
         self._slots = list(range(config.scheduler.max_num_seqs - 1, -1, -1))
-        self._blocked: tuple[tuple[int, int, int], int, int] | None = None
+        self._blocked: tuple[Order, int, int] | None = None
         """The first in the queue that did not fit: its place in the queue, the available blocks it needs, the step."""
         self._num_arrivals = self._num_steps = self._plans_in_flight = 0
         self._num_preemptions = self._prefix_queries = self._prefix_hits = 0
@@ -249,6 +249,8 @@ class Scheduler:
             self._residency.advance(now)
         plan, preempted_before = StepPlan(planned_s=now, is_overlapped=self._plans_in_flight > 0), self._num_preemptions
         self._expire(now)
+        if self._waiting.advance(now):
+            self._blocked = None
         self._plan_decodes(plan, self._make_room_for_decodes())
         budget = self._plan_prefills(plan, self._prefill_budget(plan))
         if self._num_preemptions == preempted_before:

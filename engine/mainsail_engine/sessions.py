@@ -29,6 +29,7 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import prod
 
 from mainsail_engine.config import BLOCK_SIZE
 from mainsail_engine.kv.packed_tokens import KEY_BYTES, pack_tokens
@@ -41,6 +42,8 @@ DOUBT = 4.0
 """Pauses without a return that every stretch is credited with before any was seen."""
 GENERAL = 4.0
 """How many pauses of its own a session needs to count as much as all others."""
+SURE = 0.98
+"""From this probability on a session is taken for ended."""
 MEMORY = 2000.0
 """Pauses remembered, fading."""
 MAX_SESSIONS = 20_000
@@ -104,6 +107,8 @@ class Forecast:
     """Time to live: so long KV is worth its room on the device. 0: not at all."""
     fetch_s: float | None
     """From then on it is worth being there again. None: no more."""
+    is_last: bool = False
+    """Who has not returned by the end of the time to live is hardly expected any more."""
 
 
 def forecast(hazards: Sequence[float], threshold: float) -> Forecast:
@@ -113,7 +118,8 @@ def forecast(hazards: Sequence[float], threshold: float) -> Forecast:
     pays = [value_of_keeping(hazards, stretch) >= threshold for stretch in range(STRETCHES)]
     end = pays.index(False) if False in pays else STRETCHES
     again = next((stretch for stretch in range(end, STRETCHES) if pays[stretch]), None)
-    return Forecast(EDGES_S[end], None if again is None else EDGES_S[again])
+    stays_away = prod(1 - hazard for hazard in hazards[end:])
+    return Forecast(EDGES_S[end], None if again is None else EDGES_S[again], stays_away > SURE)
 
 
 class SessionState(enum.Enum):

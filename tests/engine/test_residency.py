@@ -132,6 +132,24 @@ def test_a_new_session_waits_as_a_whole_while_older_ones_are_expected_back():
     assert fleet.stats.num_preemptions == 0
 
 
+def test_what_ended_sessions_had_makes_room_before_what_is_expected_back(monkeypatch):
+    """Agents that return within a second or not at all, in a pool for half of them and a small host tier."""
+    computed_again = {}
+    for demotes in (False, True):
+        with monkeypatch.context() as patch:
+            if not demotes:
+                patch.setattr("mainsail_engine.kv.prefix_tree.PrefixTree.demote", lambda tree, node: None)
+            fleet = Fleet(num_blocks=1000, num_host_blocks=200, max_model_len=10_000)
+            teach(fleet, until=10.0, pause=lambda: 0.3)
+            for i in range(24):
+                fleet.agent(f"a{i}", 10.0 + 0.4 * i, first=1000, turns=6, pause=lambda: 0.3)
+            fleet.engine.run()
+            fleet.engine.scheduler.check_integrity()
+        names = [f"a{i}.{turn}" for i in range(24) for turn in range(1, 6)]
+        computed_again[demotes] = sum(fleet.hits[name] < 1000 for name in names)
+    assert computed_again[True] < 0.5 * computed_again[False]
+
+
 def test_nobody_is_held_for_ever():
     """Two sessions come back for ever, and the pool has no room beside them."""
     fleet = Fleet(num_blocks=600, max_model_len=9000)

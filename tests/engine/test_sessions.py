@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -132,6 +133,7 @@ def agents(traffic: Traffic, pause, *, sessions=40, turns=6) -> Session:
             tokens = [*tokens, *prompt(len(tokens), 20)]
             now += pause()
             traffic.table.advance(now)
+    assert session is not None
     return session
 
 
@@ -162,7 +164,15 @@ def test_a_tool_that_takes_half_a_minute_is_fetched_for_rather_than_waited_for()
     session = agents(traffic := Traffic(), lambda: 32.0)
     forecast = traffic.table.forecast(session, threshold=0.05)
     assert forecast.keep_s == 0
+    assert forecast.fetch_s is not None
     assert 10 <= forecast.fetch_s <= 32
+
+
+def test_who_stays_away_longer_than_anybody_did_is_taken_for_ended():
+    for slow, is_last in ((0.6, True), (45.0, False)):
+        pauses = itertools.cycle([0.3, 0.6, 0.2, slow])
+        session = agents(traffic := Traffic(), lambda pauses=pauses: next(pauses))
+        assert traffic.table.forecast(session, threshold=0.05).is_last is is_last
 
 
 def test_a_sessions_own_past_counts():

@@ -78,6 +78,10 @@ class Node:
     def is_full(self) -> bool:
         return len(self.key) == KEY_BYTES
 
+    def __lt__(self, other: Node) -> bool:
+        """For heaps, where a stale entry and a new one are alike in all else: any order will do."""
+        return id(self) < id(other)
+
 
 class Match:
     """What the tree has of a prompt: full blocks to share, some of them to load first, and a tail to copy."""
@@ -139,7 +143,7 @@ class PrefixTree:
         """Heap of (last_used, block, node); stale when the node was used since, has children there, or is gone."""
         self._host_leaves: list[tuple[bool, int, int, Node]] = []
         """Heap of (it is the only copy, last_used, host block, node), stale likewise."""
-        self._clock = 0
+        self._clock = self._num_demoted = 0
         self.watchers: tuple[TreeWatcher, ...] = ()
 
     def match(self, token_ids: Sequence[int], salt: str, limit: int) -> Match:
@@ -299,6 +303,18 @@ class PrefixTree:
                     idle.append(each.block)
             each = each.parent
         self.mark_idle(idle)
+
+    def demote(self, node: Node) -> None:
+        """What only leads to this node is the first in line for eviction, and takes nobody's place on the host."""
+        self._num_demoted += 1
+        each = node
+        while each.parent is not None and not each.kept and not self._is_owned(each):
+            if each is not node and len(each.children) > 1:
+                return
+            each.last_used = -self._num_demoted  # older than anything used
+            self._queue_leaf(each)
+            self._queue_host(each)
+            each = each.parent
 
     # -- from the device to the host, and away -------------------------------------------------------------------
 

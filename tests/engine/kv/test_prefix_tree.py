@@ -65,13 +65,17 @@ def test_the_tail_comes_from_the_branch_that_shares_most():
     tables = [cached.put(branch) for branch in branches]
     for branch, table in zip(branches, tables, strict=True):
         match = cached.tree.match([*branch[:20], 99], "", 21)
+        assert match.tail is not None
         assert (match.blocks, match.tail.block, match.tail_tokens) == (table[:1], table[1], 4)
 
 
 def test_the_same_tokens_are_kept_once():
     cached = Cached(8)
     tokens = list(range(40))
-    assert cached.put(tokens) == [*cached.put(tokens)[:2], cached.tree.match(tokens, "", 40).tail.block]
+    first, again = cached.put(tokens), cached.put(tokens)
+    tail = cached.tree.match(tokens, "", 40).tail
+    assert tail is not None
+    assert first == [*again[:2], tail.block]
     assert cached.pool.num_idle == 3
 
 
@@ -120,6 +124,20 @@ def test_the_least_recently_used_leaf_goes_first_and_a_prefix_after_its_continua
     cached.check()
     assert cached.tree.evict(5) == 1
     assert cached.hit(old) == 0
+    cached.check()
+
+
+def test_what_only_an_ended_session_had_goes_before_anything_older():
+    cached = Cached(8)
+    stem, old, ended = list(range(16)), list(range(100, 132)), list(range(200, 232))
+    cached.put([*stem, *old])
+    cached.put([*stem, *ended])
+    leaf = cached.tree.match([*stem, *ended], "", 48).node
+    assert leaf is not None
+    cached.tree.demote(leaf)
+    cached.check()
+    assert cached.tree.evict(2) == 2
+    assert (cached.hit([*stem, *ended]), cached.hit([*stem, *old])) == (16, 48)
     cached.check()
 
 
