@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from mainsail_engine.server.answer_format import AnswerFormat
 from mainsail_engine.server.reasoning import Tags
-from mainsail_engine.server.tools.harmony import CHANNEL, CONSTRAIN, END, MARKERS, MESSAGE, START
+from mainsail_engine.server.tools.harmony import CHANNEL, CONSTRAIN, END, MARKERS, MESSAGE, START, message_is_open
 from mainsail_engine.structured.grammar import schema_node
 
 Node = dict[str, Any]
@@ -49,13 +49,12 @@ def after_reasoning(tags: Tags, node: Node, *, opened: bool) -> Node:
 
 def final_message(node: Node, prompt_end: str) -> Node:
     """Harmony's message to the user, whose text this is; the prompt may have opened it."""
-    opened = MESSAGE in prompt_end.rpartition(START)[2]
-    return node if opened else _sequence(_text(f"{CHANNEL}final{MESSAGE}"), node)
+    return node if message_is_open(prompt_end) else _sequence(_text(f"{CHANNEL}final{MESSAGE}"), node)
 
 
 def after_analysis(node: Node, prompt_end: str) -> Node:
     """Harmony: a message of reasoning first, if the model wants to."""
-    if MESSAGE in prompt_end.rpartition(START)[2]:
+    if message_is_open(prompt_end):
         return node
     text: Node = {"type": "any_text", "excludes": list(MARKERS)}
     reasoning = _sequence(_tag_of(f"{CHANNEL}analysis{MESSAGE}", text, END), _text(f"{START}assistant"))

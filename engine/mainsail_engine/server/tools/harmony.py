@@ -82,8 +82,8 @@ class HarmonyParser:
         at = at if at >= 0 else prompt_end.rfind(CHANNEL)
         if at >= 0:
             self.feed(prompt_end[at:])
-        elif not any(marker in prompt_end for marker in (END, CALL, RETURN)):
-            self._in_text = bool(prompt_end.strip(SPACE))  # a message that goes on
+        else:
+            self._in_text = message_is_open(prompt_end)
         self._shown = self._in_text
 
     # -- headers ------------------------------------------------------------------------------------------------------
@@ -201,6 +201,12 @@ def _is_json(text: str) -> bool:
     except (ValueError, RecursionError):
         return False
     return True
+
+
+def message_is_open(prompt_end: str) -> bool:
+    """Whether the prompt's last text is the beginning of a message's."""
+    last = max((prompt_end.rfind(marker), marker) for marker in (*MARKERS, END))
+    return last[1] == MESSAGE if last[0] >= 0 else bool(prompt_end.strip(SPACE))
 
 
 # -- the conversation --------------------------------------------------------------------------------------------------

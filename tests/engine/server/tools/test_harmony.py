@@ -6,12 +6,18 @@ import json
 from typing import Any
 
 import pytest
+import xgrammar
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from xgrammar.testing import _is_grammar_accept_string
 
+from mainsail_engine.server.answer_format import choose_format
+from mainsail_engine.server.constraints import chat_grammar
 from mainsail_engine.server.message import calls_of
+from mainsail_engine.server.schemas import FunctionDefinition, Tool
 from mainsail_engine.server.tools.events import CallEnd, Content, Event, Reasoning, joined
 from mainsail_engine.server.tools.harmony import MAX_HEADER, HarmonyParser, as_harmony
+from mainsail_engine.structured import grammar as g
 
 NAMES = ("f", "get_weather")
 PROMPT = "<|end|><|start|>assistant"
@@ -133,6 +139,53 @@ PIECES = st.lists(
 @settings(max_examples=300, deadline=None)
 def test_the_pieces_do_not_matter_and_nothing_raises(text: str, size: int, prompt_end: str) -> None:
     assert read(text, size, prompt_end=prompt_end) == read(text, prompt_end=prompt_end)
+
+
+# -- grammars --------------------------------------------------------------------------------------------------------
+
+FORM = choose_format("tools <|channel|> <|message|>")
+STRICT = Tool(type="function", function=FunctionDefinition(
+    name="f", strict=True, parameters={"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"],
+                                       "additionalProperties": False}))  # fmt: skip
+ARGUMENTS = '<|channel|>commentary to=functions.f <|constrain|>json<|message|>{"a": 1}'
+
+
+def accepts(text: str, *, choice: Any = "none", content: bool = False, prompt_end: str = PROMPT) -> bool:
+    grammar = chat_grammar(
+        FORM, (g.json_object(), "response_format") if content else None, [STRICT], choice, parallel=True,
+        prompt_end=prompt_end,
+    )  # fmt: skip
+    assert grammar is not None
+    compiled = xgrammar.Grammar.from_structural_tag(grammar[0].text)
+    return bool(_is_grammar_accept_string(compiled, text))
+
+
+@pytest.mark.parametrize("thought", ["", f"{A}Hm. <| so{E}{S}"])
+def test_grammars_allow_reasoning_and_then_what_was_asked_for(thought: str) -> None:
+    assert accepts(thought + ARGUMENTS, choice="required")
+    assert not accepts(f"{thought}{F}Yes.", choice="required")
+    assert not accepts(thought + ARGUMENTS.replace("1", '"x"'), choice="required")
+    assert accepts(thought + F + '{"b": [1]}', content=True)
+    assert not accepts(f"{thought}{F}Yes.", content=True)
+    assert accepts(thought + ARGUMENTS, content=True, choice="auto")
+    assert accepts(thought + F + "{}", content=True, choice="auto")
+
+
+def test_grammars_of_calls_that_need_not_be() -> None:
+    assert accepts(f"{A}Hm.{E}{S}{F}Yes.", choice="auto")
+    assert accepts(f"{A}Hm.{E}{S}{ARGUMENTS}", choice="auto")
+    assert not accepts(f"{A}Hm.{E}{S}" + ARGUMENTS.replace('"a"', '"b"'), choice="auto")
+
+
+def test_reasoning_in_a_grammar_is_one_message() -> None:
+    assert not accepts(f"{A}Hm.{S}{F}" + "{}", content=True)
+    assert not accepts(f"{A}Hm.{E}{F}" + "{}", content=True)
+
+
+def test_grammars_begin_where_the_prompt_ends() -> None:
+    assert accepts('{"b": 1}', content=True, prompt_end=f"{E}{S}{F}")
+    assert accepts('{"b": 1}', content=True, prompt_end="text of a message that goes on")
+    assert accepts(f"{S}{F}" + '{"b": 1}', content=True, prompt_end=f"<|start|>user{M}?{E}")
 
 
 # -- the conversation --------------------------------------------------------------------------------------------------
