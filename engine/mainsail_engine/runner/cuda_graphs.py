@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -44,7 +44,13 @@ from mainsail_kernels.tokens import note, resolve, unpack
 log = logging.getLogger(__name__)
 LARGEST_DECODE = 1024
 LARGEST_MIXED = STEP_ROWS[-1]
-"""Tokens. Larger steps keep the device busy for longer than it takes to launch them."""
+"""Tokens. Larger steps keep the device busy for longer than it takes to launch them, but for small models:"""
+LARGE_ROWS = (2048, 3072, 4096, 6144, 8192)
+"""… of which there are shapes of these rows, too, as long as that is so."""
+LAYER_LAUNCH_S = 600e-6
+"""What launching a layer kernel by kernel takes the host: 20 ms a step of 32 layers, beside an H200."""
+FLOPS = 7e14
+"""Operations a second of large products in 16 bits, on the same."""
 VERIFY_ROWS = (64, 96, 128, 160, 192, 256, 320, 384, 448, 512, 640, 768, 896, MAX_SPECULATIVE_ROWS)
 """Of steps that verify guesses as chunks."""
 LARGEST_STEP = max(LARGEST_DECODE, LARGEST_MIXED, MAX_SPECULATIVE_ROWS)
@@ -87,11 +93,24 @@ def decode_sizes(largest: int) -> list[int]:
     return [size for size in sizes if size < largest] + [min(largest, LARGEST_DECODE)]
 
 
-def shapes_of(max_num_seqs: int, *, guess_rows: int = 0, adapter_slots: int = 0) -> list[StepShape]:
+def step_rows(architecture: Architecture) -> tuple[int, ...]:
+    """Rows of the mixed shapes: those after which a step keeps the device busy longer than the host, and no more."""
+    a = architecture
+    channels = a.intermediate_size
+    if a.experts is not None:
+        channels = a.experts.experts_per_token * a.experts.intermediate_size
+    heads = (2 * a.num_heads + 2 * a.num_kv_heads) * a.head_dim
+    row_s = 2 * a.hidden_size * (heads + 3 * channels) / FLOPS
+    return STEP_ROWS + tuple(n for n in LARGE_ROWS if n * row_s < LAYER_LAUNCH_S)
+
+
+def shapes_of(
+    max_num_seqs: int, *, guess_rows: int = 0, adapter_slots: int = 0, mixed_rows: Sequence[int] = STEP_ROWS
+) -> list[StepShape]:
     """Every shape, from small to large within its kind; decodes first, then those that verify guesses, of up to
     guess_rows rows, then mixed ones; then, where there are slots for adapters, all again with room for their rows."""
     decodes = [StepShape(n, n, 0, n) for n in decode_sizes(max_num_seqs)]
-    mixed = [shape for n in STEP_ROWS for shape in _mixed(n, min(n, max_num_seqs))]
+    mixed = [shape for n in mixed_rows for shape in _mixed(n, min(n, max_num_seqs))]
     rows = [n for n in VERIFY_ROWS if n < guess_rows] + ([guess_rows] if guess_rows else [])
     verify = [StepShape(n, min(n, max_num_seqs), min(n, max_num_seqs), n, 1 + MAX_SPECULATIVE_TOKENS) for n in rows]
     shapes = decodes + verify + mixed
@@ -110,7 +129,7 @@ def _mixed(tokens: int, most: int) -> list[StepShape]:
 def graph_bytes(architecture: Architecture, max_num_seqs: int) -> int:
     """What the graphs of all shapes take together, roughly: a step's logits twice and its widest activations."""
     a = architecture
-    activations = 2 * LARGEST_MIXED * (4 * a.intermediate_size + 8 * a.hidden_size)
+    activations = 2 * step_rows(a)[-1] * (4 * a.intermediate_size + 8 * a.hidden_size)
     return 8 * max_num_seqs * a.vocab_size + activations + (384 << 20)
 
 
@@ -198,6 +217,7 @@ class PaddedSteps:
         capture: bool,
         guess_rows: int = 0,
         adapter_slots: int = 0,
+        mixed_rows: Sequence[int] = STEP_ROWS,
         incoming: torch.Tensor | None = None,
     ) -> None:
         """newest [num_slots + 1] int64 holds every slot's newest token; its last row belongs to padding.
@@ -209,7 +229,9 @@ class PaddedSteps:
         self._forward, self._logits, self._greedy = forward, logits, greedy
         self._newest, self._uploads, self._workspace = newest, uploads, workspace
         self._spare_slot = newest.shape[0] - 1
-        self._shapes = shapes_of(max_num_seqs, guess_rows=guess_rows, adapter_slots=adapter_slots)
+        self._shapes = shapes_of(
+            max_num_seqs, guess_rows=guess_rows, adapter_slots=adapter_slots, mixed_rows=mixed_rows
+        )
         self._layouts = {shape: Layout.of(shape) for shape in self._shapes}
         rows = max(shape.decodes + shape.chunks for shape in self._shapes)
         numbers = max(layout.tables for layout in self._layouts.values()) + rows * max_blocks

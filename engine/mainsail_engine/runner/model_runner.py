@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from mainsail_engine.chunking import STEP_ROWS
 from mainsail_engine.config import BLOCK_SIZE, EngineConfig, LoraConfig
 from mainsail_engine.errors import InvalidAdapterError, InvalidConfigurationError, OutOfMemoryError
 from mainsail_engine.model.architecture import Architecture, read_architecture
@@ -29,7 +30,7 @@ from mainsail_engine.pages import untouched_zeros
 from mainsail_engine.request import Request, SamplingParams
 from mainsail_engine.runner import device_memory, memory
 from mainsail_engine.runner.batch import BlockTables, StepArrays, build
-from mainsail_engine.runner.cuda_graphs import LARGEST_STEP, PaddedSteps, graph_bytes
+from mainsail_engine.runner.cuda_graphs import LARGEST_STEP, PaddedSteps, graph_bytes, step_rows
 from mainsail_engine.runner.device_memory import DeviceMemory
 from mainsail_engine.runner.sleep import move_tensors, to_device, to_host
 from mainsail_engine.runner.threads import multiplies_bfloat16, set_cpu_threads
@@ -271,6 +272,7 @@ class ModelRunner:
                 capture=config.cuda_graphs,
                 guess_rows=self._guess_rows,
                 adapter_slots=config.lora.max_loras if config.lora else 0,
+                mixed_rows=step_rows(self.architecture) if self._parallel.num_stages == 1 else STEP_ROWS,
                 incoming=None if self._parallel.is_first else self._room_for_hidden(LARGEST_STEP).zero_(),
             )
 
