@@ -18,6 +18,7 @@ from typing import Any, cast
 from starlette.types import ASGIApp, Message
 
 from mainsail_engine.config import EngineConfig, ServerConfig
+from mainsail_engine.core_process import start_core
 from mainsail_engine.errors import InvalidConfigurationError
 from mainsail_engine.server.api import ApiServer
 from mainsail_engine.server.app import build_app
@@ -39,7 +40,7 @@ def run_batch(engine: EngineConfig, server: ServerConfig, *, input_path: Path, o
 
 
 async def _run(engine: EngineConfig, server: ServerConfig, lines: list[str]) -> list[dict[str, Any]]:
-    api = ApiServer(engine, server, process=0, folder=None)
+    api = ApiServer(engine, server, start_core(engine), process=0)
     try:
         ready = await api.client.start()
         serving = api.build_serving(ready, api.load_tokenizer())

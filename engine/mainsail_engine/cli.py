@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from typing import NoReturn, TypeVar
 
 import msgspec
 
+from mainsail_engine.compile_kernels import CARDS, card_named, compile_ahead, leave_mark, mark_of
 from mainsail_engine.config import (
     DTYPES,
     KV_DTYPES,
@@ -35,6 +37,7 @@ from mainsail_engine.config import (
     ServerConfig,
     SpeculativeConfig,
 )
+from mainsail_engine.core_process import start_core
 from mainsail_engine.errors import (
     InvalidConfigurationError,
     ModelNotFoundError,
@@ -97,6 +100,18 @@ def build_parser() -> argparse.ArgumentParser:
     batch.add_argument("-o", "--output-file", required=True, type=Path, help="JSON lines, in the input's order")
     _add_model_flags(batch)
     _add_engine_flags(batch)
+    kernels = commands.add_parser(
+        "compile-kernels",
+        help="compile a model's kernels ahead, without a card",
+        description="Fill Triton's cache ($TRITON_CACHE_DIR) with what `serve` with the same flags will launch. "
+        "Of the model it needs config.json alone.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    kernels.add_argument("--card", help=f"one of {', '.join(CARDS)}; default: this machine's")
+    kernels.add_argument("--jobs", type=int, help="processes; default: one for each core")
+    _add_model_flags(kernels)
+    _add_engine_flags(kernels)
     _add_bench(commands.add_parser("bench", help="load on a running server, and what its clients saw"))
     return parser
 
@@ -418,7 +433,8 @@ def check_model_path(config: ModelConfig) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     try:
         flags = build_parser().parse_args(arguments)
-        {"serve": _serve, "run-batch": _run_batch, "bench": _bench}[flags.command](flags)
+        commands = {"serve": _serve, "run-batch": _run_batch, "compile-kernels": _compile_kernels, "bench": _bench}
+        commands[flags.command](flags)
     except StartupError as error:
         report_startup_error(error)
         sys.exit(1)
@@ -432,9 +448,13 @@ def _serve(flags: argparse.Namespace) -> None:
 
         run_node(engine, server)
         return
-    from mainsail_engine.server.run import run_server
+    core = start_core(engine, server.api_server_count)  # it imports torch while this process imports the rest
+    try:
+        from mainsail_engine.server.run import run_server
 
-    run_server(engine, server)
+        run_server(engine, server, core)
+    finally:
+        core.end()
 
 
 def _run_batch(flags: argparse.Namespace) -> None:
@@ -454,6 +474,15 @@ def _run_batch(flags: argparse.Namespace) -> None:
         run_node(engine, server)
         return
     run_batch(engine, server, input_path=flags.input_file, output_path=flags.output_file)
+
+
+def _compile_kernels(flags: argparse.Namespace) -> None:
+    config, card = engine_config(flags), card_named(getattr(flags, "card", None))
+    check_model_path(config.model)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    if not compile_ahead(config, card, jobs=getattr(flags, "jobs", None)):
+        sys.exit(1)
+    leave_mark(mark_of(config, card))
 
 
 def _bench(flags: argparse.Namespace) -> None:

@@ -1,10 +1,10 @@
 """EngineClient: what the API process holds of the core process.
 
-Starts the core, hands requests to it, and hands each output to its request's sink, synchronously: all of a step's
-tokens are dealt with in one turn of the event loop. When the core dies, every sink gets an `EngineDeadError` and `died`
+Hands requests to the core, and each output to its request's sink, synchronously: all of a step's tokens are dealt
+with in one turn of the event loop. When the core dies, every sink gets an `EngineDeadError` and `died`
 is set: the owner then ends the process, for a pod to be replaced.
 
-The sockets are ipc files in a folder that only this user can enter. Everything runs on one event loop.
+Everything runs on one event loop.
 """
 
 from __future__ import annotations
@@ -12,21 +12,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import os
-import shutil
-import sys
-import tempfile
+import subprocess
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Protocol
 
-import msgspec
 import zmq
 import zmq.asyncio
 
-from mainsail_engine.config import EngineConfig
+from mainsail_engine.core_process import CoreProcess, address
 from mainsail_engine.errors import RequestError, StartupError
 from mainsail_engine.protocol import (
     Abort,
@@ -37,7 +34,6 @@ from mainsail_engine.protocol import (
     Compiled,
     Control,
     Controlled,
-    CoreStart,
     Failed,
     FirstScheduled,
     FromCore,
@@ -79,26 +75,24 @@ class Sink(Protocol):
 class EngineClient:
     """`on_step` sees every step's outputs before the sinks do (metrics). One for each API process.
 
-    process: this API process's number of num_processes. Number 0 starts the core and owns it; the others join in the
-    folder that it made (`folder`), where the sockets are.
+    process: this API process's number. Number 0 owns the core, and ends it with `close`; the others join in its
+    folder, where the sockets are.
     """
 
     def __init__(
         self,
-        config: EngineConfig,
+        core: CoreProcess | Path,
         *,
         on_step: Callable[[StepOutputs], None] | None = None,
         on_first_scheduled: Callable[[FirstScheduled], None] | None = None,
         process: int = 0,
-        num_processes: int = 1,
-        folder: Path | None = None,
     ) -> None:
-        self._config = config
+        """core: the process, or the folder of one that another owns."""
+        self.core = core if isinstance(core, CoreProcess) else None
+        self.folder = core.folder if isinstance(core, CoreProcess) else core
         self._on_step = on_step
         self._on_first_scheduled = on_first_scheduled
-        self._number, self._num_processes = process, num_processes
-        self._owns_folder = folder is None
-        self.folder = folder or Path(tempfile.mkdtemp(prefix="mainsail-"))
+        self._number = process
         self._sinks: dict[str, Sink] = {}
         self._verdicts: dict[str, asyncio.Future[str | None]] = {}
         """On grammars that the core compiles."""
@@ -112,14 +106,10 @@ class EngineClient:
         self._closing = False
         self._last_words = asyncio.Event()
         self.died = asyncio.Event()
-        self.process: asyncio.subprocess.Process | None = None
-        """The core, where this process started it."""
         self.adapters: dict[str, str] = {}
         """LoRA adapters that the core has: served name → path."""
         self.adapter_use = AdapterUse()
         """… and which of them requests go through now."""
-        self.core_started_s = 0.0
-        """Monotonic time at which this process started the core."""
         self.num_steps = 0
         self.progress_at_s = time.monotonic()
         """Monotonic time of the last step, or of the moment since when there is work."""
@@ -132,7 +122,7 @@ class EngineClient:
     def is_alive(self) -> bool:
         if self.died.is_set() or self._failed is not None:
             return False
-        return self._number > 0 or (self.process is not None and self.process.returncode is None)
+        return self.core is None or self.core.process.returncode is None
 
     @property
     def failure(self) -> Failed:
@@ -144,43 +134,21 @@ class EngineClient:
         return f"{self._id_prefix}{next(self._ids):x}"
 
     async def start(self) -> Ready:
-        """Start the core, or join it, and wait until it has generated a token. Raises StartupError with its reason."""
+        """Wait until the core has generated a token. Raises StartupError with its reason."""
         self._context = context = zmq.asyncio.Context()
-        self._commands = _bind(context, zmq.PUSH, self._address("commands", self._number))
-        outputs = _bind(context, zmq.PULL, self._address("outputs", self._number))
+        self._commands = _bind(context, zmq.PUSH, address(self.folder, "commands", self._number))
+        outputs = _bind(context, zmq.PULL, address(self.folder, "outputs", self._number))
         self._ready = asyncio.get_running_loop().create_future()
         self._tasks = [asyncio.create_task(self._receive(outputs))]
-        if self._number == 0:
-            self.process = await self._start_core()
-            self._tasks.append(asyncio.create_task(self._watch(self.process)))
+        if self.core is not None:
+            self._tasks.append(asyncio.create_task(self._watch(self.core.process)))
         return await self._ready
-
-    def _address(self, what: str, process: int) -> str:
-        return f"ipc://{self.folder}/{what}.{process}"
-
-    async def _start_core(self) -> asyncio.subprocess.Process:
-        self.core_started_s = time.monotonic()
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "mainsail_engine.core", stdin=asyncio.subprocess.PIPE, env=child_environment()
-        )
-        start = CoreStart(
-            config=self._config,
-            commands_addresses=[self._address("commands", number) for number in range(self._num_processes)],
-            outputs_addresses=[self._address("outputs", number) for number in range(self._num_processes)],
-            started_s=self.core_started_s,
-        )
-        if process.stdin is None:
-            raise StartupError("the core process has no standard input")
-        process.stdin.write(msgspec.json.encode(start) + b"\n")
-        return process
 
     async def close(self) -> None:
         """End the core and everything that still waits for it."""
         self._closing = True
-        if self.process is not None and self.process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                self.process.kill()
-            await self.process.wait()
+        if self.core is not None:
+            await asyncio.to_thread(self.core.end)
         self.fail_all(RequestError("the server is shutting down", status=503, code="shutting_down", retry_after_s=1.0))
         for task in self._tasks:
             task.cancel()
@@ -188,8 +156,6 @@ class EngineClient:
         if self._context is not None:  # left to the garbage collector, it would wait for its open sockets for ever
             self._context.destroy(linger=0)
             self._context = None
-        if self._owns_folder:
-            shutil.rmtree(self.folder, ignore_errors=True)
 
     async def control(self, action: str) -> None:
         """Have the core sleep or wake up, once nothing runs. Raises RequestError."""
@@ -300,9 +266,9 @@ class EngineClient:
             if sink is not None:
                 sink.on_output(output, self.progress_at_s)
 
-    async def _watch(self, process: asyncio.subprocess.Process) -> None:
+    async def _watch(self, process: subprocess.Popen[bytes]) -> None:
         """Wait for the core's end; then let its last words arrive, and pass them on."""
-        status = await process.wait()
+        status = await _ended(process)
         if status > 0:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._last_words.wait(), LAST_WORDS_S)
@@ -330,11 +296,22 @@ def startup_error(failed: Failed) -> StartupError:
     return error
 
 
-def child_environment() -> dict[str, str]:
-    """Other processes are started by module name: they must find this very package, also when it is not installed."""
-    root = str(Path(__file__).resolve().parent.parent)
-    inherited = os.environ.get("PYTHONPATH")
-    return {**os.environ, "PYTHONPATH": f"{inherited}{os.pathsep}{root}" if inherited else root}
+def _ended(process: subprocess.Popen[bytes]) -> asyncio.Future[int]:
+    """Its exit status, once there is one."""
+    loop = asyncio.get_running_loop()
+    ended: asyncio.Future[int] = loop.create_future()
+
+    def tell(status: int) -> None:
+        if not ended.done():
+            ended.set_result(status)
+
+    def wait() -> None:
+        status = process.wait()
+        with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
+            loop.call_soon_threadsafe(tell, status)
+
+    threading.Thread(target=wait, name="core-watch", daemon=True).start()
+    return ended
 
 
 def _bind(context: zmq.asyncio.Context, kind: int, address: str) -> zmq.asyncio.Socket:

@@ -23,6 +23,7 @@ to the process group are the parent's to interpret. The idea of an API process a
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import queue
@@ -38,6 +39,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 import msgspec
 import zmq
 
+from mainsail_engine import compile_kernels, cuda_driver
 from mainsail_engine.child import take_orders
 from mainsail_engine.config import BLOCK_SIZE, EngineConfig
 from mainsail_engine.errors import RequestError, StartupError
@@ -76,8 +78,10 @@ if TYPE_CHECKING:
 
 if TYPE_CHECKING:
     from mainsail_engine.adapters import AdapterDesk
+    from mainsail_engine.host_slabs import HostSlabs
     from mainsail_engine.kv.events import KVEvents
     from mainsail_engine.model.lora import Adapter
+    from mainsail_engine.runner.swap import HostMemory
     from mainsail_engine.scheduler import Scheduler
     from mainsail_engine.speculative.speculator import Speculator
 
@@ -583,24 +587,34 @@ class _Engine:
     """The parts of a core, made once at the start and again after a sleep."""
 
     def __init__(self, config: EngineConfig, on_lost: Callable[[str], None], mark: Mark) -> None:
-        """Loads the model. Raises StartupError."""
+        """Loads the model. Raises StartupError.
+
+        What needs no torch begins before torch is imported: the context, pinning, compiling.
+        """
+        slabs = early_host_memory(config)
+        kernels = compile_kernels.begin(config)
+        import_engine()
         from mainsail_engine.runner.model_runner import ModelRunner
         from mainsail_engine.runner.workers import start_ranks
         from mainsail_engine.speculative.load import check_vocabularies, load_draft
 
+        if slabs is not None:
+            slabs.may_pin()
         mark("imports")
         self.config = config
+        self._slabs = slabs
+        self._host: HostMemory | None = None
+        """For KV blocks, on a device alone; weights lie there while it sleeps."""
         parallel, self._workers = start_ranks(config, on_lost)
         self.draft = load_draft(config) if config.speculative and config.speculative.is_draft_model else None
-        self.model_runner = ModelRunner(config, parallel, mark)
+        self.model_runner = ModelRunner(config, parallel, mark, kernels.wait)
         if self.draft is not None:
             check_vocabularies(self.draft.runner.vocab_size, self.model_runner.vocab_size)
         self.events = kv_events(config)
 
     def parts(self) -> tuple[Scheduler, Runner]:
         """A scheduler over the pool as it is now, empty, and the runner to drive with it."""
-        from mainsail_engine.runner.memory import offloading_bytes
-        from mainsail_engine.runner.swap import with_host_memory
+        from mainsail_engine.runner.swap import host_memory, with_host_memory
         from mainsail_engine.runner.workers import host_bytes
         from mainsail_engine.scheduler import Scheduler
 
@@ -621,12 +635,20 @@ class _Engine:
             self.events.cleared()
             scheduler.kv.tree.watchers += (self.events,)
         if self._workers:
-            own = with_host_memory(runner, runner.kv_cache, host_bytes(config))
+            own = with_host_memory(runner, runner.kv_cache, host_memory(runner.kv_cache, host_bytes(config)))
             return scheduler, self._workers.all_ranks(own, staged=config.pipeline_parallel_size > 1)
-        size = offloading_bytes(
-            config.cache.offloading_size_gib, pool_bytes=runner.kv_cache.nbytes, cuda=runner.device.type == "cuda"
-        )
-        return scheduler, with_host_memory(runner, runner.kv_cache, size)
+        slabs, self._slabs = self._slabs, None
+        self._host = self._host or host_memory(runner.kv_cache, self._host_bytes(slabs), slabs)
+        return scheduler, with_host_memory(runner, runner.kv_cache, self._host)
+
+    def _host_bytes(self, slabs: HostSlabs | None) -> int:
+        """Of host memory for KV, on a device alone."""
+        from mainsail_engine.runner.memory import offloading_bytes
+
+        if slabs is not None:
+            return min(slabs.num_bytes, self.model_runner.kv_cache.nbytes)
+        pool, asked = self.model_runner.kv_cache, self.config.cache.offloading_size_gib
+        return offloading_bytes(asked, pool_bytes=pool.nbytes, cuda=pool.device.type == "cuda")
 
     def _speculator(self, device: str) -> Speculator | None:
         """What guesses tokens, if anything does."""
@@ -666,7 +688,7 @@ class _Engine:
     def sleep(self) -> None:
         if self._workers:
             self._workers.sleep()
-        self.model_runner.sleep()
+        self.model_runner.sleep(self._host)
         if self.draft is not None:
             self.draft.runner.sleep()
 
@@ -674,6 +696,8 @@ class _Engine:
         if self._workers:
             self._workers.wake_up()
         self.model_runner.wake_up(self.config)
+        if self._host is not None:
+            self._host.take_back()
         if self.draft is not None:
             self.draft.runner.wake_up(self.draft.config)
         return self.parts()
@@ -724,6 +748,30 @@ def build(
         start=timeline.phases,
     )
     return core, ready
+
+
+def early_host_memory(config: EngineConfig) -> HostSlabs | None:
+    """Host memory for KV, taken before torch is there, on a device alone: no more than the device itself has."""
+    total = cuda_driver.total_bytes() if config.device != "cpu" and config.num_ranks == 1 else 0
+    if not total:
+        return None
+    from mainsail_engine.host_slabs import HostSlabs
+    from mainsail_engine.runner.memory import offloading_bytes
+
+    context = cuda_driver.Context()
+    num_bytes = offloading_bytes(config.cache.offloading_size_gib, pool_bytes=total, cuda=True)
+    return HostSlabs(num_bytes, context.pin)
+
+
+def import_engine() -> None:
+    """torch, and what of the engine needs it: objects that stay, so that the garbage collector is to look through them
+    neither now nor between two steps."""
+    gc.disable()
+    try:
+        pass  # pyright: ignore[reportUnusedImport]
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def kv_events(config: EngineConfig) -> KVEvents | None:

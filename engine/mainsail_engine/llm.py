@@ -33,6 +33,7 @@ from mainsail_engine.config import (
     SchedulerConfig,
     SpeculativeConfig,
 )
+from mainsail_engine.core_process import start_core
 from mainsail_engine.metrics import Metrics
 from mainsail_engine.protocol import FirstScheduled, StepOutputs, TokenLogprobs
 from mainsail_engine.request import Pooling
@@ -207,7 +208,9 @@ class LLM:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="engine-client", daemon=True)
         self._thread.start()
-        self._client = EngineClient(self._config, on_step=self._on_step, on_first_scheduled=self._on_first_scheduled)
+        self._client = EngineClient(
+            start_core(self._config), on_step=self._on_step, on_first_scheduled=self._on_first_scheduled
+        )
         atexit.register(self.close)
         try:
             self._serving = self._call(self._start())

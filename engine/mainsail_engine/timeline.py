@@ -20,6 +20,7 @@ PHASES = {
     "imports": "torch, and the engine's own modules",
     "device": "the CUDA context",
     "weights": "reading the checkpoint",
+    "kernels": "waiting for kernels to be compiled",
     "kv_pool": "a step of the largest size, to see what it takes, and the KV pool",
     "graphs": "the first step, and the capture of CUDA graphs",
     "token": "the scheduler, and a token through the whole path",

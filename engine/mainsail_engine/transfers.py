@@ -3,7 +3,8 @@
     file or memory ──thread──▶ pinned piece ──stream──▶ device        16 threads, each with two pieces and a stream
 
 The bus needs pinned memory, and pinning takes longer than copying. So a few pinned pieces are filled (or emptied) by
-threads, which also share the work of taking new pages and of reading files, while others' pieces are on the bus.
+threads, which also share the work of taking new pages and of reading files, while others' pieces are on the bus. Pieces
+are large, because between two of them a thread needs Python's lock, which the others want too.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from types import TracebackType
 import numpy as np
 import torch
 
+from mainsail_engine.pages import touched_zeros
 from mainsail_engine.pinned import pin, unpin
 
 THREADS = min(16, os.cpu_count() or 1)
-PIECE_BYTES = 4 << 20
+PIECE_BYTES = 16 << 20
 
 Fill = Callable[[np.ndarray, int], None]
 """(buffer [n] uint8, offset): write the n bytes from that offset on into the buffer."""
@@ -28,7 +30,7 @@ Fill = Callable[[np.ndarray, int], None]
 
 class _Piece:
     def __init__(self) -> None:
-        self.memory = torch.zeros(PIECE_BYTES, dtype=torch.uint8)  # zeros: the pages are there before they are pinned
+        self.memory = touched_zeros(PIECE_BYTES)  # the pages are there before they are pinned
         pin(self.memory)
         self.bytes: np.ndarray = self.memory.numpy()
         self.sent = torch.cuda.Event()
@@ -48,7 +50,8 @@ class Transfers:
         self._device = device
         self._lane = _Lane()
         self._pieces: list[_Piece] = []
-        self._running: list[Future[torch.cuda.Event]] = []
+        self._streams: list[torch.cuda.Stream] = []
+        self._running: list[Future[None]] = []
         self._pool = ThreadPoolExecutor(THREADS, "transfer", self._begin)
 
     def __enter__(self) -> Transfers:
@@ -65,6 +68,7 @@ class Transfers:
     def _begin(self) -> None:
         torch.cuda.set_device(self._device)
         self._lane.stream = torch.cuda.Stream(self._device)
+        self._streams.append(self._lane.stream)
         self._lane.pieces = [_Piece(), _Piece()]
         self._pieces.extend(self._lane.pieces)
 
@@ -75,7 +79,7 @@ class Transfers:
         """
         began = self._now()
 
-        def one(offset: int) -> torch.cuda.Event:
+        def one(offset: int) -> None:
             piece = self._next_piece()
             part = target[offset : offset + PIECE_BYTES]
             fill(piece.bytes[: len(part)], offset)
@@ -83,7 +87,6 @@ class Transfers:
                 self._lane.stream.wait_event(began)
                 part.copy_(piece.memory[: len(part)], non_blocking=True)
                 piece.sent.record()
-            return self._now(self._lane.stream)
 
         self._begin_all(one, len(target))
 
@@ -101,7 +104,7 @@ class Transfers:
         began = self._now()
         written: np.ndarray = target.numpy()
 
-        def one(offset: int) -> torch.cuda.Event:
+        def one(offset: int) -> None:
             piece = self._next_piece()
             part = source[offset : offset + PIECE_BYTES]
             with torch.cuda.stream(self._lane.stream):
@@ -110,7 +113,6 @@ class Transfers:
                 piece.sent.record()
             piece.sent.synchronize()
             np.copyto(written[offset : offset + len(part)], piece.bytes[: len(part)])
-            return piece.sent
 
         self._begin_all(one, len(source))
 
@@ -119,14 +121,16 @@ class Transfers:
         current = torch.cuda.current_stream(self._device)
         running, self._running = self._running, []
         for future in running:
-            current.wait_event(future.result())
+            future.result()
+        for stream in self._streams:
+            current.wait_stream(stream)
 
-    def _begin_all(self, one: Callable[[int], torch.cuda.Event], num_bytes: int) -> None:
+    def _begin_all(self, one: Callable[[int], None], num_bytes: int) -> None:
         self._running += [self._pool.submit(one, offset) for offset in range(0, num_bytes, PIECE_BYTES)]
 
-    def _now(self, stream: torch.cuda.Stream | None = None) -> torch.cuda.Event:
+    def _now(self) -> torch.cuda.Event:
         event = torch.cuda.Event()
-        event.record(stream or torch.cuda.current_stream(self._device))
+        event.record(torch.cuda.current_stream(self._device))
         return event
 
     def _next_piece(self) -> _Piece:

@@ -10,12 +10,13 @@ that serves where `AVAILABLE` or `is_hopper` says no.
 
 from __future__ import annotations
 
-from functools import cache
 from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+
+from mainsail_kernels._triton import card_of, is_card
 
 __all__ = [
     "AVAILABLE",
@@ -66,6 +67,5 @@ def reshaped(tiles, SHAPE: gl.constexpr, SHARED: gl.constexpr):
     return tiles.reinterpret(tiles.dtype, SHAPE, SHARED) if RENAMED else tiles._reinterpret(tiles.dtype, SHAPE, SHARED)
 
 
-@cache
 def is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) == (9, 0)
+    return is_card(device) and torch.version.hip is None and card_of(device).capability == (9, 0)

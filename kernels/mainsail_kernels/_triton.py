@@ -7,6 +7,9 @@ interpreter: this is how tests without a GPU check the kernels themselves and no
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from types import SimpleNamespace
@@ -31,11 +34,16 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 __all__ = [
     "INTERPRETED",
+    "Card",
     "card_name",
+    "card_of",
     "dependent_launch",
+    "is_card",
     "multiprocessors",
     "next_power_of_2",
+    "on_card",
     "prefetch_lines",
+    "pretending",
     "require",
     "runs_kernels",
     "tl",
@@ -44,9 +52,19 @@ __all__ = [
 ]
 
 
+def is_card(device: torch.device) -> bool:
+    """Whether it is a GPU; "meta", where tensors have no memory, stands for one that is not there (ahead.py)."""
+    return device.type in ("cuda", "meta")
+
+
+def on_card(tensor: torch.Tensor) -> bool:
+    """See is_card."""
+    return tensor.is_cuda or tensor.is_meta
+
+
 def runs_kernels(tensor: torch.Tensor) -> bool:
     """Whether this tensor's operation goes to a Triton kernel (else to the PyTorch reference)."""
-    return tensor.is_cuda or (INTERPRETED and tensor.device.type == "cpu")
+    return on_card(tensor) or (INTERPRETED and tensor.device.type == "cpu")
 
 
 def require(condition: bool, message: str) -> None:
@@ -60,16 +78,48 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+@dataclass(frozen=True, slots=True)
+class Card:
+    """What kernels and their tiles are chosen by."""
+
+    name: str
+    """Tuned tables are filed under it."""
+    multiprocessors: int
+    capability: tuple[int, int]
+
+
+_pretended: list[Card] = []
+
+
+@contextmanager
+def pretending(card: Card) -> Iterator[None]:
+    """Within the block every device is taken for this card (ahead.py)."""
+    _pretended.append(card)
+    try:
+        yield
+    finally:
+        _pretended.pop()
+
+
 @cache
+def _asked(device: torch.device) -> Card:
+    properties = torch.cuda.get_device_properties(device)
+    return Card(properties.name, properties.multi_processor_count, (properties.major, properties.minor))
+
+
+def card_of(device: torch.device) -> Card:
+    """Of a GPU."""
+    return _pretended[-1] if _pretended else _asked(device)
+
+
 def multiprocessors(device: torch.device) -> int:
     """How many multiprocessors the device has; a small number under the interpreter, so that splits still happen."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    return card_of(device).multiprocessors if is_card(device) else 4
 
 
-@cache
 def card_name(device: torch.device) -> str:
     """The name that tuned tables are filed under, "cpu" under the interpreter."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return card_of(device).name if is_card(device) else "cpu"
 
 
 # Programmatic dependent launch (Hopper on): a kernel's programs start while the one before still runs, and do what
@@ -99,9 +149,8 @@ def prefetch_lines(pointers):
     )
 
 
-@cache
 def dependent_launch(device: torch.device) -> dict[str, bool]:
     """A launch's options: whether the kernel may start before the one before it has ended."""
-    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) < (9, 0):
+    if not is_card(device) or torch.version.hip or card_of(device).capability < (9, 0):
         return {"DEPENDENT": False}
     return {"DEPENDENT": True, "launch_pdl": True}

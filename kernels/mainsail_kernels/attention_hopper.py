@@ -35,7 +35,7 @@ from mainsail_kernels._gluon import (
     mbarrier,
     reshaped,
 )
-from mainsail_kernels._triton import next_power_of_2
+from mainsail_kernels._triton import next_power_of_2, on_card
 
 BLOCK_M = 128
 PAGE = 16
@@ -292,7 +292,7 @@ def applies(query: torch.Tensor, kv: torch.Tensor, window: int, soft_cap: float,
     head_dim, page = kv.shape[4], kv.shape[3]
     return (
         AVAILABLE
-        and query.is_cuda
+        and on_card(query)
         and is_hopper(query.device)
         and query.dtype == kv.dtype
         and query.dtype in (torch.bfloat16, torch.float16)

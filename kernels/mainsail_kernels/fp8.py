@@ -18,6 +18,7 @@ from mainsail_kernels._triton import (
     INTERPRETED,
     dependent_launch,
     next_power_of_2,
+    on_card,
     prefetch_lines,
     require,
     runs_kernels,
@@ -291,7 +292,7 @@ def takes_quantized_rows(num_rows: int, scale: torch.Tensor) -> bool:
 
     For fewer a kernel of their own, which starts beside the one before, takes no longer (measured at 128 and 256 rows).
     """
-    return scale.is_cuda and scale.dim() == 1 and num_rows >= 512
+    return on_card(scale) and scale.dim() == 1 and num_rows >= 512
 
 
 def _check(x: torch.Tensor | QuantizedRows, weight: torch.Tensor, bias: torch.Tensor | None) -> None:

@@ -20,6 +20,7 @@ from mainsail_kernels import linear_hopper, reference
 from mainsail_kernels._triton import (
     dependent_launch,
     next_power_of_2,
+    on_card,
     prefetch_lines,
     require,
     runs_kernels,
@@ -219,7 +220,7 @@ def _check(x: torch.Tensor, weight: torch.Tensor) -> None:
 def _config(x: torch.Tensor, weight: torch.Tensor, num_out: int, *, gated: bool) -> LinearConfig | None:
     if not runs_kernels(x) or weight.stride(1) != 1 or x.stride(1) != 1:
         return None
-    if x.is_cuda and x.element_size() != 2:
+    if on_card(x) and x.element_size() != 2:
         return None  # the table is for 16-bit numbers: tiles of wider ones would not fit into shared memory
     return linear_config(x.device, x.shape[0], num_out, x.shape[1], gated=gated)
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from mainsail_engine.model.architecture import Activation
+from mainsail_kernels._triton import on_card
 from mainsail_kernels.cpu import decoder
 from mainsail_kernels.cpu.decoder import Panels
 from mainsail_kernels.fp8 import (
@@ -101,7 +102,7 @@ def linear(x: Rows, weight: Weight, bias: torch.Tensor | None = None) -> torch.T
     if isinstance(weight, torch.Tensor):
         if weight.is_mkldnn:
             return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-        return skinny(x, weight, bias) if x.is_cuda else F.linear(x, weight, bias)
+        return skinny(x, weight, bias) if on_card(x) else F.linear(x, weight, bias)
     if isinstance(weight, Panels):
         return decoder.linear(x, weight, bias)
     if isinstance(weight, Fp8Weight):
@@ -130,7 +131,7 @@ def silu_gated(x: Rows, gate_up: Weight, down: Weight) -> Rows:
     mixed: torch.Tensor | None = None
     if isinstance(gate_up, Fp8Weight):
         mixed = fp8_gated_linear(x, gate_up.codes, gate_up.scale)
-    elif isinstance(x, torch.Tensor) and x.is_cuda and isinstance(gate_up, torch.Tensor):
+    elif isinstance(x, torch.Tensor) and on_card(x) and isinstance(gate_up, torch.Tensor):
         mixed = gated_linear(x, gate_up)
     if mixed is not None:
         return mixed

@@ -27,6 +27,7 @@ from mainsail_engine.model.mlp import DenseMlp, Mlp, PackedMlp, dense_mlp, exper
 from mainsail_engine.model.parallel import SINGLE, Parallel
 from mainsail_engine.model.rotary import cos_sin_table, no_rotation
 from mainsail_engine.model.whole_layers import whole_layers
+from mainsail_kernels._triton import on_card
 from mainsail_kernels.rms_norm import rms_norm, rms_norm_quantized
 
 
@@ -105,7 +106,8 @@ class LlamaForCausalLM:
         wide = [("q", q_out, heads), ("k", kv_out, kv_rows), ("v", kv_out, kv_rows)]
         matrices = [Part(f"{at}.self_attn.{x}_proj.weight", (out, hidden), rows) for x, out, rows in wide]
         biases = [Part(f"{at}.self_attn.{x}_proj.bias", (out,), rows) for x, out, rows in wide]
-        output = weights.matrix([Part(f"{at}.self_attn.o_proj.weight", (hidden, q_out), columns=heads)])
+        out = [Part(f"{at}.self_attn.o_proj.weight", (hidden, q_out), columns=heads)]
+        output = weights.matrix(out, at_once=a.residual_scale != 1.0)
         mlp = self._mlp(index, weights)
         rotation = self._none if index in a.no_rope_layers else self._local if a.window(index) else self._global
         return Layer(
@@ -279,7 +281,7 @@ def norm(
     x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(normalized, new residual); the first layer's residual is the embedding itself."""
-    if not x.is_cuda and weight.dtype == x.dtype:
+    if not on_card(x) and weight.dtype == x.dtype:
         total = x if residual is None else x + residual
         return F.rms_norm(total, weight.shape, weight, eps), total
     if residual is None:

@@ -55,6 +55,11 @@ class Part(NamedTuple):
 class Weights:
     """What a model asks for its parameters. Each lands once on the device, in the model's dtype."""
 
+    @property
+    def makes_dummies(self) -> bool:
+        """Whether random numbers take the place of a checkpoint's."""
+        return self._source is None
+
     def __init__(
         self, source: Source | None, device: torch.device, dtype: torch.dtype, quantization: Quantization = NONE
     ) -> None:
@@ -63,7 +68,7 @@ class Weights:
         self._asked: set[str] = set()
         self.device = device
         self.dtype = dtype
-        self._random = torch.Generator(device=device).manual_seed(0)
+        self._random = torch.Generator(device=device).manual_seed(0) if self.makes_dummies else None
         self._reader = Reader(device) if source is not None and device.type == "cuda" else None
 
     @property
@@ -83,18 +88,23 @@ class Weights:
 
     def fused(self, parts: Sequence[Part], *, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Parts of tensors, one below the other, as one parameter."""
-        out = self._empty((sum(part.part_shape[0] for part in parts), *parts[0].part_shape[1:]), dtype)
-        self._fill_rows(out, parts)
+        out = self._begin(parts, dtype)
         self._wait()
         return out
 
+    def _begin(self, parts: Sequence[Part], dtype: torch.dtype | None = None) -> torch.Tensor:
+        """As `fused`, but it may be filled later: with `_wait`, which `finish` does last."""
+        out = self._empty((sum(part.part_shape[0] for part in parts), *parts[0].part_shape[1:]), dtype)
+        self._fill_rows(out, parts)
+        return out
+
     def stacked(self, stack: Sequence[Sequence[Part]]) -> torch.Tensor:
-        """One `fused` parameter for each member of the stack (each expert), in a new first dimension."""
+        """One `fused` parameter for each member of the stack (each expert), in a new first dimension: filled when
+        `finish` returns."""
         rows = sum(part.part_shape[0] for part in stack[0])
         out = self._empty((len(stack), rows, *stack[0][0].part_shape[1:]), None)
         for member, parts in zip(out, stack, strict=True):
             self._fill_rows(member, parts)
-        self._wait()
         return out
 
     def scalar(self, name: str, default: float = 1.0) -> float:
@@ -105,12 +115,17 @@ class Weights:
         """Whether the checkpoint has this module's matrix, in whatever form."""
         return self._source is not None and any(name.startswith(f"{module}.") for name in self._source.names)
 
-    def matrix(self, parts: Sequence[Part]) -> Weight:
-        """Matrices [outputs, inputs], one below the other, as one; quantized as the checkpoint or the flag says."""
+    def matrix(self, parts: Sequence[Part], *, at_once: bool = False) -> Weight:
+        """Matrices [outputs, inputs], one below the other, as one; quantized as the checkpoint or the flag says.
+
+        One that is not quantized is filled when `finish` returns, so that many are read at a time; at_once: now.
+        """
         modules = [part.share.module for part in parts]
         forms = [self.quantization.form(module) for module in modules]
         if any(forms) and self._source is not None:
             return stack_rows([self._read(form, part) for form, part in zip(forms, parts, strict=True)])
+        if forms[0] is None and not self.quantization.quantizes(modules[0]) and not at_once:
+            return self._begin(parts)
         plain = self.fused(parts)
         if forms[0] is not None:
             return self._quantize(forms[0], plain, modules[0])
@@ -234,6 +249,7 @@ class Weights:
         if self._source is None:
             return
         if self._reader is not None:
+            self._reader.wait()
             self._reader.close()
         left = sorted(name for name in self._source.names - self._asked if not is_ignored(name))
         if left:

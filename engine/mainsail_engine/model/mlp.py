@@ -141,7 +141,7 @@ def _with_scale(matrix: ExpertMatrices) -> tuple[torch.Tensor, torch.Tensor | No
 def dense_mlp(a: Architecture, weights: Weights, at: str, parallel: Parallel) -> DenseMlp:
     size, hidden, ours = a.intermediate_size, a.hidden_size, parallel.part(a.intermediate_size)
     gate_up = [Part(f"{at}.{name}_proj.weight", (size, hidden), ours) for name in ("gate", "up")]
-    down = weights.matrix([Part(f"{at}.down_proj.weight", (hidden, size), columns=ours)])
+    down = weights.matrix([Part(f"{at}.down_proj.weight", (hidden, size), columns=ours)], at_once=a.residual_scale != 1)
     return DenseMlp(weights.matrix(gate_up), scaled(down, a.residual_scale), a.activation)
 
 

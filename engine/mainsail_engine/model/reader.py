@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 from pathlib import Path
 
@@ -31,7 +32,9 @@ class Reader:
     def __init__(self, device: torch.device) -> None:
         self._transfers = Transfers(device)
         self._files: dict[Path, int] = {}
+        self._lock = threading.Lock()
         self._num_bytes = 0
+        """Read so far."""
         self._started_s = self._told_s = time.monotonic()
 
     def read(self, span: Span, out: torch.Tensor) -> bool:
@@ -54,21 +57,23 @@ class Reader:
                 if count == 0:
                     raise OSError(f"{span.file} ends at byte {span.offset + offset + done}")
                 done += count
+            self._tell(len(view))
 
         self._transfers.fill(out.view(-1).view(torch.uint8), fill)
-        self._num_bytes += span.num_bytes
         return True
 
     def wait(self) -> None:
         """Until what was begun may be used. Raises OSError, also where a file ended too early."""
         self._transfers.wait()
-        self._tell()
 
-    def _tell(self) -> None:
-        now = time.monotonic()
-        if now >= self._told_s + EVERY_S:
-            self._told_s = now
-            log.info("weights: %s", self._progress(now))
+    def _tell(self, num_bytes: int) -> None:
+        """So many more were read, by one of the threads."""
+        with self._lock:
+            self._num_bytes += num_bytes
+            now = time.monotonic()
+            if now >= self._told_s + EVERY_S:
+                self._told_s = now
+                log.info("weights: %s", self._progress(now))
 
     def _progress(self, now: float) -> str:
         seconds, gigabytes = max(now - self._started_s, 1e-9), self._num_bytes / 1e9

@@ -244,18 +244,28 @@ class PaddedSteps:
     def _capture_all(self) -> None:
         started = time.perf_counter()
         before = torch.cuda.memory_reserved()
-        pool: tuple[int, int] | None = None
-        for shape in sorted(self._shapes, key=lambda s: (s.sampled, s.tokens), reverse=True):
-            self._blank(shape)
-            self._run(shape)  # compiles what is not compiled yet, outside the capture
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # NCCL's watchdog goes on
+        pool: tuple[tuple[int, int], ...] = ()
+        torch.cuda.synchronize()
+        with torch.cuda.stream(torch.cuda.Stream(self._newest.device)):
+            for shape in sorted(self._shapes, key=lambda s: (s.sampled, s.tokens), reverse=True):
+                self._blank(shape)
+                self._run(shape)  # compiles what is not compiled yet, outside the capture
+                graph = torch.cuda.CUDAGraph()  # not torch.cuda.graph, which gives cached memory back for each anew
+                graph.capture_begin(*pool, capture_error_mode="thread_local")  # NCCL's watchdog goes on
                 logits, tokens = self._run(shape)
-            pool = graph.pool()
-            self._graphs[shape] = (graph, logits, tokens)
+                graph.capture_end()
+                pool = (graph.pool(),)
+                self._graphs[shape] = (graph, logits, tokens)
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # of what ran outside the captures
         seconds, taken = time.perf_counter() - started, torch.cuda.memory_reserved() - before
         log.info("captured %d CUDA graphs in %.1f s, %d MiB", len(self._shapes), seconds, taken >> 20)
+
+    def run_all(self) -> None:
+        """Every shape once, with nothing but padding."""
+        for shape in self._shapes:
+            self._blank(shape)
+            self._run(shape)
 
     def _blank(self, shape: StepShape) -> None:
         """Nothing but padding."""

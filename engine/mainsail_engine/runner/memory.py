@@ -2,18 +2,20 @@
 
 CUDA: what `memory_utilization` of the card leaves after weights and a forward pass of the largest step. CPU: enough
 for every slot at full length, within a quarter of the memory that this process may still take (a container's
-limit counts).
+limit counts). Imports no torch until it asks a card.
 """
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from mainsail_engine.config import BLOCK_SIZE
 from mainsail_engine.errors import OutOfMemoryError
+
+if TYPE_CHECKING:
+    import torch
 
 _CPU_SHARE = _HOST_SHARE = 0.25
 _LIMIT_FILES = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -59,6 +61,8 @@ def offloading_bytes(asked_gib: float | None, *, pool_bytes: int, cuda: bool) ->
 
 def cuda_blocks(per_block: int, *, utilization: float, max_model_len: int, device: torch.device, set_aside: int) -> int:
     """Blocks for a CUDA pool, after the profiling pass has shown the peak of everything but `set_aside` bytes."""
+    import torch
+
     free, total = torch.cuda.mem_get_info(device)
     peak = torch.cuda.max_memory_allocated(device)
     others = total - free - torch.cuda.memory_reserved(device)

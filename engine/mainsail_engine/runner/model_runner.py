@@ -33,6 +33,7 @@ from mainsail_engine.runner.batch import BlockTables, StepArrays, build
 from mainsail_engine.runner.cuda_graphs import LARGEST_STEP, PaddedSteps, graph_bytes, step_rows
 from mainsail_engine.runner.device_memory import DeviceMemory
 from mainsail_engine.runner.sleep import move_tensors, to_device, to_host
+from mainsail_engine.runner.swap import HostMemory
 from mainsail_engine.runner.threads import multiplies_bfloat16, set_cpu_threads
 from mainsail_engine.runner.token_masks import MaskStaging, TokenMasks
 from mainsail_engine.runner.uploads import Downloads, Uploads
@@ -144,8 +145,14 @@ class ModelRunner:
     num_host_blocks = 0
     """Host memory is another's (runner/swap.py)."""
 
-    def __init__(self, config: EngineConfig, parallel: Parallel = SINGLE, mark: Mark = unmarked) -> None:
-        """Loads the weights and takes the KV pool. Raises StartupError's kinds."""
+    def __init__(
+        self, config: EngineConfig, parallel: Parallel = SINGLE, mark: Mark = unmarked,
+        await_kernels: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
+        """Loads the weights and takes the KV pool. Raises StartupError's kinds.
+
+        mark: told of each phase of the start; await_kernels: called before the first step.
+        """
         path = Path(config.model.path)
         self.architecture = read_architecture(path)
         self._parallel = parallel
@@ -155,14 +162,12 @@ class ModelRunner:
         quantization = read_quantization(path, config.model.quantization)
         self.kv_dtype = choose_kv_dtype(config.cache.dtype, quantization, self.dtype)
         check_device(quantization, self.kv_dtype, self.device)
-        self.max_model_len = _model_len(config.model.max_model_len, self.architecture)
+        self.max_model_len = model_len(config.model.max_model_len, self.architecture)
         self.eos_token_ids = self.architecture.eos_token_ids
         self.vocab_size = self.architecture.vocab_size
         self.budget = batched_tokens(config, self.device, self._longest_prompt())
-        guessing = config.speculative is not None and not self.architecture.bidirectional
-        self._guess_rows = config.speculative.max_step_rows if config.speculative and guessing else 0
-        slots = config.scheduler.max_num_seqs
-        self._decode_rows = max(slots, min(SPREAD_ROWS, self._guess_rows))
+        self._guess_rows = guess_rows(config, self.architecture)
+        self._decode_rows = decode_rows(config, self.architecture)
         if self.device.type == "cpu":
             set_cpu_threads(config.ranks_per_node)
         self.take_device()
@@ -179,6 +184,8 @@ class ModelRunner:
                 )  # fmt: skip
                 self._adapters = self._take_adapters(config.lora)
             mark("weights")
+            await_kernels()
+            mark("kernels")
             self._take_pool(config)
             mark("kv_pool")
         except torch.OutOfMemoryError as error:
@@ -229,14 +236,17 @@ class ModelRunner:
             raise RuntimeError("there are no slots for adapters")
         self._adapters.fill(slot, adapter)
 
-    def sleep(self) -> None:
+    def sleep(self, host: HostMemory | None = None) -> None:
         """Weights to the host, the KV pool's memory given back. Nothing may be launched until `wake_up`.
 
         Graphs and scratch stay where the device's memory can be taken again at the same addresses; else they go too.
+        host: the memory for KV blocks, which is empty now; weights lie in it until `wake_up`.
         """
         if self._memory:
-            self._memory.release()
+            self._memory.release(host.lend(self._memory.num_lasting_bytes) if host is not None else ())
             return
+        if host is not None:
+            host.lend(0)
         self._padded = self._workspace = None
         self.kv_cache = torch.empty(0, dtype=self.kv_dtype)
         if self.device.type == "cuda":
@@ -515,7 +525,17 @@ def batched_tokens(config: EngineConfig, device: torch.device, least: int = 0) -
     return budget
 
 
-def _model_len(asked: int | None, architecture: Architecture) -> int:
+def guess_rows(config: EngineConfig, architecture: Architecture) -> int:
+    """Rows of a step that may verify guesses."""
+    return 0 if config.speculative is None or architecture.bidirectional else config.speculative.max_step_rows
+
+
+def decode_rows(config: EngineConfig, architecture: Architecture) -> int:
+    """Rows that a step's decodes may have; with guesses, each of them may be one."""
+    return max(config.scheduler.max_num_seqs, min(SPREAD_ROWS, guess_rows(config, architecture)))
+
+
+def model_len(asked: int | None, architecture: Architecture) -> int:
     longest = architecture.max_position_embeddings
     if asked is not None and asked > longest:
         raise InvalidConfigurationError(f"--max-model-len {asked} is over the model's own limit of {longest} tokens")

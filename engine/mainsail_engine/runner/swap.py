@@ -9,16 +9,16 @@ carries whole runs of blocks. A store is read on the compute stream before anyth
 device block may be written at once. A load waits for the compute stream as it was when the load began, and for the
 stores before it; nothing waits for a load but the scheduler, which is told how many have arrived.
 
-On CUDA host memory is pinned, piece by piece, on a thread: that takes a while, and may be refused beyond a limit that
-nobody tells. Then it goes on with what it got, and says so. While the driver pins, no step can be launched, so pieces
-are small, their pages are there before, and between two pieces the thread rests for longer than one took. On the CPU
-both ends are ordinary memory, copies are made at once, and the rest is the same.
+On CUDA host memory is pinned, piece by piece: most of it at the very start (host_slabs.py), what is missing on a
+thread. That may be refused beyond a limit that nobody tells; then it goes on with what it got, and says so. While the
+driver pins, no step can be launched, so pieces are small, their pages are there before, and between two pieces the
+thread rests for longer than one took. On the CPU both ends are ordinary memory, copies are made at once, and the rest
+is the same.
 """
 
 from __future__ import annotations
 
 import logging
-import mmap
 import threading
 import time
 from collections import deque
@@ -30,13 +30,15 @@ from weakref import finalize
 import numpy as np
 import torch
 
+from mainsail_engine.host_slabs import SLAB_BYTES, HostSlabs
+from mainsail_engine.pages import as_tensor, touched_zeros, untouched_zeros
 from mainsail_engine.pinned import pin, unpin
 from mainsail_engine.step import BlockMove, PendingLogits, PendingStep, Runner, StepPlan, StepResult
 from mainsail_kernels.blocks import gather_blocks, scatter_blocks
 
 log = logging.getLogger(__name__)
-PIECE_BYTES = 8 << 20
-"""Host memory is taken in pieces of about this size: pinning one holds the driver for less than a step takes."""
+PIECE_BYTES = SLAB_BYTES
+"""Host memory is taken in pieces of this size, with as many blocks as fit."""
 PINNING_SHARE = 0.2
 """Of the time that pinning goes on, the share in which it holds the driver."""
 STAGING_BYTES = 64 << 20
@@ -47,34 +49,75 @@ class HostMemory:
     """Blocks of shape [num_layers, 2, num_kv_heads, block_size, head_dim] in pieces of host memory."""
 
     def __init__(
-        self, shape: Sequence[int], dtype: torch.dtype, num_bytes: int, *, device: torch.device | None = None
-    ) -> None:
-        """device: the CUDA device to pin for; None: ordinary memory."""
+        self, shape: Sequence[int], dtype: torch.dtype, num_bytes: int, *, device: torch.device | None = None,
+        early: HostSlabs | None = None,
+    ) -> None:  # fmt: skip
+        """device: the CUDA device to pin for; None: ordinary memory. early: what is pinned already."""
         self._shape, self._dtype, self._device = tuple(shape), dtype, device
         self._block_bytes = torch.Size(shape).numel() * dtype.itemsize
         self._per_piece = max(1, PIECE_BYTES // self._block_bytes)
-        self._wanted = num_bytes // self._block_bytes
+        self._wanted = num_bytes // PIECE_BYTES * self._per_piece + num_bytes % PIECE_BYTES // self._block_bytes
+        if self._block_bytes > PIECE_BYTES:
+            self._wanted = num_bytes // self._block_bytes
         self._pieces: list[torch.Tensor] = []
         self.num_blocks = 0
         """Grows while memory is being pinned."""
-        self._stop = threading.Event()
+        self._pinning = _Pinning()
         if device is not None:
-            thread = threading.Thread(target=self._take_all, name="pin-host-memory", daemon=True)
-            thread.start()
-            finalize(self, _end_pinning, self._stop, thread)
+            finalize(self, self._pinning.end)
             finalize(self, _give_back, self._pieces, device).atexit = False
-        else:
-            self._take_all()
+            self._use(early, device)
+        self._begin()
 
-    def _take_all(self) -> None:
+    def _use(self, early: HostSlabs | None, device: torch.device) -> None:
+        """What was pinned before the pool's size was known; what is too much of it is given back."""
+        if early is None:
+            return
+        fitting = self._wanted // self._per_piece if self._block_bytes <= SLAB_BYTES else 0
+        for slab in early.take(fitting):
+            self._add(as_tensor(slab)[: self._per_piece * self._block_bytes])
+        give_back_early(early, device)
+
+    def _add(self, piece: torch.Tensor) -> None:
+        blocks = len(piece) // self._block_bytes
+        self._pieces.append(piece.view(self._dtype).view(blocks, *self._shape))
+        self.num_blocks += blocks
+
+    def _begin(self) -> None:
+        """Take what is not there yet."""
+        if self._device is None:
+            self._take_all(threading.Event())
+        else:
+            self._pinning.begin(self._take_all)
+
+    def lend(self, num_bytes: int) -> list[torch.Tensor]:
+        """The memory itself, each piece as [n] uint8, for a sleep; what is beyond num_bytes is given back.
+
+        Whatever the blocks held is lost. `take_back` ends it.
+        """
+        self._pinning.end()
+        per_piece = self._per_piece * self._block_bytes
+        kept = -(-num_bytes // per_piece)
+        beyond = self._pieces[kept:]
+        del self._pieces[kept:]
+        self.num_blocks = sum(len(piece) for piece in self._pieces)
+        if beyond and self._device is not None:
+            _give_back(beyond, self._device)
+        return [piece.view(torch.uint8).view(-1) for piece in self._pieces]
+
+    def take_back(self) -> None:
+        """The lent memory is for blocks again; the rest is taken again as at the start."""
+        self._begin()
+
+    def _take_all(self, stop: threading.Event) -> None:
         """Piece by piece until there is enough, or no more to be had."""
         if self._device is not None:
             torch.cuda.set_device(self._device)  # this thread's
-        while self.num_blocks < self._wanted and not self._stop.is_set():
+        while self.num_blocks < self._wanted and not stop.is_set():
             blocks = min(self._per_piece, self._wanted - self.num_blocks)
             try:
-                piece = self._take(blocks)
-            except RuntimeError as error:
+                piece = self._take(blocks * self._block_bytes, stop)
+            except (RuntimeError, OSError) as error:
                 log.warning(
                     "host memory for KV: got %.1f GiB of the %.1f GiB asked for, and go on with that (%s)",
                     self.num_blocks * self._block_bytes / 2**30,
@@ -82,17 +125,17 @@ class HostMemory:
                     str(error).splitlines()[0],
                 )
                 return
-            self._pieces.append(piece)
-            self.num_blocks += blocks
+            self._add(piece)
 
-    def _take(self, blocks: int) -> torch.Tensor:
-        flat = torch.empty(blocks * self._block_bytes, dtype=torch.uint8)
-        if self._device is not None:
-            flat[:: mmap.PAGESIZE] = 0  # the pages are there before the driver is asked to keep them
-            started_s = time.monotonic()
-            pin(flat)
-            self._stop.wait((time.monotonic() - started_s) * (1 / PINNING_SHARE - 1))
-        return flat.view(self._dtype).view(blocks, *self._shape)
+    def _take(self, num_bytes: int, stop: threading.Event) -> torch.Tensor:
+        """[num_bytes] uint8."""
+        if self._device is None:
+            return untouched_zeros(num_bytes)
+        piece = touched_zeros(num_bytes)  # the pages are there before the driver is asked to keep them
+        started_s = time.monotonic()
+        pin(piece)
+        stop.wait((time.monotonic() - started_s) * (1 / PINNING_SHARE - 1))
+        return piece
 
     def runs(self, hosts: Sequence[int]) -> Iterator[tuple[int, int, torch.Tensor]]:
         """(first, stop, the host memory of hosts[first:stop]) for every run of neighbours."""
@@ -105,11 +148,29 @@ class HostMemory:
                 first = stop
 
 
-def _end_pinning(stop: threading.Event, pinning: threading.Thread) -> None:
-    """The memory is no longer wanted, or the process ends, which must find no thread in the driver."""
-    stop.set()
-    if pinning is not threading.current_thread():
-        pinning.join()
+class _Pinning:
+    """The thread that pins, if there is one."""
+
+    def __init__(self) -> None:
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def begin(self, work: Callable[[threading.Event], None]) -> None:
+        self._stop = stop = threading.Event()
+        self._thread = threading.Thread(target=work, args=(stop,), name="pin-host-memory", daemon=True)
+        self._thread.start()
+
+    def end(self) -> None:
+        """The memory is no longer wanted, or the process ends, which must find no thread in the driver."""
+        self._stop.set()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+
+
+def give_back_early(early: HostSlabs, device: torch.device) -> None:
+    """Those that nobody took."""
+    if left := early.left():
+        _give_back([as_tensor(slab) for slab in left], device)
 
 
 def _give_back(pieces: list[torch.Tensor], device: torch.device) -> None:
@@ -284,12 +345,21 @@ class SwappingRunner:
         return SwappingStep(self._swap, self._runner.launch(plan) if plan.chunks else None)
 
 
-def with_host_memory(runner: Runner, kv_cache: torch.Tensor, num_bytes: int) -> Runner:
-    """The runner with that much host memory for KV; itself for none."""
+def host_memory(kv_cache: torch.Tensor, num_bytes: int, early: HostSlabs | None = None) -> HostMemory | None:
+    """That much of it for blocks like those of kv_cache; None where not one fits. early: what is pinned already."""
     layers, _, *rest = kv_cache.shape
     shape = (layers, *rest)
     if num_bytes < max(torch.Size(shape).numel() * kv_cache.element_size(), 1):  # an encoder's blocks have no bytes
+        if early is not None:
+            give_back_early(early, kv_cache.device)
+        return None
+    cuda = kv_cache.device.type == "cuda"
+    return HostMemory(shape, kv_cache.dtype, num_bytes, device=kv_cache.device if cuda else None, early=early)
+
+
+def with_host_memory(runner: Runner, kv_cache: torch.Tensor, memory: HostMemory | None) -> Runner:
+    """The runner with that host memory for KV; itself for none."""
+    if memory is None:
         return runner
     cuda = kv_cache.device.type == "cuda"
-    memory = HostMemory(shape, kv_cache.dtype, num_bytes, device=kv_cache.device if cuda else None)
     return SwappingRunner(runner, CudaHostSwap(kv_cache, memory) if cuda else HostSwap(kv_cache, memory))

@@ -204,9 +204,10 @@ class Rank:
         self.runner = self._begin()
 
     def _begin(self) -> Runner:
-        from mainsail_engine.runner.swap import with_host_memory
+        from mainsail_engine.runner.swap import host_memory, with_host_memory
 
-        runner = with_host_memory(self._model_runner, self._model_runner.kv_cache, host_bytes(self._config))
+        kv_cache = self._model_runner.kv_cache
+        runner = with_host_memory(self._model_runner, kv_cache, host_memory(kv_cache, host_bytes(self._config)))
         self._progress.begin(runner)
         return runner
 

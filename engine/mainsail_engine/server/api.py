@@ -21,6 +21,7 @@ import uvicorn
 from mainsail_engine.cells import Cells
 from mainsail_engine.client import EngineClient
 from mainsail_engine.config import EngineConfig, ServerConfig
+from mainsail_engine.core_process import CoreProcess
 from mainsail_engine.errors import InvalidConfigurationError, StartupError
 from mainsail_engine.metrics import Metrics
 from mainsail_engine.protocol import FirstScheduled, Ready, StepOutputs
@@ -56,18 +57,13 @@ class HttpServer(uvicorn.Server):
 
 
 class ApiServer:
-    """process: this one's number; folder: where the processes of this server meet (None: the leader makes it)."""
+    """process: this one's number; core: the process that it owns, or the folder of its leader's."""
 
-    def __init__(self, engine: EngineConfig, server: ServerConfig, *, process: int, folder: Path | None) -> None:
+    def __init__(self, engine: EngineConfig, server: ServerConfig, core: CoreProcess | Path, *, process: int) -> None:
         self.engine, self.config, self.process = engine, server, process
         count = server.api_server_count
         self.client = EngineClient(
-            engine,
-            on_step=self._on_step,
-            on_first_scheduled=self._on_first_scheduled,
-            process=process,
-            num_processes=count,
-            folder=folder,
+            core, on_step=self._on_step, on_first_scheduled=self._on_first_scheduled, process=process
         )
         path = self.client.folder / "cells" if count > 1 else None
         self.board = Board(Cells(num_rows=count, row=process, path=path))

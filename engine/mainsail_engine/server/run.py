@@ -20,6 +20,7 @@ import uvloop
 
 from mainsail_engine.client import startup_error
 from mainsail_engine.config import EngineConfig, ServerConfig
+from mainsail_engine.core_process import CoreProcess
 from mainsail_engine.protocol import Ready
 from mainsail_engine.server.api import BACKLOG, ApiServer, bind
 from mainsail_engine.server.drain import Drain, unfinished
@@ -42,8 +43,9 @@ log = logging.getLogger(__name__)
 class Leader(ApiServer):
     """Owns the parts and their order of birth and death."""
 
-    def __init__(self, engine: EngineConfig, server: ServerConfig) -> None:
-        super().__init__(engine, server, process=0, folder=None)
+    def __init__(self, engine: EngineConfig, server: ServerConfig, core: CoreProcess) -> None:
+        super().__init__(engine, server, core, process=0)
+        self._core_started_s = core.started_s
         self._live_limit_s = server.live_limit_s or LIVE_LIMIT_CUDA_S
         self._workers = Workers(self.board)
         self._drain = Drain(
@@ -141,7 +143,7 @@ class Leader(ApiServer):
     def _start_phases(self, ready: Ready) -> dict[str, float]:
         """Seconds of each, from this process's start to now."""
         began_s = process_began_s()
-        phases = {"api": self.client.core_started_s - began_s, **ready.start}
+        phases = {"api": self._core_started_s - began_s, **ready.start}
         return phases | {"http": max(0.0, time.monotonic() - began_s - sum(phases.values()))}
 
     def _num_running(self) -> int:
@@ -170,9 +172,9 @@ def announce(line: str, ready: Ready, phases: Mapping[str, float]) -> None:
     print(f"{line} ({ready.device}, {ready.dtype}; {pool}; {took_s:.1f} s)", file=sys.stderr, flush=True)
 
 
-def run_server(engine: EngineConfig, server: ServerConfig) -> None:
-    """Blocks until the server has ended. Raises StartupError."""
+def run_server(engine: EngineConfig, server: ServerConfig, core: CoreProcess) -> None:
+    """Blocks until the server has ended, and the core with it. Raises StartupError."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(Leader(engine, server).run())
+        runner.run(Leader(engine, server, core).run())

@@ -37,7 +37,7 @@ class WorkerStart(msgspec.Struct, frozen=True, kw_only=True):
 
 class Worker(ApiServer):
     def __init__(self, start: WorkerStart) -> None:
-        super().__init__(start.engine, start.server, process=start.process, folder=Path(start.folder))
+        super().__init__(start.engine, start.server, Path(start.folder), process=start.process)
         self._told_to_end = asyncio.Event()
 
     async def run(self) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
 
 from mainsail_engine.runner import swap as swap_module
 from mainsail_engine.runner.memory import offloading_bytes
-from mainsail_engine.runner.swap import HostMemory, HostSwap, SwappingRunner, with_host_memory
+from mainsail_engine.runner.swap import HostMemory, HostSwap, SwappingRunner, host_memory, with_host_memory
 from mainsail_engine.step import BlockMove, Chunk, StepPlan, StepResult
 
 SHAPE = (3, 2, 2, 16, 8)
@@ -39,7 +40,7 @@ def make(device: str, num_blocks: int = 40, host_blocks: int = 50) -> tuple[torc
     layers, *rest = SHAPE
     cache = torch.randn((layers, num_blocks, *rest), device=device)
     runner = Runner(cache)
-    swapping = with_host_memory(runner, cache, host_blocks * BLOCK_BYTES)
+    swapping = with_host_memory(runner, cache, host_memory(cache, host_blocks * BLOCK_BYTES))
     assert isinstance(swapping, SwappingRunner)
     while swapping.num_host_blocks < host_blocks:
         pass
@@ -114,10 +115,10 @@ def test_neighbours_in_host_memory_are_one_run() -> None:
 
 def test_when_memory_is_refused_it_goes_on_with_what_it_got(monkeypatch, caplog) -> None:
     class Refusing(HostMemory):
-        def _take(self, blocks: int) -> torch.Tensor:
+        def _take(self, num_bytes: int, stop: threading.Event) -> torch.Tensor:
             if self.num_blocks >= 16:
                 raise RuntimeError("CUDA error: out of memory\nmore words")
-            return super()._take(blocks)
+            return super()._take(num_bytes, stop)
 
     memory = Refusing(SHAPE, torch.float32, 100 * BLOCK_BYTES)
     assert memory.num_blocks == 16
@@ -155,4 +156,35 @@ def test_how_much_host_memory() -> None:
 def test_without_host_memory_the_runner_is_itself() -> None:
     cache = torch.zeros((SHAPE[0], 4, *SHAPE[1:]))
     runner = Runner(cache)
-    assert with_host_memory(runner, cache, BLOCK_BYTES - 1) is runner
+    assert with_host_memory(runner, cache, host_memory(cache, BLOCK_BYTES - 1)) is runner
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_memory_that_was_lent_is_for_blocks_again(device: str) -> None:
+    cache = torch.randn((SHAPE[0], 40, *SHAPE[1:]), device=device)
+    memory = host_memory(cache, 50 * BLOCK_BYTES)
+    assert memory is not None
+    while memory.num_blocks < 50:
+        pass
+    lent = memory.lend(20 * BLOCK_BYTES)
+    assert [len(piece) for piece in lent] == [8 * BLOCK_BYTES] * 3, "as many pieces as that takes"
+    assert memory.num_blocks == 24
+    for piece in lent:
+        piece.fill_(255)
+    memory.take_back()
+    while memory.num_blocks < 50:
+        pass
+    runner = with_host_memory(Runner(cache), cache, memory)
+    before = cache.clone()
+    moves = [BlockMove(block, 49 - block) for block in range(20)]
+    runner.launch(StepPlan(stores=moves)).result()
+    cache[:, :20] = 0.0
+    runner.launch(StepPlan(loads=moves)).result()
+    assert torch.equal(cache, before)
+
+
+def test_more_is_lent_than_there_is() -> None:
+    memory = HostMemory(SHAPE, torch.float32, 20 * BLOCK_BYTES)
+    assert sum(len(piece) for piece in memory.lend(100 * BLOCK_BYTES)) == 20 * BLOCK_BYTES
+    memory.take_back()
+    assert memory.num_blocks == 20

@@ -1,0 +1,86 @@
+"""Pinned host memory, taken at the very start, while nobody needs CUDA's driver.
+
+    core      imports torch ··················▶ weights ··▶ KV pool ▶ graphs ▶ host memory for KV (runner/swap.py)
+    threads   touch slab ▶ slab ▶ slab …           (pages are taken by several threads, in large ones if there are some)
+    thread                         may pin └▶ pin ▶ pin ▶ pin … done    (the driver pins one at a time)
+
+Taken later, the same memory holds up running steps until all of it is there. Pinning waits until torch is imported,
+because it keeps this process from mapping memory, which that does all the time. Imports no torch itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+from mainsail_engine.pages import address_of, touched_pages
+
+log = logging.getLogger(__name__)
+SLAB_BYTES = 32 << 20
+"""Pinned in one call of the driver, which takes about 1 ms, and up to 13 on machines where it is slow."""
+THREADS = 4
+"""That touch pages."""
+
+Pin = Callable[[int, int], bool]
+"""(address, bytes): pinned. False: the driver refuses."""
+
+
+class HostSlabs:
+    """Memory in slabs that a thread pins, one after the other, until `take` wants them."""
+
+    def __init__(self, num_bytes: int, pin: Pin) -> None:
+        """As many whole slabs as num_bytes have room for, if they can be had."""
+        self.num_bytes = num_bytes
+        self._pin = pin
+        self._slabs: deque[mmap.mmap] = deque()
+        self._may_pin = threading.Event()
+        self._thread = threading.Thread(target=self._fill, args=(num_bytes // SLAB_BYTES,), name="pin-slabs")
+        self._thread.start()
+
+    def may_pin(self) -> None:
+        """From now on."""
+        self._may_pin.set()
+
+    def take(self, most: int) -> list[mmap.mmap]:
+        """So many slabs at most, pinned, once all are there; the caller unpins them."""
+        self._may_pin.set()
+        self._thread.join()
+        return [self._slabs.popleft() for _ in range(min(most, len(self._slabs)))]
+
+    def left(self) -> list[mmap.mmap]:
+        """Those that nobody took: pinned still."""
+        self._may_pin.set()
+        self._thread.join()
+        slabs, self._slabs = list(self._slabs), deque()
+        return slabs
+
+    def _fill(self, count: int) -> None:
+        seconds = 0.0
+        try:
+            for slab in touched_slabs(count):
+                self._may_pin.wait()
+                began_s = time.monotonic()
+                if not self._pin(address_of(slab), SLAB_BYTES):
+                    break
+                seconds += time.monotonic() - began_s
+                self._slabs.append(slab)
+        except OSError as error:
+            log.warning("host memory: %s", error)
+        log.info("host memory: %.1f GB pinned in %.1f s", len(self._slabs) * SLAB_BYTES / 1e9, seconds)
+
+
+def touched_slabs(count: int) -> Iterator[mmap.mmap]:
+    """One after the other, several of them touched at a time. Raises OSError where the system refuses."""
+    with ThreadPoolExecutor(THREADS, "touch-slabs") as pool:
+        running = [pool.submit(touched_pages, SLAB_BYTES) for _ in range(count)]
+        try:
+            for slab in running:
+                yield slab.result()
+        finally:
+            for slab in running:
+                slab.cancel()

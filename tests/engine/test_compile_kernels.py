@@ -1,0 +1,158 @@
+"""Kernels compiled without a card: all that a runner launches is known beforehand, and a launch then finds it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from mainsail_engine import compile_kernels
+from mainsail_engine.cli import build_parser, engine_config
+from mainsail_engine.compile_kernels import CARDS, card_named, mark_of
+from mainsail_engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from mainsail_engine.errors import InvalidConfigurationError
+
+MODELS = Path(__file__).parents[2] / "benchmarks/models"
+NOTED = """
+import json, sys
+import msgspec
+from mainsail_engine.compile_kernels import CARDS
+from mainsail_engine.config import EngineConfig
+from mainsail_engine.runner.dry_run import launches_of
+from mainsail_kernels._triton import Card
+
+card = Card(*msgspec.structs.astuple(CARDS["h200"]))
+names = {}
+for line in sys.stdin:
+    config = msgspec.json.decode(line, type=EngineConfig)
+    names[config.model.path] = [launch.name for launch in launches_of(config, card)]
+print(json.dumps(names))
+"""
+FOUND = """
+import json
+import torch, triton
+from mainsail_kernels._triton import Card
+from mainsail_kernels.ahead import compile_all, noted
+from mainsail_kernels.tokens import note, resolve
+
+def tensors(count):
+    return [torch.empty(17, dtype=torch.int64, device="meta") for _ in range(count)]
+
+with noted(Card("NVIDIA H200", 132, (9, 0))) as launches:
+    note(*tensors(3))
+    note(*tensors(3))
+done = compile_all(launches, jobs=2)
+hits = []
+triton.knobs.compilation.listener = lambda *, src, cache_hit, **_: hits.append((src.name, cache_hit))
+for launch in (note, resolve):
+    try:
+        launch(*tensors(3))
+    except AttributeError as error:  # there is no driver to launch it with
+        assert "_AbsentDriver" in str(error), error
+print(json.dumps([len(launches), done.failed, hits]))
+"""
+
+
+def run(script: str, *, orders: str = "", **environment: str) -> Any:
+    """In a process of its own, whose Triton never sees a card."""
+    unset = {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
+    ended = subprocess.run(
+        [sys.executable, "-c", script], input=orders, capture_output=True, text=True, timeout=120,
+        env={**os.environ, **unset, **environment}, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    assert "not all of it" not in ended.stderr, ended.stderr
+    return json.loads(ended.stdout)
+
+
+def config(model: str = "qwen3-0.6b", **settings: Any) -> EngineConfig:
+    return EngineConfig(model=ModelConfig(path=str(MODELS / model), load_format="dummy"), device="cuda", **settings)
+
+
+def test_what_is_launched_is_known_from_the_shapes() -> None:
+    orders = [config("gpt-oss-20b"), config("llama-3-8b", cache=CacheConfig(dtype="fp8"))]
+    lines = "\n".join(msgspec.json.encode(order).decode() for order in orders)
+    experts, dense = (Counter(names) for names in run(NOTED, orders=lines).values())
+    always = {"_decode_kernel", "_prefill_kernel", "_rope_write_kernel", "_rms_norm_kernel", "_argmax_kernel"}
+    asked = {"_draw_kernel", "_penalize_kernel", "_bitmask_kernel", "_stage_blocks_kernel", "_copy_blocks_kernel"}
+    for names in (dense, experts):
+        assert always | asked <= set(names)
+    assert {"_route_kernel", "_grouped_kernel"} <= set(experts)
+    assert "_route_kernel" not in dense
+    assert dense["_argmax_kernel"] == 1, "each variant once"
+
+
+def test_a_launch_finds_what_was_compiled_without_a_card(tmp_path: Path) -> None:
+    variants, failed, hits = run(FOUND, TRITON_CACHE_DIR=str(tmp_path))
+    assert (variants, failed) == (1, {})
+    assert hits == [["_note_kernel", True], ["_resolve_kernel", False]], "nobody had asked for the second"
+
+
+def test_the_mark_has_what_kernels_depend_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    plain = mark_of(config(), CARDS["h200"])
+    assert plain.parent == tmp_path
+    assert plain == mark_of(config(jump_forward=False), CARDS["h200"])
+    others = [
+        mark_of(config(), CARDS["a100"]),
+        mark_of(config("llama-3-8b"), CARDS["h200"]),
+        mark_of(config(scheduler=SchedulerConfig(max_num_seqs=64)), CARDS["h200"]),
+        mark_of(config(cache=CacheConfig(dtype="fp8")), CARDS["h200"]),
+    ]
+    assert len({plain, *others}) == 5
+
+
+def test_nothing_is_compiled_where_there_is_no_card_or_the_mark_is_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a process was started")
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(compile_kernels.subprocess, "Popen", refuse)
+    monkeypatch.setattr(compile_kernels, "installed_card", lambda: None)
+    compile_kernels.begin(config()).wait()
+    monkeypatch.setattr(compile_kernels, "installed_card", lambda: CARDS["h100"])
+    with pytest.raises(AssertionError, match="was started"):
+        compile_kernels.begin(config())
+    compile_kernels.leave_mark(mark_of(config(), CARDS["h100"]))
+    compile_kernels.begin(config()).wait()
+    compile_kernels.begin(msgspec.structs.replace(config(), device="cpu")).wait()
+
+
+def test_what_an_image_ships_is_linked_into_an_empty_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    shipped, cache = tmp_path / "shipped", tmp_path / "home" / "cache"
+    (shipped / "ABC").mkdir(parents=True)
+    (shipped / "ABC" / "kernel.cubin").write_bytes(b"code")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(shipped))
+    compile_kernels.leave_mark(mark_of(config(), CARDS["h100"]))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(cache))
+    monkeypatch.setenv("MAINSAIL_KERNELS", str(shipped))
+    monkeypatch.setattr(compile_kernels, "installed_card", lambda: CARDS["h100"])
+    monkeypatch.setattr(compile_kernels.subprocess, "Popen", None)
+    for _ in range(2):
+        compile_kernels.begin(config()).wait()
+    assert (cache / "ABC" / "kernel.cubin").read_bytes() == b"code"
+    assert len(list(cache.iterdir())) == 2
+    monkeypatch.setenv("MAINSAIL_KERNELS", str(tmp_path / "nothing"))
+    compile_kernels.begin(config()).wait()
+
+
+def test_a_card_that_nobody_knows_is_refused_with_those_that_are() -> None:
+    assert card_named("H200") == CARDS["h200"]
+    with pytest.raises(InvalidConfigurationError, match="no card named 'h300'; give one of h100, h200, a100"):
+        card_named("h300")
+
+
+def test_flags_mean_what_they_mean_to_serve() -> None:
+    flags = ["--model", "m", "--max-num-seqs", "64", "--kv-cache-dtype", "fp8"]
+    ahead = build_parser().parse_args(["compile-kernels", "--card", "h200", "--jobs", "3", *flags])
+    assert engine_config(ahead) == engine_config(build_parser().parse_args(["serve", *flags]))
+    assert (ahead.card, ahead.jobs) == ("h200", 3)
