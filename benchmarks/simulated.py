@@ -89,7 +89,8 @@ class SimulatedEngine:
         )
         self.cost: Cost = cost
         self.now = self.busy_s = 0.0
-        self.on_output, self.on_step = on_output, lambda plan: None
+        self.on_output = on_output
+        self.on_step: Callable[[StepPlan], object] = lambda plan: None
         self.prefilled = self.decoded = 0
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
         self._num_timers = 0

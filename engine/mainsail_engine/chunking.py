@@ -28,10 +28,11 @@ MEMORY = 300
 """Steps of either kind that the fit remembers, fading."""
 RECENT = 16
 """Steps with prefill whose largest chunk bounds the next one."""
-SPREAD_ROWS = 256
-"""Rows of a step up to which its linears cost little more than reading the weights (180 to 250 on Hopper)."""
-SPREAD_STEPS = 4
-"""A backlog of prompts is spread over at least so many steps while requests decode."""
+SPREAD_ROWS = 512
+"""Rows of a step with prompts, if there is work for so many: with fewer each costs more (an 8B model on an H200: 44 µs
+at 256 rows, 31 at 512), with more little less (26 at 1,024)."""
+SPREAD_STEPS = 32
+"""A backlog of prompts is spread over at most so many steps while requests decode."""
 STEP_ROWS = (64, 128, 192, 256, 320, 384, 512, 640, 768, 896, 1024, 1152, 1280, 1408, 1536)
 """What small mixed steps are padded to on CUDA (runner/cuda_graphs.py). Not to 448 rows, which took longer than 512 on
 an H200 (19.0 against 15.7 ms with 60 decodes of an 8B model: cuBLAS)."""
@@ -67,8 +68,9 @@ def attention_pairs(start: int, num_tokens: int) -> int:
 def spread(backlog: int, num_decodes: int) -> int:
     """Prefill tokens for the next step, when `backlog` of them wait and so many requests decode.
 
-    Beside a few decodes, prefill tokens are nearly free: the weights are read anyway. So a lone prompt goes along with
-    some steps of the decodes rather than holding them all up in one; a long backlog is worked off at full chunks.
+    A lone prompt goes along with some steps of the decodes rather than holding them all up in one; a long backlog is
+    worked off at full chunks. Between the two a steady flow of prompts finds steps that are all alike, instead of some
+    that compute prompts and many that wait for the weights.
     """
     return max(SPREAD_ROWS - num_decodes, SPREAD_ROWS // 2, -(-backlog // SPREAD_STEPS))
 

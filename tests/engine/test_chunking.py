@@ -156,8 +156,10 @@ def test_without_a_target_a_step_takes_the_whole_budget():
     assert max(plan.num_tokens for plan in plans) == 8192
 
 
-@pytest.mark.parametrize(("backlog", "decodes", "expected"), [(0, 8, 248), (1000, 8, 250), (1000, 250, 250),
-                                                              (100, 250, 128), (30_000, 64, 7500)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("backlog", "decodes", "expected"),
+    [(0, 8, 504), (1000, 8, 504), (1000, 300, 256), (9000, 250, 282), (9000, 8, 504), (64_000, 64, 2000)],
+)
 def test_a_small_backlog_is_spread_and_a_long_one_is_not(backlog, decodes, expected):
     assert spread(backlog, decodes) == expected
 
