@@ -76,3 +76,21 @@ def e4m3_pairs(pairs, PTX: tl.constexpr):
         lower = (((word << 7) & 0x3F80) | ((word << 8) & 0x8000)).to(tl.int16).to(tl.float16, bitcast=True)
         upper = (((word >> 1) & 0x3F80) | (word & 0x8000)).to(tl.int16).to(tl.float16, bitcast=True)
     return lower, upper
+
+
+@triton.jit
+def e4m3_words(words, PTX: tl.constexpr):
+    """The four e4m3 numbers of each word as float32, the lowest first."""
+    if PTX:
+        a, b, c, d = tl.inline_asm_elementwise(
+            """{ .reg .b16 l, h, p, q; .reg .b32 m; mov.b32 {l, h}, $4;
+            cvt.rn.f16x2.e4m3x2 m, l; mov.b32 {p, q}, m; cvt.f32.f16 $0, p; cvt.f32.f16 $1, q;
+            cvt.rn.f16x2.e4m3x2 m, h; mov.b32 {p, q}, m; cvt.f32.f16 $2, p; cvt.f32.f16 $3, q; }""",
+            "=&f,=&f,=&f,=f,r", [words], dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        a = (words & 255).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float32)
+        b = ((words >> 8) & 255).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float32)
+        c = ((words >> 16) & 255).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float32)
+        d = ((words >> 24) & 255).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float32)
+    return a, b, c, d

@@ -1,7 +1,7 @@
 """Tuned launch configurations, as data: what `benchmarks/kernels.py --tune` found, by card, with the versions.
 
-The entries for Hopper (cards named "NVIDIA H…") were found with torch 2.11.0 and Triton 3.6.0, CUDA 13.0: attention and
-codes of 4 bits on an H200, linears (dependent launches, the inputs' split) on an H100.
+The entries for Hopper (cards named "NVIDIA H…") were found with torch 2.11.0 and Triton 3.6.0, CUDA 13.0: attention,
+codes of 4 bits and single rows of FP8 on an H200, other linears (dependent launches, the inputs' split) on an H100.
 A card without a table gets the defaults, which are safe everywhere (shared memory of 100 KiB is enough for them).
 `override` replaces a choice for a block of code: the tuning script's way to try a configuration.
 """
@@ -170,15 +170,16 @@ def fp8_config(
     if INTERPRETED:
         return QuantizedConfig(16, 64, 4, 1, split=1 if gated else 3, block_rows=16)
     if rows == 1:
-        return QuantizedConfig(4, 1024, 4, 2) if gated else QuantizedConfig(8, 1024, 4, 2)
+        return QuantizedConfig(4, 1024, 4, 4) if gated else QuantizedConfig(4, 2048, 4, 2)
     split = 1 if gated else _split(-(-num_out // 64), multiprocessors(device))
     if gated and rows > 32:
         return None
-    if rows <= 128 and card_name(device).startswith("NVIDIA H"):
-        return QuantizedConfig(64, 256, 4, 3 if gated else 4, split=split)
+    even = num_out % 16 == 0 and num_in % 16 == 0  # which torch._scaled_mm insists on
+    many = num_out >= 16384 and not gated  # outputs that fill the card whatever their tiles
+    if rows <= 128 and card_name(device).startswith("NVIDIA H") and not (rows > 64 and many and even and not blocks):
+        return QuantizedConfig(64, 256, 4, 3 if gated or many else 4, split=split)
     if rows <= 64:
         return QuantizedConfig(64, 128, 4, 3, split=split)
-    even = num_out % 16 == 0 and num_in % 16 == 0  # which torch._scaled_mm insists on
     return None if even and not blocks else QuantizedConfig(128, 128, 8, 3)
 
 
@@ -206,3 +207,11 @@ def nibbles_config(device: torch.device, rows: int, num_out: int) -> QuantizedCo
         return QuantizedConfig(16, 16, 4, 1, split=3, block_rows=16)
     split = _split(-(-num_out // 64), 2 * multiprocessors(device))
     return QuantizedConfig(64, 32, 4, 3, split, block_rows=32)
+
+
+def row_groups_config() -> QuantizedConfig:
+    """For one row and codes of 4 bits whose groups have a scale and an integer; block_in: words."""
+    chosen = _override.get(QuantizedConfig)
+    if isinstance(chosen, QuantizedConfig):
+        return chosen
+    return QuantizedConfig(16, 16, 4, 1) if INTERPRETED else QuantizedConfig(8, 512, 4, 1)

@@ -68,6 +68,7 @@ def fp8_weight(num_out, num_in, device):
 @pytest.mark.parametrize(("split", "with_bias"), [(1, True), (3, False)])
 @pytest.mark.parametrize(("num_out", "num_in"), [(33, 80), (5, 128)])
 def test_fp8_linear(rows, split, num_out, num_in, with_bias, device, dtype):
+    dtype = torch.bfloat16 if rows == 1 and with_bias else dtype  # a row of bfloat16 is read by four
     x = torch.randn(rows, num_in).to(device, dtype)
     weight, scale = fp8_weight(num_out, num_in, device)
     bias = torch.randn(num_out).to(device, dtype) if with_bias else None
@@ -159,8 +160,8 @@ def test_dequantized_bit_for_bit(kind, bits, device):
 @pytest.mark.parametrize(
     ("kind", "bits", "group", "num_out", "num_in"),
     [
-        *((kind, 4, 32, 33, 192) for kind in KINDS), ("zeros", 4, 128, 5, 512), ("symmetric", 8, 32, 20, 96),
-        ("super", 8, 16, 20, 96),
+        *((kind, 4, 32, 33, 192) for kind in KINDS), ("zeros", 4, 128, 5, 512), ("symmetric", 4, 64, 33, 192),
+        ("symmetric", 8, 32, 20, 96), ("super", 8, 16, 20, 96),
     ],
 )  # fmt: skip
 def test_grouped_linear(rows, halves, kind, bits, group, num_out, num_in, close, device, dtype):
