@@ -29,6 +29,8 @@ __all__ = [
     "load_tile",
     "mbarrier",
     "reshaped",
+    "wait_for_inputs",
+    "wait_for_kernel_before",
 ]
 
 
@@ -65,6 +67,23 @@ RENAMED = gl.constexpr(AVAILABLE and hasattr(gl.shared_memory_descriptor, "reint
 def reshaped(tiles, SHAPE: gl.constexpr, SHARED: gl.constexpr):
     """The same shared memory in another shape and layout."""
     return tiles.reinterpret(tiles.dtype, SHAPE, SHARED) if RENAMED else tiles._reinterpret(tiles.dtype, SHAPE, SHARED)
+
+
+@gluon.jit
+def wait_for_kernel_before(DEPENDENT: gl.constexpr):
+    """From here on its results may be read."""
+    if DEPENDENT:
+        gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def wait_for_inputs(DEPENDENT: gl.constexpr):
+    """As _triton's: the same, and the next kernel's programs may start."""
+    if DEPENDENT:
+        wait_for_kernel_before(DEPENDENT)
+        gl.inline_asm_elementwise(
+            "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+        )
 
 
 def is_hopper(device: torch.device) -> bool:

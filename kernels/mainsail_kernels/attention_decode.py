@@ -11,13 +11,15 @@ and there are few idle programs. Program w finds its sequence from a running sum
 A sequence of one chunk is written at once. Otherwise each program leaves its unnormalized sum, maximum and weight in
 the workspace, and the last to arrive (a counter per sequence and head, which it sets back to zero) combines them: one
 launch a layer. All query heads of a KV head ride in one tile (GQA packing). Rows of length 0 are padding: zeros.
+
+On Hopper attention_decode_hopper computes the same with a kernel of its own, in the same workspace.
 """
 
 from dataclasses import dataclass
 
 import torch
 
-from mainsail_kernels import reference
+from mainsail_kernels import attention_decode_hopper, reference
 from mainsail_kernels._attention import beside_cache, check_attention, scaled_scores, sink_weight
 from mainsail_kernels._fp8 import e4m3_pairs
 from mainsail_kernels._triton import (
@@ -257,7 +259,7 @@ def decode_workspace(
 ) -> DecodeWorkspace:
     """A workspace for batches of up to num_seqs rows. Captured graphs keep its address: hold on to it."""
     chunks = max(_target(device, head_dim, num_kv_heads, rows) for rows in (1, num_seqs)) + num_seqs
-    items = chunks * num_heads
+    items = max(chunks * num_heads, 2 * multiprocessors(device) * (num_heads // num_kv_heads))
     return DecodeWorkspace(
         partial=torch.empty(items * head_dim, dtype=torch.float32, device=device),
         stats=torch.empty(items * 2, dtype=torch.float32, device=device),
@@ -283,13 +285,16 @@ def paged_attention_decode(
     sinks: torch.Tensor | None = None,
     workspace: DecodeWorkspace | None = None,
     out: torch.Tensor | None = None,
+    padded: bool = False,
 ) -> torch.Tensor:
     """Attention of one query per sequence to its whole context (with a window w: to its newest w tokens).
 
     query [num_seqs, num_heads, head_dim]; kv [num_blocks, 2, num_kv_heads, block_size, head_dim]; block_tables
     [num_seqs, max_blocks] int32; seq_lens [num_seqs] int32, the current token included, 0 for a padding row (which
     gets zeros); sinks [num_heads], a score of each head that takes part in the softmax only. Without a workspace one is
-    allocated: pass one in a serving loop. Returns out, like query.
+    allocated: pass one in a serving loop. padded: many rows may be padding, so choose a kernel that they cost nothing.
+    Of positions that the kernel before may still be writing there are at most 64, at the end of a sequence.
+    Returns out, like query.
     Raises ValueError when shapes or types do not fit.
     """
     check_attention(query, kv, block_tables, seq_lens, scale, soft_cap, sinks)
@@ -304,7 +309,7 @@ def paged_attention_decode(
     if query.shape[0]:
         if workspace is None:
             workspace = decode_workspace(query.shape[0], query.shape[1], kv.shape[2], query.shape[2], query.device)
-        _launch(query, kv, block_tables, seq_lens, scale, sliding_window, soft_cap, sinks, workspace, out)
+        _launch(query, kv, block_tables, seq_lens, scale, sliding_window, soft_cap, sinks, workspace, out, padded)
     return out
 
 
@@ -319,12 +324,18 @@ def _launch(
     sinks: torch.Tensor | None,
     workspace: DecodeWorkspace,
     out: torch.Tensor,
+    padded: bool,
 ) -> None:
     num_seqs, num_heads, head_dim = query.shape
     num_kv_heads = kv.shape[2]
     group = num_heads // num_kv_heads
     fp8 = kv.dtype == FP8
-    config = decode_config(query.device, head_dim, num_seqs, fp8=fp8)
+    config = decode_config(query.device, head_dim, num_seqs, fp8=fp8, padded=padded)
+    if config.specialized and attention_decode_hopper.applies(query, kv, window, soft_cap, sinks):
+        attention_decode_hopper.launch(
+            query, kv, block_tables, seq_lens, scale, workspace.partial, workspace.stats, workspace.counters, out
+        )
+        return
     target = _target(query.device, head_dim, num_kv_heads, num_seqs, fp8=fp8)
     items = (target + num_seqs) * num_heads
     enough = workspace.partial.numel() >= items * head_dim and workspace.counters.numel() >= num_seqs * num_kv_heads

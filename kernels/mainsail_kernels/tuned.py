@@ -36,6 +36,8 @@ class DecodeConfig:
     stages: int
     programs_per_sm: int
     least_tiles: int = 4
+    specialized: bool = False
+    """attention_decode_hopper's kernel, which has a tile of its own, wherever it applies."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +100,10 @@ def prefill_config(device: torch.device, head_dim: int, rows: int) -> PrefillCon
     return PrefillConfig(128, 128, 8, 3, specialized) if rows > 4096 else PrefillConfig(64, 64, 4, 2, specialized)
 
 
-def decode_config(device: torch.device, head_dim: int, num_seqs: int, *, fp8: bool = False) -> DecodeConfig:
-    """For one query for each of num_seqs sequences; fp8: the cache's numbers."""
+def decode_config(
+    device: torch.device, head_dim: int, num_seqs: int, *, fp8: bool = False, padded: bool = False
+) -> DecodeConfig:
+    """For one query for each of num_seqs sequences; fp8: the cache's numbers; padded: many of them may be none."""
     chosen = _override.get(DecodeConfig)
     if isinstance(chosen, DecodeConfig):
         return chosen
@@ -112,7 +116,9 @@ def decode_config(device: torch.device, head_dim: int, num_seqs: int, *, fp8: bo
         return DecodeConfig(32, 4, 2, 4)
     if num_seqs <= 2:
         return DecodeConfig(64, 4, 3, 4, 1)
-    return DecodeConfig(128, 4, 2, 3, 1) if fp8 and num_seqs > 96 else DecodeConfig(64, 4, 3, 4, 2)
+    if fp8 and num_seqs > 96:
+        return DecodeConfig(128, 4, 2, 3, 1)
+    return DecodeConfig(64, 4, 3, 4, 2, specialized=padded or num_seqs <= 64)
 
 
 def linear_config(

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from mainsail_kernels import attention_hopper, reference
+from mainsail_kernels import attention_decode_hopper, attention_hopper, reference
 from mainsail_kernels.attention_decode import decode_workspace, paged_attention_decode
 from mainsail_kernels.attention_prefill import paged_attention_prefill
 from mainsail_kernels.tuned import PrefillConfig, override
@@ -68,6 +68,30 @@ def test_decode(heads, kv_heads, dim, window, soft_cap, paged, close, device, dt
     truth = reference.paged_attention_decode(query.double(), batch.wide(), batch.tables, batch.lens, 0.1, **options)
     close(out, truth)
     assert not out[batch.lens == 0].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(32, 8, 128), (16, 2, 64), (5, 5, 128)])
+def test_decode_by_programs_of_equal_shares(heads, kv_heads, dim, paged, close, device, dtype):
+    """One program for all; more programs than tiles; pairs that many share; padding; a workspace used again."""
+    workspace = decode_workspace(300, heads, kv_heads, dim, device)
+    for seed, lens in enumerate(
+        [[1], [0, 0], [4000], [129, 0, 128, 127, 1, 16, 900], [300] * 41, [1, 5000] * 9, [70] * 300]
+    ):
+        batch = paged(lens, kv_heads, dim, seed=seed)
+        query = torch.randn(len(lens), heads, dim).to(device, dtype)
+        if not attention_decode_hopper.applies(query, batch.kv, 0, 0.0, None):
+            pytest.skip("for Hopper")
+        truth = reference.paged_attention_decode(query.double(), batch.wide(), batch.tables, batch.lens, 0.1)
+        for programs in (0, 1, 7):
+            out = torch.full_like(query, float("nan"))
+            attention_decode_hopper.launch(
+                query, batch.kv, batch.tables, batch.lens, 0.1, workspace.partial, workspace.stats, workspace.counters,
+                out, programs,
+            )  # fmt: skip
+            close(out, truth)
+            assert not out[batch.lens == 0].any()
+            assert not workspace.counters.any()
 
 
 def test_decode_workspace_serves_call_after_call(paged, close, device, dtype):

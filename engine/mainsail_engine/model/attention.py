@@ -109,6 +109,7 @@ class Attention:
         paged_attention_decode(
             query, kv, self.block_tables[:n], self.seq_lens[:n], scale,
             sliding_window=window, soft_cap=soft_cap, sinks=sinks, workspace=self.workspace, out=out,
+            padded=len(self.seq_lens) > n,
         )  # fmt: skip
 
     def _prefill(
