@@ -52,7 +52,7 @@ def make_checkpoint(folder: Path) -> Path:
         filled = {name: tensor.normal_(0, 0.02).cpu() for name, tensor in tensors.items()}
         save_file(filled, folder / file_name(part))
 
-    with ThreadPoolExecutor(FILES) as pool:
+    with ThreadPoolExecutor(FILES // 2) as pool:
         list(pool.map(write, range(FILES)))
     index = {name: file_name(part) for part, names in enumerate(parts) for name in names}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
