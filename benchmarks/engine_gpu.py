@@ -25,7 +25,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -221,12 +221,10 @@ def sleep_rows(load: Load) -> Iterator[tuple[str, float]]:
 
 def rows(
     load: Load, name: str, architecture: Architecture, wanted: set[str], bandwidth: float, widths: Widths,
-    batches: list[int], peer: dict[str, Any], rounds: int,
-) -> list[dict[str, Any]]:  # fmt: skip
-    table: list[dict[str, Any]] = []
-
+    batches: list[int], peer: dict[str, Any], rounds: int, keep: Callable[[dict[str, Any]], None],
+) -> None:  # fmt: skip
     def note(row: str, unit: str, ours: float, floor: float | None, theirs: float | None) -> None:
-        table.append({"row": row, "unit": unit, "ours": ours, "floor": floor, "peer": theirs})
+        keep({"row": row, "unit": unit, "ours": ours, "floor": floor, "peer": theirs})
         over = f"{ours / floor:5.2f} x floor {floor:6.2f}" if floor else ""
         print(f"{name} {row:24} {ours:10.2f} {unit:8} {over}   peer {theirs}", flush=True)
 
@@ -261,7 +259,6 @@ def rows(
     if "sleep" in wanted:
         for name_of, seconds in sleep_rows(load):
             note(name_of, "s", seconds, None, None)
-    return table
 
 
 def engine_config(args: argparse.Namespace, *, prefix_caching: bool = False) -> EngineConfig:
@@ -340,20 +337,26 @@ def main() -> None:
     widths = Widths(weight, 1.0 if args.kv_cache_dtype == "fp8" else 2.0, experts)
     named = args.model if args.quantization == "auto" else f"{args.model} {args.quantization}"
     peer = PEER.get(named, {"step_ms": {}, "prefill": None, "mixed": None, "long": None})
-    table = rows(
+    result: dict[str, Any] = {
+        "card": torch.cuda.get_device_name(), "torch": torch.__version__, "model": args.model,
+        "quantization": args.quantization, "kv_cache_dtype": args.kv_cache_dtype, "commit": args.commit,
+        "command": " ".join(["python", *sys.argv]), "max_num_seqs": args.max_num_seqs,
+        "graphs": config.cuda_graphs, "overlap": config.overlap, "start_s": round(start_s, 1),
+        "copy_GB_per_s": round(bandwidth / 1e9), "rows": [],
+    }  # fmt: skip
+
+    def keep(row: dict[str, Any]) -> None:
+        """Write what there is so far: a run that is cut short has brought something."""
+        result["rows"].append(row)
+        result["card_GiB_in_use"] = round(in_use_gib(), 2)
+        if args.output:
+            args.output.write_text(json.dumps(result, indent=2) + "\n")
+
+    rows(
         load, named, read_architecture(Path(config.model.path)), set(args.rows.split(",")), bandwidth, widths,
-        [int(batch) for batch in args.batches.split(",")], peer, args.rounds,
+        [int(batch) for batch in args.batches.split(",")], peer, args.rounds, keep,
     )  # fmt: skip
     print(f"{named}: {in_use_gib():.2f} GiB of the card in use", flush=True)
-    if args.output:
-        result = {
-            "card": torch.cuda.get_device_name(), "torch": torch.__version__, "model": args.model,
-            "quantization": args.quantization, "kv_cache_dtype": args.kv_cache_dtype, "commit": args.commit,
-            "command": " ".join(["python", *sys.argv]), "max_num_seqs": args.max_num_seqs,
-            "graphs": config.cuda_graphs, "overlap": config.overlap, "start_s": round(start_s, 1),
-            "copy_GB_per_s": round(bandwidth / 1e9), "rows": table, "card_GiB_in_use": round(in_use_gib(), 2),
-        }  # fmt: skip
-        args.output.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":
