@@ -10,6 +10,7 @@ because it keeps this process from mapping memory, which that does all the time.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import mmap
 import threading
@@ -38,9 +39,12 @@ class HostSlabs:
         self.num_bytes = num_bytes
         self._pin = pin
         self._slabs: deque[mmap.mmap] = deque()
-        self._may_pin = threading.Event()
-        self._thread = threading.Thread(target=self._fill, args=(num_bytes // SLAB_BYTES,), name="pin-slabs")
+        self._may_pin, self._ended = threading.Event(), threading.Event()
+        self._thread = threading.Thread(
+            target=self._fill, args=(num_bytes // SLAB_BYTES,), name="pin-slabs", daemon=True
+        )
         self._thread.start()
+        atexit.register(self._end)
 
     def may_pin(self) -> None:
         """From now on."""
@@ -56,8 +60,15 @@ class HostSlabs:
         """Those that nobody took: pinned still."""
         self._may_pin.set()
         self._thread.join()
+        atexit.unregister(self._end)
         slabs, self._slabs = list(self._slabs), deque()
         return slabs
+
+    def _end(self) -> None:
+        """The process ends, perhaps before anybody asked; it must find no thread in the driver."""
+        self._ended.set()
+        self._may_pin.set()
+        self._thread.join()
 
     def _fill(self, count: int) -> None:
         seconds = 0.0
@@ -65,7 +76,7 @@ class HostSlabs:
             for slab in touched_slabs(count):
                 self._may_pin.wait()
                 began_s = time.monotonic()
-                if not self._pin(address_of(slab), SLAB_BYTES):
+                if self._ended.is_set() or not self._pin(address_of(slab), SLAB_BYTES):
                     break
                 seconds += time.monotonic() - began_s
                 self._slabs.append(slab)

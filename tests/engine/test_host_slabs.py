@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import torch
 
 from mainsail_engine.host_slabs import SLAB_BYTES, HostSlabs
@@ -29,6 +32,16 @@ def test_what_the_driver_refuses_is_not_there() -> None:
     slabs = HostSlabs(5 * SLAB_BYTES, pin)
     assert len(slabs.take(5)) == 2
     assert len(pinned) == 3, "it was asked once more, and no further"
+
+
+def test_a_process_that_ends_before_it_may_pin_ends() -> None:
+    script = """
+from mainsail_engine.host_slabs import SLAB_BYTES, HostSlabs
+slabs = HostSlabs(2 * SLAB_BYTES, lambda address, size: print("pinned"))
+print("the end")
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30, check=False)
+    assert (ended.returncode, ended.stdout) == (0, "the end\n")
 
 
 def test_blocks_lie_in_slabs_as_many_as_fit() -> None:
