@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import logging
 import os
 import queue
@@ -41,6 +42,7 @@ import zmq
 
 from mainsail_engine import compile_kernels, cuda_driver
 from mainsail_engine.child import take_orders
+from mainsail_engine.collector import settle
 from mainsail_engine.config import BLOCK_SIZE, EngineConfig
 from mainsail_engine.errors import RequestError, StartupError
 from mainsail_engine.protocol import (
@@ -768,7 +770,7 @@ def import_engine() -> None:
     neither now nor between two steps."""
     gc.disable()
     try:
-        pass  # pyright: ignore[reportUnusedImport]
+        importlib.import_module("mainsail_engine.runner.model_runner")
     finally:
         gc.freeze()
         gc.enable()
@@ -803,6 +805,7 @@ def main() -> None:
     try:
         core, ready = build(start.config, lambda message: _die(mailbox, Failed("RankLost", message)), timeline)
         mailbox.compiler = core.compiler
+        settle()
         mailbox.send(ready)
         run_loop(core, mailbox)
     except BaseException as error:

@@ -19,6 +19,7 @@ import msgspec
 import uvloop
 
 from mainsail_engine.client import startup_error
+from mainsail_engine.collector import settle
 from mainsail_engine.config import EngineConfig, ServerConfig
 from mainsail_engine.core_process import CoreProcess
 from mainsail_engine.protocol import Ready
@@ -119,6 +120,7 @@ class Leader(ApiServer):
         phases = self._start_phases(serving.ready)
         serving.metrics.started(phases)
         log.info("%s", in_words(phases))
+        settle()
         announce(f"ready: http://{host}:{port}/v1 serves {', '.join(serving.model_names)}", serving.ready, phases)
         died = asyncio.create_task(self.client.died.wait())
         drained = asyncio.create_task(self._drain.wait())

@@ -17,6 +17,7 @@ from pathlib import Path
 import msgspec
 import uvloop
 
+from mainsail_engine.collector import settle
 from mainsail_engine.config import EngineConfig, ServerConfig
 from mainsail_engine.server.api import ApiServer, join_port
 from mainsail_engine.server.drain import unfinished
@@ -49,6 +50,7 @@ class Worker(ApiServer):
         listener = join_port(self.config.host, self.config.port)
         serve = asyncio.create_task(http.serve(sockets=[listener]))
         lag = asyncio.create_task(self.watch_loop_lag())
+        settle()
         self.board.set("serving", 1)
         try:
             await self._told_to_end.wait()
