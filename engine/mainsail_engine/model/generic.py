@@ -15,8 +15,10 @@ tokens with transformers' own attention and with ours, and must come to the same
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import logging
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,16 +26,21 @@ import torch
 import torch.nn.functional as F
 
 from mainsail_engine.config import BLOCK_SIZE
-from mainsail_engine.errors import MissingTensorError
+from mainsail_engine.errors import MissingTensorError, StartupError
 from mainsail_engine.model.architecture import Architecture, refuse
 from mainsail_engine.model.attention import Attention
 from mainsail_engine.model.parallel import SINGLE, Parallel
 from mainsail_engine.model.rotary import no_rotation
 
+log = logging.getLogger(__name__)
 INTERFACE = "mainsail"
 _PLAIN_LAYERS = {"full_attention", "sliding_attention", "attention"}
-_HARMLESS = {"dropout", "position_ids", "use_cache", "cache_position"}
-_COMPARED_TOKENS = 40
+_HARMLESS = {
+    "dropout", "position_ids", "use_cache", "cache_position",
+    "output_attentions", "output_hidden_states", "output_router_logits",
+}  # fmt: skip
+_COMPARED_TOKENS, _COMPARED_WINDOW = 40, 12
+"""Most rows of the comparison are past the window."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +51,8 @@ class Geometry:
     num_kv_heads: int
     key_dim: int
     value_dim: int
+    tells_window: bool
+    """Whether it says how many tokens are seen; else only the mask that transformers would make knows."""
 
     @property
     def head_dim(self) -> int:
@@ -66,7 +75,9 @@ class Step:
 def architecture_of(config: dict[str, Any], eos_token_ids: frozenset[int]) -> Architecture:
     """Of a config.json whose architecture is not one of families.py. Raises UnsupportedModelError."""
     ours = _transformers_config(config)
-    name, geometry = str(config["architectures"][0]), _geometry(ours)
+    name = str(config["architectures"][0])
+    with _refusing(name):
+        geometry = _geometry(ours)
     return Architecture(
         name=name,
         num_layers=int(ours.num_hidden_layers),
@@ -78,7 +89,7 @@ def architecture_of(config: dict[str, Any], eos_token_ids: frozenset[int]) -> Ar
         vocab_size=int(ours.vocab_size),
         max_position_embeddings=int(ours.max_position_embeddings),
         rms_norm_eps=0.0,
-        windows=_windows(ours),
+        windows=_windows(ours, geometry),
         dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32"),
         eos_token_ids=eos_token_ids,
         generic=True,
@@ -98,9 +109,11 @@ class TransformersForCausalLM:
         self.architecture, self.parallel = architecture, parallel
         self.num_heads, self.num_kv_heads = architecture.num_heads, architecture.num_kv_heads
         self._unrotated = no_rotation(max_positions, device)
-        whole = _random(path, dtype, device) if dummy else _pretrained(path, dtype, device)
-        self._decoder, self._head = _split(whole.eval())
-        self._compare(device, dtype)
+        with _refusing(architecture.name):
+            whole = _random(path, dtype, device) if dummy else _pretrained(path, dtype, device)
+            self._decoder, self._head = _split(whole.eval())
+            with self._narrow():
+                self._compare(device, dtype)
 
     def forward(self, token_ids: torch.Tensor, attention: Attention, kv_cache: torch.Tensor) -> torch.Tensor:
         """Hidden states after the last norm, [num_wanted, hidden_size]; as LlamaForCausalLM's."""
@@ -115,6 +128,28 @@ class TransformersForCausalLM:
         """[n, hidden_size] to [n, vocab_size]."""
         return self._head(inputs_embeds=hidden.unsqueeze(0), use_cache=False).logits[0]
 
+    @contextmanager
+    def _narrow(self) -> Generator[None]:
+        """Windows are small, so that a short prompt shows whether masks of transformers have one and attention not."""
+        architecture, held = self.architecture, list[tuple[Any, int]]()
+        owners: dict[int, Any] = {
+            id(owner): owner for m in self._decoder.modules() for owner in (m, getattr(m, "config", None))
+        }
+        for owner in owners.values():
+            window = getattr(owner, "sliding_window", None)
+            if isinstance(window, int) and window > _COMPARED_WINDOW:
+                held.append((owner, window))
+                owner.sliding_window = _COMPARED_WINDOW
+        self.architecture = replace(
+            architecture, windows=tuple(min(window, _COMPARED_WINDOW) for window in architecture.windows)
+        )
+        try:
+            yield
+        finally:
+            self.architecture = architecture
+            for owner, window in held:
+                owner.sliding_window = window
+
     @torch.inference_mode()
     def _compare(self, device: torch.device, dtype: torch.dtype) -> None:
         """Raises UnsupportedModelError when our attention leads elsewhere than transformers' own."""
@@ -124,6 +159,7 @@ class TransformersForCausalLM:
         generator = torch.Generator().manual_seed(0)
         token_ids = torch.randint(0, a.vocab_size, (n,), generator=generator).to(device)
         ours = self.forward(token_ids, _one_chunk(n, device), torch.zeros(shape, dtype=dtype, device=device))
+        self.logits(ours[-1:])
         self._decoder.set_attn_implementation("eager")
         positions = torch.arange(n, device=device).unsqueeze(0)
         theirs = self._decoder(input_ids=token_ids.unsqueeze(0), position_ids=positions, use_cache=False)
@@ -251,10 +287,25 @@ def _why_not(kind: Any, config: Any) -> str | None:
     return f"layers of the kind {', '.join(sorted(odd))}" if odd else None
 
 
-def _windows(config: Any) -> tuple[int, ...]:
-    """Per layer where layer_types says it; else each layer's attention says it itself."""
-    kinds, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
-    return tuple(int(window or 0) if kind == "sliding_attention" else 0 for kind in kinds) if kinds else ()
+def _windows(config: Any, geometry: Geometry) -> tuple[int, ...]:
+    """Per layer where layer_types says it, or attention does not; else each layer's attention says it itself."""
+    kinds, window = getattr(config, "layer_types", None), int(getattr(config, "sliding_window", None) or 0)
+    if kinds:
+        return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
+    return () if geometry.tells_window else (window,) * int(config.num_hidden_layers)
+
+
+@contextmanager
+def _refusing(name: str) -> Generator[None]:
+    """What transformers' modules raise is a refusal that names the model."""
+    try:
+        yield
+    except (StartupError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        log.info("transformers' modules failed", exc_info=True)
+        told = str(error).strip().partition("\n")[0][:200]
+        raise refuse(f"architecture {name} (transformers' modules failed: {type(error).__name__}: {told})") from error
 
 
 class _Seen(Exception):
@@ -273,7 +324,8 @@ def _geometry(config: Any) -> Geometry:
         del module
         if "paged" not in more:
             raise refuse(f"architecture {type(model).__name__} (its layers keep arguments from attention)")
-        raise _Seen(Geometry(query.shape[1], key.shape[1], query.shape[3], value.shape[3]))
+        sizes = query.shape[1], key.shape[1], query.shape[3], value.shape[3]
+        raise _Seen(Geometry(*sizes, tells_window="sliding_window" in more))
 
     config._attn_implementation = _registered(look, f"{INTERFACE}_probe")
     config.pad_token_id = None  # else the model looks for padding among the tokens, and waits for the device

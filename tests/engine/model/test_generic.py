@@ -45,6 +45,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "Ernie4_5": {},
     "SeedOss": {"head_dim": 16},
     "GraniteSWA": {"sliding_window": WINDOW},
+    "Phimoe": {"sliding_window": WINDOW, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "GraniteMoeShared": {"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 24},
 }
 
 
@@ -94,6 +96,7 @@ def test_logits_and_greedy_tokens_equal_transformers(pair: tuple[ModelRunner, An
         ("StableLm", {}, "StableLmForCausalLM with attention that cannot be replaced"),
         ("Mamba", {"state_size": 8}, "MambaForCausalLM with attention that cannot be replaced"),
         ("Doge", {}, "attention asks for a mask of its own"),
+        ("OPT", {"word_embed_proj_dim": 32, "ffn_dim": 48}, "OPTForCausalLM .transformers' modules failed: Attrib"),
     ],
 )
 def test_what_cannot_be_right_is_refused_by_name(kind: str, more: dict[str, Any], words: str, tmp_path: Path) -> None:
@@ -150,3 +153,67 @@ def test_its_weights_sleep_and_wake(tmp_path: Path) -> None:
     moved = move_tensors(runner._model, lambda tensor: tensor.clone())
     assert moved >= (tmp_path / "model.safetensors").stat().st_size * 0.9
     torch.testing.assert_close(logits(runner, prompt_of(9)), before, rtol=0, atol=0)
+
+
+def test_a_window_that_only_masks_know_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if nobody had asked whether attention tells of it. Real windows are wider than what is compared."""
+    from mainsail_engine.model import generic
+
+    save("Phimoe", tmp_path, **KINDS["Phimoe"] | {"sliding_window": 300})
+    assert read_architecture(tmp_path).windows == (300,) * 4
+    runner_of(tmp_path)
+    monkeypatch.setattr(generic, "_windows", lambda config, geometry: ())
+    with pytest.raises(StartupError, match="its attention is not plain"):
+        runner_of(tmp_path)
+
+
+SMALL = {"num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
+         "moe_intermediate_size": 24, "sliding_window": WINDOW, "num_key_value_heads": 4}  # fmt: skip
+MOST_PARAMETERS = 30_000_000
+
+
+def small(kind: str, path: Path) -> Any:
+    """That model of transformers, small, saved in path. None: it does not come small."""
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    some: Any = transformers
+    try:
+        config: Any = CONFIG_MAPPING[kind]
+        known = config().to_dict()
+        settings = COMMON | {key: value for key, value in SMALL.items() if key in known}
+        with torch.device("meta"):
+            sizes = [p.numel() for p in some.AutoModelForCausalLM.from_config(config(**settings)).parameters()]
+        if sum(sizes) > MOST_PARAMETERS:
+            return None
+        torch.manual_seed(1)
+        model = some.AutoModelForCausalLM.from_config(config(**settings), attn_implementation="eager").eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+        model.save_pretrained(path)
+    except Exception:  # sizes that do not go together, modules that need other packages
+        return None
+    return model
+
+
+@pytest.mark.slow
+@torch.inference_mode()
+def test_every_causal_model_of_transformers_is_right_or_refused_by_name(tmp_path: Path) -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KNOWN
+
+    right, refused, wrong = list[str](), list[str](), list[str]()
+    for kind in sorted(KNOWN):
+        if (model := small(kind, tmp_path / kind)) is None:
+            continue
+        try:
+            runner = runner_of(tmp_path / kind)
+        except StartupError as error:
+            refused.append(f"{type(model).__name__}: {error.message.partition(';')[0]}")
+            continue
+        rows = [(logits(runner, p), model(torch.tensor([p])).logits[0]) for p in map(prompt_of, (1, 17, 150))]
+        apart = max(float(((a - b).norm(dim=1) / b.norm(dim=1)).median()) for a, b in rows)
+        (right if apart < 1e-3 else wrong).append(type(model).__name__)
+    print(f"{len(right)} right: {', '.join(right)}", *refused, sep="\n")
+    assert not wrong
+    assert len(right) > 60
