@@ -1,9 +1,9 @@
 """Pipeline stages on the GPUs of one host: the same tokens as on one, and what a token takes beside one GPU.
 
-    python benchmarks/pipeline_gpu.py [--stages 2] [--model llama-3-8b] [--batches 2,16,64,256] [--output FILE]
+    python benchmarks/pipeline_gpu.py [--stages 2] [--parts tokens,one,rates] [--batches 2,16,64,256] [--output FILE]
 
-Tokens: a small model with random float32 weights, greedy and drawn, on one GPU and in stages, with CUDA graphs. Rates:
-dummy weights, bf16, context 1k: the time between two tokens of a request when so many decode, and tokens a second. One
+Tokens: a small model with random float32 weights, greedy and drawn, on one GPU and in stages, with CUDA graphs. Rates
+(`one`: on one GPU): dummy weights, bf16, context 1k: the time between two tokens of a request when so many decode. One
 node: what crosses between the stages goes over NVLink or PCIe, not over a network. Every measurement runs in processes
 of its own.
 """
@@ -93,6 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--stages", type=int, default=2)
     parser.add_argument("--model", default="llama-3-8b")
+    parser.add_argument("--parts", default="tokens,one,rates")
     parser.add_argument("--batches", default="2,16,64,256")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--task", choices=("tokens", "rates"), help=argparse.SUPPRESS)
@@ -107,8 +108,9 @@ def main() -> None:
         end_task()
     else:
         results = Results(args.output, model=args.model)
-        run_tokens(args.stages, results)
-        for stages in (1, args.stages):
+        if "tokens" in args.parts:
+            run_tokens(args.stages, results)
+        for stages in (1,) * ("one" in args.parts) + (args.stages,) * ("rates" in args.parts):
             common: tuple[str, ...] = ("--model", args.model, "--stages", str(stages), "--batches", args.batches)
             results.take(Task(__file__, "rates", *common))
 

@@ -7,6 +7,7 @@ works and nothing about speed.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
@@ -69,6 +70,8 @@ class Task:
         self.name, self.trouble = f"{name} {' '.join(arguments)}", ""
         command = ["timeout", "-k", "2", str(limit_s), sys.executable, script, "--task", name, *arguments]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+        signal.signal(signal.SIGTERM, lambda *unused: sys.exit(1))  # so that its end is this process's at the latest
+        atexit.register(self._end)
 
     def rows(self) -> Iterator[Row]:
         assert self._process.stdout is not None
@@ -78,9 +81,10 @@ class Task:
         code = self._process.wait()
         if code:
             self.trouble = "took too long" if code in (124, 137) else f"ended with code {code}"
-            self._end()
+        self._end()
 
     def _end(self) -> None:
+        """All that it started, if anything is left."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
 

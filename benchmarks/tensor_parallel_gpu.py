@@ -320,6 +320,8 @@ def served(args: argparse.Namespace) -> None:
 
 def steps(args: argparse.Namespace) -> None:
     name, _, quantization = args.model.partition(":")
+    bandwidth = measured_bandwidth() if DEVICE == "cuda" else float("nan")
+    torch.cuda.empty_cache()
     config = EngineConfig(
         model=ModelConfig(
             path=str(MODELS / name), load_format="dummy", max_model_len=2048, quantization=quantization or "auto"
@@ -330,30 +332,27 @@ def steps(args: argparse.Namespace) -> None:
     )  # fmt: skip
     started = time.perf_counter()
     core, ready = build(config)
-    tell({"model": args.model, "gpus": args.size, "start_s": time.perf_counter() - started, "blocks": ready.num_blocks})
+    about = {"model": args.model, "gpus": args.size}
+    tell(
+        {
+            **about,
+            "start_s": time.perf_counter() - started,
+            "blocks": ready.num_blocks,
+            "copy_GB_per_s": bandwidth / 1e9,
+        }
+    )
+    architecture, width = read_architecture(MODELS / name), 1.0 if quantization == "fp8" else 2.0
     load = Load(core, ready.vocab_size)
     load.add(1000, 8)
     load.drain()
     for batch in map(int, args.batches.split(",")):
-        ms = decode_step_ms(load, batch)
-        tell({"model": args.model, "gpus": args.size, "batch": batch, "ms": ms})
+        floor_ms = step_bytes(architecture, batch, 1024, Widths(width, 2.0, width)) / bandwidth / args.size * 1e3
+        tell({**about, "batch": batch, "ms": decode_step_ms(load, batch), "floor_ms": floor_ms})
     if args.prefill:
         for _ in range(64):
             load.add(1024, 1)
         _, seconds = load.drain()
-        tell({"model": args.model, "gpus": args.size, "prefill_tok_per_s": 64 * 1024 / seconds})
-
-
-def floors(models: Sequence[str], batches: Sequence[int], size: int, bandwidth: float) -> list[Row]:
-    """Milliseconds below which a step cannot be."""
-    rows: list[Row] = []
-    for model in models:
-        name, _, quantization = model.partition(":")
-        width = {"fp8": 1.0}.get(quantization, 2.0)
-        for batch in batches:
-            read = step_bytes(read_architecture(MODELS / name), batch, 1024, Widths(width, 2.0, width))
-            rows.append({"model": model, "batch": batch, "floor_ms": read / bandwidth / size * 1e3})
-    return rows
+        tell({**about, "prefill_tok_per_s": 64 * 1024 / seconds})
 
 
 # -- all of it ---------------------------------------------------------------------------------------------------
@@ -376,10 +375,6 @@ def run_together(args: argparse.Namespace, results: Results) -> None:
 
 def run_steps(args: argparse.Namespace, results: Results) -> None:
     models = args.models.split(",")
-    if DEVICE == "cuda":
-        copy = results.take(Task(__file__, "bandwidth", limit_s=60))
-        for row in floors(models, [int(b) for b in args.batches.split(",")], args.size, copy[0]["copy_GB_per_s"] * 1e9):
-            results.add(row)
     for model in models:
         sizes = (args.size,) if model in args.only_together.split(",") else (1, args.size)
         for size in sizes:
@@ -400,7 +395,7 @@ def main() -> None:
     parser.add_argument("--prefill", action="store_true", help="and 64 prompts of 1,024 tokens")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--port", type=int, default=8140, help="the first of three")
-    parser.add_argument("--task", choices=("alone", "ranks", "served", "steps", "bandwidth"), help=argparse.SUPPRESS)
+    parser.add_argument("--task", choices=("alone", "ranks", "served", "steps"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--model", help=argparse.SUPPRESS)
     parser.add_argument("--rank", type=int, default=0, help=argparse.SUPPRESS)
@@ -411,7 +406,6 @@ def main() -> None:
             "ranks": lambda: ranks(args),
             "served": lambda: served(args),
             "steps": lambda: steps(args),
-            "bandwidth": lambda: tell({"copy_GB_per_s": measured_bandwidth() / 1e9}),
         }
         tasks[args.task]()
         end_task()

@@ -74,12 +74,15 @@ class Step:
 
 def architecture_of(config: dict[str, Any], eos_token_ids: frozenset[int]) -> Architecture:
     """Of a config.json whose architecture is not one of families.py. Raises UnsupportedModelError."""
+    with _refusing(str(config["architectures"][0])):
+        return _architecture_of(config, eos_token_ids)
+
+
+def _architecture_of(config: dict[str, Any], eos_token_ids: frozenset[int]) -> Architecture:
     ours = _transformers_config(config)
-    name = str(config["architectures"][0])
-    with _refusing(name):
-        geometry = _geometry(ours)
+    geometry = _geometry(ours)
     return Architecture(
-        name=name,
+        name=str(config["architectures"][0]),
         num_layers=int(ours.num_hidden_layers),
         hidden_size=int(ours.hidden_size),
         intermediate_size=int(getattr(ours, "intermediate_size", 0) or 4 * ours.hidden_size),
