@@ -4,8 +4,8 @@
 
     tokens   small models with random weights (Llama, Qwen3, a mixture of experts) on one GPU and on all: greedy answers
              in float32, with CUDA graphs; and how far log-probabilities in bf16 are from float32's, on one and on all
-    sums     one sum of a decode step's hidden states in a CUDA graph: ours as it is, the one-shot kernel at every size
-             (with its own copy, and with one beside it), the two-shot kernel, and NCCL
+    sums     one sum of hidden states in a CUDA graph: ours as it is, NCCL, and each kernel over symmetric memory: in
+             one shot (with its own copy, and with one beside it), in two (and in place)
     served   `mainsail-engine serve` over HTTP: the same answer from one GPU and all, before and after a sleep; then a
              rank killed, and one stopped, in the middle of a stream: when the stream ends, when the process does, how
     steps    dummy weights, context 1k, beside one GPU (where the model fits) and beside the floor: bytes of weights and
@@ -27,9 +27,11 @@ import time
 import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 
 import psutil
 import torch
@@ -45,7 +47,7 @@ from mainsail_engine.protocol import Add
 from mainsail_engine.request import Request, SamplingParams
 from mainsail_engine.runner.distributed import RankParallel, join, listen
 from mainsail_engine.runner.model_runner import ModelRunner
-from mainsail_engine.runner.one_shot import OneShot, one_shot
+from mainsail_engine.runner.peer_sums import PeerSums, peer_sums
 from mainsail_engine.step import Chunk, StepPlan
 
 SUM_ROWS = (1, 8, 32, 64, 128, 256, 512, 2048)
@@ -165,23 +167,36 @@ def graph_us(run: Callable[[torch.Tensor], object], x: torch.Tensor, repeats: in
     return sorted(times)[len(times) // 2]
 
 
-def with_a_copy(shot: OneShot, x: torch.Tensor) -> torch.Tensor:
-    laid = shot.buffer[: x.nbytes].view(x.dtype).view(x.shape)
-    laid.copy_(x)
-    return torch.ops.symm_mem.one_shot_all_reduce(laid, "sum", shot.group)
+def one_shot(sums: PeerSums, x: torch.Tensor) -> torch.Tensor:
+    return torch.ops.symm_mem.one_shot_all_reduce_copy(_laid(sums, x), x, "sum", sums.group)
 
 
-def two_shot(shot: OneShot, x: torch.Tensor) -> torch.Tensor:
-    laid = shot.buffer[: x.nbytes].view(x.dtype).view(x.shape)
-    laid.copy_(x)
-    return torch.ops.symm_mem.two_shot_all_reduce_(laid, "sum", shot.group)
+def one_shot_and_copy(sums: PeerSums, x: torch.Tensor) -> torch.Tensor:
+    return torch.ops.symm_mem.one_shot_all_reduce(_laid(sums, x).copy_(x), "sum", sums.group)
+
+
+def two_shots(sums: PeerSums, x: torch.Tensor) -> torch.Tensor:
+    out = torch.empty_like(x)
+    return torch.ops.symm_mem.two_shot_all_reduce_out(_laid(sums, x).copy_(x), "sum", sums.group, out)
+
+
+def two_shots_in_place(sums: PeerSums, x: torch.Tensor) -> torch.Tensor:
+    """It leaves the sum where the next one will be."""
+    return torch.ops.symm_mem.two_shot_all_reduce_(_laid(sums, x).copy_(x), "sum", sums.group)
+
+
+def _laid(sums: PeerSums, x: torch.Tensor) -> torch.Tensor:
+    return sums.buffer[: x.nbytes].view(x.dtype).view(x.shape)
+
+
+DESIGNS = (one_shot, one_shot_and_copy, two_shots, two_shots_in_place)
 
 
 def tell_sums(parallel: RankParallel) -> None:
     group = dist.group.WORLD
     assert group is not None
     largest = 2 * SUM_ROWS[-1] * SUM_COLUMNS
-    shot = one_shot(parallel.device, group, largest) if DEVICE == "cuda" else None
+    sums = peer_sums(parallel.device, group, largest) if DEVICE == "cuda" else None
     for rows in SUM_ROWS:
         x = torch.randn(rows, SUM_COLUMNS, device=parallel.device, dtype=torch.bfloat16)
         apart = [torch.empty_like(x) for _ in range(parallel.size)]
@@ -191,9 +206,8 @@ def tell_sums(parallel: RankParallel) -> None:
         still = x * 0  # NCCL sums in place, and many sums of anything else overflow
         row: Row = {"sum_of_rows": rows, "bytes": x.nbytes, "error": error, "ours_us": graph_us(parallel.sum, still),
                     "nccl_us": graph_us(dist.all_reduce, still)}  # fmt: skip
-        if shot is not None:
-            designs = {"one_shot_us": OneShot.sum, "one_shot_and_copy_us": with_a_copy, "two_shot_us": two_shot}
-            row |= {name: graph_us(lambda y, design=design: design(shot, y), x) for name, design in designs.items()}
+        if sums is not None:
+            row |= {f"{design.__name__}_us": graph_us(partial(design, sums), x) for design in DESIGNS}
         if parallel.rank == 0:
             tell(row)
 
@@ -210,7 +224,7 @@ def ranks(args: argparse.Namespace) -> None:
     device = torch.device(DEVICE, args.rank) if DEVICE == "cuda" else torch.device("cpu")
     parallel = join(args.rank, args.size, device, store)
     if not args.rank:
-        tell({"gpus": args.size, "one_shot": parallel.one_shot is not None})
+        tell({"gpus": args.size, "peer_sums": parallel.peers is not None})
     if "tokens" in args.parts:
         tell_tokens(args.folder, parallel)
     if "sums" in args.parts:
@@ -250,14 +264,16 @@ class Server:
         )
         return urllib.request.urlopen(request, timeout=30)
 
-    def sleep_and_wake(self) -> float:
-        """Seconds of both together."""
+    def sleep_and_wake(self) -> Row:
+        """Seconds of both together, and what the server answers if it cannot."""
         started = time.monotonic()
-        for path in ("sleep", "wake_up"):
-            urllib.request.urlopen(
-                urllib.request.Request(f"{self._url}/{path}", b"", method="POST"), timeout=60
-            ).close()
-        return time.monotonic() - started
+        try:
+            for path in ("sleep", "wake_up"):
+                request = urllib.request.Request(f"{self._url}/{path}", b"", method="POST")
+                urllib.request.urlopen(request, timeout=60).close()
+        except HTTPError as error:
+            return {"failed": error.url, "how": error.read().decode()[:300], "log": self._log.read_text()[-1500:]}
+        return {"after_s": time.monotonic() - started}
 
     def answer(self) -> str:
         with self._open(max_tokens=64) as response:
@@ -303,8 +319,9 @@ def served(args: argparse.Namespace) -> None:
         tell({"served": "ready", "after_s": time.monotonic() - started})
         texts = [server.answer() for server in servers]
         tell({"served": "answers", "same_as_one": texts[1] == texts[2] == texts[0], "words": len(texts[0].split())})
-        seconds = servers[1].sleep_and_wake()
-        tell({"served": "slept and woken", "same": servers[1].answer() == texts[0], "after_s": seconds})
+        slept = servers[1].sleep_and_wake()
+        same = "failed" not in slept and servers[1].answer() == texts[0]
+        tell({"served": "slept and woken", "same": same, **slept})
         numbers = (signal.SIGKILL, signal.SIGSTOP)
         with ThreadPoolExecutor() as pool:
             for row in pool.map(Server.stream_until_lost, servers[1:], numbers):

@@ -2,7 +2,7 @@
 
 NCCL between GPUs, gloo on the CPU (the same code above it). The ranks of one stage live in one Pod and sum within a
 group of their own; between two stages each rank hands its hidden states to the rank of the same place in the next.
-Small sums on GPUs go through symmetric memory (runner/one_shot.py).
+Small sums on GPUs go through symmetric memory (runner/peer_sums.py).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch.distributed import (
 
 from mainsail_engine.errors import InvalidConfigurationError
 from mainsail_engine.model.parallel import Parallel
-from mainsail_engine.runner.one_shot import OneShot, one_shot
+from mainsail_engine.runner.peer_sums import PeerSums, peer_sums
 
 RENDEZVOUS_S = 120
 _ADDRESS_OF_INTERFACE = 0x8915
@@ -51,7 +51,7 @@ class RankParallel(Parallel):
     _before: ProcessGroup | None = None
     """This rank and the one of the stage before."""
     _after: ProcessGroup | None = None
-    one_shot: OneShot | None = None
+    peers: PeerSums | None = None
     """None: all sums go through the group."""
     _leaving: deque[tuple[Work, torch.Tensor]] = field(default_factory=deque[tuple[Work, torch.Tensor]])
     """Hand-overs that may not have arrived, which must be kept until they have."""
@@ -66,8 +66,8 @@ class RankParallel(Parallel):
         if self.size == 1:
             return x
         x = x.contiguous()
-        if self.one_shot is not None and self.one_shot.takes(x):
-            return self.one_shot.sum(x)
+        if self.peers is not None and self.peers.takes(x):
+            return self.peers.sum(x)
         dist.all_reduce(x, group=self._group)  # pyright: ignore[reportUnknownMemberType]
         return x
 
@@ -146,7 +146,7 @@ def join(
     stage, place = divmod(rank, size)
     group = _stage_group(stage, size, num_stages)
     before, after = _neighbours(rank, size, num_stages)
-    small = one_shot(device, group) if cuda and size > 1 and group is not None else None
+    small = peer_sums(device, group) if cuda and size > 1 and group is not None else None
     return RankParallel(place, size, stage, num_stages, device, group, before, after, small)
 
 

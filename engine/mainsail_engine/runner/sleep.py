@@ -2,7 +2,7 @@
 
 Tensors are found where a model keeps them (attributes, lists, dictionaries and dataclasses of the engine and its
 kernels, torch's modules, at any depth) and replaced one by one, so that the device never holds two copies of more than
-one. What was one tensor (a head tied to the embedding) stays one.
+one. What was one tensor (a head tied to the embedding) stays one. What ranks share with one another stays where it is.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from dataclasses import fields, is_dataclass
 from typing import Any, cast
 
 import torch
+
+from mainsail_engine.model.parallel import Parallel
 
 Move = Callable[[torch.Tensor], torch.Tensor]
 
@@ -64,6 +66,8 @@ def _places(thing: Any, seen: set[int]) -> Iterator[_Place]:
 
 def _parts(thing: Any) -> list[tuple[Any, Any, bool]]:
     """(key, value, whether it is an item and not an attribute) of what may hold tensors."""
+    if isinstance(thing, Parallel):
+        return []
     if isinstance(thing, list):
         return [(index, value, True) for index, value in enumerate(cast("list[Any]", thing))]
     if isinstance(thing, dict):

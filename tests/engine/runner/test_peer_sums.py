@@ -10,13 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from mainsail_engine.runner.one_shot import OneShot
+from mainsail_engine.runner.distributed import RankParallel
+from mainsail_engine.runner.peer_sums import PeerSums
+from mainsail_engine.runner.sleep import move_tensors
 
 ROOT = Path(__file__).parents[3]
 HEAD = """
 import sys, torch, torch.distributed as dist
 from mainsail_engine.runner.distributed import join, listen
-from mainsail_engine.runner.one_shot import OneShot, one_shot
+from mainsail_engine.runner.peer_sums import PeerSums, peer_sums
 torch.manual_seed(7)
 """
 SUMS = """
@@ -24,10 +26,10 @@ rank, place = int(sys.argv[1]), sys.argv[2]
 device = torch.device("cuda", rank % torch.cuda.device_count())
 torch.cuda.set_device(device)
 dist.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=2)
-shot = one_shot(device, dist.group.WORLD, 1 << 20)
+shot = peer_sums(device, dist.group.WORLD, 16 << 20)
 assert shot is not None
 for dtype in (torch.bfloat16, torch.float32):
-    for shape in ((1, 256), (3, 4096), (32, 4096)):
+    for shape in ((1, 256), (3, 4096), (32, 4096), (77, 4096), (512, 4096)):
         parts = torch.randn(2, *shape).to(dtype).to(device)
         truth = parts[0] + parts[1]
         for _ in range(2):  # the second right behind the first, in the same memory
@@ -55,7 +57,7 @@ with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         dist.all_reduce(x)
     dist.all_gather_into_tensor(out, x)
 graph.replay()
-assert (out == 2.0).all() and parallel.smallest(5) == 5 and one_shot(parallel.device, dist.group.WORLD) is not None
+assert (out == 2.0).all() and parallel.smallest(5) == 5 and peer_sums(parallel.device, dist.group.WORLD) is not None
 print("graphs hold NCCL's work", flush=True)
 """
 
@@ -82,7 +84,7 @@ def test_graphs_hold_what_nccl_does_beside_its_watchdog() -> None:
 
 def test_what_the_kernel_takes() -> None:
     """Words of 16 bytes, of the types that it knows, and no more than there is memory for."""
-    shot = OneShot(torch.empty(1024, dtype=torch.uint8), "0")
+    shot = PeerSums(torch.empty(1024, dtype=torch.uint8), "0")
     rows = torch.zeros(8, 64, dtype=torch.bfloat16)
     assert shot.takes(rows)
     assert not shot.takes(torch.zeros(9, 64, dtype=torch.bfloat16))
@@ -90,3 +92,12 @@ def test_what_the_kernel_takes() -> None:
     assert not shot.takes(rows[:, :3].contiguous()[:1])
     assert not shot.takes(rows.view(-1)[1:9])
     assert not shot.takes(rows[:0])
+
+
+def test_a_sleep_leaves_what_the_others_read_where_it_is() -> None:
+    buffer = torch.ones(64, dtype=torch.uint8)
+    parallel = RankParallel(1, 2, peers=PeerSums(buffer, "0"))
+    assert move_tensors([parallel, torch.ones(3)], torch.zeros_like) == 12
+    assert parallel.peers is not None
+    assert parallel.peers.buffer is buffer
+    assert buffer.all()
