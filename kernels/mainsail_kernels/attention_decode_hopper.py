@@ -362,7 +362,7 @@ def _consume(
     do_not_specialize=["num_seqs", "table_stride", "num_blocks"],
     do_not_specialize_on_alignment=["tables_ptr", "lens_ptr"],
 )
-def _kernel(
+def _hopper_decode_kernel(
     desc, query_ptr, tables_ptr, lens_ptr, out_ptr, partial_ptr, stats_ptr, counters_ptr, num_seqs, factor,
     query_stride, query_head_stride, table_stride, num_blocks,
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, DIM: gl.constexpr, SEQS: gl.constexpr, STAGES: gl.constexpr,
@@ -445,7 +445,7 @@ def launch(
     require(enough and counters.numel() >= num_seqs * kv_heads, f"the workspace is too small for {num_seqs} sequences")
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     pages = TensorDescriptor(kv, [num_rows, head_dim], [head_dim, 1], [PAGE, 64], layout)
-    _kernel[(programs,)](
+    _hopper_decode_kernel[(programs,)](
         pages, query, block_tables, seq_lens, out, partial, stats, counters, num_seqs, scale * LOG2_E,
         query.stride(0), query.stride(1), block_tables.stride(0), kv.shape[0],
         KV_HEADS=kv_heads, GROUP=num_heads // kv_heads, DIM=head_dim, SEQS=max(next_power_of_2(num_seqs), 256),
