@@ -27,7 +27,7 @@ GROUPS: tuple[tuple[str, str], ...] = (
     ("norm", r"rms_norm"),
     ("rotation, KV write", r"^_rope_write"),
     ("activation", r"^_gated_kernel|^_silu"),
-    ("experts", r"^_route_kernel|^_group_kernel|^_sum_kernel|^_grouped_kernel"),
+    ("experts", r"^_(route|list|group|grouped|up|down|down_sum|sum)_kernel"),
     ("sampling", r"^_chunk_kernel|^_argmax|^_draw|^_penalize|^_best_of|^_note_kernel"),
     ("inputs", r"^_resolve|[Mm]em(cpy|set)|gather|index|embedding"),
     ("quantizing rows", r"^_quantize"),

@@ -7,14 +7,16 @@ expert's weights only; the sorting is a handful of operations on the device that
                           tile_expert [tiles]
     x[pair // k] · gate_up[expert]ᵀ ─▶ [n * k, 2d] ─silu·mul─▶ [n * k, d] · down[expert]ᵀ · weight ─▶ sum over k
 
-Matrices may be e4m3 with scales, or MXFP4 (two e2m1 codes a byte, a power of two for 32 inputs each), whose tiles are
-widened in registers. Weights of experts that no token chose are never read. The idea of the sorted, padded grouping is
-MegaBlocks' (Gale et al., 2022) in the form that inference engines use.
+Matrices may be e4m3 with scales, or MXFP4 (e2m1 codes, a power of two for 32 inputs each), whose tiles are widened in
+registers (_experts.py); for many rows MXFP4 is widened into a buffer. A single token is not sorted: experts.py has its
+kernels. Weights of experts that no token chose are not read, except into that buffer. The idea of the sorted, padded
+grouping is MegaBlocks' (Gale et al., 2022) in the form that inference engines use.
 """
 
 import torch
 
 from mainsail_kernels import reference
+from mainsail_kernels._experts import FP4_REST, fp4_tile, multiply
 from mainsail_kernels._triton import (
     dependent_launch,
     next_power_of_2,
@@ -24,13 +26,15 @@ from mainsail_kernels._triton import (
     triton,
     wait_for_inputs,
 )
+from mainsail_kernels.experts import Mixture, Product, by_pairs, check, kind_of, product
 from mainsail_kernels.silu_mul import clamped_swiglu, silu_mul
+from mainsail_kernels.tuned import SortedTile, pair_tiles, sorted_tile
 
 SMALL_PAIRS = 4096
 """Up to here one launch sorts all pairs; a decode step's hundred launches would cost more than its experts."""
 _SUM_BLOCK = 512
-TILE_SMALL, TILE_LARGE = 16, 64
-"""Rows of a tile: for few rows an expert (decodes), and for many (prompts)."""
+FP4_ROWS = 32
+"""Experts with more rows than this on average have their FP4 widened once for all rows, to bfloat16 in a buffer."""
 
 
 @triton.jit
@@ -119,49 +123,38 @@ def _sum_kernel(
     tl.store(out_ptr + row * size + column, total.to(out_ptr.dtype.element_ty), mask=column < size)
 
 
-@triton.jit
-def _fp4(code):
-    """2 ** -14 of the number that the low half of a byte means: its bits are the highest but three of a float16's."""
-    bits = ((code & 7).to(tl.uint16) << 9) | ((code & 8).to(tl.uint16) << 12)
-    return bits.to(tl.float16, bitcast=True).to(tl.float32)
-
-
-@triton.jit
-def _power(scale):
-    """2 ** 14 times what an e8m0 scale means: its bits are a float's exponent. Above 2 ** 113 it is that."""
-    return ((tl.minimum(scale.to(tl.int32), 240) + 14) << 23).to(tl.float32, bitcast=True)
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs"])
 def _grouped_kernel(
     x_ptr,
     weight_ptr,
     rows_ptr,
     tile_expert_ptr,
+    weights_ptr,
     scale_ptr,
-    weight_scale_ptr,
     bias_ptr,
     out_ptr,
     num_pairs,
     num_out,
-    num_in,
+    num_units,
     x_stride,
     expert_stride,
-    weight_stride,
+    row_units,
     expert_scale_stride,
-    weight_scale_stride,
+    scale_stride,
+    UNIT: tl.constexpr,
     PER_TOKEN: tl.constexpr,
-    SCALED: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    KIND: tl.constexpr,
+    PAIRED: tl.constexpr,
     BIAS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    FP4: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
     STAGES: tl.constexpr,
+    PTX: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
+    num_in = num_units * UNIT
     tile = tl.program_id(1)
     wait_for_inputs(DEPENDENT)
     expert = tl.load(tile_expert_ptr + tile).to(tl.int64)
@@ -171,72 +164,110 @@ def _grouped_kernel(
     real = pair < num_pairs
     output = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     in_range = output < num_out
-    x_rows = x_ptr + (pair // PER_TOKEN)[:, None] * x_stride
-    weight_rows = weight_ptr + expert * expert_stride + output.to(tl.int64)[None, :] * weight_stride
-    scales = weight_scale_ptr + expert * expert_scale_stride
+    x_rows = x_ptr + (pair // PER_TOKEN * x_stride)[:, None]
+    columns = weight_ptr + expert * expert_stride + (output.to(tl.int64) * (row_units * UNIT))[None, :]
+    scales = scale_ptr + expert * expert_scale_stride
+    of_out = (scales + (output if KIND == "fp4" else output // 128 * scale_stride))[None, :]
     acc = tl.zeros((TILE, BLOCK_OUT), tl.float32)
-    # A step is BLOCK_IN inputs; of FP4 as many bytes, each with one of the first 16 inputs of 32 and one of the others
-    for start in tl.range(0, num_in // 2 if FP4 else num_in, BLOCK_IN, num_stages=STAGES):
-        place = start + tl.arange(0, BLOCK_IN)
-        channel = place // 16 * 32 + place % 16 if FP4 else place
-        inside = channel < num_in
-        x = tl.load(x_rows + channel[None, :], mask=real[:, None] & inside[None, :], other=0.0)
-        fits = inside[:, None] & in_range[None, :]
-        weight = tl.load(weight_rows + place[:, None], mask=fits, other=0.0)
-        if FP4:
-            beyond = tl.load(x_rows + channel[None, :] + 16, mask=real[:, None] & inside[None, :], other=0.0)
-            of_group = scales + output[None, :] * weight_scale_stride + (place // 16)[:, None]
-            power = _power(tl.load(of_group, mask=fits, other=0))
-            low, high = _fp4(weight) * power, _fp4(weight >> 4) * power
-            acc = tl.dot(x, low.to(x.dtype), acc, input_precision="ieee")
-            acc = tl.dot(beyond, high.to(x.dtype), acc, input_precision="ieee")
-        elif BLOCKS:
-            factor = tl.load(scales + output // 128 * weight_scale_stride + start // 128, mask=in_range, other=0.0)
-            acc += tl.dot(x, weight.to(x.dtype), input_precision="ieee") * factor[None, :]
-        else:
-            acc = tl.dot(x, weight.to(x.dtype), acc, input_precision="ieee")
-    if CHANNELS:
+    for start in tl.range(0, num_in, BLOCK_IN, num_stages=STAGES):
+        acc, _ = multiply(
+            acc, acc, x_rows, real, columns, columns, of_out, of_out, start, num_in, in_range,
+            num_out, False, KIND, PAIRED, BLOCK_IN, PTX,
+        )  # fmt: skip
+    if KIND == "fp4" and PTX:
+        acc *= FP4_REST
+    if KIND == "channels":
         acc *= tl.load(scales + output, mask=in_range, other=0.0)[None, :]
     if BIAS:
         acc += tl.load(bias_ptr + expert * num_out + output, mask=in_range, other=0.0).to(tl.float32)[None, :]
-    if SCALED:
-        acc *= tl.load(scale_ptr + pair, mask=real, other=0.0)[:, None]
+    if WEIGHTED:
+        acc *= tl.load(weights_ptr + pair, mask=real, other=0.0)[:, None]
     where = out_ptr + pair[:, None] * num_out + output[None, :]
     tl.store(where, acc.to(out_ptr.dtype.element_ty), mask=real[:, None] & in_range[None, :])
 
 
-def grouped_mlp(
-    x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor,
-    gate_up_scale: torch.Tensor | None = None, down_scale: torch.Tensor | None = None,
-    gate_up_bias: torch.Tensor | None = None, down_bias: torch.Tensor | None = None,
-    swiglu: tuple[float, float] | None = None,
-) -> torch.Tensor:  # fmt: skip
-    """The weighted sum of the chosen experts' gated MLPs, [n, hidden] in x's type.
+@triton.jit
+def _widen_kernel(
+    words_ptr,
+    scale_ptr,
+    out_ptr,
+    num_out,
+    num_groups,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    PTX: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """out [experts, num_out, num_groups * 32]: what FP4 stands for."""
+    num_words, num_channels = num_groups * 4, num_groups * 32
+    output = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    start, expert = tl.program_id(1) * BLOCK_IN, tl.program_id(2).to(tl.int64)
+    in_range = output < num_out
+    columns = words_ptr + expert * num_out * num_words + (output * num_words)[None, :]
+    scales = scale_ptr + expert * num_groups * num_out + output[None, :]
+    wait_for_inputs(DEPENDENT)
+    weights = fp4_tile(columns, scales, start, num_words, in_range, num_out, BLOCK_IN, PTX)
+    word = tl.arange(0, BLOCK_IN)
+    channel = start * 8 + (word // 4 * 32 + word % 4)
+    rows = out_ptr + expert * num_out * num_channels + (output * num_channels)[None, :]
+    for i in tl.static_range(8):
+        fits = (start + word < num_words)[:, None] & in_range[None, :]
+        weight = weights[i].to(tl.float32) * (FP4_REST if PTX else 1.0)
+        tl.store(rows + (channel + 4 * i)[:, None], weight.to(out_ptr.dtype.element_ty), mask=fits)
 
-    x [n, hidden]; weights [n, k] float32 and chosen [n, k] integer: each token's experts; gate_up
-    [experts, 2*d, hidden] with the gate first; down [experts, hidden, d]. Matrices may be e4m3: then with scales,
-    [experts, outputs] or one for each 128 x 128 block; or uint8: FP4 as reference_quantized.pack_fp4 packs it, with
-    scales [experts, outputs, inputs / 32] uint8; x stays as it is. Biases are [experts, outputs]; swiglu: alpha and
-    limit of silu_mul.clamped_swiglu, in place of silu(gate) * up. Raises ValueError when shapes do not fit.
+
+def widened(matrix: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """[experts, outputs, inputs] of FP4 matrices, on the device."""
+    num_experts, num_out, num_words = matrix.shape
+    out = torch.empty((num_experts, num_out, num_words * 8), dtype=dtype, device=matrix.device)
+    dependent = dependent_launch(matrix.device)
+    _widen_kernel[(-(-num_out // 32), -(-num_words // 32), num_experts)](
+        matrix, scale, out, num_out, num_words // 4, BLOCK_OUT=32, BLOCK_IN=32,
+        PTX=dependent["DEPENDENT"], num_warps=4, **dependent,
+    )  # fmt: skip
+    return out
+
+
+def routed_mlp(x: torch.Tensor, scores: torch.Tensor, m: Mixture) -> torch.Tensor:
+    """The weighted sum of the gated MLPs of each token's best experts, [n, hidden] in x's type.
+
+    x [n, hidden]; scores [n, experts] are the router's, and what `route` makes of them are the weights. Raises
+    ValueError when shapes do not fit.
+    """
+    require(scores.shape == (x.shape[0], m.gate_up.shape[0]), f"routed_mlp: scores {tuple(scores.shape)}")
+    check(x, m)
+    if runs_kernels(x) and x.shape[0]:
+        tiles = pair_tiles(x.device, kind_of(m.gate_up, m.gate_up_scale), x.shape[0])
+        if tiles is not None:
+            return by_pairs(x, scores, m, tiles.up, tiles.down)
+    weights, chosen = route(scores, m.per_token, normalized=m.normalized)
+    return grouped_mlp(x, weights, chosen, m)
+
+
+def grouped_mlp(x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, m: Mixture) -> torch.Tensor:
+    """The same with weights [n, k] float32 of the experts chosen [n, k]: pairs sorted by expert.
+
+    Rows stay as they are, whatever the matrices are. Raises ValueError when shapes do not fit.
     """
     n, hidden = x.shape
-    num_experts, wide, _ = gate_up.shape
-    ins = [_inputs(matrix, scale) for matrix, scale in ((gate_up, gate_up_scale), (down, down_scale))]
-    fits = ins == [hidden, wide // 2] and down.shape[:2] == (num_experts, hidden) and wide % 2 == 0
-    require(fits, f"grouped_mlp: x {tuple(x.shape)}, gate_up {tuple(gate_up.shape)}, down {tuple(down.shape)}")
+    check(x, m)
     require(weights.shape == chosen.shape and chosen.shape[0] == n, "grouped_mlp: weights and chosen must be [n, k]")
     if not runs_kernels(x):
         return reference.grouped_mlp(
-            x, weights, chosen, gate_up, down, gate_up_scale, down_scale, gate_up_bias, down_bias, swiglu
+            x, weights, chosen, m.gate_up, m.down, m.gate_up_scale, m.down_scale, m.gate_up_bias, m.down_bias, m.swiglu
         )
-    per_token = chosen.shape[1]
-    tile = TILE_SMALL if n * per_token <= 8 * num_experts else TILE_LARGE
-    rows, tile_expert = group(chosen, num_experts, tile)
-    inner = torch.empty((n * per_token, wide), dtype=x.dtype, device=x.device)
-    _launch(x, gate_up, gate_up_scale, gate_up_bias, rows, tile_expert, None, inner, per_token, tile)
+    per_token, num_experts = chosen.shape[1], m.gate_up.shape[0]
+    each = n * per_token / num_experts
+    tile = sorted_tile(_kind(m, each), each)
+    rows, tile_expert = group(chosen, num_experts, tile.rows)
+    inner = torch.empty((n * per_token, m.gate_up.shape[1]), dtype=x.dtype, device=x.device)
+    matrix, scale = _read(m.gate_up, m.gate_up_scale, x, each)
+    _launch(product(x, matrix, scale, m.gate_up_bias, tile.shape), rows, tile_expert, None, inner, per_token, tile)
     outer = torch.empty((n * per_token, hidden), dtype=x.dtype, device=x.device)
-    active = silu_mul(inner) if swiglu is None else clamped_swiglu(inner, *swiglu)
-    _launch(active, down, down_scale, down_bias, rows, tile_expert, weights.reshape(-1), outer, 1, tile)
+    active = silu_mul(inner) if m.swiglu is None else clamped_swiglu(inner, *m.swiglu)
+    matrix, scale = _read(m.down, m.down_scale, active, each)
+    factors = weights.reshape(-1)
+    _launch(product(active, matrix, scale, m.down_bias, tile.shape), rows, tile_expert, factors, outer, 1, tile)
     out = torch.empty((n, hidden), dtype=x.dtype, device=x.device)
     if n:
         _sum_kernel[(-(-hidden // _SUM_BLOCK), n)](
@@ -246,13 +277,19 @@ def grouped_mlp(
     return out
 
 
-def _inputs(matrix: torch.Tensor, scale: torch.Tensor | None) -> int:
-    """Of stacked matrices; -1 where FP4's scales do not fit them."""
-    if matrix.dtype != torch.uint8:
-        return matrix.shape[2]
-    if scale is None or scale.dtype != torch.uint8 or not scale.is_contiguous():
-        return -1
-    return matrix.shape[2] * 2 if scale.shape == (*matrix.shape[:2], matrix.shape[2] // 16) else -1
+def _kind(m: Mixture, rows: float) -> str:
+    """Of the matrices that products read for so many rows an expert."""
+    kind = kind_of(m.gate_up, m.gate_up_scale)
+    return "plain" if kind == "fp4" and rows > FP4_ROWS else kind
+
+
+def _read(
+    matrix: torch.Tensor, scale: torch.Tensor | None, x: torch.Tensor, rows: float
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What a product reads for so many rows an expert."""
+    if matrix.dtype != torch.int32 or scale is None or rows <= FP4_ROWS:
+        return matrix, scale
+    return widened(matrix, scale, x.dtype), None
 
 
 def route(scores: torch.Tensor, per_token: int, *, normalized: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -306,22 +343,11 @@ def group(chosen: torch.Tensor, num_experts: int, tile: int) -> tuple[torch.Tens
 
 
 def _launch(
-    x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor | None, bias: torch.Tensor | None,
-    rows: torch.Tensor, tile_expert: torch.Tensor, scale: torch.Tensor | None, out: torch.Tensor, per_token: int,
-    tile: int,
+    p: Product, rows: torch.Tensor, tile_expert: torch.Tensor, weights: torch.Tensor | None, out: torch.Tensor,
+    per_token: int, tile: SortedTile,
 ) -> None:  # fmt: skip
-    num_out, num_in = weight.shape[1], x.shape[1]
-    block_out, block_in = (64, 128) if tile == TILE_SMALL else (128, 64)
-    grid = (-(-num_out // block_out), tile_expert.shape[0])
-    fp4 = weight.dtype == torch.uint8
-    dims = 0 if weight_scale is None or fp4 else weight_scale.dim()
-    strides = (0, 0) if weight_scale is None else (weight_scale.stride(0), weight_scale.stride(1))
-    _grouped_kernel[grid](
-        x, weight, rows, tile_expert, out if scale is None else scale, x if weight_scale is None else weight_scale,
-        x if bias is None else bias, out, out.shape[0], num_out, num_in, x.stride(0), weight.stride(0),
-        weight.stride(1), *strides,
-        PER_TOKEN=per_token, SCALED=scale is not None, BIAS=bias is not None, TILE=tile, CHANNELS=dims == 2,
-        BLOCKS=dims == 3, FP4=fp4,
-        BLOCK_OUT=block_out, BLOCK_IN=block_in, STAGES=4 if tile == TILE_SMALL else 3,
-        num_warps=4, **dependent_launch(x.device),
+    num_out = out.shape[1]
+    _grouped_kernel[(-(-num_out // tile.shape.block_out), tile_expert.shape[0])](
+        p.x, p.matrix, rows, tile_expert, out if weights is None else weights, p.scale, p.bias, out, out.shape[0],
+        num_out, *p.sizes, PER_TOKEN=per_token, WEIGHTED=weights is not None, TILE=tile.rows, **p.options,
     )  # fmt: skip

@@ -118,7 +118,7 @@ def _member(matrices: torch.Tensor, scales: torch.Tensor | None, index: int, dty
     """One of the stacked matrices, widened where it has scales."""
     if scales is None:
         return matrices[index]
-    if matrices.dtype == torch.uint8:
+    if matrices.dtype == torch.int32:
         return widen_fp4(matrices[index], scales[index], dtype)
     widen = widen_blocks if scales.dim() == 3 else widen_rows
     return widen(matrices[index], scales[index], _wide(torch.empty(0, dtype=dtype)).dtype).to(dtype)

@@ -57,18 +57,48 @@ FP4_GROUP = 32
 """Inputs that share a scale, a power of two (e8m0): MXFP4 (Open Compute Project, "OCP Microscaling Formats", 2023)."""
 
 
+FP4_EXCESS = 62
+"""What is added to a scale's exponent in memory (_experts.py says why)."""
+_FP4_BITS = ((6, 7, 8, 15), (3, 4, 5, 12), (0, 1, 2, 9), (10, 11, 13, 14))
+"""Where half a word has the four bits of each of its codes, the lowest first."""
+
+
+FP4_EXCESS = 62
+"""What is added to a scale's exponent in memory (_experts.py says why)."""
+_FP4_BITS = ((6, 7, 8, 15), (3, 4, 5, 12), (0, 1, 2, 9), (10, 11, 13, 14))
+"""Where half a word has the four bits of each of its codes, the lowest first."""
+
+
 def pack_fp4(codes: torch.Tensor) -> torch.Tensor:
-    """[…, in / 2] uint8 of codes [..., in] uint8: byte j of a group has input j in its low half, 16 + j in its high."""
-    low, high = codes.unflatten(-1, (-1, 2, FP4_GROUP // 2)).unbind(-2)
-    return (low | (high << 4)).flatten(-2)
+    """[..., in / 8] int32 of codes [..., in] uint8: the words that _experts.py draws."""
+    places = codes.unflatten(-1, (-1, 8, FP4_GROUP // 8))  # [..., groups, places, words]
+    words = torch.zeros(*places.shape[:-2], FP4_GROUP // 8, dtype=torch.int32, device=codes.device)
+    for place in range(8):
+        code = places[..., place, :].int()
+        for bit, at in enumerate(_FP4_BITS[place % 4]):
+            words |= (code >> bit & 1) << (at + place // 4 * 16)
+    return words.flatten(-2)
 
 
-def widen_fp4(packed: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The numbers that packed [..., in / 2] and scales [..., in / 32] uint8 stand for: value * 2 ** (scale - 127)."""
-    halves = packed.unflatten(-1, (-1, 1, FP4_GROUP // 2))
-    codes = torch.cat((halves & 15, halves >> 4), dim=-2).flatten(-2)  # [..., groups, 32]
-    values = torch.tensor(FP4_VALUES, dtype=dtype, device=packed.device)[codes.int()]
-    return torch.ldexp(values, scale.int()[..., None] - 127).flatten(-2)
+def pack_fp4_scales(scale: torch.Tensor) -> torch.Tensor:
+    """[experts, in / 32, outputs] bfloat16 of scale [experts, outputs, in / 32] uint8: 2 ** (scale - 65) each.
+
+    At most 2 ** 127: a scale above 192 means 2 ** 65, as 192 does.
+    """
+    bits = (scale.int() + FP4_EXCESS).clamp(max=254) << 7
+    return bits.to(torch.int16).transpose(-1, -2).contiguous().view(torch.bfloat16)
+
+
+def widen_fp4(words: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The numbers that words [..., outputs, in / 8] and scales [..., in / 32, outputs] stand for."""
+    grouped = words.unflatten(-1, (-1, 1, FP4_GROUP // 8))
+    codes: list[torch.Tensor] = []
+    for place in range(8):
+        bits = [(grouped >> (at + place // 4 * 16) & 1) << bit for bit, at in enumerate(_FP4_BITS[place % 4])]
+        codes.append(bits[0] | bits[1] | bits[2] | bits[3])
+    values = torch.tensor(FP4_VALUES, dtype=dtype, device=words.device)[torch.cat(codes, dim=-2).flatten(-2)]
+    exponent = (scale.view(torch.int16).int() >> 7).transpose(-1, -2) - (127 + FP4_EXCESS)
+    return torch.ldexp(values, exponent[..., None]).flatten(-2)
 
 
 def fp8_linear(

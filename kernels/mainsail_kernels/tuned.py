@@ -1,7 +1,8 @@
 """Tuned launch configurations, as data: what `benchmarks/kernels.py --tune` found, by card, with the versions.
 
 The entries for Hopper (cards named "NVIDIA H…") were found with torch 2.11.0 and Triton 3.6.0, CUDA 13.0: attention,
-codes of 4 bits and single rows of FP8 on an H200, other linears (dependent launches, the inputs' split) on an H100.
+experts, codes of 4 bits and single rows of FP8 on an H200, other linears (dependent launches, the inputs' split) on
+an H100.
 A card without a table gets the defaults, which are safe everywhere (shared memory of 100 KiB is enough for them).
 `override` replaces a choice for a block of code: the tuning script's way to try a configuration.
 """
@@ -70,11 +71,41 @@ class QuantizedConfig:
     """Bytes of every output's weights that are fetched into the cache while the kernel before runs."""
 
 
+@dataclass(frozen=True, slots=True)
+class ExpertTile:
+    """Tile of a product of experts: outputs, inputs (FP4: words of eight), warps, stages."""
+
+    block_out: int
+    block_in: int
+    warps: int
+    stages: int
+    split: int = 1
+    """Programs that share the inputs of a pair or the experts of a token, where pairs have tiles to themselves."""
+
+
+@dataclass(frozen=True, slots=True)
+class PairTiles:
+    """How few tokens go through experts (experts.py)."""
+
+    up: ExpertTile
+    down: ExpertTile
+
+
+@dataclass(frozen=True, slots=True)
+class SortedTile:
+    """Rows of a tile, all of one expert, and the tile's shape."""
+
+    rows: int
+    shape: ExpertTile
+
+
 _override: dict[type, object] = {}
 
 
 @contextmanager
-def override(config: PrefillConfig | DecodeConfig | LinearConfig | QuantizedConfig) -> Iterator[None]:
+def override(
+    config: PrefillConfig | DecodeConfig | LinearConfig | QuantizedConfig | PairTiles | SortedTile,
+) -> Iterator[None]:
     """Use this configuration, wherever one of its kind is asked for, within the block."""
     _override[type(config)] = config
     try:
@@ -221,3 +252,29 @@ def row_groups_config() -> QuantizedConfig:
     if isinstance(chosen, QuantizedConfig):
         return chosen
     return QuantizedConfig(16, 16, 4, 1) if INTERPRETED else QuantizedConfig(8, 512, 4, 1)
+
+
+def pair_tiles(device: torch.device, kind: str, tokens: int) -> PairTiles | None:
+    """For so many tokens' experts; kind: as experts.kind_of has it. None where pairs are to be sorted by expert."""
+    chosen = _override.get(PairTiles)
+    if isinstance(chosen, PairTiles):
+        return chosen
+    fp4 = kind == "fp4"
+    if INTERPRETED:
+        tile = ExpertTile(32, 32 if fp4 else 128 if kind == "blocks" else 32, 4, 1, split=2)
+        return PairTiles(tile, tile) if tokens < 3 else None
+    if tokens > 1:
+        return None
+    if fp4:
+        return PairTiles(ExpertTile(32, 32, 4, 3), ExpertTile(32, 32, 4, 3, 2))
+    return PairTiles(ExpertTile(32, 256, 4, 3), ExpertTile(32, 256, 4, 3, 4))
+
+
+def sorted_tile(kind: str, rows: float) -> SortedTile:
+    """For experts that have so many rows on average; kind: as experts.kind_of has it."""
+    chosen = _override.get(SortedTile)
+    if isinstance(chosen, SortedTile):
+        return chosen
+    if kind == "fp4":
+        return SortedTile(16 if rows <= 8 else 32, ExpertTile(64, 16, 4, 4))
+    return SortedTile(16, ExpertTile(64, 128, 4, 4)) if rows <= 8 else SortedTile(64, ExpertTile(128, 64, 4, 3))

@@ -7,9 +7,10 @@ experts are in one tensor for each matrix, and in one of two forms:
     MXFP4   …_blocks [experts, outputs, inputs / 32, 16] uint8, …_scales [experts, outputs, inputs / 32] uint8
 
 Gate and up take turns along the outputs; here the gates come first. A byte of a block has two inputs that are
-neighbours; here it has one of the first 16 and one of the last (`pack_fp4`), so that a kernel's tile never shuffles.
-MXFP4 stays as it is in memory. Every rank has some channels of all experts, in whole groups of 32 where they are
-MXFP4; of `down_proj`, whose inputs are split, it reads all, one layer at a time, and keeps its part.
+neighbours; here eight codes are one word, in an order that a kernel need not shuffle (`pack_fp4`), and scales are
+bfloat16s side by side for neighbouring outputs. No number changes: MXFP4 stays MXFP4 in memory. Every rank has some
+channels of all experts, in whole groups of 32 where they are MXFP4; of `down_proj`, whose inputs are split, it reads
+all, one layer at a time, and keeps its part.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from mainsail_engine.model.mlp import ExpertMatrices, ExpertMlp, Mlp
 from mainsail_engine.model.parallel import Parallel
 from mainsail_engine.model.quantization import Mxfp4
 from mainsail_engine.model.quantized import quantize_fp8
-from mainsail_kernels.reference_quantized import FP4_GROUP, pack_fp4
+from mainsail_kernels.reference_quantized import FP4_GROUP, pack_fp4, pack_fp4_scales
 
 
 class GptOssForCausalLM(LlamaForCausalLM):
@@ -103,5 +104,5 @@ def _packed(
     else:
         kept = slice(ours.start // FP4_GROUP, ours.stop // FP4_GROUP)
         blocks, scale = blocks[:, :, kept], scale[:, :, kept]
-    codes = torch.stack((blocks & 15, blocks >> 4), dim=-1).flatten(2)
-    return Fp4Experts(pack_fp4(codes).contiguous(), scale.contiguous())
+    words = [pack_fp4(torch.stack((of_one & 15, of_one >> 4), dim=-1).flatten(1)) for of_one in blocks]
+    return Fp4Experts(torch.stack(words), pack_fp4_scales(scale))

@@ -51,9 +51,9 @@ class Fp8Weight:
 @dataclass(slots=True)
 class Fp4Experts:
     codes: torch.Tensor
-    """[experts, outputs, inputs / 2] uint8, as reference_quantized.pack_fp4 packs them."""
+    """[experts, outputs, inputs / 8] int32, as reference_quantized.pack_fp4 packs them."""
     scale: torch.Tensor
-    """[experts, outputs, inputs / 32] uint8: 2 ** (scale - 127) for every 32 inputs."""
+    """[experts, inputs / 32, outputs] bfloat16, as reference_quantized.pack_fp4_scales packs them."""
 
 
 @dataclass(slots=True)

@@ -26,7 +26,8 @@ from mainsail_engine.model.linear import (
 from mainsail_engine.model.loader import Part, Weights
 from mainsail_engine.model.lora import AdapterRows, Site
 from mainsail_engine.model.parallel import Parallel
-from mainsail_kernels.moe import grouped_mlp, route
+from mainsail_kernels.experts import Mixture
+from mainsail_kernels.moe import routed_mlp
 from mainsail_kernels.silu_mul import gelu_tanh_mul, silu_mul
 
 ExpertMatrices = torch.Tensor | Fp8Weight | Fp4Experts
@@ -123,12 +124,12 @@ class ExpertMlp:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         e = self.experts
         scores = linear(x, self.router, self.router_bias)
-        weights, chosen = route(scores, e.experts_per_token, normalized=e.normalized)
         gate_up, gate_up_scale = _with_scale(self.gate_up)
         down, down_scale = _with_scale(self.down)
-        return grouped_mlp(
-            x, weights, chosen, gate_up, down, gate_up_scale, down_scale, self.gate_up_bias, self.down_bias, e.swiglu
-        )
+        return routed_mlp(x, scores, Mixture(
+            gate_up, down, gate_up_scale, down_scale, self.gate_up_bias, self.down_bias,
+            per_token=e.experts_per_token, normalized=e.normalized, swiglu=e.swiglu,
+        ))  # fmt: skip
 
     def packed(self) -> Mlp:
         return self
