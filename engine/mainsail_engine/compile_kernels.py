@@ -76,14 +76,16 @@ class Compilation:
 
 
 def begin(config: EngineConfig) -> Compilation:
-    """Compile what a runner of this configuration will launch on this machine's card, if that was not done before."""
-    if config.device == "cpu" or config.num_ranks > 1:
+    """Compile what a runner of this configuration will launch on this machine's card, if that was not done before.
+
+    Of several ranks each compiles what the image has not.
+    """
+    if config.device == "cpu":
         return Compilation()
-    card = installed_card()
+    link_shipped()
+    card = installed_card() if config.num_ranks == 1 else None
     if card is None:
         return Compilation()
-    if shipped := os.environ.get("MAINSAIL_KERNELS"):
-        link(Path(shipped), cache_folder())
     mark = mark_of(config, card)
     if mark.exists():
         return Compilation()
@@ -96,8 +98,9 @@ def begin(config: EngineConfig) -> Compilation:
     return Compilation(process)
 
 
-def link(shipped: Path, cache: Path) -> None:
-    """What an image has of compiled kernels, where Triton looks for them; what is there already stays."""
+def link_shipped() -> None:
+    """What the image has of compiled kernels, where Triton looks for them; what is there already stays."""
+    shipped, cache = Path(os.environ.get("MAINSAIL_KERNELS") or os.devnull), cache_folder()
     if not shipped.is_dir() or shipped.resolve() == cache.resolve():
         return
     cache.mkdir(parents=True, exist_ok=True)

@@ -22,6 +22,7 @@ from types import FrameType
 
 import msgspec
 
+from mainsail_engine.compile_kernels import link_shipped
 from mainsail_engine.config import EngineConfig, ServerConfig
 from mainsail_engine.errors import StartupError
 from mainsail_engine.runner.ranks import Alive, Ended, WorkerStart, decode_words, spawn
@@ -32,6 +33,7 @@ GRACE_S = 10.0
 """After the leader should have drained, until this node ends by itself."""
 LAST_WORDS_S = 2.0
 SILENT_S, LOADING_SILENT_S = 7.0, 60.0
+REAP_S = 5.0
 TICK_S = 0.5
 
 
@@ -83,6 +85,9 @@ class Node:
         finally:
             for rank in self._ranks:
                 rank.process.kill()  # also one that is stopped
+            for rank in self._ranks:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    rank.process.wait(REAP_S)
             if health is not None:
                 health.close()
 
@@ -159,4 +164,5 @@ def _failure(ended: Ended) -> StartupError:
 def run_node(engine: EngineConfig, server: ServerConfig) -> None:
     """Blocks until this node has ended. Raises StartupError."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    link_shipped()
     Node(engine, server).run()
