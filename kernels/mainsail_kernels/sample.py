@@ -118,11 +118,12 @@ def _above(
 
 @triton.jit
 def _threshold(
-    row_ptr, best_ptr, vocab, num_chunks, low, top, rate, wanted, BY_MASS: tl.constexpr, CHUNK: tl.constexpr
+    row_ptr, best_ptr, vocab, num_chunks, low, high, top, rate, wanted, BY_MASS: tl.constexpr, CHUNK: tl.constexpr
 ):
-    """The largest logit, of those >= low, at or above which lie `wanted` tokens, or `wanted` of mass."""
-    # Enough lies at or above low, and too little at or above high (a value just over the best logit).
-    high = top + tl.abs(top) * 1e-6 + 1e-30
+    """The largest logit, of those >= low, at or above which lie `wanted` tokens, or `wanted` of mass.
+
+    Enough lies at or above low, and too little at or above high.
+    """
     searching = 1
     rounds = 0
     while searching == 1:
@@ -187,9 +188,11 @@ def _draw_kernel(
     mass = tl.where(best == float("-inf"), 0.0, mass * tl.exp((best - top) / heat))
     rate = 1.4426950408889634 / heat
     floor = top - 90.0 * heat  # what float32 cannot tell from probability zero
+    over = top + tl.abs(top) * 1e-6 + 1e-30
     limited = (top_k > 0) & (top_k < vocab)
     if limited:
-        floor = _kth(row_ptr, best_row, vocab, num_chunks, floor, top, top_k, CHUNK)
+        least_best = tl.min(tl.where(inside, best, float("inf")), axis=0)
+        floor = _kth(row_ptr, best_row, vocab, num_chunks, floor, top, over, least_best, top_k, CHUNK)
     if top_p < 1.0:
         total = tl.sum(mass, axis=0)
         if limited:
@@ -198,7 +201,9 @@ def _draw_kernel(
         wanted = tl.maximum(top_p * (1.0 - 1e-7), 1e-30) * total
         nucleus = top + heat * (tl.log(tl.maximum(1.0 - top_p, 1e-7)) - tl.log(vocab.to(tl.float32))) - 1e-3
         low = tl.maximum(floor, nucleus)
-        floor = tl.maximum(floor, _threshold(row_ptr, best_row, vocab, num_chunks, low, top, rate, wanted, True, CHUNK))
+        floor = tl.maximum(
+            floor, _threshold(row_ptr, best_row, vocab, num_chunks, low, over, top, rate, wanted, True, CHUNK)
+        )
     filtered = limited | (top_p < 1.0) | (min_p > 0.0)
     if min_p > 0.0:
         floor = tl.maximum(floor, top + heat * tl.log(min_p))
@@ -225,14 +230,22 @@ def _draw_kernel(
 
 
 @triton.jit
-def _kth(row_ptr, best_ptr, vocab, num_chunks, floor, top, k, CHUNK: tl.constexpr):
-    """The k-th best logit, or floor if fewer than k are at or above it."""
-    n, _b, _c, _l, _m = _above(
-        row_ptr, best_ptr, vocab, num_chunks, floor, top, floor, floor, floor, top, 0.0, False, CHUNK
+def _kth(row_ptr, best_ptr, vocab, num_chunks, floor, top, over, least_best, k, CHUNK: tl.constexpr):
+    """The k-th best logit, or floor if fewer than k are at or above it.
+
+    least_best: the least of the chunks' best logits. It is near the k-th best where logits lie about evenly, so that
+    the search begins in the interval that it and its mirror image below make; over: a value just over the best logit.
+    """
+    near = tl.maximum(least_best, floor)
+    far = tl.maximum(2.0 * near - top, floor)
+    n, n_far, n_near, _l, _m = _above(
+        row_ptr, best_ptr, vocab, num_chunks, floor, top, floor, far, near, top, 0.0, False, CHUNK
     )
     kth = floor
     if n > k:
-        kth = _threshold(row_ptr, best_ptr, vocab, num_chunks, floor, top, 0.0, k.to(tl.float32), False, CHUNK)
+        low = tl.where(n_near >= k, near, tl.where(n_far >= k, far, floor))
+        high = tl.where(n_near >= k, over, tl.where(n_far >= k, near, far))
+        kth = _threshold(row_ptr, best_ptr, vocab, num_chunks, low, high, top, 0.0, k.to(tl.float32), False, CHUNK)
     return kth
 
 
