@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,26 @@ for turn in (1.0, 3.0):
     torch.testing.assert_close(y, truth * turn, rtol=1e-6, atol=1e-6)
 print("sums are right", flush=True)
 """
+ALONE = """
+import os, threading, time
+rank, place = int(sys.argv[1]), sys.argv[2]
+device = torch.device("cuda", rank % torch.cuda.device_count())
+torch.cuda.set_device(device)
+dist.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=2)
+shot = peer_sums(device, dist.group.WORLD)
+x = torch.ones(4, 4096, device=device)
+shot.sum(x)
+torch.cuda.synchronize()
+dist.barrier()
+if rank == 1:
+    os._exit(9)
+done = torch.cuda.Event()
+shot.sum(x)  # waits on the device, for good
+done.record()
+threading.Timer(1.0, lambda: (print("ends at", time.time(), flush=True), os._exit(1))).start()
+done.synchronize()
+print("the sum of a rank that is gone was computed", flush=True)
+"""
 NCCL = """
 parallel = join(0, 1, torch.device("cuda", 0), listen(1))
 x = torch.full((4, 64), 2.0, device="cuda")
@@ -74,6 +95,17 @@ def test_two_processes_sum_by_reading_one_another(tmp_path: Path) -> None:
     ranks = [run(SUMS, str(rank), str(tmp_path / "store")) for rank in range(2)]
     told = [rank.communicate(timeout=90)[0] for rank in ranks]
     assert all("sums are right" in words for words in told), "\n".join(told)
+
+
+@pytest.mark.gpu
+def test_a_rank_ends_at_once_while_its_kernel_waits_for_one_that_is_gone(tmp_path: Path) -> None:
+    """As the core does when its watcher says so: the main thread waits for the device, another one ends the process."""
+    ranks = [run(ALONE, str(rank), str(tmp_path / "store")) for rank in range(2)]
+    told = ranks[0].communicate(timeout=90)[0]
+    ended_s = time.time()
+    assert [rank.wait(timeout=30) for rank in ranks] == [1, 9], told
+    assert "was computed" not in told
+    assert ended_s - float(told.rpartition("ends at ")[2]) < 4
 
 
 @pytest.mark.gpu
