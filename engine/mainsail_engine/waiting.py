@@ -30,7 +30,7 @@ from mainsail_engine.request import Place, Request
 PROMPT_WEIGHT = 1
 OUTPUT_WEIGHT = 2
 """A generated token costs about as much as several prompt tokens of a batch; 2 as in the paper."""
-TURN_S = 6.0
+TURN_S = 6.5
 """A session's next turn is on time for so long."""
 MAX_WAIT_S = 60.0
 """Who has waited for so long goes first."""

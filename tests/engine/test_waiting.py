@@ -76,15 +76,15 @@ def turn(index: int, session: int, number: int, arrival_s: float) -> Request:
 def test_turns_on_time_take_turns_and_the_late_wait_by_the_age_of_their_sessions():
     queue = WaitingQueue()
     new, old_late, young_late = turn(0, 5, 1, 0.0), turn(1, 1, 3, 0.5), turn(2, 4, 2, 0.2)
-    old, young = turn(3, 2, 4, 7.0), turn(4, 3, 2, 6.8)
+    old, young = turn(3, 2, 4, 7.2), turn(4, 3, 2, 7.1)
     for r in (new, old_late, young_late):
         queue.join(r)
     assert ids(queue) == ["r2", "r1", "r0"]
-    assert queue.advance(6.9)
+    assert queue.advance(7.05)
     for r in (old, young):
         queue.join(r)
     assert ids(queue) == ["r4", "r3", "r1", "r2", "r0"]
-    assert not queue.advance(7.0)
+    assert not queue.advance(7.2)
     assert queue.advance(MAX_WAIT_S + 0.1)
     assert ids(queue) == ["r0", "r1", "r3", "r4", "r2"]  # the new one has waited too long, the others are late
 
