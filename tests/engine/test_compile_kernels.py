@@ -81,7 +81,15 @@ def test_what_is_launched_is_known_from_the_shapes() -> None:
     lines = "\n".join(msgspec.json.encode(order).decode() for order in orders)
     experts, dense = (Counter(names) for names in run(NOTED, orders=lines).values())
     always = {"_decode_kernel", "_prefill_kernel", "_rope_write_kernel", "_rms_norm_kernel", "_argmax_kernel"}
-    asked = {"_draw_kernel", "_penalize_kernel", "_bitmask_kernel", "_stage_blocks_kernel", "_copy_blocks_kernel"}
+    asked = {
+        "_draw_kernel",
+        "_penalize_kernel",
+        "_bitmask_kernel",
+        "_stage_blocks_kernel",
+        "_copy_blocks_kernel",
+        "_unpack_kernel",
+        "_send_kernel",
+    }
     for names in (dense, experts):
         assert always | asked <= set(names)
     assert {"_route_kernel", "_grouped_kernel"} <= set(experts)

@@ -30,7 +30,7 @@ from mainsail_engine.model.parallel import Parallel
 from mainsail_engine.model.quantization import read_quantization
 from mainsail_engine.model.registry import DECODERS
 from mainsail_engine.request import Request, SamplingParams
-from mainsail_engine.runner.cuda_graphs import LARGEST_MIXED, PaddedSteps
+from mainsail_engine.runner.cuda_graphs import LARGEST_MIXED, PaddedSteps, step_rows
 from mainsail_engine.runner.model_runner import (
     batched_tokens,
     choose_dtype,
@@ -46,7 +46,7 @@ from mainsail_kernels._triton import Card
 from mainsail_kernels.ahead import Launch, noted
 from mainsail_kernels.attention_decode import decode_workspace
 from mainsail_kernels.blocks import copy_blocks, gather_blocks, scatter_blocks
-from mainsail_kernels.tokens import note
+from mainsail_kernels.tokens import note, send, unpack
 
 log = logging.getLogger(__name__)
 DEVICE = torch.device("meta")
@@ -82,7 +82,13 @@ def launches_of(config: EngineConfig, card: Card) -> list[Launch]:
         raise UnsupportedModelError(f"the steps of {architecture.name} in this configuration are not known beforehand")
     with noted(card) as launches, torch.inference_mode():
         dry_run = _DryRun(config, architecture)
-        for part in (dry_run.padded_steps, dry_run.large_steps, dry_run.sampling, dry_run.block_moves):
+        for part in (
+            dry_run.padded_steps,
+            dry_run.large_steps,
+            dry_run.sampling,
+            dry_run.to_and_fro,
+            dry_run.block_moves,
+        ):
             try:
                 part()
             except Exception as error:
@@ -123,6 +129,7 @@ class _DryRun:
             self._forward, self.model.logits, greedy, self.newest, Uploads(torch.device("cpu")),
             workspace=self.workspace, max_num_seqs=self.rows, max_blocks=self._max_blocks, capture=False,
             guess_rows=guess_rows(self.config, self.architecture), adapter_slots=self._adapter_slots,
+            mixed_rows=step_rows(self.architecture),
         ).run_all()  # fmt: skip
 
     def large_steps(self) -> None:
@@ -167,6 +174,13 @@ class _DryRun:
                 torch.empty(count, dtype=torch.int64, device=DEVICE),
             )
             sampler.sample(self._logits(count), slots, np.ones(count, np.int64), masks)
+
+    def to_and_fro(self) -> None:
+        """A step's inputs, and its tokens."""
+        numbers = torch.empty(64, dtype=torch.int32, device=DEVICE)
+        tables = torch.empty((1, self._max_blocks), dtype=torch.int32, device=DEVICE)
+        unpack(numbers, numbers[:63], tables, width=1, decodes=1, gap=0)
+        send(self.newest, self.newest)
 
     def block_moves(self) -> None:
         blocks = torch.empty(1, dtype=torch.int64, device=DEVICE)
