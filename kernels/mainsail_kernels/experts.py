@@ -21,7 +21,7 @@ from mainsail_kernels._triton import (
     triton,
     wait_for_inputs,
 )
-from mainsail_kernels.reference_quantized import FP4_GROUP, FP8
+from mainsail_kernels.reference_quantized import BLOCK, FP4_GROUP, FP8
 from mainsail_kernels.tuned import ExpertTile
 
 
@@ -282,6 +282,9 @@ def product(
     """x [n, inputs]; the rest as Mixture has it."""
     dependent = dependent_launch(x.device)
     ptx, kind = dependent["DEPENDENT"] and x.dtype == torch.bfloat16, kind_of(matrix, scale)
+    require(
+        kind != "blocks" or BLOCK % tile.block_in == 0, "mixture of experts: a step must lie within a block of scales"
+    )
     paired = ptx and matrix.dtype == FP8 and x.shape[1] % 2 == 0 and x.stride(0) % 2 == 0
     if paired:  # two weights at a time, and two inputs
         matrix, x = matrix.view(torch.int16), x.view(torch.int32)

@@ -267,7 +267,8 @@ def pair_tiles(device: torch.device, kind: str, tokens: int) -> PairTiles | None
         return None
     if fp4:
         return PairTiles(ExpertTile(32, 32, 4, 3), ExpertTile(32, 32, 4, 3, 2))
-    return PairTiles(ExpertTile(32, 256, 4, 3), ExpertTile(32, 256, 4, 3, 4))
+    step = 128 if kind == "blocks" else 256
+    return PairTiles(ExpertTile(32, step, 4, 3), ExpertTile(32, step, 4, 3, 4))
 
 
 def sorted_tile(kind: str, rows: float) -> SortedTile:

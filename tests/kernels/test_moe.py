@@ -9,6 +9,7 @@ from mainsail_kernels import reference
 from mainsail_kernels import reference_quantized as quantized
 from mainsail_kernels.experts import Mixture
 from mainsail_kernels.moe import group, grouped_mlp, route, routed_mlp
+from mainsail_kernels.tuned import pair_tiles, sorted_tile
 
 KINDS = ("plain", "channels", "blocks", "fp4")
 
@@ -69,8 +70,7 @@ def test_all_tokens_may_choose_the_same_expert(close, device, dtype):
     close(routed_mlp(x, scores, m), truth_of(x, weights, chosen, m))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("tokens", [1, 40, 70])
+@pytest.mark.parametrize(("tokens", "kind"), [*((40, kind) for kind in KINDS), (1, "fp4"), (70, "fp4")])
 def test_grouped_mlp_of_quantized_experts(tokens, kind, close, device, dtype):
     """Only the weights are quantized: what goes in stays as it is. Tiles are not whole."""
     hidden, wide = (96, 160) if kind == "fp4" else (144, 128)
@@ -144,3 +144,10 @@ def test_shapes_that_do_not_fit_are_refused(device, dtype):
     wrong = replace(fp4, down_scale=fp4.gate_up_scale)
     with pytest.raises(ValueError, match="mixture of experts: x"):
         grouped_mlp(torch.ones(2, 64, device=device, dtype=dtype), ones, ones.long(), wrong)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 300])
+def test_no_tile_steps_over_a_block_of_scales(tokens, device):
+    tiles = pair_tiles(device, "blocks", tokens)
+    shapes = [sorted_tile("blocks", rows).shape for rows in (1.0, 8.0, 9.0, 100.0)]
+    assert all(shape.block_in <= 128 for shape in shapes + ([tiles.up, tiles.down] if tiles else []))
