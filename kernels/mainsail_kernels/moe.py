@@ -33,7 +33,7 @@ from mainsail_kernels.tuned import SortedTile, pair_tiles, sorted_tile
 SMALL_PAIRS = 4096
 """Up to here one launch sorts all pairs; a decode step's hundred launches would cost more than its experts."""
 _SUM_BLOCK = 512
-FP4_ROWS = 32
+FP4_ROWS = 64
 """Experts with more rows than this on average have their FP4 widened once for all rows, to bfloat16 in a buffer."""
 
 

@@ -75,8 +75,9 @@ def test_grouped_mlp_of_quantized_experts(tokens, kind, close, device, dtype):
     """Only the weights are quantized: what goes in stays as it is. Tiles are not whole."""
     hidden, wide = (96, 160) if kind == "fp4" else (144, 128)
     x = torch.randn(tokens, hidden).to(device, dtype)
-    m = mixture(kind, 4, hidden, wide, device, dtype)
-    weights, chosen = (part.to(device) for part in torch.rand(tokens, 4).topk(2, dim=1))
+    experts = 2 if tokens == 70 else 4  # so many rows an expert that FP4 is widened into a buffer
+    m = mixture(kind, experts, hidden, wide, device, dtype)
+    weights, chosen = (part.to(device) for part in torch.rand(tokens, experts).topk(2, dim=1))
     close(grouped_mlp(x, weights, chosen, m), truth_of(x, weights, chosen, m))
 
 
