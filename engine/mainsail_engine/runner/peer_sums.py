@@ -1,12 +1,12 @@
-"""Sums over the GPUs of a stage by kernels that read the others' memory, without NCCL.
+"""Sums over the GPUs of a stage by a kernel that reads the others' memory, without NCCL.
 
     rank 0   x0 ──▶ symmetric memory ◀── read ──┐        each rank lays its own part down, waits until all have,
     rank 1   x1 ──▶ symmetric memory ◀── read ──┴─▶ sum  reads all, and is done when all have read
 
-In one shot each rank sums all, which passes n - 1 times a tensor's bytes in one turn: for a decode step's few rows. In
-two shots each sums its share and then reads the others' sums, 2 (n - 1) / n of the bytes in two turns: for more rows.
-NCCL's ring passes as many bytes as that, in more turns. The kernels are torch's (`symm_mem`); they need GPUs that can
-read one another's memory, and no NVLink multicast. CUDA graphs may hold them.
+A ring passes 2 (n - 1) / n of a tensor's bytes in 2 (n - 1) turns, this n - 1 times the bytes in one. So it wins where
+turns cost more than bytes: for a decode step's hidden states, and between two GPUs, where it moves no more than a ring.
+The kernel is torch's (`symm_mem.one_shot_all_reduce_copy`); it needs GPUs that can read one another's memory, and no
+NVLink multicast. CUDA graphs may hold it.
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup  # pyright: ignore[reportPrivateImportUsage]
 
 log = logging.getLogger(__name__)
-ONE_SHOT_BYTES = 256 << 10
-LARGEST_BYTES = {2: 16 << 20, 4: 512 << 10}
-"""By the number of ranks. Two were measured (benchmarks/tensor_parallel_gpu.py)."""
-SIZES_IN_TWO_SHOTS = (2, 4, 8)
+LARGEST_BYTES = {2: 4 << 20, 3: 512 << 10, 4: 512 << 10}
+"""By the number of ranks; above this NCCL is as fast. Two were measured (benchmarks/tensor_parallel_gpu.py)."""
+LARGEST_BYTES_OF_MANY = 256 << 10
 ALIGNMENT = 16
-"""Bytes that a kernel loads at a time."""
+"""Bytes that the kernel loads at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +45,7 @@ class PeerSums:
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         """The sum of all ranks' x, for an x that it takes; leaves x as it is."""
         laid = self.buffer[: x.nbytes].view(x.dtype).view(x.shape)
-        if x.nbytes <= ONE_SHOT_BYTES:
-            return torch.ops.symm_mem.one_shot_all_reduce_copy(laid, x, "sum", self.group)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
-        laid.copy_(x)
-        return torch.ops.symm_mem.two_shot_all_reduce_out(laid, "sum", self.group, torch.empty_like(x))  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+        return torch.ops.symm_mem.one_shot_all_reduce_copy(laid, x, "sum", self.group)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
 
 
 def peer_sums(device: torch.device, group: ProcessGroup, num_bytes: int | None = None) -> PeerSums | None:
@@ -57,10 +53,7 @@ def peer_sums(device: torch.device, group: ProcessGroup, num_bytes: int | None =
 
     num_bytes: the largest tensor that it is to sum; None: as many as pay.
     """
-    size = group.size()
-    wanted = num_bytes or LARGEST_BYTES.get(size, ONE_SHOT_BYTES)
-    if size not in SIZES_IN_TWO_SHOTS:
-        wanted = min(wanted, ONE_SHOT_BYTES)
+    wanted = num_bytes or LARGEST_BYTES.get(group.size(), LARGEST_BYTES_OF_MANY)
     trouble = "another rank cannot"
     buffer: torch.Tensor | None = None
     os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")  # unused here, and where it is missing torch fails
