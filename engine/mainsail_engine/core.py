@@ -600,8 +600,6 @@ class _Engine:
         from mainsail_engine.runner.workers import start_ranks
         from mainsail_engine.speculative.load import check_vocabularies, load_draft
 
-        if slabs is not None:
-            slabs.may_pin()
         mark("imports")
         self.config = config
         self._slabs = slabs
@@ -720,6 +718,7 @@ def build(
     timeline = timeline or Timeline(time.monotonic())
     engine = _Engine(config, on_lost, timeline.mark)
     scheduler, runner = engine.parts()
+    timeline.mark("host_memory")
     device = str(engine.model_runner.device)
     vocab_size, eos_token_ids = runner.vocab_size, sorted(runner.eos_token_ids)
     compiler = Compiler(  # its function must not hold the runner, whose memory a sleep gives back

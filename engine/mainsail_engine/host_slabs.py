@@ -1,11 +1,11 @@
-"""Pinned host memory, taken at the very start, while nobody needs CUDA's driver.
+"""Pinned host memory: pages taken at the very start, and pinned at its end, while nobody needs CUDA's driver.
 
-    core      imports torch ··················▶ weights ··▶ KV pool ▶ graphs ▶ host memory for KV (runner/swap.py)
-    threads   touch slab ▶ slab ▶ slab …           (pages are taken by several threads, in large ones if there are some)
-    thread                         may pin └▶ pin ▶ pin ▶ pin … done    (the driver pins one at a time)
+    core      imports torch ▶ weights ▶ KV pool ▶ graphs ▶ takes host memory for KV (runner/swap.py) ▶ first token
+    threads   touch slab ▶ slab ▶ slab …                  (large pages where there are some; nobody is held up)
+    thread                                               └▶ pin ▶ pin ▶ pin … done, or as far as patience goes
 
-Taken later, the same memory holds up running steps until all of it is there. Pinning waits until torch is imported,
-because it keeps this process from mapping memory, which that does all the time. Imports no torch itself.
+The driver pins fast while nobody else needs it, and only then: beside an import, which maps memory all the time, or the
+launches of a start, both take several times as long. So pages are taken early and pinned late. Imports no torch itself.
 """
 
 from __future__ import annotations
@@ -26,13 +26,15 @@ SLAB_BYTES = 32 << 20
 """Pinned in one call of the driver, which takes about 1 ms, and up to 13 on machines where it is slow."""
 THREADS = 4
 """That touch pages."""
+PATIENCE_S = 2.0
+"""How long a start waits for pinning: 30 GB take 1 s where the driver is fast. What is missing then comes later."""
 
 Pin = Callable[[int, int], bool]
 """(address, bytes): pinned. False: the driver refuses."""
 
 
 class HostSlabs:
-    """Memory in slabs that a thread pins, one after the other, until `take` wants them."""
+    """Memory in slabs whose pages are taken from now on, and which are pinned when `take` wants them."""
 
     def __init__(self, num_bytes: int, pin: Pin) -> None:
         """As many whole slabs as num_bytes have room for, if they can be had."""
@@ -46,26 +48,25 @@ class HostSlabs:
         self._thread.start()
         atexit.register(self._end)
 
-    def may_pin(self) -> None:
-        """From now on."""
-        self._may_pin.set()
-
     def take(self, most: int) -> list[mmap.mmap]:
-        """So many slabs at most, pinned, once all are there; the caller unpins them."""
-        self._may_pin.set()
-        self._thread.join()
+        """So many slabs at most, pinned, or what the driver can do in PATIENCE_S; the caller unpins them."""
+        self._pin_some()
         return [self._slabs.popleft() for _ in range(min(most, len(self._slabs)))]
 
     def left(self) -> list[mmap.mmap]:
         """Those that nobody took: pinned still."""
-        self._may_pin.set()
-        self._thread.join()
+        self._pin_some()
         atexit.unregister(self._end)
         slabs, self._slabs = list(self._slabs), deque()
         return slabs
 
+    def _pin_some(self) -> None:
+        self._may_pin.set()
+        self._thread.join(PATIENCE_S)
+        self._end()
+
     def _end(self) -> None:
-        """The process ends, perhaps before anybody asked; it must find no thread in the driver."""
+        """No more. A process that ends, perhaps before anybody asked, must find no thread in the driver."""
         self._ended.set()
         self._may_pin.set()
         self._thread.join()

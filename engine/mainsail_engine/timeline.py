@@ -23,6 +23,7 @@ PHASES = {
     "kernels": "waiting for kernels to be compiled",
     "kv_pool": "a step of the largest size, to see what it takes, and the KV pool",
     "graphs": "the first step, and the capture of CUDA graphs",
+    "host_memory": "pinning host memory for KV",
     "token": "the scheduler, and a token through the whole path",
     "http": "listening",
 }

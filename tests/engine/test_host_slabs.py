@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 
+import pytest
 import torch
 
+from mainsail_engine import host_slabs
 from mainsail_engine.host_slabs import SLAB_BYTES, HostSlabs
 from mainsail_engine.pages import address_of, as_tensor
 from mainsail_engine.runner.swap import HostMemory
@@ -32,6 +35,22 @@ def test_what_the_driver_refuses_is_not_there() -> None:
     slabs = HostSlabs(5 * SLAB_BYTES, pin)
     assert len(slabs.take(5)) == 2
     assert len(pinned) == 3, "it was asked once more, and no further"
+
+
+def test_a_slow_driver_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_slabs, "PATIENCE_S", 0.3)
+    asked: list[int] = []
+
+    def pin(address: int, size: int) -> bool:
+        asked.append(address)
+        time.sleep(0.1)
+        return True
+
+    slabs = HostSlabs(12 * SLAB_BYTES, pin)
+    taken = len(slabs.take(12))
+    assert 1 <= taken < 12
+    assert slabs.left() == []
+    assert len(asked) == taken, "what is left is not pinned behind anybody's back"
 
 
 def test_a_process_that_ends_before_it_may_pin_ends() -> None:
