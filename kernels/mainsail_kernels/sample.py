@@ -16,7 +16,7 @@ is in reference.py.
 import torch
 
 from mainsail_kernels import reference
-from mainsail_kernels._triton import next_power_of_2, require, runs_kernels, tl, triton
+from mainsail_kernels._triton import INTERPRETED, next_power_of_2, require, runs_kernels, tl, triton
 
 _CHUNK = reference.SAMPLE_CHUNK
 
@@ -91,6 +91,20 @@ def _both(a, b, c, least, most, other_a, other_b, other_c, other_least, other_mo
     return a + other_a, b + other_b, c + other_c, tl.minimum(least, other_least), tl.maximum(most, other_most)
 
 
+if INTERPRETED:  # which combines with a function of ours element by element, for minutes
+
+    @triton.jit
+    def _reduced(a, b, c, least, most):
+        return tl.sum(a, axis=0), tl.sum(b, axis=0), tl.sum(c, axis=0), tl.min(least, axis=0), tl.max(most, axis=0)
+
+else:
+
+    @triton.jit
+    def _reduced(a, b, c, least, most):
+        """Three sums, a minimum and a maximum in one go: warps meet once and not five times."""
+        return tl.reduce((a, b, c, least, most), 0, _both)
+
+
 @triton.jit
 def _above(
     row_ptr, best_ptr, vocab, num_chunks, low, high, a, b, c, top, rate, BY_MASS: tl.constexpr, CHUNK: tl.constexpr
@@ -113,7 +127,7 @@ def _above(
             within = (x >= low) & (x < high)
             least = tl.minimum(least, tl.where(within, x, float("inf")))
             most = tl.maximum(most, tl.where(within, x, float("-inf")))
-    return tl.reduce((at_a, at_b, at_c, least, most), 0, _both)
+    return _reduced(at_a, at_b, at_c, least, most)
 
 
 @triton.jit
