@@ -92,14 +92,14 @@ class HarmonyParser:
         """False: more text is needed."""
         at, marker = _first(self._buffer, _HEADER_ENDS, after=len(START) if self._buffer.startswith(START) else 0)
         header = self._buffer[:at] if marker else self._buffer
+        if not _may_begin(header + marker):
+            self._buffer = _without_role(self._buffer)
+            self._into("content")
+            return True
         if len(header) > MAX_HEADER + (0 if marker else len(CONSTRAIN)):
             header, self._buffer = self._buffer[:MAX_HEADER], self._buffer[MAX_HEADER:]
             self._into("content")
             self._show(_without_role(header), events)
-            return True
-        if not _may_begin(header + marker):
-            self._buffer = _without_role(self._buffer)
-            self._into("content")
             return True
         if not marker:
             return False
