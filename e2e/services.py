@@ -85,8 +85,11 @@ class Traffic:
 
 
 @contextmanager
-def steady_traffic(url: str, model: str, *, streams: int = 2, max_tokens: int = 24) -> Iterator[Traffic]:
-    """Clients that stream one answer after another until the block ends; every failure is kept with its time."""
+def steady_traffic(
+    url: str, model: str, *, streams: int = 2, max_tokens: int = 24, pause_s: float = 0.0
+) -> Iterator[Traffic]:
+    """Clients that stream one answer after another, with a pause between two, until the block ends; every failure is
+    kept with its time."""
     traffic, stop, started = Traffic(), threading.Event(), time.monotonic()
 
     async def stream_until_stopped(api: openai.AsyncOpenAI) -> None:
@@ -102,6 +105,7 @@ def steady_traffic(url: str, model: str, *, streams: int = 2, max_tokens: int = 
                 if finish is None:
                     raise RuntimeError("the stream ended without a finish reason")
                 traffic.completed += 1
+                await asyncio.sleep(pause_s)
             except Exception as error:
                 traffic.failures.append(f"{time.monotonic() - started:.1f} s: {type(error).__name__}: {error}")
                 await asyncio.sleep(0.2)
