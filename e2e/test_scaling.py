@@ -51,7 +51,10 @@ def wait_desired(kube: Kube, name: str, desired: int, *, serving: int | None = N
         right = status.get("scaling", {}).get("desired") == desired
         return status if right and status.get("servingReplicas") == (desired if serving is None else serving) else None
 
-    return wait_for(f"{name} with {desired} replicas", check, timeout_s=SCALE_S, story=kube.story)["scaling"]
+    def story() -> str:
+        return f"{scaling_of(kube, name)}\n{kube.story()}"
+
+    return wait_for(f"{name} with {desired} replicas", check, timeout_s=SCALE_S, story=story)["scaling"]
 
 
 def give_gpus(kube: Kube, count: int) -> None:
