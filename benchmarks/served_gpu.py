@@ -31,7 +31,8 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import Any, Protocol
 from urllib.parse import urlparse
 
 MODELS = Path(__file__).parent / "models"
@@ -194,6 +195,13 @@ class Load:
         return [answer for future in running for answer in future.result()]
 
 
+class Clients(Protocol):
+    """What a row needs: of a server on a card (`Load`), or of a simulated one (served_sim.py)."""
+
+    def tokens(self, count: int) -> list[int]: ...
+    def run(self, jobs: list[Job], places: int = 0) -> list[Answer]: ...
+
+
 def percentile(values: list[float], share: float) -> float:
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else float("nan")
@@ -211,24 +219,25 @@ def gaps(answers: list[Answer]) -> list[float]:
 Figures = dict[str, float]
 
 
-def row_p7(load: Load, concurrency: int = 256, requests: int = 768) -> Figures:
+def row_p7(load: Clients, concurrency: int = 256, requests: int = 768) -> Figures:
     answers = load.run([Job([load.tokens(1024)], 256) for _ in range(requests)], concurrency)
     between = gaps(answers)
     return {
         "failed": sum(a.status != 200 for a in answers),
         "tokens_per_s": throughput(answers),
         "first_token_p50_s": percentile([a.first_s for a in answers], 0.5),
+        "first_token_p99_s": percentile([a.first_s for a in answers], 0.99),
         "between_tokens_p50_ms": 1e3 * percentile(between, 0.5),
         "between_tokens_p99_ms": 1e3 * percentile(between, 0.99),
         "between_tokens_max_ms": 1e3 * max(between),
     }
 
 
-def row_p8(load: Load) -> Figures:
+def row_p8(load: Clients) -> Figures:
     return row_p7(load, 64, 320)
 
 
-def row_p9(load: Load) -> Figures:
+def row_p9(load: Clients) -> Figures:
     streams = [Job([load.tokens(512)], 900, tag="stream") for _ in range(16)]
     prompts = [Job([load.tokens(32_000)], 16, at_s=1.0 + 2.0 * i, tag="long") for i in range(4)]
     answers = load.run(streams + prompts)
@@ -248,7 +257,7 @@ def row_p9(load: Load) -> Figures:
     }
 
 
-def row_p10(load: Load) -> Figures:
+def row_p10(load: Clients) -> Figures:
     shared = load.tokens(2048)
     load.run([Job([[*shared, *load.tokens(100)]], 4)])
     together = load.run([Job([[*shared, *load.tokens(100)]], 64) for _ in range(100)])
@@ -257,10 +266,11 @@ def row_p10(load: Load) -> Figures:
         "shared_first_token_p50_s": percentile([a.first_s for a in together], 0.5),
         "shared_first_token_p99_s": percentile([a.first_s for a in together], 0.99),
         "apart_first_token_p50_s": percentile([a.first_s for a in apart], 0.5),
+        "apart_first_token_p99_s": percentile([a.first_s for a in apart], 0.99),
     }
 
 
-def row_p11(load: Load, sessions: int = 50, turns: int = 8, length: int = 32_000) -> Figures:
+def row_p11(load: Clients, sessions: int = 50, turns: int = 8, length: int = 32_000) -> Figures:
     step = length // turns
     jobs = [
         Job([load.tokens(step), *[load.tokens(step - 150) for _ in range(turns - 1)]], 150) for _ in range(sessions)
@@ -272,10 +282,12 @@ def row_p11(load: Load, sessions: int = 50, turns: int = 8, length: int = 32_000
         "total_s": max(a.end_s for a in answers) - min(a.start_s for a in answers),
         "turn_p50_s": percentile(took, 0.5),
         "turn_p95_s": percentile(took, 0.95),
+        "turn_max_s": max(took),
+        "turn_mean_s": fmean(took),
     }
 
 
-def row_p12(load: Load, rate: float = 100.0, seconds: float = 20.0) -> Figures:
+def row_p12(load: Clients, rate: float = 100.0, seconds: float = 20.0) -> Figures:
     peak = throughput(load.run([Job([load.tokens(1024)], 128) for _ in range(512)], 256))
     answers = load.run([Job([load.tokens(1024)], 128, at_s=i / rate) for i in range(int(rate * seconds))])
     served, refused = [a for a in answers if a.status == 200], [a for a in answers if a.status != 200]
@@ -288,6 +300,9 @@ def row_p12(load: Load, rate: float = 100.0, seconds: float = 20.0) -> Figures:
         "served": len(served),
         "served_within_5s": sum(a.first_s < 5.0 for a in served),
         "refused": len(refused),
+        "first_token_p50_s": percentile([a.first_s for a in served], 0.5),
+        "first_token_max_s": max(a.first_s for a in served),
+        "over_s": over,
         "refused_p50_ms": 1e3 * percentile([a.end_s - a.start_s for a in refused], 0.5),
         "refused_p99_ms": 1e3 * percentile([a.end_s - a.start_s for a in refused], 0.99),
     }

@@ -16,17 +16,18 @@ import random
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 
-from benchmarks.served_gpu import GOALS, Figures, percentile
+from benchmarks.served_gpu import GOALS, ROWS, Answer, Figures, Job
 from benchmarks.simulated import SimulatedEngine
 
 from mainsail_engine.chunking import STEP_ROWS, attention_pairs
 from mainsail_engine.protocol import RequestOutput
 from mainsail_engine.request import FinishReason, Request, SamplingParams
+from mainsail_engine.runner.cuda_graphs import LARGEST_DECODE, decode_sizes
 from mainsail_engine.server.admission import Admission
 from mainsail_engine.server.board import Board
 from mainsail_engine.step import StepPlan, StepResult
@@ -36,12 +37,12 @@ NUM_BLOCKS = 56_000
 """Of an H200 with an 8B model in bf16: 0.9 million tokens."""
 HOST_BLOCKS = 14_000
 """A quarter of what a machine of 128 GiB has free."""
+DECODE_SIZES = decode_sizes(LARGEST_DECODE)
 
 
 def decode_rows(count: int) -> int:
     """Rows of a step of so many decodes, padded (runner/cuda_graphs.py)."""
-    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, 1025, 64)]
-    return sizes[bisect_left(sizes, count)]
+    return DECODE_SIZES[bisect_left(DECODE_SIZES, count)]
 
 
 def mixed_rows(count: int) -> int:
@@ -130,28 +131,8 @@ class OverlappedEngine(SimulatedEngine):
         self._flying.append((plan, end_s))
 
 
-@dataclass
-class Job:
-    turns: list[list[int]]
-    max_tokens: int
-    at_s: float = 0.0
-    tag: str = ""
-
-
-@dataclass
-class Answer:
-    tag: str
-    turn: int
-    start_s: float
-    refused: bool = False
-    event_s: list[float] = field(default_factory=list[float])
-    ids: list[int] = field(default_factory=list[int])
-    num_tokens: int = 0
-    end_s: float = 0.0
-
-    @property
-    def first_s(self) -> float:
-        return self.event_s[0] - self.start_s if self.event_s else float("inf")
+Done = Callable[[list[int]], None]
+"""Called with an answer's tokens at its end."""
 
 
 class Server:
@@ -167,47 +148,48 @@ class Server:
         self._random = random.Random(0)
         self._parsed_s = 0.0
         self._count = 0
-        self._live: dict[str, tuple[Answer, int, Callable[[Answer], None]]] = {}
+        self._live: dict[str, tuple[Answer, list[int], int, Done]] = {}
+        """By request id: the answer, its tokens, the prompt's length, and whom to tell of its end."""
         engine.on_output = self._take
 
     def tokens(self, count: int) -> list[int]:
         return self._random.choices(range(1000, 128_000), k=count)
 
-    def send(self, prompt: list[int], max_tokens: int, answer: Answer, done: Callable[[Answer], None]) -> None:
+    def send(self, prompt: list[int], max_tokens: int, answer: Answer, done: Done) -> None:
         """A client's request, now."""
         answer.start_s = self.engine.now
         self._parsed_s = max(self._parsed_s, self.engine.now) + self.PARSE_S + self.PARSE_TOKEN_S * len(prompt)
         self.engine.at(self._parsed_s, lambda: self._arrive(prompt, max_tokens, answer, done))
 
-    def _arrive(self, prompt: list[int], max_tokens: int, answer: Answer, done: Callable[[Answer], None]) -> None:
+    def _arrive(self, prompt: list[int], max_tokens: int, answer: Answer, done: Done) -> None:
         now = self.engine.now
         if self.admission.check(1, len(prompt), now) is not None:
-            answer.refused, answer.end_s = True, now
-            done(answer)
+            answer.status, answer.end_s = 429, now
+            done([])
             return
         self.admission.reserve([len(prompt)], now)
         self.admission.enter(len(prompt), now)
         self._count += 1
-        self._live[str(self._count)] = answer, len(prompt), done
+        self._live[str(self._count)] = answer, [], len(prompt), done
         self.board.set("running", len(self._live))
         params = SamplingParams(max_tokens=max_tokens, min_tokens=max_tokens, ignore_eos=True)
         self.engine.add(Request(str(self._count), prompt, params, now))
 
     def _take(self, output: RequestOutput, now: float) -> None:
-        answer, prompt_len, done = self._live[output.request_id]
+        answer, ids, prompt_len, done = self._live[output.request_id]
         if output.token_ids:
             if not answer.event_s:
                 self.admission.leave(prompt_len, now, served=True)
             answer.event_s.append(now + self.WIRE_S)
-            answer.ids += output.token_ids
+            ids += output.token_ids
         if output.finish_reason is None:
             return
         assert output.finish_reason is FinishReason.LENGTH, output
-        answer.num_tokens, answer.end_s = len(answer.ids), now + self.WIRE_S
+        answer.status, answer.num_tokens, answer.end_s = 200, len(ids), now + self.WIRE_S
         self.admission.ended(now)
         del self._live[output.request_id]
         self.board.set("running", len(self._live))
-        self.engine.at(answer.end_s, lambda: done(answer))
+        self.engine.at(answer.end_s, lambda: done(ids))
 
     def run(self, jobs: list[Job], places: int = 0) -> list[Answer]:
         """Until all are answered: so many at a time, or (0) each at its time."""
@@ -216,12 +198,12 @@ class Server:
 
         def turn(job: Job, number: int, prompt: list[int], after: Callable[[], None]) -> None:
             prompt = prompt + job.turns[number]
-            answer = Answer(job.tag, number, 0.0)
+            answer = Answer(job.tag, number, 0, 0.0)
             answers.append(answer)
 
-            def done(answer: Answer) -> None:
+            def done(ids: list[int]) -> None:
                 if number + 1 < len(job.turns):
-                    turn(job, number + 1, prompt + answer.ids, after)
+                    turn(job, number + 1, prompt + ids, after)
                 else:
                     after()
 
@@ -238,101 +220,6 @@ class Server:
             self.engine.at(start_s + job.at_s, lambda job=job: turn(job, 0, [], lambda: None))
         self.engine.run()
         return answers
-
-
-def throughput(answers: list[Answer]) -> float:
-    return sum(a.num_tokens for a in answers) / (max(a.end_s for a in answers) - min(a.start_s for a in answers))
-
-
-def gaps(answers: list[Answer]) -> list[float]:
-    return [after - before for answer in answers for before, after in pairwise(answer.event_s)]
-
-
-def row_p7(server: Server, concurrency: int = 256, requests: int = 768) -> Figures:
-    answers = server.run([Job([server.tokens(1024)], 256) for _ in range(requests)], concurrency)
-    between = gaps(answers)
-    return {
-        "tokens_per_s": throughput(answers),
-        "first_token_p50_s": percentile([a.first_s for a in answers], 0.5),
-        "first_token_p99_s": percentile([a.first_s for a in answers], 0.99),
-        "between_tokens_p50_ms": 1e3 * percentile(between, 0.5),
-        "between_tokens_p99_ms": 1e3 * percentile(between, 0.99),
-        "between_tokens_max_ms": 1e3 * max(between),
-    }
-
-
-def row_p8(server: Server) -> Figures:
-    return row_p7(server, 64, 320)
-
-
-def row_p9(server: Server) -> Figures:
-    streams = [Job([server.tokens(512)], 900, tag="stream") for _ in range(16)]
-    prompts = [Job([server.tokens(32_000)], 16, at_s=1.0 + 2.0 * i, tag="long") for i in range(4)]
-    answers = server.run(streams + prompts)
-    long = [a for a in answers if a.tag == "long"]
-    begin, end = min(a.start_s for a in long), max(a.event_s[0] for a in long)
-    times = [a.event_s for a in answers if a.tag == "stream"]
-    under = [
-        after - before for own in times for before, after in pairwise(own) if after >= begin and before <= end
-    ]  # fmt: skip
-    return {
-        "between_tokens_p50_ms": 1e3 * percentile(under, 0.5),
-        "between_tokens_p99_ms": 1e3 * percentile(under, 0.99),
-        "between_tokens_max_ms": 1e3 * max(under),
-        "long_first_token_p50_s": percentile([a.first_s for a in long], 0.5),
-        "long_first_token_max_s": max(a.first_s for a in long),
-    }
-
-
-def row_p10(server: Server) -> Figures:
-    shared = server.tokens(2048)
-    server.run([Job([[*shared, *server.tokens(100)]], 4)])
-    together = server.run([Job([[*shared, *server.tokens(100)]], 64) for _ in range(100)])
-    apart = server.run([Job([server.tokens(2148)], 64) for _ in range(100)])
-    return {
-        "shared_first_token_p50_s": percentile([a.first_s for a in together], 0.5),
-        "shared_first_token_p99_s": percentile([a.first_s for a in together], 0.99),
-        "apart_first_token_p50_s": percentile([a.first_s for a in apart], 0.5),
-        "apart_first_token_p99_s": percentile([a.first_s for a in apart], 0.99),
-    }
-
-
-def row_p11(server: Server, sessions: int = 50, turns: int = 8, length: int = 32_000) -> Figures:
-    step = length // turns
-    jobs = [
-        Job([server.tokens(step), *[server.tokens(step - 150) for _ in range(turns - 1)]], 150) for _ in range(sessions)
-    ]
-    answers = server.run(jobs)
-    took = [a.end_s - a.start_s for a in answers]
-    return {
-        "total_s": max(a.end_s for a in answers) - min(a.start_s for a in answers),
-        "turn_p50_s": percentile(took, 0.5),
-        "turn_p95_s": percentile(took, 0.95),
-        "turn_max_s": max(took),
-        "turn_mean_s": fmean(took),
-    }
-
-
-def row_p12(server: Server, rate: float = 100.0, seconds: float = 20.0) -> Figures:
-    peak = throughput(server.run([Job([server.tokens(1024)], 128) for _ in range(512)], 256))
-    answers = server.run([Job([server.tokens(1024)], 128, at_s=i / rate) for i in range(int(rate * seconds))])
-    served, refused = [a for a in answers if not a.refused], [a for a in answers if a.refused]
-    useful = sum(a.num_tokens for a in served if a.first_s < 5.0)
-    over = max(a.end_s for a in served) - min(a.start_s for a in answers)
-    return {
-        "peak_tokens_per_s": peak,
-        "useful_tokens_per_s": useful / over,
-        "useful_share": useful / over / peak,
-        "served": len(served),
-        "served_within_5s": sum(a.first_s < 5.0 for a in served),
-        "refused": len(refused),
-        "first_token_p50_s": percentile([a.first_s for a in served], 0.5),
-        "first_token_max_s": max(a.first_s for a in served),
-        "over_s": over,
-    }
-
-
-ROWS = {"P7": row_p7, "P8": row_p8, "P9": row_p9, "P10": row_p10, "P11": row_p11, "P12": row_p12}
 
 
 def play(name: str, budget: int = 8192, kv_bytes: int = 2, host_blocks: int = HOST_BLOCKS) -> Figures:
