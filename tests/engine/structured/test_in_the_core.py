@@ -143,7 +143,8 @@ def engine(runner: ModelRunner, vocabulary: Vocabulary) -> Callable[..., Engine]
 
 
 def mixed(engine: Engine, count: int = 8, **params: Any) -> None:
-    """Constrained and free requests of several kinds."""
+    """Constrained and free requests of several kinds, all of them ready to run at once."""
+    engine.compile(PERSON, PHONE, ANSWER)
     for i in range(count):
         grammar = (PERSON, None, PHONE, ANSWER)[i % 4]
         engine.add(f"{i:02}", grammar, prompt=5 + 9 * i, max_tokens=24 if grammar is None else 200, **params)
