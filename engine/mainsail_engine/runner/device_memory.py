@@ -19,7 +19,7 @@ import ctypes
 import logging
 import time
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple, cast
@@ -191,8 +191,9 @@ class DeviceMemory:
         """
         began_s = time.monotonic()
         torch.cuda.synchronize(self._device)
-        saved = self._saved = self._save_into(lent)
+        saved = self._save_into(lent)
         self._copy(saved, to_host=True)
+        self._saved = saved  # not before: where it fails, what is in memory still is right
         saved_s, num_bytes = time.monotonic(), sum(part.size for part in saved.parts)
         for region in self._regions.values():
             self._unmap(region)
@@ -203,11 +204,9 @@ class DeviceMemory:
         return num_bytes
 
     def restore(self) -> None:
-        """Memory behind every address again, with what was saved. Raises OutOfMemoryError."""
+        """Memory behind every address again, with what was saved. Raises OutOfMemoryError, and then holds none."""
         began_s = time.monotonic()
-        for region in self._regions.values():
-            if region.handle is None:
-                self._map(region)
+        self._map_all([region for region in self._regions.values() if region.handle is None])
         mapped_s = time.monotonic()
         for region in self._regions.values():
             if not region.lasting:
@@ -261,14 +260,25 @@ class DeviceMemory:
         self._regions[region.address] = region
         return region
 
+    def _map_all(self, regions: Sequence[_Region]) -> None:
+        """All of them or none: others may need what would be taken for nothing."""
+        with ExitStack() as undo:
+            for region in regions:
+                self._map(region)
+                undo.callback(self._unmap, region)
+            undo.pop_all()
+
     def _map(self, region: _Region) -> None:
         handle, size, zero = ctypes.c_uint64(), ctypes.c_size_t(region.size), ctypes.c_uint64(0)
-        address = ctypes.c_uint64(region.address)
-        _call("cuMemCreate", ctypes.byref(handle), size, ctypes.byref(self._properties), zero)
+        address, access = ctypes.c_uint64(region.address), _Access(self._properties.location, _READ_WRITE)
+        with ExitStack() as undo:
+            _call("cuMemCreate", ctypes.byref(handle), size, ctypes.byref(self._properties), zero)
+            undo.callback(_call, "cuMemRelease", handle)
+            _call("cuMemMap", address, size, ctypes.c_size_t(0), handle, zero)
+            undo.callback(_call, "cuMemUnmap", address, size)
+            _call("cuMemSetAccess", address, size, ctypes.byref(access), ctypes.c_size_t(1))
+            undo.pop_all()
         region.handle = handle.value
-        _call("cuMemMap", address, size, ctypes.c_size_t(0), handle, zero)
-        access = _Access(self._properties.location, _READ_WRITE)
-        _call("cuMemSetAccess", address, size, ctypes.byref(access), ctypes.c_size_t(1))
 
     def _unmap(self, region: _Region) -> None:
         if region.handle is not None:
