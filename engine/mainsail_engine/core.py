@@ -132,7 +132,10 @@ class Sleeper(Protocol):
         ...
 
     def wake_up(self) -> tuple[SchedulerLike, Runner]:
-        """Take the memory again. Returns a scheduler over the new, empty pool, and the runner to drive with it."""
+        """Take the memory again. Returns a scheduler over the new, empty pool, and the runner to drive with it.
+
+        Where it raises, it may be tried again.
+        """
         ...
 
 
@@ -221,15 +224,20 @@ class EngineCore:
         return answers
 
     def control(self) -> Controlled | None:
-        """Do the next control once nothing runs. None: there is none, or something runs still."""
+        """Do the next control once nothing runs. None: there is none, or something runs still.
+
+        Raises what waking up raises where it could not sleep either.
+        """
         if not self._controls or self.has_work:
             return None
-        control, error = self._controls.popleft(), None
+        control, error, was_awake = self._controls.popleft(), None, not self._asleep
         try:
             self._control(control.action)
         except Exception as problem:
             log.exception("control %s failed", control.action)
             error = f"{type(problem).__name__}: {problem}"
+        if error is not None and was_awake and self._asleep and self._sleeper is not None:
+            self._wake_up(self._sleeper)  # a sleep that fails half-way leaves an engine that serves, or none
         return Controlled(control.control_id, error)
 
     def _control(self, action: str) -> None:
@@ -239,9 +247,12 @@ class EngineCore:
             self._runner, self._asleep = self._sleeper.resting_runner(), True
             self._sleeper.sleep()
         elif action == "wake_up" and self._asleep:
-            self._scheduler, self._runner = self._sleeper.wake_up()
-            self._place_adapters()
-            self._asleep = False
+            self._wake_up(self._sleeper)
+
+    def _wake_up(self, sleeper: Sleeper) -> None:
+        self._scheduler, self._runner = sleeper.wake_up()
+        self._place_adapters()
+        self._asleep = False
 
     def _add(self, add: Add, now: float) -> None:
         self._queued_since[add.request_id] = now
@@ -601,7 +612,7 @@ class _Engine:
         from mainsail_engine.speculative.load import check_vocabularies, load_draft
 
         mark("imports")
-        self.config = config
+        self.config, self._on_lost = config, on_lost
         self._slabs = slabs
         self._host: HostMemory | None = None
         """For KV blocks, on a device alone; weights lie there while it sleeps."""
@@ -695,7 +706,12 @@ class _Engine:
     def wake_up(self) -> tuple[Scheduler, Runner]:
         if self._workers:
             self._workers.wake_up()
-        self.model_runner.wake_up(self.config)
+        try:
+            self.model_runner.wake_up(self.config)
+        except Exception as error:
+            if self._workers:  # the others wait for it in the step that all begin with
+                self._on_lost(f"rank 0 could not wake up: {error}")
+            raise
         if self._host is not None:
             self._host.take_back()
         if self.draft is not None:

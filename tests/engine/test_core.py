@@ -8,10 +8,12 @@ import pytest
 
 from mainsail_engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig, SpeculativeConfig
 from mainsail_engine.core import EngineCore, describe, pipeline_depth, warm_up
-from mainsail_engine.errors import MissingTensorError
+from mainsail_engine.errors import MissingTensorError, OutOfMemoryError
 from mainsail_engine.protocol import (
     Abort,
     Add,
+    Control,
+    Controlled,
     Failed,
     FirstScheduled,
     Ready,
@@ -198,3 +200,38 @@ def test_messages_arrive_as_they_were_sent() -> None:
         assert decode_from_core(encode(message)) == message
     for command in (add("a"), Abort(["a"], FinishReason.STOP)):
         assert decode_to_core(encode(command)) == command
+
+
+class Sleeper:
+    """Its memory cannot be given back, and comes back a few times only."""
+
+    def __init__(self, wakes: int = 9) -> None:
+        self.runner, self.wakes = NamingRunner(), wakes
+
+    def resting_runner(self) -> NamingRunner:
+        return self.runner
+
+    def sleep(self) -> None:
+        raise OSError("no memory on the host")
+
+    def wake_up(self) -> tuple[Scheduler, NamingRunner]:
+        self.wakes -= 1
+        if self.wakes < 0:
+            raise OutOfMemoryError("the device has too little memory")
+        return Scheduler(CONFIG, 16, 64, {EOS}), self.runner
+
+
+def test_who_cannot_sleep_stays_awake() -> None:
+    core = EngineCore(Scheduler(CONFIG, 16, 64, {EOS}), NamingRunner(), depth=1, sleeper=Sleeper())
+    core.handle(Control("c", "sleep"), 0.0)
+    assert core.take_answers() == [Controlled("c", "OSError: no memory on the host")]
+    core.handle(add("a"), 0.0)
+    outputs = [output for step in drive(core) for output in step.outputs]
+    assert [output.finish_reason for output in outputs if output.finish_reason] == [FinishReason.LENGTH]
+
+
+def test_who_can_neither_sleep_nor_be_awake_ends() -> None:
+    core = EngineCore(Scheduler(CONFIG, 16, 64, {EOS}), NamingRunner(), depth=1, sleeper=Sleeper(wakes=0))
+    core.handle(Control("c", "sleep"), 0.0)
+    with pytest.raises(OutOfMemoryError):
+        core.take_answers()

@@ -184,3 +184,38 @@ def test_a_rank_that_hangs_in_a_step_is_noticed(folder: Path, tmp_path: Path) ->
     seconds, why = ended.stdout.strip().split(" s: ", 1)
     assert why == "rank 1 has not finished a step within 2 s"
     assert float(seconds) < 4
+
+
+SLEEPING = """
+import os, sys, time
+from mainsail_engine.config import CacheConfig, EngineConfig, ModelConfig
+from mainsail_engine.core import build
+from mainsail_engine.errors import OutOfMemoryError
+from mainsail_engine.protocol import Control
+from mainsail_engine.runner.model_runner import ModelRunner
+
+def lost(why):
+    print(f"lost: {why}", flush=True)
+    os._exit(0)
+
+def refuse(self, config):
+    raise OutOfMemoryError("the device has too little memory")
+
+config = EngineConfig(
+    model=ModelConfig(path=sys.argv[1]), cache=CacheConfig(num_blocks=64), tensor_parallel_size=2, device="cpu"
+)
+core, _ = build(config, lost)
+ModelRunner.wake_up = refuse  # of rank 0; the other is another process
+for action in ("sleep", "wake_up"):
+    core.handle(Control(action, action), 0.0)
+    print(action, [answer.error for answer in core.take_answers()], flush=True)
+"""
+
+
+def test_ranks_of_which_the_first_cannot_wake_up_end(folder: Path) -> None:
+    """The others are awake, and wait for it: another try would find them one step ahead."""
+    command = [sys.executable, "-c", SLEEPING, str(folder / "Llama")]
+    ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=60, check=True)
+    assert ended.stdout.splitlines() == [
+        "sleep [None]", "lost: rank 0 could not wake up: the device has too little memory",
+    ]  # fmt: skip
