@@ -656,10 +656,9 @@ class _Engine:
         """Of host memory for KV, on a device alone."""
         from mainsail_engine.runner.memory import offloading_bytes
 
-        if slabs is not None:
-            return min(slabs.num_bytes, self.model_runner.kv_cache.nbytes)
         pool, asked = self.model_runner.kv_cache, self.config.cache.offloading_size_gib
-        return offloading_bytes(asked, pool_bytes=pool.nbytes, cuda=pool.device.type == "cuda")
+        early = None if slabs is None else slabs.num_bytes
+        return offloading_bytes(asked, pool_bytes=pool.nbytes, cuda=pool.device.type == "cuda", early_bytes=early)
 
     def _speculator(self, device: str) -> Speculator | None:
         """What guesses tokens, if anything does."""
@@ -768,7 +767,8 @@ def build(
 
 
 def early_host_memory(config: EngineConfig) -> HostSlabs | None:
-    """Host memory for KV, taken before torch is there, on a device alone: no more than the device itself has."""
+    """Host memory for KV, taken before torch is there, on a device alone: what is asked for, or a quarter of what is
+    free, at most as much as the device itself has."""
     total = cuda_driver.total_bytes() if config.device != "cpu" and config.num_ranks == 1 else 0
     if not total:
         return None

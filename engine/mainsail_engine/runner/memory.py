@@ -52,11 +52,18 @@ def cpu_blocks(per_block: int, *, max_num_seqs: int, max_model_len: int) -> int:
     return _checked(min(fits, _full_length(max_model_len) * max_num_seqs), max_model_len, per_block)
 
 
-def offloading_bytes(asked_gib: float | None, *, pool_bytes: int, cuda: bool) -> int:
-    """Host memory for KV: what is asked for, or on CUDA a quarter of what is free, at most as much as the pool."""
+def offloading_bytes(
+    asked_gib: float | None, *, pool_bytes: int, cuda: bool, early_bytes: int | None = None
+) -> int:  # fmt: skip
+    """Host memory for KV: what is asked for, or on CUDA a quarter of what is free, at most as much as the pool.
+
+    early_bytes: what a quarter was when nothing of it was taken.
+    """
     if asked_gib is not None:
         return int(asked_gib * 2**30)
-    return min(int(available_host_bytes() * _HOST_SHARE), pool_bytes) if cuda else 0
+    if not cuda:
+        return 0
+    return min(int(available_host_bytes() * _HOST_SHARE) if early_bytes is None else early_bytes, pool_bytes)
 
 
 def cuda_blocks(per_block: int, *, utilization: float, max_model_len: int, device: torch.device, set_aside: int) -> int:

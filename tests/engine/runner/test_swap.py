@@ -151,6 +151,10 @@ def test_how_much_host_memory() -> None:
     assert offloading_bytes(None, pool_bytes=gib, cuda=False) == 0
     assert offloading_bytes(None, pool_bytes=1000, cuda=True) == 1000
     assert 0 < offloading_bytes(None, pool_bytes=1 << 60, cuda=True) < 1 << 50
+    early = 2 * gib
+    assert offloading_bytes(None, pool_bytes=3 * gib, cuda=True, early_bytes=early) == early
+    assert offloading_bytes(None, pool_bytes=gib, cuda=True, early_bytes=early) == gib, "no more than the pool"
+    assert offloading_bytes(2, pool_bytes=gib, cuda=True, early_bytes=early) == early, "unless more is asked for"
 
 
 def test_without_host_memory_the_runner_is_itself() -> None:
