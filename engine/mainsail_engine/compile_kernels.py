@@ -150,9 +150,10 @@ def _shapes(config: EngineConfig) -> list[Any]:
     described = path / "config.json" if path.is_dir() else path
     stat = described.stat()
     content = described.read_text() if path.is_dir() else f"{path} {stat.st_size} {stat.st_mtime_ns}"
+    adapters = (config.lora.max_loras, config.lora.max_lora_rank) if config.lora else None
     return [
         content, model.dtype, model.quantization, model.max_model_len, config.cache.dtype, config.scheduler,
-        config.speculative, config.tensor_parallel_size,
+        config.speculative, config.tensor_parallel_size, adapters,
     ]  # fmt: skip
 
 

@@ -16,7 +16,7 @@ import pytest
 from mainsail_engine import compile_kernels
 from mainsail_engine.cli import build_parser, engine_config
 from mainsail_engine.compile_kernels import CARDS, card_named, mark_of
-from mainsail_engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from mainsail_engine.config import CacheConfig, EngineConfig, LoraConfig, ModelConfig, SchedulerConfig
 from mainsail_engine.errors import InvalidConfigurationError
 
 MODELS = Path(__file__).parents[2] / "benchmarks/models"
@@ -113,8 +113,10 @@ def test_the_mark_has_what_kernels_depend_on(monkeypatch: pytest.MonkeyPatch, tm
         mark_of(config("llama-3-8b"), CARDS["h200"]),
         mark_of(config(scheduler=SchedulerConfig(max_num_seqs=64)), CARDS["h200"]),
         mark_of(config(cache=CacheConfig(dtype="fp8")), CARDS["h200"]),
+        mark_of(config(lora=LoraConfig()), CARDS["h200"]),
+        mark_of(config(lora=LoraConfig(max_lora_rank=64)), CARDS["h200"]),
     ]
-    assert len({plain, *others}) == 5
+    assert len({plain, *others}) == 7
 
 
 def test_nothing_is_compiled_where_there_is_no_card_or_the_mark_is_there(
