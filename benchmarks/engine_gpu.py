@@ -221,7 +221,8 @@ def sleep_rows(load: Load) -> Iterator[tuple[str, float]]:
 
 def rows(
     load: Load, name: str, architecture: Architecture, wanted: set[str], bandwidth: float, widths: Widths,
-    batches: list[int], peer: dict[str, Any], rounds: int, keep: Callable[[dict[str, Any]], None],
+    batches: list[int], sampling: list[int], peer: dict[str, Any], rounds: int,
+    keep: Callable[[dict[str, Any]], None],
 ) -> None:  # fmt: skip
     def note(row: str, unit: str, ours: float, floor: float | None, theirs: float | None) -> None:
         keep({"row": row, "unit": unit, "ours": ours, "floor": floor, "peer": theirs})
@@ -253,7 +254,7 @@ def rows(
     if "deep" in wanted:
         floor = step_bytes(architecture, 1, 32_800, widths) / bandwidth * 1e3
         note("decode step, 1 x 32k", "ms", decode_step_ms(load, 1, 32_700), floor, None)
-    for batch in (256, 1) if "sampling" in wanted else ():
+    for batch in sampling if "sampling" in wanted else ():
         for setting, ms, greedy_ms in sampling_rows(load, batch, rounds):
             note(f"batch {batch}, {setting}", "ms", ms, greedy_ms, None)
     if "sleep" in wanted:
@@ -314,6 +315,7 @@ def main() -> None:
         help="GiB of host memory for KV; default: what serve takes for the row long, else 0: none is pinned meanwhile",
     )  # fmt: skip
     parser.add_argument("--rounds", type=int, default=2, help="of the sampling settings")
+    parser.add_argument("--sampling-batches", default="256,1")
     parser.add_argument("--no-graphs", action="store_true")
     parser.add_argument("--no-overlap", action="store_true")
     parser.add_argument("--commit", default=os.environ.get("COMMIT", ""), help="noted with the results")
@@ -354,7 +356,8 @@ def main() -> None:
 
     rows(
         load, named, read_architecture(Path(config.model.path)), set(args.rows.split(",")), bandwidth, widths,
-        [int(batch) for batch in args.batches.split(",")], peer, args.rounds, keep,
+        [int(batch) for batch in args.batches.split(",")], [int(batch) for batch in args.sampling_batches.split(",")],
+        peer, args.rounds, keep,
     )  # fmt: skip
     print(f"{named}: {in_use_gib():.2f} GiB of the card in use", flush=True)
 

@@ -24,8 +24,10 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import os
 import random
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -328,6 +330,7 @@ def main() -> None:
     parser.add_argument("--max-model-len", type=int, default=2048)
     parser.add_argument("--cases", type=int, nargs="+", default=list(range(6)), help="which, in the order above")
     parser.add_argument("--kernels", action="store_true")
+    parser.add_argument("--commit", default=os.environ.get("COMMIT", ""), help="noted with the results")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     import torch
@@ -343,6 +346,7 @@ def main() -> None:
     cuda = bench.device.startswith("cuda")
     card = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
     result: dict[str, Any] = {"card": card, "torch": torch.__version__, "model": Path(args.model).name}
+    result |= {"command": " ".join(["python", *sys.argv]), "commit": args.commit}
     result |= {"prompt": args.prompt, "answer": args.answer, "rows": []}
     for row in rows(bench, args):
         result["rows"].append(row)

@@ -18,7 +18,9 @@ import queue
 import random
 import statistics
 import string
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +181,7 @@ class Steps:
         return time.perf_counter() - started, outputs.outputs if outputs else []
 
 
-def step_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
+def step_rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """JSON against free, by batch size, without and with jump-forward."""
     from mainsail_engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
     from mainsail_engine.core import build
@@ -193,7 +195,7 @@ def step_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     )
     core, ready = build(config)
     vocabulary = made_vocabulary(ready.vocab_size)
-    steps, table = Steps(core, ready.vocab_size, args.context), list[dict[str, Any]]()
+    steps = Steps(core, ready.vocab_size, args.context)
     for jump_forward in (False, True):
         core.compiler = compiled(vocabulary, jump_forward=jump_forward)
         for batch in args.batches:
@@ -206,31 +208,39 @@ def step_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
             row: dict[str, Any] = {"model": args.model, "batch": batch, "jump_forward": jump_forward}
             row |= {"free_ms": free_ms, "json_ms": json_ms, "step_ratio": json_ms / free_ms}
             row |= {"free_tokens_per_s": free_rate, "json_tokens_per_s": json_rate}
-            table.append(row)
             print(
                 f"{args.model} batch {batch:3} jump-forward {'on ' if jump_forward else 'off'} free {free_ms:7.2f} ms  "
                 f"JSON {json_ms:7.2f} ms  ratio {json_ms / free_ms:5.2f}  "
                 f"{free_rate:8.0f} -> {json_rate:8.0f} tokens/s", flush=True,
             )  # fmt: skip
-    return table
+            yield row
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--device", choices=("none", "cpu", "cuda"), default="none", help="where to measure steps")
     parser.add_argument("--model", default="qwen3-0.6b", help="a folder of benchmarks/models")
     parser.add_argument("--batches", type=int, nargs="+", default=[64, 256])
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--vocab", type=int, nargs="+", default=[151_936], help="vocabularies for the masks")
+    parser.add_argument("--vocab", type=int, nargs="*", default=[151_936], help="for the masks; none: no masks")
     parser.add_argument("--no-overlap", action="store_true")
+    parser.add_argument("--commit", default=os.environ.get("COMMIT", ""), help="noted with the results")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     cpus = len(os.sched_getaffinity(0))
     threads = sorted({1, min(8, max(1, cpus // 2)), min(8, cpus)})
-    result: dict[str, Any] = {"cpus": cpus, "masks": [row for size in args.vocab for row in mask_rows(size, threads)]}
-    if args.device != "none":
-        result["steps"] = step_rows(args)
+    result: dict[str, Any] = {"command": " ".join(["python", *sys.argv]), "commit": args.commit, "cpus": cpus}
+    result["masks"] = [row for size in args.vocab for row in mask_rows(size, threads)]
+    if args.device == "cuda":
+        import torch
+
+        result |= {"card": torch.cuda.get_device_name(), "torch": torch.__version__}
+    result["steps"] = list[dict[str, Any]]()
+    for row in step_rows(args) if args.device != "none" else ():
+        result["steps"].append(row)
+        if args.output:
+            args.output.write_text(json.dumps(result, indent=2) + "\n")
     if args.output:
         args.output.write_text(json.dumps(result, indent=2) + "\n")
 
