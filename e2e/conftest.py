@@ -5,14 +5,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from e2e import model, product, up
 from e2e.cluster import rig
 from e2e.cluster.place import Place, this_place
-from e2e.kube import Kube
+from e2e.kube import HANG_S, Kube
 from e2e.steps import Progress, StepError
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test here may wait for several things, each for as long as `HANG_S`."""
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent):
+            item.add_marker(pytest.mark.timeout(4 * HANG_S))
 
 
 @pytest.fixture(scope="session")

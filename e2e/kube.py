@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 Object = dict[str, Any]
+HANG_S = 300
+"""What ends a wait that would never end: many times what anything took on two idle cores, so that a slow machine does
+not decide a test."""
 
 
 class KubectlError(RuntimeError):
@@ -26,7 +29,7 @@ class Kube:
     kubectl: str
     kubeconfig: Path
 
-    def run(self, *arguments: str, stdin: str | None = None, timeout_s: float = 60) -> str:
+    def run(self, *arguments: str, stdin: str | None = None, timeout_s: float = HANG_S) -> str:
         done = subprocess.run(
             [self.kubectl, *arguments],
             input=stdin,
@@ -60,8 +63,7 @@ class Kube:
         self.run("patch", kind, name, "-n", namespace, "--type=merge", "-p", json.dumps(patch))
 
     def delete(self, kind: str, name: str, namespace: str = "default", *, wait: bool = True) -> None:
-        self.run("delete", kind, name, "-n", namespace, "--ignore-not-found", f"--wait={str(wait).lower()}",
-                 timeout_s=180)  # fmt: skip
+        self.run("delete", kind, name, "-n", namespace, "--ignore-not-found", f"--wait={str(wait).lower()}")
 
     def story(self, namespace: str = "default") -> str:
         """What a person would look at first when a wait fails."""
@@ -75,7 +77,9 @@ class Kube:
         return "\n".join(parts)[-6000:]
 
 
-def wait_for(what: str, check: Callable[[], Any], *, timeout_s: float, story: Callable[[], str] | None = None) -> Any:
+def wait_for(
+    what: str, check: Callable[[], Any], *, timeout_s: float = HANG_S, story: Callable[[], str] | None = None
+) -> Any:
     """Poll `check` until it returns something true; its value is returned. On time-out the story is in the message."""
     deadline = time.monotonic() + timeout_s
     last: object = None
@@ -85,6 +89,21 @@ def wait_for(what: str, check: Callable[[], Any], *, timeout_s: float, story: Ca
             return last
         time.sleep(0.2)
     raise AssertionError(f"not within {timeout_s:g} s: {what} (last: {last!r})\n{story() if story else ''}")
+
+
+def wait_still(what: str, read: Callable[[], Any], *, quiet_s: float = 3.0) -> Any:
+    """What `read` returns once it has returned the same for a while: controllers' last words come after what they are
+    about."""
+    found, since = read(), time.monotonic()
+
+    def still() -> bool:
+        nonlocal found, since
+        if (now := read()) != found:
+            found, since = now, time.monotonic()
+        return time.monotonic() - since >= quiet_s
+
+    wait_for(what, still, story=lambda: f"{found}")
+    return found
 
 
 def condition(obj: Object | None, kind: str) -> Object:

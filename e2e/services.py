@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -13,12 +14,11 @@ from typing import Any
 import httpx
 import openai
 
-from e2e.kube import Kube, Object, condition, wait_for
+from e2e.kube import HANG_S, Kube, Object, condition, wait_for
+from e2e.product import NAMESPACE as SYSTEM
 
 MODEL_URI = "pvc://models/SmolLM2-135M-Instruct.Q4_1.gguf"
 QUESTION = "What is the capital of France?"
-READY_S = 180
-"""Bound on a pod's way to Ready on two busy cores: torch alone takes ten seconds to import there."""
 
 
 def service(name: str, *, uri: str = MODEL_URI, replicas: int = 1, **engine: Any) -> Object:
@@ -53,21 +53,35 @@ def wait_ready(kube: Kube, name: str, *, serving: int = 1) -> Object:
         )
         return obj if settled else None
 
-    return wait_for(f"{name} Ready with {serving} serving", check, timeout_s=READY_S, story=kube.story)
+    return wait_for(f"{name} Ready with {serving} serving", check, story=kube.story)
 
 
 def client(url: str, **options: Any) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60, **options)
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=HANG_S, **options)
 
 
 def wait_routed(url: str, name: str) -> None:
     """Until the gateway lists the model and one request is answered."""
 
     def check() -> bool:
-        reply = httpx.post(f"{url}/v1/completions", json={"model": name, "prompt": "Hi", "max_tokens": 1}, timeout=60)
+        reply = httpx.post(
+            f"{url}/v1/completions", json={"model": name, "prompt": "Hi", "max_tokens": 1}, timeout=HANG_S
+        )
         return reply.status_code == 200
 
-    wait_for(f"the gateway answering for {name}", check, timeout_s=60)
+    wait_for(f"the gateway answering for {name}", check)
+
+
+def gateways(kube: Kube) -> list[str]:
+    """The gateways' pods."""
+    found = kube.list("pods", SYSTEM, "app.kubernetes.io/component=gateway")
+    return [pod["metadata"]["name"] for pod in found]
+
+
+def known_to_gateways(kube: Kube, model: str) -> list[Object]:
+    """What each gateway knows of a model: `/debug/routes`."""
+    path = "/api/v1/namespaces/{}/pods/{}:8081/proxy/debug/routes?model={}"
+    return [json.loads(kube.run("get", "--raw", path.format(SYSTEM, name, model))) for name in gateways(kube)]
 
 
 def pods(kube: Kube, name: str) -> list[Object]:
@@ -86,42 +100,48 @@ class Traffic:
 
 @contextmanager
 def steady_traffic(
-    url: str, model: str, *, streams: int = 2, max_tokens: int = 24, pause_s: float = 0.0
+    url: str, model: str, *, streams: int = 2, max_tokens: int = 24, pause_s: float = 0.0, whole: bool = False
 ) -> Iterator[Traffic]:
     """Clients that stream one answer after another, with a pause between two, until the block ends; every failure is
-    kept with its time."""
+    kept with its time. whole: they do not stream, so that a tiny model's engine is not faster than those who read it.
+    """
     traffic, stop, started = Traffic(), threading.Event(), time.monotonic()
 
-    async def stream_until_stopped(api: openai.AsyncOpenAI) -> None:
+    async def ask(api: openai.AsyncOpenAI) -> None:
+        finish = None
+        answer = await api.chat.completions.create(
+            model=model, messages=[{"role": "user", "content": QUESTION}], stream=not whole,
+            max_tokens=max_tokens, temperature=0, extra_body={"ignore_eos": True},
+        )  # fmt: skip
+        if whole:
+            finish = answer.choices[0].finish_reason
+        else:
+            async for chunk in answer:
+                finish = chunk.choices[0].finish_reason or finish if chunk.choices else finish
+        if finish is None:
+            raise RuntimeError("the answer ended without a finish reason")
+
+    async def ask_until_stopped(api: openai.AsyncOpenAI) -> None:
         while not stop.is_set():
             try:
-                finish = None
-                answer = await api.chat.completions.create(
-                    model=model, messages=[{"role": "user", "content": QUESTION}], stream=True,
-                    max_tokens=max_tokens, temperature=0, extra_body={"ignore_eos": True},
-                )  # fmt: skip
-                async for chunk in answer:
-                    finish = chunk.choices[0].finish_reason or finish if chunk.choices else finish
-                if finish is None:
-                    raise RuntimeError("the stream ended without a finish reason")
+                await ask(api)
                 traffic.completed += 1
-                await asyncio.sleep(pause_s)
+                if pause_s:
+                    await asyncio.to_thread(stop.wait, pause_s)
             except Exception as error:
                 traffic.failures.append(f"{time.monotonic() - started:.1f} s: {type(error).__name__}: {error}")
                 await asyncio.sleep(0.2)
 
     async def run() -> None:
-        api = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
+        api = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=HANG_S)
         async with api:
-            await asyncio.gather(*(stream_until_stopped(api) for _ in range(streams)))
+            await asyncio.gather(*(ask_until_stopped(api) for _ in range(streams)))
 
     thread = threading.Thread(target=asyncio.run, args=(run(),))
     thread.start()
     try:
-        wait_for(
-            "the first streams to complete", lambda: traffic.completed >= streams or traffic.failures, timeout_s=60
-        )
+        wait_for("the first answers", lambda: traffic.completed >= streams or traffic.failures)
         yield traffic
     finally:
         stop.set()
-        thread.join(timeout=90)
+        thread.join()

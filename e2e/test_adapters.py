@@ -53,7 +53,7 @@ def test_adapters_are_models_behind_the_gateway(cluster: Place, kube: Kube, gate
         asked["spec"]["adapters"] += [{"name": "lost", "uri": "hf://org/lost", "secretRef": {"name": "nobodys"}}]
         kube.apply(asked)
         told = wait_for("what is wrong with it", lambda: (c := condition(kube.get("mis", NAME), "AdaptersLoaded"))
-                        ["status"] == "False" and c, timeout_s=60, story=kube.story)  # fmt: skip
+                        ["status"] == "False" and c, story=kube.story)  # fmt: skip
         assert "hf://org/lost" in told["message"]
         assert "nobodys" in told["message"]
         obj = kube.get("mis", NAME)

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import openai
 import pytest
 
-from e2e.kube import Kube, Object
-from e2e.product import NAMESPACE as SYSTEM
-from e2e.services import pods, service, wait_ready, wait_routed
+from e2e.kube import HANG_S, Kube, Object
+from e2e.services import known_to_gateways, pods, service, wait_ready, wait_routed
 
 STREAMS = 50
 TOPICS = ("the sea", "the sky", "a dog", "a city", "the moon", "a river", "bread", "music", "winter", "a train")
@@ -46,6 +43,11 @@ def processes(pod: Object) -> list[int]:
     return found
 
 
+def send(pids: list[int], number: signal.Signals) -> None:
+    for pid in pids:
+        os.kill(pid, number)
+
+
 async def stream(api: openai.AsyncOpenAI, topic: str, begun: asyncio.Semaphore) -> tuple[str, str | None, int]:
     """Text, finish reason, and how many identities the answer had."""
     messages = [{"role": "user", "content": f"Tell me about {topic}."}]
@@ -60,33 +62,26 @@ async def stream(api: openai.AsyncOpenAI, topic: str, begun: asyncio.Semaphore) 
     return text, finish, len(ids)
 
 
-def admission(kube: Kube) -> list[Object]:
-    """Who runs and who waits, by each gateway's own account."""
-    names = [pod["metadata"]["name"] for pod in kube.list("pods", SYSTEM, "app.kubernetes.io/component=gateway")]
-    path = "/api/v1/namespaces/{}/pods/{}:8081/proxy/debug/routes?model=lasting"
-    return [json.loads(kube.run("get", "--raw", path.format(SYSTEM, name)))["admission"] for name in names]
-
-
 async def test_a_pod_killed_in_the_middle_of_fifty_streams(kube: Kube, gateway_url: str, lasting) -> None:
-    async with openai.AsyncOpenAI(
-        base_url=f"{gateway_url}/v1", api_key="none", max_retries=0, timeout=httpx.Timeout(120, pool=120)
-    ) as api:
+    async with openai.AsyncOpenAI(base_url=f"{gateway_url}/v1", api_key="none", max_retries=0, timeout=HANG_S) as api:
         begun = asyncio.Semaphore(0)
         wanted = dict(zip(TOPICS, await asyncio.gather(*(stream(api, t, begun) for t in TOPICS)), strict=True))
         topics = [TOPICS[n % len(TOPICS)] for n in range(STREAMS)]
-        begun = asyncio.Semaphore(0)
-        running = [asyncio.create_task(stream(api, topic, begun)) for topic in topics]
-        async with asyncio.timeout(120):
-            for _ in range(STREAMS // 4):
-                await begun.acquire()
-        doors = await asyncio.to_thread(admission, kube)
-        under_way = sum(not task.done() for task in running)
         victims = processes(lasting[0])
         assert victims, "the pod has no process"
-        for pid in victims:
-            os.kill(pid, signal.SIGKILL)
+        begun = asyncio.Semaphore(0)
+        running = [asyncio.create_task(stream(api, topic, begun)) for topic in topics]
+        async with asyncio.timeout(HANG_S):
+            for _ in range(STREAMS // 4):
+                await begun.acquire()
+        send(victims, signal.SIGSTOP)  # it stays in the middle of its streams, however long it takes to look
+        try:
+            doors = [gateway["admission"] for gateway in await asyncio.to_thread(known_to_gateways, kube, "lasting")]
+            under_way = sum(not task.done() for task in running)
+        finally:
+            send(victims, signal.SIGKILL)
         answers = await asyncio.gather(*running)
-    assert under_way > STREAMS // 2, "they were to be killed in the middle"
+    assert under_way > STREAMS // 4, "they were to be killed in the middle"
     assert sum(door["waiting"] for door in doors) == 0, f"the engines have room for all at once: {doors}"
     for topic, answer in zip(topics, answers, strict=True):
         assert answer == wanted[topic]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import itertools
 import json
 import os
 import socket
@@ -26,8 +27,17 @@ import yaml
 
 from e2e import product, tiny, up
 from e2e.cluster.place import Place
-from e2e.kube import Kube, KubectlError, Object, condition, wait_for
-from e2e.services import client, pods, service, steady_traffic, wait_ready, wait_routed
+from e2e.kube import HANG_S, Kube, KubectlError, Object, condition, wait_for
+from e2e.services import (
+    client,
+    gateways,
+    known_to_gateways,
+    pods,
+    service,
+    steady_traffic,
+    wait_ready,
+    wait_routed,
+)
 
 os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # or it asks the network when it is imported
 import litellm as _litellm
@@ -75,17 +85,19 @@ def test_clients_work_unchanged(gateway_url: str, front: Object) -> None:
     assert told.choices[0].text == whole.choices[0].text
     command = ["curl", "-sSN", "--fail-with-body", f"{gateway_url}/v1/completions", "-H",
                "Content-Type: application/json", "-d", json.dumps(ASK | {"stream": True})]  # fmt: skip
-    printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=HANG_S).stdout
     assert printed.rstrip().endswith("data: [DONE]")
 
 
 def test_overload_is_refused_quickly_and_the_rest_is_served(kube: Kube, gateway_url: str, front: Object) -> None:
     before = {pod["metadata"]["uid"] for pod in pods(kube, "front")}
     kube.patch("mis", "front", {"spec": {"admission": {"maxConcurrency": 1, "maxQueuedRequests": 2}}})
-    time.sleep(1)
+    wait_for(
+        "both gateways to know", lambda: all(g["admission"]["limit"] <= 1 for g in known_to_gateways(kube, "front"))
+    )
 
     async def burst() -> list[tuple[int, float, httpx.Response]]:
-        async with httpx.AsyncClient(base_url=gateway_url, timeout=60) as http:
+        async with httpx.AsyncClient(base_url=gateway_url, timeout=HANG_S) as http:
 
             async def one() -> tuple[int, float, httpx.Response]:
                 began = time.monotonic()
@@ -132,7 +144,7 @@ def test_a_virtual_model(kube: Kube, gateway_url: str, front: Object) -> None:
         raw = client(gateway_url).completions.with_raw_response.create(**ask)
         assert raw.headers["x-mainsail-answered-by"] == "default/front"
         assert raw.parse().model == "front"
-        told = wait_for("a status", lambda: condition(kube.get("modelroute", "smart"), "Ready"), timeout_s=40)
+        told = wait_for("a status", lambda: condition(kube.get("modelroute", "smart"), "Ready"))
         assert (told["status"], told["reason"]) == ("False", "ServiceNotFound")
         assert "nobody" in told["message"]
     finally:
@@ -142,14 +154,10 @@ def test_a_virtual_model(kube: Kube, gateway_url: str, front: Object) -> None:
 def test_both_gateways_restarted_under_load_lose_nothing(kube: Kube, gateway_url: str, front: Object) -> None:
     with steady_traffic(gateway_url, "front", streams=4) as traffic:
         kube.run("rollout", "restart", "deployment/mainsail-gateway", "-n", SYSTEM)
-        kube.run("rollout", "status", "deployment/mainsail-gateway", "-n", SYSTEM, timeout_s=120)
-        wait_for("the old gateways gone", lambda: len(gateways(kube)) == 2, timeout_s=60)
+        kube.run("rollout", "status", "deployment/mainsail-gateway", "-n", SYSTEM)
+        wait_for("the old gateways gone", lambda: len(gateways(kube)) == 2)
     assert traffic.failures == []
     assert traffic.completed > 4
-
-
-def gateways(kube: Kube) -> list[str]:
-    return [pod["metadata"]["name"] for pod in kube.list("pods", SYSTEM, "app.kubernetes.io/component=gateway")]
 
 
 def test_keys_and_tls_of_the_chart(cluster: Place, kube: Kube, front: Object, tmp_path: Path) -> None:
@@ -160,20 +168,27 @@ def test_keys_and_tls_of_the_chart(cluster: Place, kube: Kube, front: Object, tm
     try:
         kube.apply(tls_secret(tmp_path), key_secret("few", API_KEY, requestsPerMinute="3", models="fr*"))
         kube.apply(*guarded_gateway(cluster))
-        kube.run("rollout", "status", "deployment/mainsail-gateway", "-n", GUARDED, timeout_s=120)
+        kube.run("rollout", "status", "deployment/mainsail-gateway", "-n", GUARDED)
         (pod,) = kube.list("pods", GUARDED)
         with forwarded(kube, "deployment/mainsail-gateway", 8080) as port:
             url = f"https://127.0.0.1:{port}/v1"
             with trusting(tmp_path) as http:
                 keys_are_asked_for(kube, openai.OpenAI(
-                    base_url=url, api_key=API_KEY, max_retries=0, timeout=60, http_client=http
+                    base_url=url, api_key=API_KEY, max_retries=0, timeout=HANG_S, http_client=http
                 ))  # fmt: skip
                 certificate(tmp_path, "second")
                 kube.apply(tls_secret(tmp_path))
-                # The kubelet looks at a pod's Secrets every minute, and whenever the pod changes.
-                kube.run("annotate", "pod", pod["metadata"]["name"], "-n", GUARDED, "look=now")
+                looks = itertools.count()
+
+                def looked() -> bool:
+                    """The kubelet looks at a pod's Secrets every minute, and whenever the pod changes."""
+                    kube.run("annotate", "pod", pod["metadata"]["name"], "-n", GUARDED, f"look={next(looks)}",
+                             "--overwrite")  # fmt: skip
+                    http.get(f"{url}/models")  # in use, and so kept open
+                    return answers(other, url)
+
                 with trusting(tmp_path) as other:
-                    wait_for("the new certificate", lambda: answers(other, url), timeout_s=60)
+                    wait_for("the new certificate", looked)
                 assert http.get(f"{url}/models").status_code == 401, "an open connection goes on with the old one"
         (same,) = kube.list("pods", GUARDED)
         assert same["metadata"]["uid"] == pod["metadata"]["uid"]
@@ -186,7 +201,7 @@ def test_keys_and_tls_of_the_chart(cluster: Place, kube: Kube, front: Object, tm
 def keys_are_asked_for(kube: Kube, api: openai.OpenAI) -> None:
     with pytest.raises(openai.AuthenticationError):
         api.with_options(api_key="sk-" + "none" * 8).completions.create(**ASK)
-    wait_for("the key", lambda: listed(api) == {"front"}, timeout_s=20)
+    wait_for("the key", lambda: listed(api) == {"front"})
     for _ in range(3):
         assert api.completions.create(**ASK).usage.completion_tokens == 8
     with pytest.raises(openai.RateLimitError) as error:
@@ -197,10 +212,10 @@ def keys_are_asked_for(kube: Kube, api: openai.OpenAI) -> None:
             api.completions.create(**ASK | {"model": name})
     newer = api.with_options(api_key="sk-" + "new" * 10)
     kube.apply(key_secret("few", f"{API_KEY}\n{newer.api_key}"))
-    wait_for("the new key beside the old one", lambda: {"front", "sleeper"} <= listed(newer), timeout_s=20)
+    wait_for("the new key beside the old one", lambda: {"front", "sleeper"} <= listed(newer))
     assert listed(api) == listed(newer)
     kube.apply(key_secret("few", newer.api_key))
-    wait_for("the old key refused", lambda: not listed(api), timeout_s=20)
+    wait_for("the old key refused", lambda: not listed(api))
     assert newer.completions.create(**ASK).usage.completion_tokens == 8, "no limits any more"
 
 
@@ -236,7 +251,7 @@ def certificate(folder: Path, name: str) -> None:
 def trusting(folder: Path) -> httpx.Client:
     """A client that trusts the certificate there, and no other."""
     kept = httpx.Limits(keepalive_expiry=120)
-    return httpx.Client(verify=ssl.create_default_context(cafile=folder / "tls.crt"), timeout=60, limits=kept)
+    return httpx.Client(verify=ssl.create_default_context(cafile=folder / "tls.crt"), timeout=HANG_S, limits=kept)
 
 
 def guarded_gateway(cluster: Place) -> list[Object]:
@@ -246,7 +261,7 @@ def guarded_gateway(cluster: Place) -> list[Object]:
                                  "--show-only", "templates/gateway.yaml",
                                  *product.image_values(up.rig_target(cluster))]  # fmt: skip
     command += [part for value in values for part in ("--set", value)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG_S, check=True)
     found = [each for each in yaml.safe_load_all(done.stdout) if each and each["kind"] != "ClusterRole"]
     for each in found:
         if each["kind"] == "ClusterRoleBinding":
@@ -264,7 +279,7 @@ def forwarded(kube: Kube, target: str, port: int) -> Iterator[int]:
                f"{local}:{port}"]  # fmt: skip
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
-            wait_for("the forwarded port", lambda: connects(local), timeout_s=20)
+            wait_for("the forwarded port", lambda: connects(local))
             yield local
         finally:
             process.terminate()
@@ -286,7 +301,7 @@ def test_what_engines_have_cached_is_known(kube: Kube, gateway_url: str, front: 
     """Both gateways follow the engine's KV events: told by metrics, and by why an endpoint would be picked."""
     said = " ".join(f"the {n}th wave" for n in range(40))
     ask: Object = {"model": "front", "messages": [{"role": "user", "content": said}], "max_tokens": 2}
-    assert httpx.post(f"{gateway_url}/v1/chat/completions", json=ask, timeout=60).status_code == 200
+    assert httpx.post(f"{gateway_url}/v1/chat/completions", json=ask, timeout=HANG_S).status_code == 200
 
     def blocks() -> list[float]:
         found: list[float] = []
@@ -297,7 +312,7 @@ def test_what_engines_have_cached_is_known(kube: Kube, gateway_url: str, front: 
         return found
 
     # Some 500 bytes are 30 blocks of a model over bytes, of which every fourth or so is kept.
-    wait_for("both gateways know its blocks", lambda: len(found := blocks()) == 2 and min(found) >= 3, timeout_s=20)
+    wait_for("both gateways know its blocks", lambda: len(found := blocks()) == 2 and min(found) >= 3)
 
 
 def test_held_conversations_all_complete_and_make_their_service_grow(
@@ -319,14 +334,14 @@ def test_held_conversations_all_complete_and_make_their_service_grow(
             told.append((kube.get("mis", "crowd") or {}).get("status", {}).get("scaling") or {})
             return told[-1].get("desired") == 2
 
-        turns = asyncio.run(agents(gateway_url, "crowd", 16, grown, timeout_s=90))
+        turns = asyncio.run(agents(gateway_url, "crowd", 16, grown))
         assert told[-1]["reason"] == "HeldSessions", told[-1]
         assert min(turns) >= 2, f"nobody is starved: {turns}"
     finally:
         kube.delete("mis", "crowd", wait=False)
 
 
-async def agents(url: str, model: str, count: int, enough: Callable[[], bool], *, timeout_s: float) -> list[int]:
+async def agents(url: str, model: str, count: int, enough: Callable[[], bool]) -> list[int]:
     """So many conversations at once, each a chain of turns without any id, until it is enough and each had two turns;
     how many turns each had. Every turn has to be answered."""
     done = asyncio.Event()
@@ -346,21 +361,21 @@ async def agents(url: str, model: str, count: int, enough: Callable[[], bool], *
 
     async def watch() -> None:
         try:
-            await asyncio.to_thread(wait_for, "enough", enough, timeout_s=timeout_s)
+            await asyncio.to_thread(wait_for, "enough", enough)
         finally:
             done.set()
 
-    async with httpx.AsyncClient(base_url=url, timeout=120, limits=httpx.Limits(max_connections=count)) as http:
+    async with httpx.AsyncClient(base_url=url, timeout=HANG_S, limits=httpx.Limits(max_connections=count)) as http:
         await asyncio.gather(watch(), *(agent(http, number) for number in range(count)))
     return turns
 
 
 def test_twenty_held_requests_wake_a_service(kube: Kube, gateway_url: str, front: Object) -> None:
-    wait_for("the sleeper at zero", lambda: not pods(kube, "sleeper"), timeout_s=120, story=kube.story)
+    wait_for("the sleeper at zero", lambda: not pods(kube, "sleeper"), story=kube.story)
     ask: Object = ASK | {"model": "sleeper"}
 
     async def held() -> list[str]:
-        api = openai.AsyncOpenAI(base_url=f"{gateway_url}/v1", api_key="none", max_retries=0, timeout=150)
+        api = openai.AsyncOpenAI(base_url=f"{gateway_url}/v1", api_key="none", max_retries=0, timeout=HANG_S)
         async with api:
 
             async def streamed() -> str:
@@ -396,10 +411,10 @@ def test_canary_weights(kube: Kube, gateway_url: str, front: Object) -> None:
         found = {r["name"]: r["weight"] for r in status.get("revisions", [])}
         return found if sorted(found.values()) == [25, 75] else None
 
-    shares = wait_for("weights 25 and 75", weights, timeout_s=150, story=kube.story)
-    time.sleep(1)
+    shares = wait_for("weights 25 and 75", weights, story=kube.story)
+    wait_for("both gateways to know", lambda: all(g["weights"] == shares for g in known_to_gateways(kube, "front")))
     before = requests_by_revision(kube, "front")
-    with httpx.Client(base_url=gateway_url, timeout=60) as http:
+    with httpx.Client(base_url=gateway_url, timeout=HANG_S) as http:
         for _ in range(40):
             assert http.post("/v1/completions", json=ASK).status_code == 200
         homes = set()

@@ -39,7 +39,7 @@ def test_two_pods_are_one_replica(cluster: Place, kube: Kube, gateway_url: str) 
     kube.apply(staged())
     try:
         told = wait_for("what is missing", lambda: (c := condition(kube.get("mis", NAME), "Stalled")).get("reason") ==
-                        "LeaderWorkerSetsMissing" and c, timeout_s=60, story=kube.story)  # fmt: skip
+                        "LeaderWorkerSetsMissing" and c, story=kube.story)  # fmt: skip
         assert "install LWS" in told["message"]
         assert pods(kube, NAME) == []
         with leader_worker_sets.installed(cluster, kube):
@@ -47,7 +47,7 @@ def test_two_pods_are_one_replica(cluster: Place, kube: Kube, gateway_url: str) 
                 _serves_over_two_pods(kube, gateway_url)
             finally:
                 kube.delete("mis", NAME)
-                wait_for("nothing left", lambda: not kube.list("leaderworkersets") and not workers(kube), timeout_s=90)
+                wait_for("nothing left", lambda: not kube.list("leaderworkersets") and not workers(kube))
     finally:
         kube.delete("mis", NAME, wait=False)
 
@@ -64,14 +64,14 @@ def _serves_over_two_pods(kube: Kube, gateway_url: str) -> None:
     _outlives_a_worker(kube, gateway_url, worker)
     kube.apply(staged(maxNumSeqs=12))
     wait_for("only the new revision", lambda: leader["metadata"]["uid"] not in
-             {pod["metadata"]["uid"] for pod in pods(kube, NAME)}, timeout_s=180, story=kube.story)  # fmt: skip
+             {pod["metadata"]["uid"] for pod in pods(kube, NAME)}, story=kube.story)  # fmt: skip
     wait_ready(kube, NAME)
     assert "Paris" in answer(gateway_url)
 
 
 def _outlives_a_worker(kube: Kube, gateway_url: str, worker: Object) -> None:
     kube.run("delete", "pod", worker["metadata"]["name"], "--grace-period=0", "--force")
-    wait_for("the loss to be noticed", lambda: kube.get("mis", NAME)["status"]["servingReplicas"] == 0, timeout_s=60,
+    wait_for("the loss to be noticed", lambda: kube.get("mis", NAME)["status"]["servingReplicas"] == 0,
              story=kube.story)  # fmt: skip
     wait_ready(kube, NAME)
     assert set(workers(kube)).isdisjoint({worker["metadata"]["uid"]})

@@ -10,7 +10,8 @@ import pytest
 
 from e2e import external_metrics
 from e2e.fake_nodes import fake_nodes, on_pool
-from e2e.kube import Kube, KubectlError, Object, condition, wait_for
+from e2e.gitops import sync
+from e2e.kube import HANG_S, Kube, Object, condition, wait_for
 from e2e.services import pods, service
 
 NAME = "driven"
@@ -19,8 +20,8 @@ NAME = "driven"
 @pytest.fixture
 def metrics(kube: Kube) -> Iterator[None]:
     kube.apply(*external_metrics.objects())
-    kube.run("wait", "--for=condition=Available", "apiservice/v1beta1.external.metrics.k8s.io", "--timeout=60s",
-             timeout_s=70)  # fmt: skip
+    wait = ("wait", "--for=condition=Available", f"--timeout={HANG_S}s")
+    kube.run(*wait, "apiservice/v1beta1.external.metrics.k8s.io")
     external_metrics.set_value(kube, 2)
     yield
     external_metrics.remove(kube)
@@ -39,25 +40,10 @@ def autoscaler() -> Object:
     }  # fmt: skip
 
 
-def difference(kube: Kube, manifest: str) -> str:
-    """Whether `kubectl diff` shows something."""
-    try:
-        kube.run("diff", "--server-side", "--field-manager=argocd-controller", "-f", "-", stdin=manifest)
-    except KubectlError as error:
-        return str(error) or "a difference"
-    return ""
-
-
 def test_an_hpa_scales_it_and_nobody_fights(kube: Kube, metrics: None) -> None:
     wanted = on_pool(service(NAME), "driven")
     del wanted["spec"]["replicas"]
     manifest = json.dumps(wanted)
-
-    def sync() -> None:
-        """As Argo CD does again and again. A status written between the two reads of a diff is a difference too."""
-        kube.run("apply", "--server-side", "--field-manager=argocd-controller", "-f", "-", stdin=manifest)
-        wait_for("nothing left to apply", lambda: not difference(kube, manifest), timeout_s=15, story=lambda: (
-            difference(kube, manifest)))  # fmt: skip
 
     def told() -> tuple[int, int, int]:
         """Asked for, decided, serving."""
@@ -66,11 +52,11 @@ def test_an_hpa_scales_it_and_nobody_fights(kube: Kube, metrics: None) -> None:
         return obj["spec"]["replicas"], status.get("scaling", {}).get("desired"), status.get("servingReplicas")
 
     def wait_told(replicas: int) -> None:
-        wait_for(f"{replicas} replicas", lambda: told() == (replicas,) * 3, timeout_s=60, story=lambda: (
+        wait_for(f"{replicas} replicas", lambda: told() == (replicas,) * 3, story=lambda: (
             f"{told()} {json.dumps((kube.get('hpa', NAME) or {}).get('status'))}"))  # fmt: skip
 
     with fake_nodes(kube, "driven", {"driven-a": 0}):
-        sync()
+        sync(kube, manifest)
         kube.apply(autoscaler())
         try:
             wait_told(1)
@@ -79,7 +65,7 @@ def test_an_hpa_scales_it_and_nobody_fights(kube: Kube, metrics: None) -> None:
             assert condition(kube.get("hpa", NAME), "ScalingActive")["status"] == "True"
             before = (kube.get("mis", NAME) or {})["metadata"]["generation"]
             for _ in range(4):
-                sync()
+                sync(kube, manifest)
                 time.sleep(2)
             obj = json.loads(kube.run("get", "mis", NAME, "-o", "json", "--show-managed-fields"))
             assert obj["metadata"]["generation"] == before, "nobody has written the spec again"

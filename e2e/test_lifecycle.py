@@ -19,7 +19,8 @@ import pytest
 from e2e import processes
 from e2e.cluster import cgroups, netns, rig
 from e2e.cluster.place import Place
-from e2e.kube import Kube, KubectlError, Object, condition, wait_for
+from e2e.gitops import sync
+from e2e.kube import Kube, KubectlError, Object, condition, wait_for, wait_still
 from e2e.services import service
 
 SYSTEM = "mainsail-system"
@@ -47,7 +48,6 @@ def stalled(kube: Kube, name: str, reason: str, namespace: str = "default") -> O
     return wait_for(
         f"{name} Stalled for {reason}",
         lambda: (c := condition(kube.get("mis", name, namespace), "Stalled")).get("reason") == reason and c,
-        timeout_s=30,
         story=kube.story,
     )
 
@@ -58,7 +58,7 @@ def settled(kube: Kube, name: str, namespace: str = "default") -> Object:
         moving = {condition(obj, kind).get("status") for kind in ("Reconciling", "Stalled")}
         return obj if obj and obj.get("status") and moving == {None} else None
 
-    return wait_for(f"{name} settled", check, timeout_s=30, story=kube.story)
+    return wait_for(f"{name} settled", check, story=kube.story)
 
 
 def test_what_cannot_be_carried_out_is_told_and_holds_up_nobody(kube: Kube, namespace: str) -> None:
@@ -81,9 +81,9 @@ def test_what_cannot_be_carried_out_is_told_and_holds_up_nobody(kube: Kube, name
     assert "ownerReferences" not in there["metadata"]
     kube.delete("service", "taken", namespace)
     kube.patch("mis", "taken", {"spec": {"replicas": 0}}, namespace)
-    wait_for("taken's own Service", lambda: kube.get("service", "taken", namespace), timeout_s=75)
+    wait_for("taken's own Service", lambda: kube.get("service", "taken", namespace))
     settled(kube, "taken", namespace)
-    kube.run("delete", "namespace", namespace, "--wait", timeout_s=60)
+    kube.run("delete", "namespace", namespace, "--wait")
 
 
 def test_the_paused_annotation_stops_all_writes(kube: Kube) -> None:
@@ -91,15 +91,14 @@ def test_the_paused_annotation_stops_all_writes(kube: Kube) -> None:
     settled(kube, "held")
     kube.run("annotate", "mis/held", "mainsail.dev/paused=true")
     kube.apply(nowhere("held", replicas=0, engine={"maxNumSeqs": 9}))
-    wait_for("Paused", lambda: condition(kube.get("mis", "held"), "Reconciling").get("reason") == "Paused",
-             timeout_s=20)  # fmt: skip
+    wait_for("Paused", lambda: condition(kube.get("mis", "held"), "Reconciling").get("reason") == "Paused")
     kube.delete("service", "held")
     time.sleep(3)
     selector = "mainsail.dev/service=held"
     assert len(kube.list("deployments", selector=selector)) == 1
     assert kube.get("service", "held") is None
     kube.run("annotate", "mis/held", "mainsail.dev/paused-")
-    wait_for("its Service again", lambda: kube.get("service", "held"), timeout_s=30)
+    wait_for("its Service again", lambda: kube.get("service", "held"))
     settled(kube, "held")
     kube.delete("mis", "held")
 
@@ -110,20 +109,11 @@ def test_git_and_an_autoscaler_share_the_object(kube: Kube) -> None:
     del wanted["spec"]["replicas"]
     manifest = json.dumps(wanted)
 
-    def sync() -> None:
-        kube.run("apply", "--server-side", "--field-manager=argocd-controller", "-f", "-", stdin=manifest)
-
-    def diff() -> str:
-        """Empty when the API server holds what Git says."""
-        return kube.run("diff", "--server-side", "--field-manager=argocd-controller", "-f", "-", stdin=manifest)
-
-    sync()
-    wait_for("its Deployment", lambda: kube.list("deployments", selector="mainsail.dev/service=shared"), timeout_s=30)
-    assert diff() == ""
+    sync(kube, manifest)
+    wait_for("its Deployment", lambda: _deployments(kube, "shared"))
     kube.run("scale", "mis/shared", "--replicas=3")
-    wait_for("three replicas", lambda: _replicas(kube, "shared") == 3, timeout_s=30)
-    sync()
-    assert diff() == ""
+    wait_for("three replicas", lambda: _replicas(kube, "shared") == 3)
+    sync(kube, manifest)
     time.sleep(2)
     assert _replicas(kube, "shared") == 3
     obj = json.loads(kube.run("get", "mis", "shared", "-o", "json", "--show-managed-fields"))
@@ -135,8 +125,12 @@ def test_git_and_an_autoscaler_share_the_object(kube: Kube) -> None:
 
 
 def _replicas(kube: Kube, name: str) -> int:
-    (found,) = kube.list("deployments", selector=f"mainsail.dev/service={name}")
+    (found,) = _deployments(kube, name)
     return found["spec"]["replicas"]
+
+
+def _deployments(kube: Kube, name: str) -> list[Object]:
+    return kube.list("deployments", selector=f"mainsail.dev/service={name}")
 
 
 def operators(kube: Kube) -> list[Object]:
@@ -152,19 +146,18 @@ def test_deletions_that_a_watch_missed(kube: Kube, cluster: Place) -> None:
     """The operator stands still while things are deleted and the API server forgets its history: 410 for watches."""
     kube.apply(nowhere("ghost", replicas=0), nowhere("bereft"))
     settled(kube, "ghost")
-    wait_for("its Deployment", lambda: kube.list("deployments", selector="mainsail.dev/service=bereft"), timeout_s=30)
+    wait_for("its Deployment", lambda: _deployments(kube, "bereft"))
     (operator,) = operators(kube)
     processes.send(operator, "mainsail-operator", signal.SIGSTOP)
     try:
         kube.delete("mis", "ghost")
-        (lost,) = kube.list("deployments", selector="mainsail.dev/service=bereft")
+        (lost,) = _deployments(kube, "bereft")
         kube.delete("deployment", lost["metadata"]["name"])
         compact(cluster, int(kube.list("mis")[0]["metadata"]["resourceVersion"]))
         time.sleep(2)
     finally:
         processes.send(operator, "mainsail-operator", signal.SIGCONT)
-    wait_for("the Deployment again", lambda: kube.list("deployments", selector="mainsail.dev/service=bereft"),
-             timeout_s=60, story=kube.story)  # fmt: skip
+    wait_for("the Deployment again", lambda: _deployments(kube, "bereft"), story=kube.story)
     time.sleep(3)
     assert kube.get("service", "ghost") is None, "nothing is made for a service that is gone"
     kube.delete("mis", "bereft")
@@ -184,10 +177,10 @@ def compact(cluster: Place, version: int) -> None:
 @pytest.fixture
 def two_operators(kube: Kube) -> Iterator[None]:
     kube.run("scale", "deploy/mainsail-operator", "-n", SYSTEM, "--replicas=2")
-    wait_for("two operators", lambda: len([p for p in operators(kube) if _ready(p)]) == 2, timeout_s=90)
+    wait_for("two operators", lambda: len([p for p in operators(kube) if _ready(p)]) == 2)
     yield
     kube.run("scale", "deploy/mainsail-operator", "-n", SYSTEM, "--replicas=1")
-    wait_for("one operator", lambda: len(kube.list("pods", SYSTEM, OPERATOR)) == 1, timeout_s=60)
+    wait_for("one operator", lambda: len(kube.list("pods", SYSTEM, OPERATOR)) == 1)
 
 
 def _ready(pod: Object) -> bool:
@@ -240,23 +233,21 @@ def test_the_api_server_is_killed_and_started_again(kube: Kube, cluster: Place) 
     """Watches recover, the operator goes on in the same process, writes what changed once, and touches nothing else."""
     kube.apply(nowhere("steady"), nowhere("moved"))
     for name in ("steady", "moved"):
-        wait_for(f"{name}'s Deployment", lambda n=name: kube.list("deployments", selector=f"mainsail.dev/service={n}"),
-                 timeout_s=30)  # fmt: skip
-    time.sleep(3)
-    before, (operator,) = _versions(kube, "steady"), operators(kube)
-    (moved,) = kube.list("deployments", selector="mainsail.dev/service=moved")
+        wait_for(f"{name}'s Deployment", lambda n=name: _deployments(kube, n))
+    before, (operator,) = wait_still("nothing written any more", lambda: _versions(kube, "steady")), operators(kube)
+    (moved,) = _deployments(kube, "moved")
     (server,) = [pid for pid in cgroups.processes(cgroups.groups_named(cluster.name)) if _is(pid, "kube-apiserver")]
     os.kill(server, signal.SIGKILL)
-    wait_for("its end to be noticed", lambda: rig.status(cluster).ended == ("kube-apiserver",), timeout_s=10)
+    wait_for("its end to be noticed", lambda: rig.status(cluster).ended == ("kube-apiserver",))
     time.sleep(3)
     rig.revive(cluster)
-    wait_for("the API server", lambda: _answers(kube), timeout_s=60)
+    wait_for("the API server", lambda: _answers(kube))
     began = time.monotonic()
     kube.run("scale", "mis/moved", "--replicas=3")
-    wait_for("three replicas", lambda: _replicas(kube, "moved") == 3, timeout_s=60, story=kube.story)
+    wait_for("three replicas", lambda: _replicas(kube, "moved") == 3, story=kube.story)
     print(f"scaled {time.monotonic() - began:.1f} s after the API server answered again")
     time.sleep(3)
-    (same,) = kube.list("deployments", selector="mainsail.dev/service=moved")
+    (same,) = _deployments(kube, "moved")
     assert same["metadata"]["uid"] == moved["metadata"]["uid"]
     assert same["metadata"]["generation"] == moved["metadata"]["generation"] + 1, "one write for one change"
     assert _versions(kube, "steady") == before
@@ -282,7 +273,7 @@ def _versions(kube: Kube, name: str) -> dict[str, str]:
 def test_the_api_server_stands_still_and_comes_back(kube: Kube, cluster: Place) -> None:
     """Twenty seconds without an API server: the operator stays alive, holds its Lease again, and catches up."""
     kube.apply(nowhere("patient"))
-    wait_for("its Deployment", lambda: kube.list("deployments", selector="mainsail.dev/service=patient"), timeout_s=30)
+    wait_for("its Deployment", lambda: _deployments(kube, "patient"))
     (operator,) = operators(kube)
     restarts = {c["name"]: c["restartCount"] for c in operator["status"]["containerStatuses"]}
     servers = [pid for pid in cgroups.processes(cgroups.groups_named(cluster.name)) if _is(pid, "kube-apiserver")]
@@ -290,9 +281,9 @@ def test_the_api_server_stands_still_and_comes_back(kube: Kube, cluster: Place) 
     os.kill(servers[0], signal.SIGSTOP)
     time.sleep(20)
     os.kill(servers[0], signal.SIGCONT)
-    wait_for("the API server", lambda: _answers(kube), timeout_s=60)
+    wait_for("the API server", lambda: _answers(kube))
     kube.run("scale", "mis/patient", "--replicas=2")
-    wait_for("two replicas", lambda: _replicas(kube, "patient") == 2, timeout_s=60, story=kube.story)
+    wait_for("two replicas", lambda: _replicas(kube, "patient") == 2, story=kube.story)
     (same,) = operators(kube)
     assert {c["name"]: c["restartCount"] for c in same["status"]["containerStatuses"]} == restarts
     kube.delete("mis", "patient")

@@ -38,7 +38,7 @@ def _outlives_a_rank(kube: Kube, gateway_url: str) -> None:
         (container,) = pod["status"]["containerStatuses"]
         return container if container["restartCount"] == 1 and container["ready"] else None
 
-    container = wait_for("the engine to serve again", started_again, timeout_s=60, story=kube.story)
+    container = wait_for("the engine to serve again", started_again, story=kube.story)
     assert "RankLost" in container["lastState"]["terminated"]["message"]
     assert container["lastState"]["terminated"]["exitCode"] == 1
     wait_routed(gateway_url, "parallel")
@@ -56,10 +56,10 @@ def test_three_ranks_answer_and_roll(kube: Kube, gateway_url: str) -> None:
             kube.apply(parallel(maxNumSeqs=12))
             wait_ready(kube, "parallel")
             wait_for("only the new revision's pod", lambda: [p["metadata"]["uid"] for p in pods(kube, "parallel")] !=
-                     [old["metadata"]["uid"]] and len(pods(kube, "parallel")) == 1, timeout_s=60,
+                     [old["metadata"]["uid"]] and len(pods(kube, "parallel")) == 1,
                      story=kube.story)  # fmt: skip
             after = traffic.completed
-            wait_for("an answer of the new revision", lambda: traffic.completed > after, timeout_s=60)
+            wait_for("an answer of the new revision", lambda: traffic.completed > after)
         assert traffic.failures == []
         assert traffic.completed > 1
         _outlives_a_rank(kube, gateway_url)

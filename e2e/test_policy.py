@@ -9,7 +9,7 @@ import pytest
 from e2e import policy, tiny
 from e2e.cluster.images import CONTROL_PLANE_IMAGE
 from e2e.cluster.place import Place
-from e2e.kube import Kube, KubectlError, Object, wait_for
+from e2e.kube import HANG_S, Kube, KubectlError, Object, wait_for
 from e2e.services import client, pods, service, wait_ready, wait_routed
 
 pytestmark = pytest.mark.slow
@@ -30,7 +30,7 @@ def stranger(kube: Kube) -> Iterator[str]:
     kube.apply({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, "namespace": "default"},
                 "spec": {"containers": [container], "securityContext": account,
                          "terminationGracePeriodSeconds": 0}})  # fmt: skip
-    kube.run("wait", "--for=condition=Ready", f"pod/{name}", "--timeout=60s", timeout_s=70)
+    kube.run("wait", "--for=condition=Ready", f"pod/{name}", f"--timeout={HANG_S}s")
     yield name
     kube.delete("pod", name)
 
@@ -59,8 +59,7 @@ def test_only_the_gateway_and_the_operator_reach_an_engine(
         ours = [f"deploy/mainsail-{part}" for part in ("gateway", "operator")]
         assert reaches(kube, stranger, "default", address, 8000), "nothing enforces policies here by itself"
         with policy.enforced(cluster, kube):
-            wait_for("the stranger kept out", lambda: not reaches(kube, stranger, "default", address, 8000),
-                     timeout_s=30)  # fmt: skip
+            wait_for("the stranger kept out", lambda: not reaches(kube, stranger, "default", address, 8000))
             assert not reaches(kube, stranger, "default", address, 8001)
             for who in ours:
                 assert reaches(kube, who, system_namespace, address, 8000)

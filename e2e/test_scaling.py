@@ -19,12 +19,10 @@ import pytest
 from e2e import tiny
 from e2e.cluster.network import NODE
 from e2e.cluster.place import Place
-from e2e.kube import Kube, KubectlError, Object, condition, wait_for
+from e2e.kube import HANG_S, Kube, KubectlError, Object, condition, wait_for
 from e2e.services import Traffic, client, pods, service, steady_traffic, wait_ready, wait_routed
 
 GPU = "nvidia.com/gpu"
-SCALE_S = 150
-"""Bound on one step: an engine's start on two busy cores, and the pause before the load is looked at again."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -45,6 +43,10 @@ def scaling_of(kube: Kube, name: str) -> Object:
     return (kube.get("mis", name) or {}).get("status", {}).get("scaling", {})
 
 
+def limited_by(obj: Object | None) -> str:
+    return (obj or {}).get("status", {}).get("scaling", {}).get("limitedBy", "")
+
+
 def wait_desired(kube: Kube, name: str, desired: int, *, serving: int | None = None) -> Object:
     def check() -> Object | None:
         status = (kube.get("mis", name) or {}).get("status", {})
@@ -54,7 +56,7 @@ def wait_desired(kube: Kube, name: str, desired: int, *, serving: int | None = N
     def story() -> str:
         return f"{scaling_of(kube, name)}\n{kube.story()}"
 
-    return wait_for(f"{name} with {desired} replicas", check, timeout_s=SCALE_S, story=story)["scaling"]
+    return wait_for(f"{name} with {desired} replicas", check, story=story)["scaling"]
 
 
 def give_gpus(kube: Kube, count: int) -> None:
@@ -93,21 +95,21 @@ def _queue(kube: Kube, url: str) -> None:
     """1 → 2, as many as there are GPUs → 3 when there are more → 1; no request is lost."""
     wait_ready(kube, "queue")
     wait_routed(url, "queue")
-    with steady_traffic(url, "queue", streams=20, max_tokens=100) as traffic:
+    # Whole answers: clients wait for engines, whichever are faster on this machine, and no engine for its clients.
+    with steady_traffic(url, "queue", streams=20, max_tokens=200, whole=True) as traffic:
         told = wait_desired(kube, "queue", 2)
         assert told["reason"] == "QueueDepth"
         assert "wait, target 4" in told["message"]
-        wait_for("limited by GPUs", lambda: scaling_of(kube, "queue").get("limitedBy") == "GPUs", timeout_s=SCALE_S,
-                 story=kube.story)  # fmt: skip
-        assert condition(kube.get("mis", "queue"), "ScalingActive")["reason"] == "LimitedByGpus"
+        limited = wait_for("limited by GPUs", lambda: limited_by(obj := kube.get("mis", "queue")) == "GPUs" and obj,
+                           story=lambda: f"{scaling_of(kube, 'queue')}\n{kube.story()}")  # fmt: skip
+        assert condition(limited, "ScalingActive")["reason"] == "LimitedByGpus"
         give_gpus(kube, 3)
         wait_desired(kube, "queue", 3)
-    # With pauses: a stream alone may be faster than a full replica was while six engines shared two cores, and then
-    # what it carries is rightly taken for more than one replica's load.
-    with steady_traffic(url, "queue", streams=1, max_tokens=24, pause_s=1.0) as trickle:
+    # A trickle is little beside what a full replica carried, which on a busy machine may be a request in two seconds.
+    with steady_traffic(url, "queue", streams=1, max_tokens=24, pause_s=20.0) as trickle:
         told = wait_desired(kube, "queue", 1)
         assert told["reason"] == "LowLoad"
-        wait_for("one pod left", lambda: len(pods(kube, "queue")) == 1, timeout_s=60, story=kube.story)
+        wait_for("one pod left", lambda: len(pods(kube, "queue")) == 1, story=kube.story)
     assert traffic.failures == []
     assert trickle.failures == []
     assert kube.get("mis", "queue")["spec"]["replicas"] == 1, "the spec is the user's"
@@ -116,7 +118,7 @@ def _queue(kube: Kube, url: str) -> None:
 def _pressed(kube: Kube, url: str) -> None:
     wait_ready(kube, "pressed")
     wait_routed(url, "pressed")
-    with steady_traffic(url, "pressed", streams=4, max_tokens=450) as traffic:
+    with steady_traffic(url, "pressed", streams=4, max_tokens=450, whole=True) as traffic:
         told = wait_desired(kube, "pressed", 2)
     assert told["reason"] == "Preemptions", told
     assert traffic.failures == []
@@ -126,10 +128,10 @@ def _asleep(kube: Kube, url: str) -> None:
     """It starts one replica to prove itself, stops it when nothing is asked, and a request brings it back."""
     wait_ready(kube, "asleep")
     wait_desired(kube, "asleep", 0)
-    wait_for("no pod left", lambda: not pods(kube, "asleep"), timeout_s=60, story=kube.story)
+    wait_for("no pod left", lambda: not pods(kube, "asleep"), story=kube.story)
     assert condition(kube.get("mis", "asleep"), "Ready")["reason"] == "ScaledToZero"
     asked = time.monotonic()
-    with client(url).with_options(timeout=SCALE_S) as api:
+    with client(url) as api:
         answer = api.completions.create(model="asleep", prompt="Wake up", max_tokens=3)
     assert answer.usage.completion_tokens == 3
     told = scaling_of(kube, "asleep")
@@ -176,7 +178,7 @@ def conversations(url: str, model: str, count: int) -> Iterator[Traffic]:
 
     def talk(number: int) -> None:
         rng = random.Random(number)
-        with httpx.Client(base_url=url, timeout=120) as api:
+        with httpx.Client(base_url=url, timeout=HANG_S) as api:
             while not stop.is_set():
                 messages: list[Object] = []
                 for turn in range(4):

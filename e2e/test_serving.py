@@ -8,7 +8,7 @@ import httpx
 import openai
 import pytest
 
-from e2e.kube import Kube, condition, wait_for
+from e2e.kube import HANG_S, Kube, condition, wait_for
 from e2e.services import QUESTION, client, pods, service, wait_ready, wait_routed
 
 MESSAGES = [{"role": "user", "content": QUESTION}]
@@ -33,7 +33,7 @@ def test_status_tells_the_story(kube: Kube, paris) -> None:
     line = kube.run("get", "mis", "paris", "--no-headers").split()
     assert line[0] == "paris"
     assert "True" in line
-    kube.run("wait", "--for=condition=Ready", "mis/paris", "--timeout=5s")
+    kube.run("wait", "--for=condition=Ready", "mis/paris", f"--timeout={HANG_S}s")
 
 
 def test_answer_through_the_gateway(gateway_url: str, paris) -> None:
@@ -45,7 +45,8 @@ def test_answer_through_the_gateway(gateway_url: str, paris) -> None:
 
 def test_stream_equals_the_whole_answer(gateway_url: str, paris) -> None:
     api = client(gateway_url)
-    ask = {"model": "paris", "messages": MESSAGES, "temperature": 0, "max_tokens": 32}
+    ask = {"model": "paris", "messages": MESSAGES, "temperature": 0, "max_tokens": 32,
+           "extra_body": {"ignore_eos": True}}  # fmt: skip
     whole = api.chat.completions.create(**ask).choices[0].message.content
     chunks = list(api.chat.completions.create(**ask, stream=True, stream_options={"include_usage": True}))
     assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == whole
@@ -89,7 +90,6 @@ def test_a_service_that_does_not_serve_is_503_with_retry_after(kube: Kube, gatew
         reply = wait_for(
             "503 for a service without replicas",
             lambda: (r := post(gateway_url, "asleep")).status_code == 503 and r,
-            timeout_s=30,
         )
         assert int(reply.headers["retry-after"]) >= 1
         assert reply.json()["error"]["message"]
@@ -99,7 +99,7 @@ def test_a_service_that_does_not_serve_is_503_with_retry_after(kube: Kube, gatew
 
 def post(url: str, model: str, **fields) -> httpx.Response:
     body = {"model": model, "prompt": "Hi", "max_tokens": 1} | fields
-    return httpx.post(f"{url}/v1/completions", json=body, timeout=60)
+    return httpx.post(f"{url}/v1/completions", json=body, timeout=HANG_S)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_scaled_to_two_both_pods_get_traffic(kube: Kube, gateway_url: str, paris
             assert post(gateway_url, "paris", prompt=f"{i} Tell me about the number {i}").status_code == 200
         return all(engine_requests(kube, name) > before[name] for name in names)
 
-    wait_for("traffic on both pods", both_served, timeout_s=60)
+    wait_for("traffic on both pods", both_served)
     kube.run("scale", "mis/paris", "--replicas=1")
     wait_ready(kube, "paris", serving=1)
 
@@ -169,7 +169,6 @@ def test_delete_leaves_nothing(kube: Kube, gateway_url: str) -> None:
     wait_for(
         "all children gone",
         lambda: not kube.list(kinds, selector="mainsail.dev/service=fleeting"),
-        timeout_s=120,
         story=kube.story,
     )
-    wait_for("404 at the gateway", lambda: post(gateway_url, "fleeting").status_code == 404, timeout_s=30)
+    wait_for("404 at the gateway", lambda: post(gateway_url, "fleeting").status_code == 404)

@@ -17,7 +17,7 @@ import pytest
 from e2e import hub, stores, tiny
 from e2e.cluster.network import NODE
 from e2e.cluster.place import Place
-from e2e.kube import Kube, Object, condition, wait_for
+from e2e.kube import HANG_S, Kube, Object, condition, wait_for
 from e2e.services import client, pods, service, wait_ready, wait_routed
 
 URI = f"hf://{hub.REPOSITORY}"
@@ -52,7 +52,7 @@ def folders(cluster: Place, kube: Kube) -> Iterator[tuple[Path, Path]]:
     privileged = {"pod-security.kubernetes.io/enforce": "privileged"}
     kube.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NODES, "labels": privileged}})
     kube.apply(*hub.objects(), *volume(found[0]))
-    kube.run("wait", "--for=condition=Ready", "pod/hub", "--timeout=60s", timeout_s=70)
+    kube.run("wait", "--for=condition=Ready", "pod/hub", f"--timeout={HANG_S}s")
     yield found
     kube.delete("mis", "shared")
     kube.delete("namespace", NODES, wait=False)
@@ -78,7 +78,7 @@ def wait_serving(kube: Kube, replicas: int) -> None:
         status = (kube.get("mis", "local", NODES) or {}).get("status", {})
         return status.get("servingReplicas") == replicas
 
-    wait_for(f"local with {replicas} serving", check, timeout_s=120, story=lambda: kube.story(NODES))
+    wait_for(f"local with {replicas} serving", check, story=lambda: kube.story(NODES))
 
 
 def test_from_a_missing_secret_and_a_wrong_token_to_an_answer(kube: Kube, gateway_url: str, folders) -> None:
@@ -88,11 +88,11 @@ def test_from_a_missing_secret_and_a_wrong_token_to_an_answer(kube: Kube, gatewa
     local["metadata"]["namespace"] = NODES
     kube.apply(cached("shared", {"claim": "cache"}), local)
     told = wait_for("the Secret being missed", lambda: 'secret "hub" not found' in fetched(kube, "shared").get(
-        "message", "") and fetched(kube, "shared"), timeout_s=60, story=kube.story)  # fmt: skip
+        "message", "") and fetched(kube, "shared"), story=kube.story)  # fmt: skip
     assert (told["status"], told["reason"]) == ("False", "CreateContainerConfigError")
     kube.apply(hub.secret("hf_wrong"))
     told = wait_for("the token being refused", lambda: "HF_TOKEN" in fetched(kube, "shared").get("message", "") and
-                    fetched(kube, "shared"), timeout_s=60, story=kube.story)  # fmt: skip
+                    fetched(kube, "shared"), story=kube.story)  # fmt: skip
     assert told["reason"] == "ModelNotFound"
     assert condition(kube.get("mis", "shared"), "Stalled")["reason"] == "ModelNotFound"
     assert pods(kube, "shared") == [], "no GPU waits for a download"
@@ -101,7 +101,7 @@ def test_from_a_missing_secret_and_a_wrong_token_to_an_answer(kube: Kube, gatewa
     wait_ready(kube, "shared")
     assert fetched(kube, "shared")["status"] == "True"
     wait_serving(kube, 1)
-    wait_for("the node's copy", lambda: fetched(kube, "local", NODES).get("status") == "True", timeout_s=30,
+    wait_for("the node's copy", lambda: fetched(kube, "local", NODES).get("status") == "True",
              story=lambda: kube.story(NODES))  # fmt: skip
     (copy,) = [path for path in claim.iterdir() if not path.name.startswith(".")]
     assert {path.name for path in copy.iterdir() if path.is_file()} >= {"config.json", "model.safetensors"}
@@ -146,7 +146,7 @@ def both_stores(kube: Kube, folders) -> Iterator[tuple[str, str]]:
     """The right key for the bucket."""
     kube.apply(*stores.objects(), stores.secret("AKIAWRONG", "wrong", "wrong"))
     for name in ("s3", "registry"):
-        kube.run("wait", "--for=condition=Ready", f"pod/{name}", "--timeout=90s", timeout_s=100)
+        kube.run("wait", "--for=condition=Ready", f"pod/{name}", f"--timeout={HANG_S}s")
     keys = kube.run("get", "--raw", f"/api/v1/namespaces/default/pods/s3:{stores.PORT + 1}/proxy/keys")
     key, secret = json.loads(keys)
     yield key, secret
@@ -160,7 +160,7 @@ def both_stores(kube: Kube, folders) -> Iterator[tuple[str, str]]:
 
 @pytest.mark.slow
 def test_a_bucket_and_a_registry(kube: Kube, gateway_url: str, folders, both_stores) -> None:
-    """Refused credentials and too little disk are told within a minute; so is a missing model, once one may look."""
+    """Refused credentials and too little disk are told; so is a missing model, once one may look."""
     claim, _ = folders
     stale = old_copy(claim, "left-behind-0123456789", 3 << 20)
     cache = {"claim": "cache"}
@@ -197,7 +197,7 @@ def adapted() -> Object:
 def told(kube: Kube, name: str, reason: str, words: str, kind: str = "ModelFetched") -> None:
     began = time.monotonic()
     found = wait_for(f"{name}: {reason}", lambda: (c := condition(kube.get("mis", name), kind)).get("reason") == reason
-                     and c, timeout_s=60, story=kube.story)  # fmt: skip
+                     and c, story=kube.story)  # fmt: skip
     assert words in found["message"]
     assert condition(kube.get("mis", name), "Stalled")["reason"] == reason
     print(f"{name}: {reason} after {time.monotonic() - began:.0f} s: {found['message']}")
