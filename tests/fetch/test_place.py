@@ -103,12 +103,12 @@ def test_progress_over_http(tmp_path: Path) -> None:
     progress = Progress(place, total=8192)
     port = progress.serve(0)
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as page:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as page:
             lines = page.read().decode().splitlines()
         with pytest.raises(urllib.error.HTTPError, match="503"):
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=5)
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=60)
         progress.done = True
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=5) as page:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=60) as page:
             assert page.status == 200
     finally:
         progress.close()

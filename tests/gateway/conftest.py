@@ -2,7 +2,9 @@
 request, and an API server that lists and watches as a script tells it."""
 
 import asyncio
+import contextlib
 import json
+import random
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -18,9 +20,12 @@ from mainsail_gateway.routes import Endpoint, Service, Table
 from mainsail_gateway.server import Server, configure
 from mainsail_gateway.settings import Settings
 
+HANG_S = 120.0
+"""What ends a wait that would never end: no measurement, however slow the machine."""
 
-async def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
-    async with asyncio.timeout(timeout_s):
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(HANG_S):
         while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 
@@ -218,10 +223,15 @@ def event_loop_policy():
 
 
 def free_ports() -> tuple[int, int]:
-    with socket.socket() as one, socket.socket() as two:
-        for each in (one, two):
-            each.bind(("127.0.0.1", 0))
-        return one.getsockname()[1], two.getsockname()[1]
+    """For processes that are to listen there. Below the ports that the kernel gives to outgoing connections, or one of
+    those could take one before its process has started."""
+    found: list[int] = []
+    while len(found) < 2:
+        port = random.SystemRandom().randrange(10_000, 20_000)
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            found += [port] if port not in found else []
+    return found[0], found[1]
 
 
 @pytest.fixture

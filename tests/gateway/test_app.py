@@ -127,7 +127,7 @@ async def _raw(port: int, data: bytes) -> bytes:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(data)
     try:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(120):
             return await reader.read()
     finally:
         writer.close()
@@ -188,7 +188,7 @@ async def test_slow_head_is_closed(kit):
 
 async def test_drain_finishes_streams_and_closes_keep_alive(kit):
     up = await kit.upstream(kit.hold)
-    async with kit.gateway(kit.service(up.endpoint()), drain_delay_s=1.0) as gw, httpx.AsyncClient() as client:
+    async with kit.gateway(kit.service(up.endpoint()), drain_delay_s=3.0) as gw, httpx.AsyncClient() as client:
         async with client.stream("POST", gw.url + CHAT, json={**BODY, "stream": True}) as stream:
             lines = stream.aiter_lines()
             assert await anext(lines) == "data: first"

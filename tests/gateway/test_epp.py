@@ -48,12 +48,12 @@ class Envoy:
         await self._call.write(message)
 
     async def hear(self):
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(120):
             return await self._call.read()
 
     async def end(self) -> None:
         await self._call.done_writing()
-        assert await self.hear() == grpc.aio.EOF
+        assert await self.hear() == grpc.aio.EOF  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @asynccontextmanager

@@ -61,7 +61,7 @@ async def test_held_sessions_all_complete_and_are_demand(kit, small_engines) -> 
             idle = [(await client.get(f"http://127.0.0.1:{end.port}/metrics")).text for end in small_engines]
             assert (await decide(gw, idle)).desired == 2, "nobody is held: nothing to grow for"
             agents = [asyncio.create_task(agent(client, number)) for number in range(SESSIONS)]
-            await kit.until(lambda: gw.metric("mainsail:gateway_held_sessions", service="smol") >= 4, timeout_s=60)
+            await kit.until(lambda: gw.metric("mainsail:gateway_held_sessions", service="smol") >= 4)
             decision = await decide(gw, idle)
             answers = await asyncio.gather(*agents)
         for task in tasks:

@@ -90,15 +90,18 @@ async def test_what_goes_wrong_after_a_heartbeat_is_an_event(kit, beats):
 async def test_holding_has_an_end(kit, beats):
     short = Policy(hold_requests=5, hold_for_s=0.2)
     async with (
-        kit.gateway(kit.service(policy=short), idle_timeout_s=0.4) as gw,
+        kit.gateway(kit.service(policy=ASLEEP), idle_timeout_s=0.4) as gw,
         httpx.AsyncClient(timeout=30) as client,
     ):
-        whole, streamed = await asyncio.gather(
-            client.post(gw.url + CHAT, json=BODY), client.post(gw.url + CHAT, json={**BODY, "stream": True})
-        )
-        assert (whole.status_code, whole.json()["error"]["code"]) == (503, "no_capacity")
-        assert streamed.status_code == 200
-        assert '"code":"no_capacity"' in streamed.text.splitlines()[-2]
+        whole = asyncio.create_task(client.post(gw.url + CHAT, json=BODY))
+        async with client.stream("POST", gw.url + CHAT, json={**BODY, "stream": True}) as streamed:
+            assert streamed.status_code == 200, "it has heard that it waits"
+            await kit.until(lambda: gw.metric("mainsail:gateway_held_requests") == 2)
+            gw.gateway.use(kit.table(kit.service(policy=short)))
+            lines = [line async for line in streamed.aiter_lines()]
+        assert '"code":"no_capacity"' in lines[-2]
+        refused = await whole
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "no_capacity")
 
 
 async def test_a_client_that_leaves_is_forgotten(kit):

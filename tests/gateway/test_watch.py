@@ -36,7 +36,7 @@ async def world(request):
     routes = Routes(client, [], lambda table: None, timing=getattr(request, "param", QUICK))
     task = asyncio.create_task(routes.run())
     world = World(api, routes, task)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(120):
         while world.models() != {"a": ["10.0.0.1"]} or len(api.watches) < 2:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
     yield world
@@ -117,10 +117,10 @@ async def _get(client, url):
         return 0
 
 
-async def test_the_process_serves_drains_and_exits_with_0(kit, world, tmp_path, unused_tcp_port_factory):
+async def test_the_process_serves_drains_and_exits_with_0(kit, world, tmp_path):
     up = await kit.upstream(kit.hold)
     world.api.put(SLICES, slices("a", "127.0.0.1", port=up.port))
-    port, health = unused_tcp_port_factory(), unused_tcp_port_factory()
+    port, health = kit.free_ports()
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "mainsail_gateway", "--host", "127.0.0.1", "--port", str(port),
         "--health-port", str(health), "--drain-delay-s", "0.5",
@@ -130,7 +130,7 @@ async def test_the_process_serves_drains_and_exits_with_0(kit, world, tmp_path, 
     url, probe = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{health}"
     try:
         async with httpx.AsyncClient(timeout=30) as client:
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(120):
                 while await _get(client, probe + "/health/ready") != 200 or await _get(client, url + "/health") != 200:  # noqa: ASYNC110
                     await asyncio.sleep(0.05)
             assert [m["id"] for m in (await client.get(url + "/v1/models")).json()["data"]] == ["a"]
@@ -143,13 +143,13 @@ async def test_the_process_serves_drains_and_exits_with_0(kit, world, tmp_path, 
                     in (await client.get(probe + "/metrics")).text
                 )
                 process.send_signal(signal.SIGTERM)
-                async with asyncio.timeout(30):
+                async with asyncio.timeout(120):
                     while await _get(client, probe + "/health/ready") != 503:  # noqa: ASYNC110
                         await asyncio.sleep(0.02)
                 assert await _get(client, probe + "/health/live") == 200
                 up.release.set()
                 assert [line async for line in lines if line] == ["data: [DONE]"]
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(120):
             assert await process.wait() == 0
     finally:
         if process.returncode is None:
