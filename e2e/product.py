@@ -24,7 +24,7 @@ EXAMPLE_NAME = "smollm2"
 QUESTION = "What is the capital of France?"
 ROLLOUT_S = 240
 READY_S = 300
-ROUTED_S = 60
+ROUTED_S = 180
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,7 @@ def install(target: Target, checkout: Path) -> None:
     crds = sorted((chart / "crds").glob("*.yaml"))
     for crd in crds:  # helm creates what lies in crds/ once and never upgrades it
         target.read("apply", "--server-side", "--force-conflicts", "-f", str(crd))
-        target.read("wait", "--for=condition=Established", "--timeout=30s", "-f", str(crd))
+        target.read("wait", "--for=condition=Established", "--timeout=120s", "-f", str(crd))
 
 
 def _install_chart(target: Target, chart: Path) -> None:
@@ -131,7 +131,7 @@ def provide_local_model(target: Target, place: Place) -> None:
     """The model's folder as the claim `models`."""
     model.ensure(place)
     target.apply(*local_volume(place.models))
-    target.read("wait", "--for=jsonpath={.status.phase}=Bound", "pvc/models", "-n", "default", "--timeout=60s")
+    target.read("wait", "--for=jsonpath={.status.phase}=Bound", "pvc/models", "-n", "default", "--timeout=180s")
 
 
 def start_example(target: Target) -> None:

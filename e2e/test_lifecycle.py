@@ -297,7 +297,8 @@ def _is(pid: int, program: str) -> bool:
 
 
 def _answers(kube: Kube) -> bool:
+    """And knows our resource, which it reads from etcd by itself."""
     try:
-        return kube.run("get", "--raw=/readyz", "--request-timeout=2s") == "ok"
+        return kube.run("get", "--raw=/readyz", "--request-timeout=10s") == "ok" and bool(kube.list("mis"))
     except KubectlError:
         return False

@@ -78,7 +78,8 @@ def applied(kube: Kube, *services: Object) -> Iterator[None]:
 def test_queue_preemptions_and_zero(kube: Kube, gateway_url: str) -> None:
     give_gpus(kube, 2)
     quick = {"scaleDown": {"stabilization": "10s"}}
-    queue = scaled("queue", {"max": 3, **quick}, {GPU: 1}, maxNumSeqs=2, maxModelLen=512)
+    # A queue that is far beyond its target, so that it is so whenever the answers of the moment have let it drain.
+    queue = scaled("queue", {"max": 3, "targets": {"queueDepth": 1}, **quick}, {GPU: 1}, maxNumSeqs=2, maxModelLen=512)
     queue["spec"]["admission"] = {"maxQueueTime": "10m"}  # what waits is the point here, not who is refused
     # 48 blocks hold one sequence of the longest kind and a little: two at once preempt one another again and again.
     # Neither the queue nor the usage can reach their targets.
@@ -96,10 +97,10 @@ def _queue(kube: Kube, url: str) -> None:
     wait_ready(kube, "queue")
     wait_routed(url, "queue")
     # Whole answers: clients wait for engines, whichever are faster on this machine, and no engine for its clients.
-    with steady_traffic(url, "queue", streams=20, max_tokens=200, whole=True) as traffic:
+    with steady_traffic(url, "queue", streams=30, max_tokens=200, whole=True) as traffic:
         told = wait_desired(kube, "queue", 2)
         assert told["reason"] == "QueueDepth"
-        assert "wait, target 4" in told["message"]
+        assert "wait, target 1" in told["message"]
         limited = wait_for("limited by GPUs", lambda: limited_by(obj := kube.get("mis", "queue")) == "GPUs" and obj,
                            story=lambda: f"{scaling_of(kube, 'queue')}\n{kube.story()}")  # fmt: skip
         assert condition(limited, "ScalingActive")["reason"] == "LimitedByGpus"

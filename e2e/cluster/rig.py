@@ -111,7 +111,7 @@ def up(place: Place) -> bool:
     wait_until(
         f"the API server answers on port {place.api_port}",
         lambda: _answers(place),
-        seconds=20,
+        seconds=120,
         log=place.logs / "forward.log",
         do="run it again",
     )
