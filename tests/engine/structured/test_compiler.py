@@ -7,10 +7,10 @@ import queue
 import time
 from typing import Any
 
-import psutil
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.engine.processes import children
 
 from mainsail_engine.structured import grammar as g
 from mainsail_engine.structured.grammar import Grammar, Kind
@@ -18,6 +18,7 @@ from mainsail_engine.structured.vocabulary import Vocabulary
 
 pytestmark = pytest.mark.model
 GOOD = g.regex("[0-9]{3}")
+WORKER = "mainsail_engine.structured.worker"
 
 
 def items(depth: int) -> str:
@@ -75,18 +76,13 @@ def test_random_texts_never_end_the_compiler(grammars: Any, kind: Kind, text: st
     grammars.compile(GOOD)
 
 
-def workers() -> set[psutil.Process]:
-    """Processes of compilers that this process started."""
-    return {child for child in psutil.Process().children() if "mainsail_engine.structured.worker" in child.cmdline()}
-
-
 def test_when_the_process_is_killed_another_one_starts(make_grammars: Any) -> None:
-    others = workers()
+    others = children(WORKER, recursive=False)
     grammars = make_grammars()
     grammars.compile(GOOD)
-    (mine,) = workers() - others
+    (mine,) = children(WORKER, recursive=False) - others
     mine.kill()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while error := grammars.verdict(g.regex("[a-z]{7}")):  # until it is handed to the new one
         assert "try again" in error
         assert time.monotonic() < deadline
