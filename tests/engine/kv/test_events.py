@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import msgspec
 import pytest
@@ -21,6 +22,7 @@ from mainsail_engine.kv.packed_tokens import pack_tokens
 from mainsail_engine.kv.prefix_tree import Node, PrefixTree
 
 FLAG = "--kv-events-config"
+HANG_MS = 60_000
 LOCAL = KVEventsConfig(endpoint="tcp://127.0.0.1:0", replay_endpoint="tcp://127.0.0.1:0", topic="kv@pod")
 
 
@@ -47,7 +49,7 @@ def test_the_wire_form(events: KVEvents) -> None:
     replay = context.socket(zmq.REQ)
     replay.connect(events._publisher.replay_endpoint)
     try:
-        time.sleep(0.2)  # a subscription has no answer
+        number_of_told = told_until_heard(events, subscriber)
         pool = BlockPool(4)
         tree = PrefixTree(pool)
         tree.watchers = (events,)
@@ -57,9 +59,9 @@ def test_the_wire_form(events: KVEvents) -> None:
         tree.insert_tail(second, "", pack_tokens([1, 2, 3]), pool.allocate())
         events.flush()
         events.flush()
-        assert subscriber.poll(5000)
+        assert subscriber.poll(HANG_MS)
         topic, number, payload = subscriber.recv_multipart()
-        assert (topic, number) == (b"kv@pod", bytes(8))
+        assert (topic, int.from_bytes(number, "big")) == (b"kv@pod", number_of_told)
         ts, told, rank = msgspec.msgpack.decode(payload)
         assert rank is None
         assert abs(ts - time.time()) < 60
@@ -73,17 +75,41 @@ def test_the_wire_form(events: KVEvents) -> None:
         tree.mark_idle([0, 1, 2])
         tree.clear()
         events.flush()
-        assert subscriber.poll(5000)
+        assert subscriber.poll(HANG_MS)
         assert msgspec.msgpack.decode(subscriber.recv_multipart()[2])[1] == [
             ["BlockRemoved", [h2], "GPU"],
             ["BlockRemoved", [h1], "GPU"],
         ]
-        replay.send((1).to_bytes(8, "big"))
-        assert replay.poll(5000)
-        assert replay.recv_multipart()[0] == (1).to_bytes(8, "big")
+        replay.send(number)
+        assert replay.poll(HANG_MS)
+        assert replay.recv_multipart() == [number, payload]
         assert END_OF_REPLAY == b"\xff" * 8
     finally:
         context.destroy(linger=0)
+
+
+def told_until_heard(events: KVEvents, subscriber: zmq.Socket[bytes]) -> int:
+    """A subscription has no answer: say something until it is heard. Returns how many batches that took."""
+    for count in range(1, 10_000):
+        events.cleared()
+        events.flush()
+        if subscriber.poll(20):
+            while int.from_bytes(subscriber.recv_multipart()[1], "big") < count - 1:
+                assert subscriber.poll(HANG_MS)
+            return count
+    raise AssertionError("nobody heard anything")
+
+
+def snapshot(ask: zmq.Socket[bytes]) -> tuple[int, Any] | None:
+    """(the last batch that it contains, the batch), if there was one yet."""
+    ask.send_multipart((b"", SNAPSHOT))
+    assert ask.poll(HANG_MS)
+    _, number, payload = ask.recv_multipart()
+    if number == END_OF_REPLAY:
+        return None
+    assert ask.poll(HANG_MS)
+    assert ask.recv_multipart() == [b"", END_OF_REPLAY, b""]
+    return int.from_bytes(number, "big"), msgspec.msgpack.decode(payload)
 
 
 def test_who_comes_late_gets_everything_at_once(events: KVEvents) -> None:
@@ -91,9 +117,7 @@ def test_who_comes_late_gets_everything_at_once(events: KVEvents) -> None:
     ask = context.socket(zmq.DEALER)
     ask.connect(events._publisher.replay_endpoint)
     try:
-        ask.send_multipart((b"", SNAPSHOT))
-        assert ask.poll(5000)
-        assert ask.recv_multipart() == [b"", END_OF_REPLAY, b""], "nothing was told yet"
+        assert snapshot(ask) is None, "nothing was told yet"
         pool = BlockPool(4)
         tree = PrefixTree(pool)
         tree.watchers = (events,)
@@ -105,12 +129,10 @@ def test_who_comes_late_gets_everything_at_once(events: KVEvents) -> None:
         tree.mark_idle([1])
         tree.evict(1)
         events.flush()
-        time.sleep(0.1)
-        ask.send_multipart((b"", SNAPSHOT))
-        assert ask.poll(5000)
-        _, number, payload = ask.recv_multipart()
-        assert int.from_bytes(number, "big") == 1, "the last batch that it contains"
-        told = msgspec.msgpack.decode(payload)[1]
+        while (found := snapshot(ask)) is None or found[0] == 0:  # the second batch is on its way to the publisher
+            pass
+        assert found[0] == 1
+        told = found[1][1]
         assert told == [["AllBlocksCleared"], ["BlockStored", [block_hash(first)], None, [], 16, None, "GPU"]]
         assert block_hash(gone) not in told[1][1]
     finally:
