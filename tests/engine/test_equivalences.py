@@ -8,8 +8,8 @@ with NaN, on the device and on the host.
 
 from __future__ import annotations
 
+import itertools
 import random
-import time
 
 import pytest
 
@@ -67,12 +67,12 @@ def generate(
         device="cpu",
     )
     scheduler = Scheduler(config, num_blocks, runner.max_model_len, runner.eos_token_ids, speculator=speculator)
-    core, answers = EngineCore(scheduler, swapping, depth=depth), {}
+    core, answers, clock = EngineCore(scheduler, swapping, depth=depth), {}, itertools.count(0.0, 0.01)
     params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, **settings)
     for index, prompt in enumerate(prompts):
-        core.handle(Add(str(index), prompt, params), time.monotonic())
+        core.handle(Add(str(index), prompt, params), next(clock))
         if one_by_one or index == len(prompts) - 1:
-            run(core, scheduler, answers, lambda: poison(runner, memory, scheduler))
+            run(core, scheduler, answers, lambda: poison(runner, memory, scheduler), clock)
     return [answers[str(index)] for index in range(len(prompts))], scheduler.stats()
 
 
@@ -84,10 +84,10 @@ def poison(runner, memory, scheduler) -> None:
             piece.fill_(float("nan"))
 
 
-def run(core, scheduler, answers, poison) -> None:
+def run(core, scheduler, answers, poison, clock) -> None:
     while core.has_work:
         poison()
-        step = core.step(time.monotonic())
+        step = core.step(next(clock))
         scheduler.check_integrity()
         for output in step.outputs if step else ():
             assert output.error is None

@@ -7,10 +7,9 @@ tokens were read, which the CPU can do as well as a GPU.
 from __future__ import annotations
 
 import random
-import time
 from collections import defaultdict
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import count, pairwise
 
 import pytest
 import torch
@@ -72,11 +71,11 @@ def run(
         device="cpu",
     )
     scheduler = Scheduler(config, num_blocks, MAX_LEN, runner.eos_token_ids, speculator=speculator)
-    core, got = EngineCore(scheduler, runner, depth=depth), defaultdict(Got)
+    core, got, clock = EngineCore(scheduler, runner, depth=depth), defaultdict(Got), count(0.0, 0.01)
     for index, (prompt, params) in enumerate(jobs):
-        core.handle(Add(str(index), prompt, params), time.monotonic())
+        core.handle(Add(str(index), prompt, params), next(clock))
         while core.has_work and (one_by_one or index == len(jobs) - 1):
-            step = core.step(time.monotonic())
+            step = core.step(next(clock))
             scheduler.check_integrity()
             for output in step.outputs if step else ():
                 assert output.error is None, output
