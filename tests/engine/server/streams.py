@@ -15,6 +15,7 @@ class Seen:
     """One stream, as its client saw it; seconds on the monotonic clock."""
 
     sent_s: float = 0.0
+    ended_s: float = 0.0
     lines: list[tuple[float, bytes]] = field(default_factory=list[tuple[float, bytes]])
 
     def events(self) -> list[tuple[float, dict[str, Any]]]:
@@ -43,4 +44,5 @@ async def watch(url: str, path: str, body: dict[str, Any], *, until: int | None 
                 break
     finally:
         writer.close()
+    seen.ended_s = time.monotonic()
     return seen
