@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -13,11 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 from tests.engine.tiny import make_tiny_model
 
 ROOT = Path(__file__).resolve().parents[3]
-START_S = 120.0
+START_S = 240.0
+PATIENT = ("--max-queue-wait", "0")
+"""Nobody is refused because this machine is slow."""
 
 
 def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = 60.0) -> None:
@@ -37,7 +41,7 @@ class Engine:
     termination_log: Path
     url: str = ""
     name: str = "smol"
-    http: httpx.Client = field(default_factory=lambda: httpx.Client(timeout=60))
+    http: httpx.Client = field(default_factory=lambda: httpx.Client(timeout=120))
 
     def post(self, path: str, **body: object) -> httpx.Response:
         return self.http.post(self.url + path, json=body)
@@ -71,12 +75,16 @@ class Engine:
         self.process.send_signal(signal.SIGTERM)
 
     def wait(self) -> int:
-        return self.process.wait(timeout=60)
+        return self.process.wait(timeout=120)
 
     def close(self) -> None:
+        """Ends also what a test has stopped."""
         self.http.close()
         if self.process.poll() is None:
-            self.process.kill()
+            below = psutil.Process(self.process.pid).children(recursive=True)
+            for process in (self.process, *below):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
             self.process.wait()
 
 
@@ -129,7 +137,7 @@ def tiny_engine(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> I
     """A server of random weights that answers in milliseconds, with two API processes."""
     folder = tmp_path_factory.mktemp("tiny-engine")
     arguments = ("--kv-cache-blocks", "2048", "--max-num-seqs", "64", "--api-server-count", "2")
-    running = start(folder, tiny_model, *arguments, "--max-num-queued-reqs", "4096")
+    running = start(folder, tiny_model, *arguments, "--max-num-queued-reqs", "4096", *PATIENT)
     yield running
     running.close()
 
@@ -139,7 +147,8 @@ def small_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     """The same with a context of 64 tokens: whatever is asked for ends soon."""
     model = make_tiny_model(tmp_path_factory.mktemp("small") / "model", max_len=64)
     folder = tmp_path_factory.mktemp("small-engine")
-    running = start(folder, model, "--kv-cache-blocks", "512", "--max-num-seqs", "64", "--api-server-count", "2")
+    arguments = ("--kv-cache-blocks", "512", "--max-num-seqs", "64", "--api-server-count", "2")
+    running = start(folder, model, *arguments, *PATIENT)
     yield running
     running.close()
 
