@@ -52,11 +52,11 @@ def test_adapters_are_models_behind_the_gateway(cluster: Place, kube: Kube, gate
         assert len(pods(kube, NAME)) == 1
         asked["spec"]["adapters"] += [{"name": "lost", "uri": "hf://org/lost", "secretRef": {"name": "nobodys"}}]
         kube.apply(asked)
-        told = wait_for("what is wrong with it", lambda: (c := condition(kube.get("mis", NAME), "AdaptersLoaded"))
-                        ["status"] == "False" and c, story=kube.story)  # fmt: skip
+        obj = wait_for("what is wrong with it", lambda: "nobodys" in condition(found := kube.get("mis", NAME),
+                       "AdaptersLoaded").get("message", "") and found, story=kube.story)  # fmt: skip
+        told = condition(obj, "AdaptersLoaded")
+        assert told["status"] == "False"
         assert "hf://org/lost" in told["message"]
-        assert "nobodys" in told["message"]
-        obj = kube.get("mis", NAME)
         assert condition(obj, "Stalled")["reason"] == told["reason"]
         assert condition(obj, "Ready")["status"] == "True"
     finally:

@@ -89,14 +89,16 @@ def upgrade_operator(kube: Kube, engine_image: str, pull_policy: str) -> None:
 def test_missing_model_is_in_the_condition_and_the_old_revision_serves(kube: Kube, gateway_url: str, rolling) -> None:
     with steady_traffic(gateway_url, "rolling", streams=1) as traffic:
         kube.apply(service("rolling", uri="pvc://models/no-such-model.gguf"))
-        loaded = wait_for(
-            "ModelLoaded=False",
-            lambda: (c := condition(kube.get("mis", "rolling"), "ModelLoaded")).get("status") == "False" and c,
+        obj = wait_for(
+            "ModelLoaded=False for what is missing",
+            lambda: (
+                condition(found := kube.get("mis", "rolling"), "ModelLoaded").get("reason") == "ModelNotFound" and found
+            ),
             story=kube.story,
         )
-        assert loaded["reason"] == "ModelNotFound"
-        assert "no-such-model.gguf" in loaded["message"]
-        assert condition(kube.get("mis", "rolling"), "Ready")["status"] == "True"
+        assert condition(obj, "ModelLoaded")["status"] == "False"
+        assert "no-such-model.gguf" in condition(obj, "ModelLoaded")["message"]
+        assert condition(obj, "Ready")["status"] == "True"
         kube.apply(service("rolling", maxNumSeqs=10))
         wait_ready(kube, "rolling")
     assert traffic.failures == []

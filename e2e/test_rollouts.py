@@ -24,8 +24,8 @@ NAMES = ("steps", "errors", "slowness")
 CANARY = {
     "strategy": "Canary",
     "steps": [{"weight": 40, "hold": "3s"}],
-    "gate": {"minRequests": 20, "maxTimeToFirstTokenRatio": 4, "maxInterTokenRatio": 10},
-    "progressDeadline": "3m",
+    "gate": {"minRequests": 20, "maxTimeToFirstTokenRatio": 50, "maxInterTokenRatio": 50},
+    "progressDeadline": "15m",
 }  # fmt: skip
 
 
@@ -85,13 +85,13 @@ def test_good_faulty_and_slow_canaries(kube: Kube, gateway_url: str, services: N
     before = {name: uids(kube, name) for name in NAMES}
     good = canary("steps", maxNumSeqs=12)
     faulty = with_fault(canary("errors"), error_rate=0.5)
-    # Far beyond what a busy machine adds to the stable revision's own times.
+    # Far beyond what a busy machine adds to the stable revision's own times. The others' times are no matter.
     gate = {"gate": CANARY["gate"] | {"maxTimeToFirstTokenRatio": 2}}
-    slow = with_fault(canary("slowness", gate), delay_s=3)
+    slow = with_fault(canary("slowness", gate), delay_s=8)
     with (
         steady_traffic(gateway_url, "steps", streams=3, max_tokens=8) as traffic,
         steady_traffic(gateway_url, "errors", streams=3, max_tokens=8),
-        steady_traffic(gateway_url, "slowness", streams=6, max_tokens=8),
+        steady_traffic(gateway_url, "slowness", streams=12, max_tokens=8),
         ThreadPoolExecutor(3) as pool,
     ):
         kube.apply(good, faulty, slow)

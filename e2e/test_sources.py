@@ -71,6 +71,12 @@ def fetched(kube: Kube, name: str, namespace: str = "default") -> Object:
     return condition(kube.get("mis", name, namespace), "ModelFetched")
 
 
+def wait_told(kube: Kube, name: str, words: str) -> Object:
+    """The service whose ModelFetched says that."""
+    return wait_for(f"{name}: {words}", lambda: words in condition(obj := kube.get("mis", name), "ModelFetched").get(
+        "message", "") and obj, story=kube.story)  # fmt: skip
+
+
 def wait_serving(kube: Kube, replicas: int) -> None:
     """The service in `NODES`."""
 
@@ -87,14 +93,12 @@ def test_from_a_missing_secret_and_a_wrong_token_to_an_answer(kube: Kube, gatewa
     local = cached("local", {"nodePath": str(node)})
     local["metadata"]["namespace"] = NODES
     kube.apply(cached("shared", {"claim": "cache"}), local)
-    told = wait_for("the Secret being missed", lambda: 'secret "hub" not found' in fetched(kube, "shared").get(
-        "message", "") and fetched(kube, "shared"), story=kube.story)  # fmt: skip
+    told = condition(wait_told(kube, "shared", 'secret "hub" not found'), "ModelFetched")
     assert (told["status"], told["reason"]) == ("False", "CreateContainerConfigError")
     kube.apply(hub.secret("hf_wrong"))
-    told = wait_for("the token being refused", lambda: "HF_TOKEN" in fetched(kube, "shared").get("message", "") and
-                    fetched(kube, "shared"), story=kube.story)  # fmt: skip
-    assert told["reason"] == "ModelNotFound"
-    assert condition(kube.get("mis", "shared"), "Stalled")["reason"] == "ModelNotFound"
+    refused = wait_told(kube, "shared", "HF_TOKEN")
+    assert condition(refused, "ModelFetched")["reason"] == "ModelNotFound"
+    assert condition(refused, "Stalled")["reason"] == "ModelNotFound"
     assert pods(kube, "shared") == [], "no GPU waits for a download"
     print(f"missing Secret and wrong token told after {time.monotonic() - applied:.0f} s")
     kube.apply(hub.secret(hub.TOKEN), hub.secret(hub.TOKEN, NODES))
