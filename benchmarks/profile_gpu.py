@@ -364,12 +364,12 @@ class Profiler:
     def _run(self, situation: Situation) -> Profile:
         self._end_all()
         jobs, places, served = RUNS[situation.run]
-        self.watch.scheduler._chunking = ChunkController(LATENCY_S) if served else None
+        self.watch.scheduler.chunking = ChunkController(LATENCY_S) if served else None
         self.watch.start()
         started = time.perf_counter()
         tokens = closed_loop(self.load, list(jobs(random.Random(0))), places)
         total = time.perf_counter() - started
-        self.watch.scheduler._chunking = None
+        self.watch.scheduler.chunking = None
         result = Profile(situation.text, tokens_per_s=tokens / total, total_s=total)
         by_kind: dict[str, list[Step]] = {}
         for step in self.watch.steps:

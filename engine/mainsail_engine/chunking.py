@@ -6,8 +6,12 @@
 Every finished step is a measurement: what it computed, and how long it took. The five weights are the non-negative
 least squares of relative errors over the last few hundred steps; the device, the model and the length of contexts need
 not be known. Steps with and without prefill are remembered apart, so that an hour of decoding does not wash out what
-prefill costs. Nothing is trusted far from what was seen: beside decodes a chunk is at most twice as large as the
+prefill costs. Nothing is trusted far from what was measured: beside decodes a chunk is at most twice as large as the
 largest of the last few. Prefill never starves: MIN_CHUNK tokens go with every step, whatever the target.
+
+A step that was over before the host asked for it, because the host launched or collected something meanwhile, seems
+longer than it was, and the next one shorter; the short one would weigh most. Such steps are measured together with
+those after them, up to one whose end was waited for: features and times add up.
 
 Pure: times come in as arguments. The idea of a token budget from a latency objective is Sarathi-Serve's (Agrawal et
 al., 2024), which profiles it beforehand.
@@ -17,6 +21,8 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 
 MIN_CHUNK = 32
 """Prefill tokens that a step carries at least."""
@@ -38,6 +44,8 @@ STEP_ROWS = (64, 128, 192, 256, 320, 384, 512, 640, 768, 896, 1024, 1152, 1280, 
 an H200 (19.0 against 15.7 ms with 60 decodes of an 8B model: cuBLAS)."""
 SWEEPS = 8
 """Rounds of coordinate descent before a prediction: it starts where it ended the last time."""
+MERGED = 16
+"""So many steps at most are measured together; where the host is always late, its pace is what a step takes."""
 SCALES = (1.0, 1e2, 1e5, 1e3, 1e7)
 """Typical sizes of the five features: the fit sees them as numbers around one."""
 RIDGE = 1e-4
@@ -46,7 +54,7 @@ RIDGE = 1e-4
 
 @dataclass(slots=True, frozen=True)
 class StepWork:
-    """What one step computes."""
+    """What a step computes, or several together."""
 
     decodes: int = 0
     decode_context: int = 0
@@ -54,9 +62,20 @@ class StepWork:
     prefill_tokens: int = 0
     prefill_attention: int = 0
     """Pairs of a prefill token and a token that it attends to."""
+    steps: int = 1
+    """How many."""
+
+    def __add__(self, other: StepWork) -> StepWork:
+        return StepWork(
+            self.decodes + other.decodes,
+            self.decode_context + other.decode_context,
+            self.prefill_tokens + other.prefill_tokens,
+            self.prefill_attention + other.prefill_attention,
+            self.steps + other.steps,
+        )
 
     def features(self) -> list[float]:
-        raw = (1, self.decodes, self.decode_context, self.prefill_tokens, self.prefill_attention)
+        raw = (self.steps, self.decodes, self.decode_context, self.prefill_tokens, self.prefill_attention)
         return [value / scale for value, scale in zip(raw, SCALES, strict=True)]
 
 
@@ -142,12 +161,17 @@ class ChunkController:
         self.cost = StepCost()
         self._recent: deque[int] = deque(maxlen=RECENT)
         """Prefill tokens of the last steps that had some."""
+        self._unseen: list[tuple[StepWork, float]] = []
+        """Steps that ended unseen since the last whose end was waited for, and their times."""
 
-    def observe(self, work: StepWork, seconds: float) -> None:
+    def observe(self, work: StepWork, seconds: float, *, ended_unseen: bool = False) -> None:
         """A step took so long, from the end of the one before it."""
-        self.cost.observe(work, seconds)
-        if work.prefill_tokens:
-            self._recent.append(work.prefill_tokens)
+        self._unseen.append((work, seconds))
+        if ended_unseen and len(self._unseen) < MERGED:
+            return
+        steps, self._unseen = self._unseen, []
+        self._recent.extend(work.prefill_tokens for work, _ in steps if work.prefill_tokens)
+        self.cost.observe(reduce(add, (work for work, _ in steps)), sum(seconds for _, seconds in steps))
 
     def budget(self, decodes: StepWork, start: int) -> int:
         """Prefill tokens that may go with these decodes, if they begin at position `start` of their prompt.

@@ -146,8 +146,11 @@ class Scheduler:
         self._residency = Residency(self.kv) if self._sharing and config.scheduler.agent_sessions else None
         self._num_held = 0
         self._now = self._loading_since_s = 0.0
-        self._chunking = ChunkController(max_inter_token_latency_s) if max_inter_token_latency_s > 0 else None
+        self.chunking = ChunkController(max_inter_token_latency_s) if max_inter_token_latency_s > 0 else None
+        """What steps cost. It may be another scheduler's, of the same model on the same device."""
         self._last_commit_s = 0.0
+        self._end_was_seen = True
+        """When the last step ended is known (StepResult.ended_unseen)."""
         self.place_adapter: Callable[[Request], bool] = _always
         """Asked before a request starts: whether its adapter has a place on the device, and which."""
         self._speculator = speculator
@@ -351,11 +354,11 @@ class Scheduler:
         left = self._budget - rows
         if self._micro_batches > 1:
             left = min(left, self._micro_batch_prefill())
-        if self._chunking is None or not rows or not (self._prefilling or self._waiting):
+        if self.chunking is None or not rows or not (self._prefilling or self._waiting):
             return left
         plan.decode_context = sum(chunk.start for chunk in plan.chunks)
         start = self._prefilling[0].num_computed_tokens if self._prefilling else 0
-        latency = self._chunking.budget(StepWork(rows, plan.decode_context), start)
+        latency = self.chunking.budget(StepWork(rows, plan.decode_context), start)
         backlog = self._backlog()
         budget = min(left, latency, spread(backlog, rows))
         return filled(budget, rows) if budget < backlog else budget
@@ -598,7 +601,7 @@ class Scheduler:
         self._plans_in_flight -= 1
         self._is_verifying = False
         self._now = now
-        self._measure(plan, now)
+        self._measure(plan, now, ended_unseen=result.ended_unseen)
         self._take_loads(result.num_loaded, now)
         outputs = self.take_outputs()
         tokens = iter(result.token_ids)
@@ -637,9 +640,10 @@ class Scheduler:
             self._loading_since_s = now
         self.kv.loaded(num_loaded)
 
-    def _measure(self, plan: StepPlan, now: float) -> None:
+    def _measure(self, plan: StepPlan, now: float, *, ended_unseen: bool) -> None:
         """How long the step took: from the end of the one before it, if that was later than its own beginning."""
         before_s, self._last_commit_s = self._last_commit_s, now
+        is_exact, self._end_was_seen = self._end_was_seen and not ended_unseen, not ended_unseen
         began_s = max(plan.planned_s, before_s)
         prefills = plan.prefills
         if self._speculator is not None and plan.chunks and not prefills:
@@ -647,9 +651,9 @@ class Scheduler:
             self._speculator.measured(len(plan.chunks), plan.num_tokens, now - before_s, overlapped=plan.is_overlapped)
         if self._residency is not None and prefills:
             num_tokens = sum(chunk.num_tokens for chunk in prefills)
-            if num_tokens >= MEASURED_PREFILL:
+            if num_tokens >= MEASURED_PREFILL and is_exact:
                 self._residency.computed(num_tokens, now - began_s)
-        if self._chunking is None or not plan.chunks or plan.num_verifying:
+        if self.chunking is None or not plan.chunks or plan.num_verifying:
             return
         context = plan.decode_context or sum(chunk.start for chunk in plan.chunks[: plan.num_decodes])
         work = StepWork(
@@ -658,7 +662,7 @@ class Scheduler:
             sum(chunk.num_tokens for chunk in prefills),
             sum(attention_pairs(chunk.start, chunk.num_tokens) for chunk in prefills),
         )
-        self._chunking.observe(work, now - began_s)
+        self.chunking.observe(work, now - began_s, ended_unseen=ended_unseen)
 
     def _written(self, request: Request, num_tokens: int) -> None:
         if num_tokens >= (request.num_tree_blocks + 1) * BLOCK_SIZE:

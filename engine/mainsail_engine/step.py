@@ -138,6 +138,8 @@ class StepResult:
     """By a chunk's place in the plan; empty when no request of the step wants more than a token."""
     num_loaded: int = 0
     """Blocks of `loads` that have arrived since the runner started, over all plans, in the order they were begun."""
+    ended_unseen: bool = False
+    """The device was done with it before anybody asked, so that nobody knows since when."""
 
 
 class PendingStep(Protocol):

@@ -10,7 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mainsail_engine.chunking import MIN_CHUNK, STEP_ROWS, ChunkController, StepWork, attention_pairs, filled, spread
+from mainsail_engine.config import CacheConfig, EngineConfig, ModelConfig
 from mainsail_engine.request import Request, SamplingParams
+from mainsail_engine.scheduler import Scheduler
+from mainsail_engine.step import StepResult
 
 # (per step, per decode, per token of context, per prefill token, per attention pair), in seconds
 H200_8B = (4.5e-3, 1.5e-5, 2.4e-8, 2.2e-5, 5e-10)
@@ -97,6 +100,63 @@ def test_many_steps_without_prefill_spoil_nothing():
     before = len(run.steps)
     run.prefill(H200_8B, 32_000)
     assert all(took < 0.055 for _, took in run.steps[before:])
+
+
+WORKS = st.builds(
+    lambda decodes, context, tokens, start: StepWork(
+        decodes, decodes * context, tokens, attention_pairs(start, tokens) if tokens else 0
+    ),
+    st.integers(0, 64), st.integers(100, 2000), st.sampled_from([0, 0, 256, 448, 1000, 2000, 6000]),
+    st.integers(0, 1024),
+).filter(lambda work: work.decodes + work.prefill_tokens > 0)  # fmt: skip
+
+
+@given(st.lists(st.tuples(WORKS, st.floats(0, 0.03)), min_size=60, max_size=120))
+def test_steps_whose_end_nobody_saw_spoil_nothing(steps):
+    """A host that is late now and then (it launches a large step) sees one step too long and the next too short."""
+    controller = ChunkController(0.04)
+    usual = StepWork(32, 32_000, 448, attention_pairs(0, 448))
+    end_s = seen_s = 0.0
+    for number, (work, delay_s) in enumerate([*steps, *[(usual, 0.0)] * 12]):
+        end_s += seconds(H200_8B, work)
+        is_late = delay_s > 0.001 and number % 12 < 4
+        before_s, seen_s = seen_s, max(seen_s, end_s + delay_s if is_late else end_s)
+        controller.observe(work, seen_s - before_s, ended_unseen=seen_s > end_s)
+    for _ in range(8):
+        controller.cost.fit()
+    assert controller.cost.predict(usual) == pytest.approx(seconds(H200_8B, usual), rel=0.05)
+
+
+def test_no_chunk_grows_by_steps_that_were_not_measured():
+    controller = ChunkController(0.04)
+    controller.observe(StepWork(0, 0, 1000, attention_pairs(0, 1000)), 0.025)
+    for tokens in (2000, 4000):
+        controller.observe(StepWork(1, 1000, tokens, attention_pairs(0, tokens)), 0.001, ended_unseen=True)
+        assert controller.budget(StepWork(1, 1000), 0) <= 2000
+
+
+def test_the_scheduler_measures_steps_that_ended_unseen_with_the_next():
+    config = EngineConfig(model=ModelConfig(path="-"), cache=CacheConfig(num_blocks=64))
+    scheduler = Scheduler(config, 64, 512, [], max_inter_token_latency_s=0.04)
+    scheduler.add(Request("a", [1] * 100, SamplingParams(max_tokens=8, ignore_eos=True), 0.0))
+    assert scheduler.chunking is not None
+    cost, now = scheduler.chunking.cost, 0.0
+    for took_s, ended_unseen in ((0.05, True), (0.001, False), (0.005, False)):
+        plan = scheduler.schedule(now)
+        assert plan is not None
+        now += took_s
+        scheduler.commit(plan, StepResult([3], ended_unseen=ended_unseen), now)
+        cost.fit()
+        assert (cost.predict(StepWork(1, 100)) > 0) == (not ended_unseen)
+    assert cost.per_prefill_token_s * 100 + cost.predict(StepWork()) > 0.02, "the prompt's step was the long one"
+
+
+def test_a_host_that_is_always_late_is_measured_by_its_pace():
+    controller = ChunkController(0.04)
+    for _ in range(100):
+        controller.observe(StepWork(8, 8000), 0.02, ended_unseen=True)
+    controller.cost.fit()
+    assert controller.cost.predict(StepWork(8, 8000)) == pytest.approx(0.02, rel=0.05)
 
 
 def test_prefill_never_starves():

@@ -65,10 +65,12 @@ class PendingTokens:
     extras: PendingExtras | None = None
 
     def result(self) -> StepResult:
+        unseen = self.done is not None and self.done.query()
         if self.done is not None:
             self.done.synchronize()
         tokens: list[int] = self.tokens.numpy().tolist()
-        return StepResult(tokens) if self.extras is None else StepResult(tokens, self.extras.read())
+        extras = {} if self.extras is None else self.extras.read()
+        return StepResult(tokens, extras, ended_unseen=unseen)
 
 
 class PendingConstrained:

@@ -168,10 +168,11 @@ class Workers:
 
     def take_result(self, number: int) -> StepResult:
         """Wait for what the last stage says of that step. In the order of their numbers."""
+        has_come = bool(self._results.poll(0))
         message = self._decode_result(self._results.recv())
         if message.number != number:
             raise RuntimeError(f"the last stage's result is of step {message.number}, not {number}")
-        return message.result
+        return replace(message.result, ended_unseen=has_come)
 
     def send_adapter(self, slot: int, name: str, path: str) -> None:
         self._tell(AdapterMessage(slot, name, path))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mainsail_engine.runner.model_runner import PendingTokens
 from mainsail_engine.runner.uploads import ALIGNMENT, FIRST_BUFFERS, Downloads, Uploads, offsets_of
 
 
@@ -59,3 +62,26 @@ def test_nothing_waits_for_the_steps_before() -> None:
     assert not busy.query()
     assert [int(tensor[-1]) for tensor in sent] == list(range(FIRST_BUFFERS))
     assert len(uploads._stagings) == FIRST_BUFFERS
+
+
+class _Event:
+    """Of a step that is over, or not yet."""
+
+    def __init__(self, *, is_over: bool) -> None:
+        self.is_over = is_over
+
+    def query(self) -> bool:
+        return self.is_over
+
+    def synchronize(self) -> None:
+        self.is_over = True
+
+
+@pytest.mark.parametrize("is_over", [True, False])
+def test_a_result_tells_whether_its_step_was_over_before_anybody_asked(is_over):
+    event = cast("torch.cuda.Event", _Event(is_over=is_over))
+    result = PendingTokens(torch.tensor([5, 6]), event).result()
+    assert result.token_ids == [5, 6]
+    assert result.ended_unseen == is_over
+    assert event.query()
+    assert not PendingTokens(torch.tensor([5]), None).result().ended_unseen, "on the CPU a launch is the step"
