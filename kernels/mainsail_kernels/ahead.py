@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import re
 import subprocess
 import tempfile
 import time
@@ -31,6 +32,8 @@ from mainsail_kernels._triton import Card, pretending, triton
 log = logging.getLogger(__name__)
 _work: list[Launch] = []
 """What the forked processes compile: they get no more than a number in this list."""
+_DRIVER = re.compile(r"\bcu[A-Z]\w+")
+"""Functions of the driver."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,13 +172,20 @@ def _build_launcher(source: Any, metadata: Any) -> None:
 
 
 def _link_without_driver(folder: Path) -> None:
-    """Where no driver is installed, launchers are linked against an empty library of its name."""
+    """Where no driver is installed, launchers are linked against a library with its name and its functions' names.
+
+    Of a library that has nothing they use, linkers leave no trace (--as-needed), and then a launcher does not find the
+    driver's functions where there is a driver.
+    """
     from triton.backends.nvidia import driver as nvidia  # pyright: ignore[reportMissingTypeStubs]
 
     try:
         nvidia.library_dirs()
     except (AssertionError, OSError, subprocess.CalledProcessError):
+        sources = Path(str(nvidia.__file__)).parent
+        used = {name for file in ("driver.c", "driver.py") for name in _DRIVER.findall((sources / file).read_text())}
+        code = "".join(f"void {name}(void) {{}}\n" for name in sorted(used))
         library = folder / "libcuda.so.1"
-        command = [os.environ.get("CC", "gcc"), "-shared", "-Wl,-soname,libcuda.so.1", "-o", library]
-        subprocess.run([*command, "-x", "c", "/dev/null"], check=True)
+        command = [os.environ.get("CC", "gcc"), "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", library]
+        subprocess.run([*command, "-x", "c", "-"], input=code.encode(), check=True)
         triton.knobs.nvidia.libcuda_path = str(folder)

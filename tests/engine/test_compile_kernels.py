@@ -101,6 +101,9 @@ def test_a_launch_finds_what_was_compiled_without_a_card(tmp_path: Path) -> None
     variants, failed, hits = run(FOUND, TRITON_CACHE_DIR=str(tmp_path))
     assert (variants, failed) == (1, {})
     assert hits == [["_note_kernel", True], ["_resolve_kernel", False]], "nobody had asked for the second"
+    built = list(tmp_path.rglob("*.so"))
+    assert built
+    assert all(b"libcuda.so.1" in each.read_bytes() for each in built), "they find the driver where there is one"
 
 
 def test_the_mark_has_what_kernels_depend_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
