@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import openai
@@ -48,13 +49,21 @@ def send(pids: list[int], number: signal.Signals) -> None:
         os.kill(pid, number)
 
 
-async def stream(api: openai.AsyncOpenAI, topic: str, begun: asyncio.Semaphore) -> tuple[str, str | None, int]:
+@dataclass
+class Heard:
+    """What has come of all streams together."""
+
+    begun: int = 0
+    chunks: int = 0
+
+
+async def stream(api: openai.AsyncOpenAI, topic: str, heard: Heard) -> tuple[str, str | None, int]:
     """Text, finish reason, and how many identities the answer had."""
     messages = [{"role": "user", "content": f"Tell me about {topic}."}]
     text, finish, ids = "", None, set[str]()
     async for chunk in await api.chat.completions.create(messages=messages, **ASK):
-        if not ids:
-            begun.release()
+        heard.begun += not ids
+        heard.chunks += 1
         ids.add(chunk.id)
         for choice in chunk.choices:
             text += choice.delta.content or ""
@@ -62,21 +71,38 @@ async def stream(api: openai.AsyncOpenAI, topic: str, begun: asyncio.Semaphore) 
     return text, finish, len(ids)
 
 
+async def spell(pids: list[int]) -> None:
+    """They run for a moment, and then stand still."""
+    send(pids, signal.SIGCONT)
+    await asyncio.sleep(0.1)
+    send(pids, signal.SIGSTOP)
+
+
+async def silence(heard: Heard) -> None:
+    """Until nothing more comes."""
+    seen = -1
+    while seen != heard.chunks:
+        seen = heard.chunks
+        await asyncio.sleep(0.3)
+
+
 async def test_a_pod_killed_in_the_middle_of_fifty_streams(kube: Kube, gateway_url: str, lasting) -> None:
+    """The pod runs in short spells, and rests until all that it said has been heard: so each of its streams has begun
+    when it is killed, and none has ended, however much slower than an engine those are who listen."""
+    victims = processes(lasting[0])
+    assert victims, "the pod has no process"
     async with openai.AsyncOpenAI(base_url=f"{gateway_url}/v1", api_key="none", max_retries=0, timeout=HANG_S) as api:
-        begun = asyncio.Semaphore(0)
-        wanted = dict(zip(TOPICS, await asyncio.gather(*(stream(api, t, begun) for t in TOPICS)), strict=True))
-        topics = [TOPICS[n % len(TOPICS)] for n in range(STREAMS)]
-        victims = processes(lasting[0])
-        assert victims, "the pod has no process"
-        begun = asyncio.Semaphore(0)
-        running = [asyncio.create_task(stream(api, topic, begun)) for topic in topics]
-        async with asyncio.timeout(HANG_S):
-            for _ in range(STREAMS // 4):
-                await begun.acquire()
-        send(victims, signal.SIGSTOP)  # it stays in the middle of its streams, however long it takes to look
+        wanted = dict(zip(TOPICS, await asyncio.gather(*(stream(api, t, Heard()) for t in TOPICS)), strict=True))
+        topics, heard = [TOPICS[n % len(TOPICS)] for n in range(STREAMS)], Heard()
+        running = [asyncio.create_task(stream(api, topic, heard)) for topic in topics]
         try:
-            doors = [gateway["admission"] for gateway in await asyncio.to_thread(known_to_gateways, kube, "lasting")]
+            async with asyncio.timeout(HANG_S):
+                await spell(victims)
+                doors = [one["admission"] for one in await asyncio.to_thread(known_to_gateways, kube, "lasting")]
+                while heard.begun < STREAMS:
+                    await silence(heard)
+                    await spell(victims)
+                await silence(heard)
             under_way = sum(not task.done() for task in running)
         finally:
             send(victims, signal.SIGKILL)
