@@ -109,7 +109,7 @@ def build_parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
     )
     kernels.add_argument("--card", help=f"one of {', '.join(CARDS)}; default: this machine's")
-    kernels.add_argument("--jobs", type=int, help="processes; default: one for each core")
+    kernels.add_argument("--jobs", type=int, help="processes; default: one for each CPU that there is to use")
     _add_model_flags(kernels)
     _add_engine_flags(kernels)
     _add_bench(commands.add_parser("bench", help="load on a running server, and what its clients saw"))
@@ -477,10 +477,12 @@ def _run_batch(flags: argparse.Namespace) -> None:
 
 
 def _compile_kernels(flags: argparse.Namespace) -> None:
-    config, card = engine_config(flags), card_named(getattr(flags, "card", None))
+    config, card, jobs = engine_config(flags), card_named(getattr(flags, "card", None)), getattr(flags, "jobs", None)
     check_model_path(config.model)
+    if jobs is not None and jobs < 1:
+        raise InvalidConfigurationError("--jobs must be at least 1")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    if not compile_ahead(config, card, jobs=getattr(flags, "jobs", None)):
+    if not compile_ahead(config, card, jobs=jobs):
         sys.exit(1)
     leave_mark(mark_of(config, card))
 

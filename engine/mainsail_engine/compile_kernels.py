@@ -26,6 +26,7 @@ from typing import Any
 
 import msgspec
 
+from mainsail_engine.child import start_child, take_orders
 from mainsail_engine.config import EngineConfig
 from mainsail_engine.cuda_driver import CardName, installed_card
 from mainsail_engine.errors import InvalidConfigurationError, UnsupportedModelError
@@ -44,6 +45,8 @@ CARDS = {
 """--card: as the driver describes them."""
 PATIENCE_S = 300.0
 """How long a start waits for the process that compiles for it."""
+UNABLE = (OSError, RuntimeError, ValueError)
+"""What a folder, a home, a process or a config.json that cannot be had or read raises."""
 
 
 class Order(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,46 +66,60 @@ class Compilation:
 
     def wait(self) -> None:
         """Until it is done, however it ended: what is missing then is compiled when it is launched."""
-        if self._process is None:
+        process, self._process = self._process, None
+        if process is None:
             return
         try:
-            status = self._process.wait(PATIENCE_S)
+            status = process.wait(PATIENCE_S)
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            status = self._process.wait()
+            process.kill()
+            status = process.wait()
+        with suppress(BrokenPipeError):
+            process.__exit__(None, None, None)
         if status:
             log.warning("kernels were not all compiled ahead: the process that does it ended with %d", status)
-        self._process = None
 
 
 def begin(config: EngineConfig) -> Compilation:
     """Compile what a runner of this configuration will launch on this machine's card, if that was not done before.
 
-    Of several ranks each compiles what the image has not.
+    Of several ranks each compiles what the image has not. Where there is no cache, or no process to be had, nothing is.
     """
     if config.device == "cpu":
         return Compilation()
     link_shipped()
     card = installed_card() if config.num_ranks == 1 else None
-    if card is None:
+    try:
+        return Compilation() if card is None else _begin(config, card)
+    except UNABLE as error:
+        log.warning("kernels: not compiled ahead: %s", error)
         return Compilation()
+
+
+def _begin(config: EngineConfig, card: CardName) -> Compilation:
     mark = mark_of(config, card)
     if mark.exists():
         return Compilation()
-    log.info("kernels: compiling ahead for %s, on all cores", card.name)
-    command = [sys.executable, "-m", "mainsail_engine.compile_kernels"]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
-    if process.stdin is not None:
-        process.stdin.write(msgspec.json.encode(Order(config=config, card=card, mark=str(mark))) + b"\n")
-        process.stdin.close()
-    return Compilation(process)
+    log.info("kernels: compiling ahead for %s", card.name)
+    order = Order(config=config, card=card, mark=str(mark))
+    return Compilation(start_child("mainsail_engine.compile_kernels", order, CUDA_VISIBLE_DEVICES=""))
 
 
 def link_shipped() -> None:
-    """What the image has of compiled kernels, where Triton looks for them; what is there already stays."""
-    shipped, cache = Path(os.environ.get("MAINSAIL_KERNELS") or os.devnull), cache_folder()
-    if not shipped.is_dir() or shipped.resolve() == cache.resolve():
-        return
+    """What the image has of compiled kernels, where Triton looks for them; what is there already stays, but for links
+    to what is no more: an earlier image's, in a cache that outlived it. Without a cache to write to, nothing."""
+    try:
+        cache, shipped = cache_folder(), Path(os.environ.get("MAINSAIL_KERNELS") or os.devnull)
+        for entry in cache.iterdir() if cache.is_dir() else ():
+            if entry.is_symlink() and not entry.exists():
+                entry.unlink(missing_ok=True)
+        if shipped.is_dir() and shipped.resolve() != cache.resolve():
+            _link_all(shipped, cache)
+    except UNABLE as error:
+        log.warning("kernels: those of the image are not used: %s", error)
+
+
+def _link_all(shipped: Path, cache: Path) -> None:
     cache.mkdir(parents=True, exist_ok=True)
     for entry in shipped.iterdir():
         with suppress(FileExistsError):
@@ -110,7 +127,10 @@ def link_shipped() -> None:
 
 
 def mark_of(config: EngineConfig, card: CardName) -> Path:
-    """The file in Triton's cache that says all was compiled for this: its name has everything that it depends on."""
+    """The file in Triton's cache that says all was compiled for this: its name has everything that it depends on.
+
+    Raises OSError or ValueError where the model's description cannot be read.
+    """
     digest = hashlib.sha256()
     for value in (card, _shapes(config), [_version(name) for name in ("torch", "triton")], sys.version):
         digest.update(msgspec.json.encode(value))
@@ -121,7 +141,7 @@ def mark_of(config: EngineConfig, card: CardName) -> Path:
 
 
 def cache_folder() -> Path:
-    """Triton's."""
+    """Triton's. Raises RuntimeError for a user without a home."""
     if folder := os.environ.get("TRITON_CACHE_DIR"):
         return Path(folder)
     return Path(os.environ.get("TRITON_HOME") or Path.home()) / ".triton" / "cache"
@@ -158,14 +178,18 @@ def _shapes(config: EngineConfig) -> list[Any]:
 
 
 def compile_ahead(config: EngineConfig, card: CardName, *, jobs: int | None = None) -> bool:
-    """Here and now. False: not all of it. Raises UnsupportedModelError, InvalidConfigurationError."""
+    """Here and now. False: not all of it. Raises UnsupportedModelError, InvalidConfigurationError.
+
+    jobs: processes; None: one for each CPU that there is to use.
+    """
     _spare_dynamo()
     from mainsail_engine.runner.dry_run import launches_of
+    from mainsail_engine.runner.threads import usable_cpus
     from mainsail_kernels._triton import Card
     from mainsail_kernels.ahead import compile_all
 
     launches = launches_of(config, Card(card.name, card.multiprocessors, card.capability))
-    done = compile_all(launches, jobs)
+    done = compile_all(launches, jobs or usable_cpus())
     for name, why in done.failed.items():
         log.warning("kernels: %s could not be compiled: %s", name, why)
     log.info("kernels: %d compiled for %s in %.1f s", done.num_kernels, card.name, done.seconds)
@@ -195,9 +219,9 @@ def leave_mark(mark: Path) -> None:
 
 def main() -> None:
     """For a start, whose weights come first: see `begin`."""
+    order = take_orders(Order)
     os.nice(10)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s kernels: %(message)s", stream=sys.stderr)
-    order = msgspec.json.decode(sys.stdin.buffer.readline(), type=Order)
     try:
         if compile_ahead(order.config, order.card):
             leave_mark(Path(order.mark))

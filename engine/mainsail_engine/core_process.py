@@ -10,17 +10,14 @@ are ipc files in a folder that only this user can enter; the core connects to th
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
-
+from mainsail_engine.child import start_child
 from mainsail_engine.config import EngineConfig
 from mainsail_engine.errors import StartupError
 from mainsail_engine.protocol import CoreStart
@@ -46,30 +43,19 @@ class CoreProcess:
 def start_core(config: EngineConfig, num_processes: int = 1) -> CoreProcess:
     """num_processes: API processes that will talk to it. Raises StartupError."""
     folder, started_s = Path(tempfile.mkdtemp(prefix="mainsail-")), time.monotonic()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mainsail_engine.core"], stdin=subprocess.PIPE, env=child_environment()
-    )
-    if process.stdin is None:
-        raise StartupError("the core process has no standard input")
     orders = CoreStart(
         config=config,
         commands_addresses=[address(folder, "commands", number) for number in range(num_processes)],
         outputs_addresses=[address(folder, "outputs", number) for number in range(num_processes)],
         started_s=started_s,
     )
-    with contextlib.suppress(BrokenPipeError):  # it has ended already: whoever waits for it will see
-        process.stdin.write(msgspec.json.encode(orders) + b"\n")
-        process.stdin.flush()
-    return CoreProcess(process, folder, started_s)
+    try:
+        return CoreProcess(start_child("mainsail_engine.core", orders), folder, started_s)
+    except OSError as error:
+        folder.rmdir()
+        raise StartupError(f"the core process cannot be started: {error}") from error
 
 
 def address(folder: Path, what: str, process: int) -> str:
     """Of the socket that carries commands to the core, or outputs from it, for that API process."""
     return f"ipc://{folder}/{what}.{process}"
-
-
-def child_environment() -> dict[str, str]:
-    """Other processes are started by module name: they must find this very package, also when it is not installed."""
-    root = str(Path(__file__).resolve().parent.parent)
-    inherited = os.environ.get("PYTHONPATH")
-    return {**os.environ, "PYTHONPATH": f"{inherited}{os.pathsep}{root}" if inherited else root}

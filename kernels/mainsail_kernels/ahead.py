@@ -2,7 +2,7 @@
 
     with noted(card) as launches:         every kernel[grid](…) within is noted, and none is launched
         model.forward(tensors on "meta" …)
-    compile_all(launches)                 into Triton's cache, which the engine then finds filled
+    compile_all(launches, jobs)           into Triton's cache, which the engine then finds filled
 
 Triton finds a compiled kernel by a hash of its source, its arguments' types and what it assumes of them (integers and
 addresses divisible by 16), its constants, the options of the launch, the architecture and its own version. All of that
@@ -14,14 +14,18 @@ are forked off one that has not touched a card, and return nothing but what they
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import multiprocessing
 import os
 import re
+import signal
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +34,8 @@ from typing import Any
 from mainsail_kernels._triton import Card, pretending, triton
 
 log = logging.getLogger(__name__)
+_PR_SET_PDEATHSIG = 1
+"""Of Linux: a signal for when the parent ends."""
 _work: list[Launch] = []
 """What the forked processes compile: they get no more than a number in this list."""
 _DRIVER = re.compile(r"\bcu[A-Z]\w+")
@@ -118,22 +124,40 @@ def noted(card: Card) -> Iterator[list[Launch]]:
         jit._do_compile = original
 
 
-def compile_all(launches: Sequence[Launch], jobs: int | None = None) -> Compiled:
-    """Compile what is not in Triton's cache yet, with so many processes (None: one for each core)."""
+def compile_all(launches: Sequence[Launch], jobs: int) -> Compiled:
+    """Compile what is not in Triton's cache yet, with so many processes."""
     global _work
     began_s = time.monotonic()
     _work = sorted(launches, key=lambda launch: not _is_gluon(launch))  # they take longest
-    jobs = max(1, min(jobs or cores(), len(launches)))
     with tempfile.TemporaryDirectory() as folder:
         _link_without_driver(Path(folder))
-        with multiprocessing.get_context("fork").Pool(jobs) as pool:
-            failed = dict(filter(None, pool.imap_unordered(_compile, range(-1, len(_work)))))
+        failed = _shared(max(1, min(jobs, len(launches))))
     return Compiled(len(launches), time.monotonic() - began_s, failed)
 
 
-def cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _shared(jobs: int) -> dict[str, str]:
+    """What of the work could not be compiled, and why."""
+    failed: dict[str, str] = {}
+    num_done = -1  # the first is what Triton asks the driver through
+    fork = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(jobs, fork, initializer=_end_with, initargs=(os.getpid(),)) as pool:
+        try:
+            for outcome in pool.map(_compile, range(-1, len(_work))):
+                num_done += 1
+                failed |= {outcome[0]: outcome[1]} if outcome else {}
+        except BrokenProcessPool:
+            why = f"one of {jobs} processes was killed, perhaps for the memory that they took: try fewer (--jobs)"
+            failed |= {launch.name: why for launch in _work[max(num_done, 0) :]}
+    return failed
+
+
+def _end_with(parent: int) -> None:
+    """A process that compiles is of no use when the one that gave it work is gone, however that was ended."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    with suppress(OSError, AttributeError):  # another system
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def _is_gluon(launch: Launch) -> bool:

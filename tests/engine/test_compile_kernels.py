@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import psutil
 import pytest
 
 from mainsail_engine import compile_kernels
-from mainsail_engine.cli import build_parser, engine_config
+from mainsail_engine.cli import build_parser, engine_config, main
 from mainsail_engine.compile_kernels import CARDS, card_named, mark_of
 from mainsail_engine.config import CacheConfig, EngineConfig, LoraConfig, ModelConfig, SchedulerConfig
 from mainsail_engine.errors import InvalidConfigurationError
@@ -49,7 +50,7 @@ def tensors(count):
 with noted(Card("NVIDIA H200", 132, (9, 0))) as launches:
     note(*tensors(3))
     note(*tensors(3))
-done = compile_all(launches, jobs=2)
+done = compile_all(launches, 2)
 hits = []
 triton.knobs.compilation.listener = lambda *, src, cache_hit, **_: hits.append((src.name, cache_hit))
 for launch in (note, resolve):
@@ -58,6 +59,27 @@ for launch in (note, resolve):
     except AttributeError as error:  # there is no driver to launch it with
         assert "_AbsentDriver" in str(error), error
 print(json.dumps([len(launches), done.failed, hits]))
+"""
+
+FOR_ONE = """
+import json, os, signal, time
+from dataclasses import replace
+import torch
+from mainsail_kernels import ahead
+from mainsail_kernels._triton import Card
+from mainsail_kernels.tokens import note
+
+class Function:
+    __name__ = "a_kernel"
+
+    def ASTSource(self, *unused):
+        {ACT}
+
+with ahead.noted(Card("NVIDIA H200", 132, (9, 0))) as launches:
+    note(*(torch.empty(17, dtype=torch.int64, device="meta") for _ in range(3)))
+ahead._build_utilities = lambda: None
+done = ahead.compile_all([replace(launches[0], function=Function())] * 3, 2)
+print(json.dumps(done.failed))
 """
 
 
@@ -109,6 +131,24 @@ def test_a_launch_finds_what_was_compiled_without_a_card(tmp_path: Path) -> None
         assert re.search(r"NEEDED.*libcuda\.so\.1", needs), needs
 
 
+def test_a_process_that_is_killed_is_a_kernel_that_failed() -> None:
+    """By the kernel, where many of them take more memory than there is: nobody waits for it."""
+    failed = run(FOR_ONE.replace("{ACT}", "os.kill(os.getpid(), signal.SIGKILL)"))
+    assert list(failed) == ["a_kernel"]
+    assert "one of 2 processes was killed" in failed["a_kernel"]
+    assert "--jobs" in failed["a_kernel"]
+
+
+def test_processes_that_compile_end_with_the_one_that_gave_them_work() -> None:
+    script = FOR_ONE.replace("{ACT}", "os.write(1, b'%d\\n' % os.getpid()); time.sleep(60)")
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        workers = [psutil.Process(int(process.stdout.readline())) for _ in range(2)]
+        process.kill()
+    gone, _ = psutil.wait_procs(workers, timeout=20)
+    assert len(gone) == 2
+
+
 def test_the_mark_has_what_kernels_depend_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     plain = mark_of(config(), CARDS["h200"])
@@ -123,6 +163,8 @@ def test_the_mark_has_what_kernels_depend_on(monkeypatch: pytest.MonkeyPatch, tm
         mark_of(config(lora=LoraConfig(max_lora_rank=64)), CARDS["h200"]),
     ]
     assert len({plain, *others}) == 7
+    named = mark_of(config(lora=LoraConfig(modules=(("a", "/adapters/a"),))), CARDS["h200"])
+    assert named == mark_of(config(lora=LoraConfig()), CARDS["h200"]), "whose adapters they are does not matter"
 
 
 def test_nothing_is_compiled_where_there_is_no_card_or_the_mark_is_there(
@@ -132,7 +174,7 @@ def test_nothing_is_compiled_where_there_is_no_card_or_the_mark_is_there(
         raise AssertionError("a process was started")
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(compile_kernels.subprocess, "Popen", refuse)
+    monkeypatch.setattr(compile_kernels, "start_child", refuse)
     monkeypatch.setattr(compile_kernels, "installed_card", lambda: None)
     compile_kernels.begin(config()).wait()
     monkeypatch.setattr(compile_kernels, "installed_card", lambda: CARDS["h100"])
@@ -152,13 +194,53 @@ def test_what_an_image_ships_is_linked_into_an_empty_cache(monkeypatch: pytest.M
     monkeypatch.setenv("TRITON_CACHE_DIR", str(cache))
     monkeypatch.setenv("MAINSAIL_KERNELS", str(shipped))
     monkeypatch.setattr(compile_kernels, "installed_card", lambda: CARDS["h100"])
-    monkeypatch.setattr(compile_kernels.subprocess, "Popen", None)
+    monkeypatch.setattr(compile_kernels, "start_child", None)
     for _ in range(2):
         compile_kernels.begin(config()).wait()
     assert (cache / "ABC" / "kernel.cubin").read_bytes() == b"code"
     assert len(list(cache.iterdir())) == 2
     monkeypatch.setenv("MAINSAIL_KERNELS", str(tmp_path / "nothing"))
     compile_kernels.begin(config()).wait()
+
+
+def test_links_to_what_an_earlier_image_shipped_go(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Triton takes such a link for a folder of its own, and cannot make it."""
+    shipped, cache = tmp_path / "shipped", tmp_path / "cache"
+    (shipped / "ABC").mkdir(parents=True)
+    (shipped / "DEF").mkdir()
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(cache))
+    monkeypatch.setenv("MAINSAIL_KERNELS", str(shipped))
+    compile_kernels.link_shipped()
+    (cache / "own").mkdir()
+    (shipped / "ABC").rmdir()
+    compile_kernels.link_shipped()
+    assert sorted(entry.name for entry in cache.iterdir()) == ["DEF", "own"]
+    (shipped / "DEF").rmdir()
+    monkeypatch.delenv("MAINSAIL_KERNELS")
+    compile_kernels.link_shipped()
+    assert [entry.name for entry in cache.iterdir()] == ["own"]
+
+
+def test_a_start_goes_on_without_a_cache_or_a_process(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing depends on kernels that are compiled ahead."""
+    (tmp_path / "shipped" / "ABC").mkdir(parents=True)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MAINSAIL_KERNELS", str(tmp_path / "shipped"))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(compile_kernels, "installed_card", lambda: None)
+    compile_kernels.begin(config()).wait()
+    assert "file/cache" in caplog.text
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise BlockingIOError("no process can be had")
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(compile_kernels, "installed_card", lambda: CARDS["h100"])
+    monkeypatch.setattr(compile_kernels, "start_child", refuse)
+    compile_kernels.begin(config()).wait()
+    assert "no process can be had" in caplog.text
 
 
 def test_a_card_that_nobody_knows_is_refused_with_those_that_are() -> None:
@@ -172,3 +254,9 @@ def test_flags_mean_what_they_mean_to_serve() -> None:
     ahead = build_parser().parse_args(["compile-kernels", "--card", "h200", "--jobs", "3", *flags])
     assert engine_config(ahead) == engine_config(build_parser().parse_args(["serve", *flags]))
     assert (ahead.card, ahead.jobs) == ("h200", 3)
+
+
+def test_less_than_one_process_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["compile-kernels", "--model", str(MODELS / "qwen3-0.6b"), "--card", "h200", "--jobs", "0"])
+    assert "--jobs must be at least 1" in capsys.readouterr().err

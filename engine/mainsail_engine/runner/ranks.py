@@ -7,10 +7,10 @@ listens (server/node.py), the rank says on its standard output every second that
 from __future__ import annotations
 
 import subprocess
-import sys
 
 import msgspec
 
+from mainsail_engine.child import start_child
 from mainsail_engine.config import EngineConfig
 
 
@@ -45,13 +45,7 @@ encode_words = msgspec.json.Encoder().encode
 
 
 def spawn(start: WorkerStart) -> subprocess.Popen[bytes]:
-    """The process of a rank above 0, which ends when this one does."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mainsail_engine.runner.tp_worker"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE if start.is_listened_to else None,
+    """The process of a rank above 0, which ends when this one does. Raises OSError where none can be had."""
+    return start_child(
+        "mainsail_engine.runner.tp_worker", start, stdout=subprocess.PIPE if start.is_listened_to else None
     )
-    assert process.stdin is not None
-    process.stdin.write(msgspec.json.encode(start) + b"\n")
-    process.stdin.flush()
-    return process

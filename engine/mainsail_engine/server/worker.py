@@ -11,12 +11,12 @@ import logging
 import os
 import signal
 import sys
-import threading
 from pathlib import Path
 
 import msgspec
 import uvloop
 
+from mainsail_engine.child import end_with_parent
 from mainsail_engine.collector import settle
 from mainsail_engine.config import EngineConfig, ServerConfig
 from mainsail_engine.server.api import ApiServer, join_port
@@ -76,19 +76,12 @@ def _drain_all() -> None:
     os.kill(os.getppid(), signal.SIGTERM)
 
 
-def _end_with_leader() -> None:
-    """Raw reads: a reader that holds the lock of a Python file keeps the interpreter from ending in peace."""
-    while os.read(0, 4096):
-        pass
-    os._exit(1)
-
-
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     start = msgspec.json.decode(sys.stdin.buffer.readline(), type=WorkerStart)
-    threading.Thread(target=_end_with_leader, name="leader-watch", daemon=True).start()
+    end_with_parent()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(Worker(start).run())
 

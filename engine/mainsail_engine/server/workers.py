@@ -8,7 +8,7 @@ import sys
 
 import msgspec
 
-from mainsail_engine.core_process import child_environment
+from mainsail_engine.child import child_environment
 from mainsail_engine.errors import StartupError
 from mainsail_engine.server.board import Board
 from mainsail_engine.server.worker import WorkerStart
