@@ -124,14 +124,14 @@ def noted(card: Card) -> Iterator[list[Launch]]:
         jit._do_compile = original
 
 
-def compile_all(launches: Sequence[Launch], jobs: int) -> Compiled:
-    """Compile what is not in Triton's cache yet, with so many processes."""
+def compile_all(launches: Sequence[Launch], jobs: int | None = None) -> Compiled:
+    """Compile what is not in Triton's cache yet, with so many processes (None: one for each core)."""
     global _work
     began_s = time.monotonic()
     _work = sorted(launches, key=lambda launch: not _is_gluon(launch))  # they take longest
     with tempfile.TemporaryDirectory() as folder:
         _link_without_driver(Path(folder))
-        failed = _shared(max(1, min(jobs, len(launches))))
+        failed = _shared(max(1, min(jobs or os.cpu_count() or 1, len(launches))))
     return Compiled(len(launches), time.monotonic() - began_s, failed)
 
 

@@ -112,12 +112,14 @@ class Admission:
 
     def check(self, requests: int, tokens: int, now: float) -> Rejection | None:
         """May this many requests with this many prompt tokens together join? None: yes. An empty queue takes any."""
+        self._forget_reserved(now)
         queued = self.num_requests + len(self._reserved) + int(self._board.others("queued_requests"))
         reserved = sum(tokens for _, tokens in self._reserved)
         waiting = self.num_tokens + reserved + int(self._board.others("queued_tokens"))
         inside = int(self._board.total("running")) + len(self._reserved)
         fullest = self._fullest.note(inside, now)
         if queued == 0:
+            self._num_turned_away = 0
             return None
         if queued + requests > self._max_requests:
             excess = queued + requests - self._max_requests
@@ -141,10 +143,15 @@ class Admission:
 
     def reserve(self, requests: Iterable[int], now: float) -> None:
         """These requests, given by their prompt tokens, were let in and will `enter` in a moment."""
-        while self._reserved and self._reserved[0][0] <= now:
-            self._reserved.popleft()
         self._reserved.extend((now + RESERVED_S, tokens) for tokens in requests)
         self._publish()
+
+    def _forget_reserved(self, now: float) -> None:
+        """Those that are too old."""
+        if self._reserved and self._reserved[0][0] <= now:
+            while self._reserved and self._reserved[0][0] <= now:
+                self._reserved.popleft()
+            self._publish()
 
     def enter(self, tokens: int, now: float) -> None:
         if self._reserved:

@@ -210,3 +210,35 @@ def test_processes_count_together(tmp_path: Path) -> None:
         one.leave(40, second, served=True)
         one.enter(40, second)
     assert other.tokens_per_s == pytest.approx(40.0)
+
+
+def test_reservations_that_are_too_old_are_void_also_where_nobody_else_gets_in() -> None:
+    """Their clients were gone at once."""
+    board = Board()
+    admission = Admission(max_requests=2, max_tokens=1000, board=board)
+    admission.reserve([10, 10], 0.0)
+    assert admission.check(1, 10, RESERVED_S / 2) is not None
+    assert admission.check(1, 10, RESERVED_S) is None
+    assert board.total("queued_requests") == board.total("queued_tokens") == 0
+
+
+def test_an_overload_that_is_over_is_not_held_against_the_next() -> None:
+    """Clients who come as others leave are let in, whoever was turned away a minute before."""
+    board = Board()
+    admission = Admission(max_requests=10_000, max_tokens=10**9, max_wait_s=4.0, board=board)
+    for start_s in (0.0, 60.0):
+        for _ in range(300):
+            admission.enter(100, start_s)
+        board.set("running", 300)
+        for served in range(100):
+            admission.leave(100, start_s + 0.1 * (served + 1), served=True)
+        now = start_s + 10.0
+        admission.ended(now)
+        board.set("running", 299)
+        assert admission.check(1, 100, now) is None, f"as another leaves, at {now}"
+        board.set("running", 300)
+        assert [admission.check(1, 100, now) is None for _ in range(50)] == [False] * 50
+        for _ in range(200):
+            admission.leave(100, now, served=False)
+        board.set("running", 0)
+        assert admission.check(1, 100, now + 1.0) is None
