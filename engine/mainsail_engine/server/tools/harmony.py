@@ -85,6 +85,8 @@ class HarmonyParser:
         else:
             self._in_text = message_is_open(prompt_end)
         self._shown = self._in_text
+        if self._in_text and self._kind == "call":
+            self._kind = "content"  # the call began in the prompt: nobody was told of it
 
     # -- headers ------------------------------------------------------------------------------------------------------
 
@@ -217,26 +219,38 @@ def as_harmony(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
     Each is followed by its result: the template takes a result to be that of the call before it.
     """
-    results = {m["tool_call_id"]: m for m in messages if m["role"] == "tool" and "tool_call_id" in m}
     told: list[dict[str, Any]] = []
-    placed: set[str] = set()
-    for message in messages:
-        if message["role"] == "tool" and message.get("tool_call_id") in placed:
+    placed: set[int] = set()
+    for at, message in enumerate(messages):
+        if at in placed:
             continue
         if message["role"] != "assistant":
             told.append(message)
             continue
         plain = _with_thinking(message)
         calls: list[dict[str, Any]] = plain.pop("tool_calls", None) or []
+        results = _results_after(messages, at) if len(calls) > 1 else {}
         if not calls:
             told.append(plain)
         for number, call in enumerate(calls):
             told.append({**(plain if number == 0 else {"role": "assistant", "content": ""}), "tool_calls": [call]})
-            result = results.get(call.get("id"))
-            if result is not None and len(calls) > 1 and call["id"] not in placed:
-                told.append(result)
-                placed.add(call["id"])
+            place = results.pop(call.get("id"), None)
+            if place is not None:
+                told.append(messages[place])
+                placed.add(place)
     return told
+
+
+def _results_after(messages: list[dict[str, Any]], at: int) -> dict[Any, int]:
+    """Where the results of the calls of messages[at] are, by their ids; other answers' calls may have the same."""
+    results: dict[Any, int] = {}
+    for place in range(at + 1, len(messages)):
+        message = messages[place]
+        if message["role"] == "assistant":
+            break
+        if message["role"] == "tool" and "tool_call_id" in message:
+            results.setdefault(message["tool_call_id"], place)
+    return results
 
 
 def _with_thinking(message: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from xgrammar.testing import _is_grammar_accept_string
 
 from mainsail_engine.server.answer_format import choose_format
 from mainsail_engine.server.constraints import chat_grammar
-from mainsail_engine.server.message import calls_of
+from mainsail_engine.server.message import MessageDeltas, calls_of
 from mainsail_engine.server.schemas import FunctionDefinition, Tool
 from mainsail_engine.server.tools.events import CallEnd, Content, Event, Reasoning, joined
 from mainsail_engine.server.tools.harmony import MAX_HEADER, HarmonyParser, as_harmony
@@ -219,3 +219,22 @@ def test_reasoning_goes_by_the_templates_name() -> None:
     assert called[0]["thinking"] == "Hm.\n\nYes."
     assert called[0]["content"] == ""
     assert called[1] == result(1)
+
+
+def test_ids_that_come_again_are_those_of_their_own_turn() -> None:
+    """Some clients count the calls of each answer anew."""
+    turn = {"role": "assistant", "content": "", "tool_calls": [call("f", 1), call("g", 2)]}
+    results = [{**result(id_), "content": content} for id_, content in ((1, "a"), (2, "b"), (2, "d"), (1, "c"))]
+    told = as_harmony([turn, *results[:2], {"role": "user", "content": "again"}, turn, *results[2:]])
+    assert [m["content"] if m["role"] == "tool" else m["role"] for m in told] == [
+        "assistant", "a", "assistant", "b", "user", "assistant", "c", "assistant", "d",
+    ]  # fmt: skip
+
+
+def test_what_the_prompt_has_opened_is_no_call_of_the_answer() -> None:
+    """Its name was never told: a client could not tell whose arguments these are."""
+    parser = HarmonyParser(NAMES, '<|start|>assistant<|channel|>commentary to=functions.f<|message|>{"a":')
+    deltas = MessageDeltas("id", 0, with_reasoning=True)
+    told = [delta for piece in (" 1}", E, S + CALL) for delta in deltas.of(parser.feed(piece))]
+    assert told[0] == {"content": " 1}"}
+    assert [call["index"] for delta in told for call in delta.get("tool_calls", ())] == [0, 0]
