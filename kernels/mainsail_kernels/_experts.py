@@ -108,6 +108,30 @@ def bfloat16_pairs(words):
 
 
 @triton.jit
+def _paired(acc, even, odd, words, fits, scales, start, in_range, KIND: tl.constexpr):
+    """acc plus the products of a tile of words of two e4m3 with the inputs that they meet."""
+    lower, upper = e4m3_pairs(tl.load(words, mask=fits, other=0))
+    if KIND == "blocks":
+        product = tl.dot(odd, upper, tl.dot(even, lower))
+        acc += product * tl.load(scales + start // 64, mask=in_range[None, :], other=0.0)
+    else:
+        acc = tl.dot(odd, upper, tl.dot(even, lower, acc))
+    return acc
+
+
+@triton.jit
+def _single(acc, x, weights, fits, scales, start, in_range, KIND: tl.constexpr):
+    """acc plus the products of a tile of weights with x."""
+    weight = tl.load(weights, mask=fits, other=0.0).to(x.dtype)
+    if KIND == "blocks":
+        factor = tl.load(scales + start // 128, mask=in_range[None, :], other=0.0)
+        acc += tl.dot(x, weight, input_precision="ieee") * factor
+    else:
+        acc = tl.dot(x, weight, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
 def multiply(
     acc, acc_up, x_rows, real, columns, up_columns, scales, up_scales, start, num_in, in_range, of_all,
     GATED: tl.constexpr, KIND: tl.constexpr, PAIRED: tl.constexpr, BLOCK_IN: tl.constexpr,
@@ -140,34 +164,14 @@ def multiply(
     elif PAIRED:
         x = tl.load(x_rows + place[None, :], mask=real[:, None] & inside[None, :], other=0)
         even, odd = bfloat16_pairs(x)
-        lower, upper = e4m3_pairs(tl.load(columns + place[:, None], mask=fits, other=0))
-        if KIND == "blocks":
-            product = tl.dot(odd, upper, tl.dot(even, lower))
-            acc += product * tl.load(scales + start // 64, mask=in_range[None, :], other=0.0)
-        else:
-            acc = tl.dot(odd, upper, tl.dot(even, lower, acc))
+        acc = _paired(acc, even, odd, columns + place[:, None], fits, scales, start, in_range, KIND)
         if GATED:
-            lower, upper = e4m3_pairs(tl.load(up_columns + place[:, None], mask=fits, other=0))
-            if KIND == "blocks":
-                product = tl.dot(odd, upper, tl.dot(even, lower))
-                acc_up += product * tl.load(up_scales + start // 64, mask=in_range[None, :], other=0.0)
-            else:
-                acc_up = tl.dot(odd, upper, tl.dot(even, lower, acc_up))
+            acc_up = _paired(acc_up, even, odd, up_columns + place[:, None], fits, up_scales, start, in_range, KIND)
     else:
         x = tl.load(x_rows + place[None, :], mask=real[:, None] & inside[None, :], other=0.0)
-        weight = tl.load(columns + place[:, None], mask=fits, other=0.0).to(x.dtype)
-        if KIND == "blocks":
-            factor = tl.load(scales + start // 128, mask=in_range[None, :], other=0.0)
-            acc += tl.dot(x, weight, input_precision="ieee") * factor
-        else:
-            acc = tl.dot(x, weight, acc, input_precision="ieee")
+        acc = _single(acc, x, columns + place[:, None], fits, scales, start, in_range, KIND)
         if GATED:
-            weight = tl.load(up_columns + place[:, None], mask=fits, other=0.0).to(x.dtype)
-            if KIND == "blocks":
-                factor = tl.load(up_scales + start // 128, mask=in_range[None, :], other=0.0)
-                acc_up += tl.dot(x, weight, input_precision="ieee") * factor
-            else:
-                acc_up = tl.dot(x, weight, acc_up, input_precision="ieee")
+            acc_up = _single(acc_up, x, up_columns + place[:, None], fits, up_scales, start, in_range, KIND)
     return acc, acc_up
 
 

@@ -63,12 +63,6 @@ _FP4_BITS = ((6, 7, 8, 15), (3, 4, 5, 12), (0, 1, 2, 9), (10, 11, 13, 14))
 """Where half a word has the four bits of each of its codes, the lowest first."""
 
 
-FP4_EXCESS = 62
-"""What is added to a scale's exponent in memory (_experts.py says why)."""
-_FP4_BITS = ((6, 7, 8, 15), (3, 4, 5, 12), (0, 1, 2, 9), (10, 11, 13, 14))
-"""Where half a word has the four bits of each of its codes, the lowest first."""
-
-
 def pack_fp4(codes: torch.Tensor) -> torch.Tensor:
     """[..., in / 8] int32 of codes [..., in] uint8: the words that _experts.py draws."""
     places = codes.unflatten(-1, (-1, 8, FP4_GROUP // 8))  # [..., groups, places, words]
