@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from mainsail_engine.config import ServerConfig
 from mainsail_engine.errors import InvalidConfigurationError
 
 LIVE_LIMIT_CUDA_S, LIVE_LIMIT_CPU_S = 10.0, 60.0
@@ -94,6 +96,20 @@ class HealthServer:
     def close(self) -> None:
         self._server.shutdown()
         self._server.server_close()
+
+
+@contextmanager
+def health_listener(server: ServerConfig, look: Callable[[str], Verdict | None]) -> Generator[None]:
+    """Probes are answered within the block, where --health-port asks for it. Raises InvalidConfigurationError."""
+    if server.health_port is None:
+        yield
+        return
+    health = HealthServer(server.host, server.health_port, look)
+    health.start()
+    try:
+        yield
+    finally:
+        health.close()
 
 
 def _handler(look: Callable[[str], Verdict | None]) -> type[BaseHTTPRequestHandler]:

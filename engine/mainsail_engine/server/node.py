@@ -26,7 +26,7 @@ from mainsail_engine.compile_kernels import link_shipped
 from mainsail_engine.config import EngineConfig, ServerConfig
 from mainsail_engine.errors import StartupError
 from mainsail_engine.runner.ranks import Alive, Ended, WorkerStart, decode_words, spawn
-from mainsail_engine.server.health import HealthServer, Verdict, Vitals, judge
+from mainsail_engine.server.health import Verdict, Vitals, health_listener, judge
 
 log = logging.getLogger(__name__)
 GRACE_S = 10.0
@@ -72,31 +72,25 @@ class Node:
         """Until the ranks have ended. Raises StartupError, unless it was told to stop."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_stop)
-        health = self._start_health()
         nodes = self._engine.nodes
-        try:
-            self._start_ranks()
-            print(
-                f"node {nodes.node_rank} of {nodes.nnodes}: ranks {', '.join(str(r.number) for r in self._ranks)} "
-                f"follow {nodes.master_addr}:{nodes.master_port}; no API here",
-                file=sys.stderr, flush=True,
-            )  # fmt: skip
-            self._wait()
-        finally:
-            for rank in self._ranks:
-                rank.process.kill()  # also one that is stopped
-            for rank in self._ranks:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    rank.process.wait(REAP_S)
-            if health is not None:
-                health.close()
+        with health_listener(self._server, self._look):
+            try:
+                self._start_ranks()
+                print(
+                    f"node {nodes.node_rank} of {nodes.nnodes}: ranks {', '.join(str(r.number) for r in self._ranks)} "
+                    f"follow {nodes.master_addr}:{nodes.master_port}; no API here",
+                    file=sys.stderr, flush=True,
+                )  # fmt: skip
+                self._wait()
+            finally:
+                self._end_ranks()
 
-    def _start_health(self) -> HealthServer | None:
-        if self._server.health_port is None:
-            return None
-        health = HealthServer(self._server.host, self._server.health_port, self._look)
-        health.start()
-        return health
+    def _end_ranks(self) -> None:
+        for rank in self._ranks:
+            rank.process.kill()  # also one that is stopped
+        for rank in self._ranks:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                rank.process.wait(REAP_S)
 
     def _start_ranks(self) -> None:
         nodes = self._engine.nodes

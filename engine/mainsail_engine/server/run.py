@@ -28,9 +28,9 @@ from mainsail_engine.server.drain import Drain, unfinished
 from mainsail_engine.server.health import (
     LIVE_LIMIT_CPU_S,
     LIVE_LIMIT_CUDA_S,
-    HealthServer,
     Verdict,
     Vitals,
+    health_listener,
     judge,
 )
 from mainsail_engine.server.serving import Serving
@@ -57,28 +57,19 @@ class Leader(ApiServer):
         """Serve until drained. Raises StartupError when the core cannot start, or dies."""
         shared = self.config.api_server_count > 1
         listener = bind(self.config.host, self.config.port, shared=shared)
-        health = self._start_health()
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._drain.begin)
-        try:
-            serving = await self._start_engine(listener)
-            if serving is not None:
-                await self._serve(serving, listener)
-        finally:
-            await self._workers.close()
-            await self.client.close()
-            listener.close()
-            self.send_traces()
-            if health is not None:
-                health.close()
-
-    def _start_health(self) -> HealthServer | None:
-        if self.config.health_port is None:
-            return None
-        health = HealthServer(self.config.host, self.config.health_port, self._look)
-        health.start()
-        return health
+        with health_listener(self.config, self._look):
+            loop = asyncio.get_running_loop()
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, self._drain.begin)
+            try:
+                serving = await self._start_engine(listener)
+                if serving is not None:
+                    await self._serve(serving, listener)
+            finally:
+                await self._workers.close()
+                await self.client.close()
+                listener.close()
+                self.send_traces()
 
     async def _start_engine(self, listener: socket.socket) -> Serving | None:
         """Core, tokenizer and workers, side by side. None: told to stop before they were ready."""
@@ -144,7 +135,7 @@ class Leader(ApiServer):
 
     def _start_phases(self, ready: Ready) -> dict[str, float]:
         """Seconds of each, from this process's start to now."""
-        began_s = process_began_s()
+        began_s = min(process_began_s(), self._core_started_s)  # it says now where nobody knows
         phases = {"api": self._core_started_s - began_s, **ready.start}
         return phases | {"http": max(0.0, time.monotonic() - began_s - sum(phases.values()))}
 

@@ -103,7 +103,7 @@ class Stream(threading.Thread):
 
 @pytest.mark.model
 def test_sigterm_drains(own_engine: Callable[..., Any], waiting: Callable[..., None]) -> None:
-    engine = own_engine("--drain-timeout", "100")
+    engine = own_engine("--drain-timeout", "600")
     stream = Stream(engine.url, 500)
     assert stream.begun.wait(60)
     os.kill(engine.core_pid(), signal.SIGSTOP)  # so that the stream does not end while we look
