@@ -25,6 +25,7 @@ import numpy as np
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
+from mainsail_engine.awake import AwakeClock
 from mainsail_engine.child import take_orders
 from mainsail_engine.config import EngineConfig
 from mainsail_engine.errors import StartupError
@@ -49,6 +50,8 @@ log = logging.getLogger(__name__)
 BEAT_S = 1.0
 LEADER_SILENT_S = 7.0
 LEADER_LOADING_SILENT_S = 60.0
+LONGEST_TURN_S = 2.0
+"""Of whoever listens to the leader; see awake.py."""
 
 
 class Parent:
@@ -268,10 +271,11 @@ def watch_leader(
     poller = zmq.Poller()
     poller.register(pulse, zmq.POLLIN)
     poller.register(events, zmq.POLLIN)
-    heard_s = time.monotonic()
+    clock = AwakeClock(LONGEST_TURN_S)
+    heard_s = clock.now_s
     while True:
         ready = dict(poller.poll(1000))
-        now = time.monotonic()
+        now = clock.tick()
         if pulse in ready:
             pulse.recv()
             heard_s = now

@@ -7,9 +7,9 @@ one is lost.
                           ◀──results (PULL)─── the last stage's tokens, where there are several stages
 
 A rank is lost when its process ends, when it is silent for SILENT_S (stopped, starved, or its node is gone), or when a
-step is not done within the step limit of the one before it (a collective that hangs). Nothing can go on without it:
-`on_lost` is told why, once. Ranks of other nodes end when the connection to the leader does, or its pulse
-(tp_worker.py).
+step is not done within the step limit of the one before it (a collective that hangs); the clock for that stands still
+when the leader does (awake.py). Nothing can go on without it: `on_lost` is told why, once. Ranks of other nodes end
+when the connection to the leader does, or its pulse (tp_worker.py).
 
 Within a node the sockets are files; over nodes they listen on free ports, which the leader tells at the rendezvous.
 """
@@ -31,6 +31,7 @@ import numpy as np
 import zmq
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
+from mainsail_engine.awake import AwakeClock
 from mainsail_engine.config import EngineConfig
 from mainsail_engine.model.architecture import read_architecture
 from mainsail_engine.model.parallel import SINGLE, Parallel, check_divides, check_stages
@@ -54,6 +55,8 @@ LOADING_SILENT_S = 60.0
 """While it loads, a rank may hold its interpreter for long."""
 PULSE_S = 1.0
 TICK_MS = 200
+LONGEST_TURN_S = 1.0
+"""Of whoever listens to beats: more is time in which the leader was stopped or starved itself."""
 STEP_LIMIT_S = {"cuda": 8.0}
 CPU_STEP_LIMIT_S = 60.0
 NUMBER = struct.Struct("<q")
@@ -91,6 +94,8 @@ class Workers:
         self._results, results = self._bind(config, zmq.PULL, "results")
         invite(store, config, Addresses(plans, pulse, beats, results))
         self._on_lost = on_lost
+        self._clock = AwakeClock(LONGEST_TURN_S)
+        """For all that follows; it ticks on the watcher's thread."""
         self._step_limit_s = STEP_LIMIT_S.get(device, CPU_STEP_LIMIT_S)
         self._sender = PlanSender()
         self._decode_result = msgspec.msgpack.Decoder(ResultMessage).decode
@@ -162,7 +167,7 @@ class Workers:
     def send(self, plan: StepPlan, num_loaded: int) -> int:
         """num_loaded: see step.StepPlan. Returns the step's number."""
         self._num_sent += 1
-        self._unfinished.append((self._num_sent, time.monotonic()))
+        self._unfinished.append((self._num_sent, self._clock.now_s))
         self._tell(self._sender.message(plan, num_loaded))
         return self._num_sent
 
@@ -193,7 +198,7 @@ class Workers:
                 self._pulse.send(b"")
             if self._beats.poll(TICK_MS):
                 self._note(decode(self._beats.recv()))
-            if (trouble := self._trouble(time.monotonic())) is not None:
+            if (trouble := self._trouble(self._clock.tick())) is not None:
                 self._on_lost(trouble)
                 return
 
@@ -201,10 +206,10 @@ class Workers:
         self._num_done[beat.rank] = beat.num_done
         self._host_blocks[beat.rank] = beat.num_host_blocks
         self._begun[beat.rank] = beat.times_begun
-        self._last_beat[beat.rank] = time.monotonic()
+        self._last_beat[beat.rank] = self._clock.now_s
         while self._unfinished and self._unfinished[0][0] <= min(self._num_done.values()):
             self._unfinished.popleft()
-            self._last_done_s = time.monotonic()
+            self._last_done_s = self._clock.now_s
 
     def _trouble(self, now: float) -> str | None:
         for rank, last_s in self._last_beat.items():

@@ -22,6 +22,7 @@ from types import FrameType
 
 import msgspec
 
+from mainsail_engine.awake import AwakeClock
 from mainsail_engine.compile_kernels import link_shipped
 from mainsail_engine.config import EngineConfig, ServerConfig
 from mainsail_engine.errors import StartupError
@@ -35,15 +36,17 @@ LAST_WORDS_S = 2.0
 SILENT_S, LOADING_SILENT_S = 7.0, 60.0
 REAP_S = 5.0
 TICK_S = 0.5
+LONGEST_TURN_S = 2.0
+"""Of the thread that judges silence; see awake.py."""
 
 
 @dataclass(slots=True)
 class _Rank:
     number: int
     process: subprocess.Popen[bytes]
+    heard_s: float
+    """When it last said something, on the node's clock."""
     has_loaded: bool = False
-    heard_s: float = field(default_factory=time.monotonic)
-    """When it last said something, on the monotonic clock."""
     ended: Ended | None = None
     listener: threading.Thread | None = field(default=None)
 
@@ -65,6 +68,7 @@ class Node:
         self._ranks: list[_Rank] = []
         self._over: queue.SimpleQueue[_Rank] = queue.SimpleQueue()
         """Ranks that have ended, or are about to."""
+        self._clock = AwakeClock(LONGEST_TURN_S)
         self._stop_s: float | None = None
         """When it was told to stop, on the monotonic clock."""
 
@@ -98,7 +102,7 @@ class Node:
             start = WorkerStart(
                 config=self._engine, rank=number, host=nodes.master_addr, port=nodes.master_port, is_listened_to=True
             )
-            rank = _Rank(number, spawn(start))
+            rank = _Rank(number, spawn(start), self._clock.now_s)
             rank.listener = threading.Thread(target=self._listen, args=(rank,), name=f"rank {number}", daemon=True)
             self._ranks.append(rank)
             rank.listener.start()
@@ -112,7 +116,7 @@ class Node:
                 sys.stderr.buffer.write(line)
                 sys.stderr.buffer.flush()
                 continue
-            rank.heard_s = time.monotonic()
+            rank.heard_s = self._clock.now_s
             if isinstance(words, Alive):
                 rank.has_loaded = words.has_loaded
             else:
@@ -126,10 +130,10 @@ class Node:
                 if self._stop_s is None:
                     raise _failure(ended.last_words())
                 return
-            now = time.monotonic()
-            if silent := next((rank for rank in self._ranks if rank.is_silent(now)), None):
+            listening_s = self._clock.tick()
+            if silent := next((rank for rank in self._ranks if rank.is_silent(listening_s)), None):
                 raise _failure(Ended("RankLost", f"rank {silent.number} is silent: stopped, or starved of CPU"))
-            if self._stop_s is not None and now - self._stop_s > self._server.drain_timeout_s + GRACE_S:
+            if self._stop_s is not None and time.monotonic() - self._stop_s > self._server.drain_timeout_s + GRACE_S:
                 log.warning("the leader has not ended %.0f s after this node was told to", GRACE_S)
                 return
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -19,6 +20,7 @@ from tests.engine.processes import children
 from mainsail_engine.client import EngineDeadError
 from mainsail_engine.errors import StartupError
 from mainsail_engine.llm import LLM, Prompt, SamplingParams
+from mainsail_engine.runner import workers
 
 COMMON = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -133,6 +135,22 @@ def test_a_lost_rank_is_noticed_and_ends_the_engine(folder: Path, loss: str) -> 
         if rank.is_running():
             rank.kill()
         llm.close()
+
+
+@pytest.mark.slow
+def test_a_leader_that_was_stopped_itself_finds_its_ranks_alive(folder: Path) -> None:
+    """For longer than a rank may be silent."""
+    prompt: Prompt = {"prompt_token_ids": [5, 6, 7]}
+    short = SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True)
+    others = children("mainsail_engine.core")
+    with LLM(str(folder / "Llama"), tensor_parallel_size=4, kv_cache_blocks=32, device="cpu") as llm:
+        before = llm.generate(prompt, short)[0].outputs
+        (core,) = children("mainsail_engine.core") - others
+        core.suspend()
+        time.sleep(workers.SILENT_S + 2.0)
+        core.resume()
+        time.sleep(1.0)  # the watcher's turn
+        assert llm.generate(prompt, short)[0].outputs == before
 
 
 HANGING = """
