@@ -110,7 +110,9 @@ class AdapterTable:
         self._all.remove(loaded)
 
     def use(self, name: str, request: Request) -> Loaded | None:
-        """From now until `release`, this request goes through the adapter of that name. None: there is none."""
+        """From now until `release`, this request goes through the adapter of that name, and through no other. None:
+        there is none."""
+        self.release((request.request_id,))
         loaded = self._named.get(name)
         if loaded is None or loaded.adapter is None:
             return None

@@ -146,3 +146,19 @@ def test_settings_that_do_not_fit_are_refused() -> None:
         LoraConfig(max_loras=4, max_cpu_loras=2)
     with pytest.raises(InvalidConfigurationError, match="works on one device"):
         EngineConfig(model=ModelConfig(path="m"), lora=LoraConfig(max_loras=2, max_cpu_loras=4), tensor_parallel_size=2)
+
+
+def test_a_request_that_comes_again_holds_the_adapter_of_its_second_coming_alone() -> None:
+    """It waited for its grammar, and the name was given to another adapter meanwhile: the first has nobody left."""
+    slots = Slots(2)
+    desk = AdapterDesk(2, slots, 2)
+    desk.load_now([("a", "/first")])
+    request = Request("1", [1], SamplingParams(max_tokens=1), 0.0)
+    desk.table.use("a", request)
+    desk.table.forget("a")
+    desk.load_now([("a", "/second")])
+    desk.table.use("a", request)
+    desk.load_now([("b", "/")])
+    assert slots.num_fills == 3
+    desk.table.release(["1"])
+    assert desk.table.paths == {"a": "/second", "b": "/"}
