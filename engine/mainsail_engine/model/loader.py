@@ -55,11 +55,6 @@ class Part(NamedTuple):
 class Weights:
     """What a model asks for its parameters. Each lands once on the device, in the model's dtype."""
 
-    @property
-    def makes_dummies(self) -> bool:
-        """Whether random numbers take the place of a checkpoint's."""
-        return self._source is None
-
     def __init__(
         self, source: Source | None, device: torch.device, dtype: torch.dtype, quantization: Quantization = NONE
     ) -> None:
@@ -68,11 +63,12 @@ class Weights:
         self._asked: set[str] = set()
         self.device = device
         self.dtype = dtype
-        self._random = torch.Generator(device=device).manual_seed(0) if self.makes_dummies else None
+        self._random = torch.Generator(device=device).manual_seed(0) if self.is_dummy else None
         self._reader = Reader(device) if source is not None and device.type == "cuda" else None
 
     @property
     def is_dummy(self) -> bool:
+        """Whether random numbers take the place of a checkpoint's."""
         return self._source is None
 
     def has(self, name: str) -> bool:

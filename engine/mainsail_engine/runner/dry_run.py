@@ -68,7 +68,7 @@ class Shapes(Weights):
     """Parameters of the right shapes, with nothing in them."""
 
     @property
-    def makes_dummies(self) -> bool:
+    def is_dummy(self) -> bool:
         return False
 
     def _fill(self, out: torch.Tensor, part: Any) -> None:
