@@ -90,7 +90,11 @@ class Server:
         )  # fmt: skip
         while not self._is_ready():
             time.sleep(0.02)
-        self.ask("/v1/completions", {"model": "bench", "prompt": [5, 6, 7], "max_tokens": 1})
+        try:
+            self.ask("/v1/completions", {"model": "bench", "prompt": [5, 6, 7], "max_tokens": 1})
+        except OSError:  # else it would stay on the card, and on the port of the next
+            self.close()
+            raise
         self.first_token_s = time.monotonic() - self._began_s
 
     def _is_ready(self) -> bool:

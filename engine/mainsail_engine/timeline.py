@@ -52,6 +52,17 @@ class Timeline:
         self._last_s = now
 
 
+def of_server(core: Mapping[str, float], *, began_s: float, core_started_s: float, now: float) -> dict[str, float]:
+    """All phases of an API process's start, those of its core between its own: seconds, none below 0.
+
+    began_s, core_started_s, now: on the monotonic clock. began_s may be too late, where the system does not say it
+    (`process_began_s`): then the start begins with the core's.
+    """
+    began_s = min(began_s, core_started_s)
+    phases = {"api": core_started_s - began_s, **core}
+    return phases | {"http": max(0.0, now - began_s - sum(phases.values()))}
+
+
 def in_words(phases: Mapping[str, float]) -> str:
     """For the log."""
     parts = ", ".join(f"{phase} {phases[phase]:.1f}" for phase in PHASES if phase in phases)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import time
 
 from mainsail_engine.metrics import Metrics
-from mainsail_engine.timeline import PHASES, Timeline, in_words, process_began_s
+from mainsail_engine.timeline import PHASES, Timeline, in_words, of_server, process_began_s
 
 
 def test_time_belongs_to_the_phase_that_ends_with_it() -> None:
@@ -12,6 +12,19 @@ def test_time_belongs_to_the_phase_that_ends_with_it() -> None:
     for phase in ("core", "imports", "device", "imports"):
         timeline.mark(phase)
     assert timeline.phases == {"core": 0.5, "imports": 3.5, "device": 0.25}
+
+
+def test_the_phases_of_a_server_add_up_to_its_start() -> None:
+    core = {"core": 0.5, "weights": 2.0}
+    whole = of_server(core, began_s=100.0, core_started_s=101.0, now=104.0)
+    assert whole == {"api": 1.0, "core": 0.5, "weights": 2.0, "http": 0.5}
+    assert list(whole) == [phase for phase in PHASES if phase in whole]
+
+
+def test_a_beginning_that_nobody_knows_is_the_cores() -> None:
+    """process_began_s says now then: the end of the start."""
+    core = {"core": 0.5, "weights": 2.0}
+    assert of_server(core, began_s=104.0, core_started_s=101.0, now=104.0) == {"api": 0.0, **core, "http": 0.5}
 
 
 def test_the_log_tells_phases_in_their_order() -> None:

@@ -36,7 +36,7 @@ from mainsail_engine.server.health import (
 from mainsail_engine.server.serving import Serving
 from mainsail_engine.server.worker import WorkerStart
 from mainsail_engine.server.workers import Workers
-from mainsail_engine.timeline import in_words, process_began_s
+from mainsail_engine.timeline import in_words, of_server, process_began_s
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +108,9 @@ class Leader(ApiServer):
         while not http.started and not serve.done():  # noqa: ASYNC110 (uvicorn tells in no other way)
             await asyncio.sleep(0.005)
         host, port = listener.getsockname()[:2]
-        phases = self._start_phases(serving.ready)
+        phases = of_server(
+            serving.ready.start, began_s=process_began_s(), core_started_s=self._core_started_s, now=time.monotonic()
+        )
         serving.metrics.started(phases)
         log.info("%s", in_words(phases))
         settle()
@@ -132,12 +134,6 @@ class Leader(ApiServer):
             for task in (died, drained, lost, lag):
                 task.cancel()
             await asyncio.gather(died, drained, lost, lag, return_exceptions=True)
-
-    def _start_phases(self, ready: Ready) -> dict[str, float]:
-        """Seconds of each, from this process's start to now."""
-        began_s = min(process_began_s(), self._core_started_s)  # it says now where nobody knows
-        phases = {"api": self._core_started_s - began_s, **ready.start}
-        return phases | {"http": max(0.0, time.monotonic() - began_s - sum(phases.values()))}
 
     def _num_running(self) -> int:
         return int(self.board.total("in_progress"))
