@@ -303,7 +303,7 @@ def _refusing(name: str) -> Generator[None]:
     """What transformers' modules raise is a refusal that names the model."""
     try:
         yield
-    except (StartupError, torch.OutOfMemoryError):
+    except (StartupError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         log.info("transformers' modules failed", exc_info=True)

@@ -217,3 +217,11 @@ def test_every_causal_model_of_transformers_is_right_or_refused_by_name(tmp_path
     print(f"{len(right)} right: {', '.join(right)}", *refused, sep="\n")
     assert not wrong
     assert len(right) > 60
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])
+def test_too_little_memory_is_no_refusal_of_the_model(error: Exception) -> None:
+    from mainsail_engine.model.generic import _refusing
+
+    with pytest.raises(type(error)), _refusing("OPTForCausalLM"):
+        raise error
