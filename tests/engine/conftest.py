@@ -12,6 +12,12 @@ torch.set_num_threads(2)
 DEFAULT_MODEL = Path.home() / ".cache/mainsail/models/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Random numbers are the same whichever tests ran before."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The path of the SmolLM2 GGUF. Its absence is a failure, not a skip: `make model` fetches it."""

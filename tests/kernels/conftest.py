@@ -16,6 +16,12 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() and os.environ.get("TR
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Random numbers are the same whichever tests ran before."""
+    torch.manual_seed(0)
+
+
 @dataclass
 class Paged:
     """One layer's cache with some sequences in it; whatever they do not own is NaN."""
