@@ -147,7 +147,7 @@ class Scheduler:
         self._num_held = 0
         self._now = self._loading_since_s = 0.0
         self.chunking = ChunkController(max_inter_token_latency_s) if max_inter_token_latency_s > 0 else None
-        """What steps cost. It may be another scheduler's, of the same model on the same device."""
+        """What steps cost, and how much prefill goes beside decodes; None: as much as fits."""
         self._last_commit_s = 0.0
         self._end_was_seen = True
         """When the last step ended is known (StepResult.ended_unseen)."""

@@ -2,10 +2,7 @@
 request, and an API server that lists and watches as a script tells it."""
 
 import asyncio
-import contextlib
 import json
-import random
-import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -14,6 +11,7 @@ from urllib.parse import urlsplit
 import pytest
 import uvicorn
 import uvloop
+from tests.ports import free_ports
 
 from mainsail_gateway.app import Gateway
 from mainsail_gateway.routes import Endpoint, Service, Table
@@ -220,18 +218,6 @@ async def gateway(*services: Service, traces=None, **settings) -> AsyncIterator[
 def event_loop_policy():
     """The loop that the gateway runs on."""
     return uvloop.EventLoopPolicy()
-
-
-def free_ports() -> tuple[int, int]:
-    """For processes that are to listen there. Below the ports that the kernel gives to outgoing connections, or one of
-    those could take one before its process has started."""
-    found: list[int] = []
-    while len(found) < 2:
-        port = random.SystemRandom().randrange(10_000, 20_000)
-        with socket.socket() as sock, contextlib.suppress(OSError):
-            sock.bind(("127.0.0.1", port))
-            found += [port] if port not in found else []
-    return found[0], found[1]
 
 
 @pytest.fixture

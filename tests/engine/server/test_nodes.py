@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import random
 import signal
-import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,20 +20,12 @@ import psutil
 import pytest
 from tests.engine.server.conftest import Engine, launch, start, wait_for
 from tests.engine.server.test_ranks import mixed, texts
+from tests.ports import free_ports
 
 ARGUMENTS = (
     "--pipeline-parallel-size", "2", "--kv-cache-blocks", "40", "--max-model-len", "512", "--max-num-seqs", "16",
     "--kv-offloading-size", "0.02", "--max-num-batched-tokens", "48",
 )  # fmt: skip
-
-
-def free_port() -> int:
-    """Below those that the kernel gives to whoever connects or asks for any: nobody takes it before it is bound."""
-    ephemeral = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    while True:
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port := random.randrange(10_000, ephemeral)))
-            return port
 
 
 @dataclass
@@ -56,7 +46,7 @@ class Nodes:
 def start_worker(folder: Path, model: Path, port: int, *arguments: str) -> tuple[Engine, str]:
     """The second node, as a pod of a LeaderWorkerSet: (the command, where its health is)."""
     folder.mkdir()
-    health = free_port()
+    (health,) = free_ports(1)
     told = {"LWS_LEADER_ADDRESS": "127.0.0.1", "LWS_GROUP_SIZE": "2", "LWS_WORKER_INDEX": "1"}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in told.items():
@@ -69,7 +59,7 @@ def start_worker(folder: Path, model: Path, port: int, *arguments: str) -> tuple
 
 
 def start_nodes(folder: Path, model: Path) -> Nodes:
-    port = free_port()
+    (port,) = free_ports(1)
     worker, health = start_worker(folder / "worker", model, port, *ARGUMENTS)
     leader = start(folder, model, "--nnodes", "2", "--master-port", str(port), *ARGUMENTS)
     return Nodes(leader, worker, health)
@@ -221,7 +211,7 @@ def test_told_to_stop_the_worker_stays_until_the_leader_is_gone(tiny_model: Path
 
 @pytest.mark.slow
 def test_nodes_that_were_started_otherwise_are_refused(tiny_model: Path, tmp_path: Path) -> None:
-    port = free_port()
+    (port,) = free_ports(1)
     others = (*ARGUMENTS[:-1], "32")
     worker, _ = start_worker(tmp_path / "worker", tiny_model, port, *others)
     leader = launch(
