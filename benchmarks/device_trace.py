@@ -22,16 +22,17 @@ from pathlib import Path
 from typing import Any
 
 GROUPS: tuple[tuple[str, str], ...] = (
-    ("decode attention", r"^_decode_kernel|_fused_decode"),
+    ("decode attention", r"^_(hopper_)?decode_kernel"),
     ("prefill attention", r"^_prefill_kernel|^_hopper_kernel"),
     ("norm", r"rms_norm"),
     ("rotation, KV write", r"^_rope_write"),
     ("activation", r"^_gated_kernel|^_silu"),
-    ("experts", r"^_(route|list|group|grouped|up|down|down_sum|sum)_kernel"),
-    ("sampling", r"^_chunk_kernel|^_argmax|^_draw|^_penalize|^_best_of|^_note_kernel"),
-    ("inputs", r"^_resolve|[Mm]em(cpy|set)|gather|index|embedding"),
+    ("experts", r"^_(route|group|grouped|pair_up|down_sum|sum|widen)_kernel"),
+    ("adapters", r"^_(down|up)_kernel"),
+    ("sampling", r"^_chunk_kernel|^_argmax|^_draw|^_penalize|^_best_of|^_note_kernel|^_send_kernel"),
+    ("inputs", r"^_resolve|^_unpack|[Mm]em(cpy|set)|gather|index|embedding"),
     ("quantizing rows", r"^_quantize"),
-    ("linear", r"nvjet|gemm|gemv|cutlass|splitK|linear|^_rows?_kernel|^_nibbles|^_spread|^_dequantize"),
+    ("linear", r"nvjet|gemm|gemv|cutlass|splitK|linear|^_rows?_|^_nibbles|^_spread|^_dequantize"),
 )
 """The first pattern found in a kernel's name says its group; none: other."""
 ROLES = {"attention": "output", "activation": "down"}

@@ -83,6 +83,13 @@ class Widths:
     kv: float = 2.0
     expert: float = 2.0
 
+    @classmethod
+    def of(cls, model: str, quantization: str, kv_dtype: str) -> Widths:
+        """Of a model of MODELS under serve's options of these names."""
+        weight = {"fp8": 1.0, "int4": (4 + 24 / 32) / 8}.get(quantization, 2.0)
+        experts = (4 + 8 / 32) / 8 if model == "gpt-oss-20b" else weight  # its checkpoint has them in MXFP4
+        return cls(weight, 1.0 if kv_dtype == "fp8" else 2.0, experts)
+
 
 def step_bytes(a: Architecture, batch: int, context: int, widths: Widths) -> float:
     """Bytes that a decode step must read: every weight but the embedding table, and the KV."""
@@ -334,9 +341,7 @@ def main() -> None:
     load = Load(core, ready.vocab_size)
     load.add(1000, 8)
     load.drain()
-    weight = {"fp8": 1.0, "int4": (4 + 24 / 32) / 8}.get(args.quantization, 2.0)
-    experts = (4 + 8 / 32) / 8 if args.model == "gpt-oss-20b" else weight  # its checkpoint has them in MXFP4
-    widths = Widths(weight, 1.0 if args.kv_cache_dtype == "fp8" else 2.0, experts)
+    widths = Widths.of(args.model, args.quantization, args.kv_cache_dtype)
     named = args.model if args.quantization == "auto" else f"{args.model} {args.quantization}"
     peer = PEER.get(named, {"step_ms": {}, "prefill": None, "mixed": None, "long": None})
     result: dict[str, Any] = {

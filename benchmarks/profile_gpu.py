@@ -54,16 +54,25 @@ LATENCY_S = 0.04
 class Card:
     bytes_per_s: float
     flops_per_s: float
+    """Of bfloat16."""
+    fp8_flops_per_s: float = 0.0
+    """0: not measured, as it is not needed."""
 
 
-def matrix_rate() -> float:
-    """Operations a second of an 8192-cubed product in bfloat16, random data."""
-    a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+def matrix_rate(dtype: torch.dtype = torch.bfloat16) -> float:
+    """Operations a second of an 8192-cubed product in bfloat16 or float8_e4m3fn, random data."""
+    a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda").to(dtype) for _ in range(2))
+    one = torch.ones((), device="cuda")
     times: list[float] = []
     for _ in range(12):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        torch.mm(a, b)
+        if dtype == torch.bfloat16:
+            torch.mm(a, b)
+        else:
+            torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
+                a, b.T, one, one, out_dtype=torch.bfloat16, use_fast_accum=True
+            )
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end) / 1e3)
@@ -103,7 +112,8 @@ def floors(a: Architecture, step: Step, card: Card, widths: Widths) -> dict[str,
     heads, kv_heads = a.num_heads * a.head_dim, 2 * a.num_kv_heads * a.head_dim
 
     def product(weights: float, used: float, width: float, rows: int = n) -> float:
-        return max(weights * width / card.bytes_per_s, 2 * rows * used / card.flops_per_s)
+        rate = card.fp8_flops_per_s if width == 1.0 else card.flops_per_s
+        return max(weights * width / card.bytes_per_s, 2 * rows * used / rate)
 
     layer = {
         "linear qkv": product((heads + kv_heads) * hidden, (heads + kv_heads) * hidden, widths.weight),
@@ -481,7 +491,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("situations", nargs="+", help="see above")
     parser.add_argument("--model", default="llama-3-8b", choices=sorted(name for name in PEER if " " not in name))
-    parser.add_argument("--quantization", default="auto", choices=("auto", "fp8"))
+    parser.add_argument("--quantization", default="auto", choices=("auto", "fp8", "int4"))
     parser.add_argument("--kv-cache-dtype", default="auto", choices=("auto", "fp8"))
     parser.add_argument("--max-num-seqs", type=int, default=256)
     parser.add_argument("--max-model-len", type=int, default=4096)
@@ -493,19 +503,21 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     situations = [Situation.of(text) for text in args.situations]
-    card = Card(measured_bandwidth(), matrix_rate())
+    fp8 = matrix_rate(torch.float8_e4m3fn) if args.quantization == "fp8" else 0.0
+    card = Card(measured_bandwidth(), matrix_rate(), fp8)
     torch.cuda.empty_cache()
-    print(f"{card.bytes_per_s / 1e9:.0f} GB/s, {card.flops_per_s / 1e12:.0f} TFLOP/s", flush=True)
+    rates = f"{card.flops_per_s / 1e12:.0f} TFLOP/s" + f", {fp8 / 1e12:.0f} in FP8" * bool(fp8)
+    print(f"{card.bytes_per_s / 1e9:.0f} GB/s, {rates}", flush=True)
     config = engine_config(args, prefix_caching=args.prefix_caching)
     core, ready = build(config)
     architecture = read_architecture(MODELS / args.model)
-    weight = 1.0 if args.quantization == "fp8" else 2.0
-    widths = Widths(weight, 1.0 if args.kv_cache_dtype == "fp8" else 2.0, weight)
+    widths = Widths.of(args.model, args.quantization, args.kv_cache_dtype)
     profiler = Profiler(core, ready.vocab_size, architecture, card, widths)
     result: dict[str, Any] = {
-        "card": torch.cuda.get_device_name(), "torch": torch.__version__, "model": args.model, "commit": args.commit,
+        "card": torch.cuda.get_device_name(), "torch": torch.__version__, "model": args.model,
+        "quantization": args.quantization, "kv_cache_dtype": args.kv_cache_dtype, "commit": args.commit,
         "command": " ".join(["python", *sys.argv]), "copy_GB_per_s": round(card.bytes_per_s / 1e9),
-        "matrix_TFLOP_per_s": round(card.flops_per_s / 1e12), "profiles": [],
+        "matrix_TFLOP_per_s": round(card.flops_per_s / 1e12), "fp8_TFLOP_per_s": round(fp8 / 1e12), "profiles": [],
     }  # fmt: skip
     for situation in situations:
         profile = profiler.profile(situation)
