@@ -59,13 +59,17 @@ class Replay:
         self.answers, self._right, self._vocab_size = answers, right, vocab_size
         self._numbers = random.Random(seed)
         self._rates = HitRates((0.9, 0.9, 0.9))
+        self._verified: list[tuple[int, int]] = []
 
-    def saw(self, request: Request, token: int) -> None:
+    def saw(self, request: Request, tokens: Sequence[int]) -> None:
         """Nothing to learn: the answer is known."""
 
     def chances(self, request: Request, most: int) -> list[float]:
         left = len(self.answers[request.request_id]) - len(request.output_token_ids)
         return self._rates.chances(0, min(most, left)) if left > 0 else []
+
+    def has_guesses(self, request: Request, count: int) -> bool:
+        return len(self.answers[request.request_id]) > len(request.output_token_ids)
 
     def guess(self, wanted: list[tuple[Request, int]]) -> list[list[int]]:
         return [self._guesses(request, count) for request, count in wanted]
@@ -73,11 +77,18 @@ class Replay:
     def _guesses(self, request: Request, count: int) -> list[int]:
         start = len(request.output_token_ids)
         right = self.answers[request.request_id][start : start + count]
+        if self._right == 1.0:
+            return list(right)
         return [token if self._numbers.random() < self._right else (token + 1) % self._vocab_size for token in right]
 
     def verified(self, request: Request, num_guesses: int, num_right: int) -> None:
-        for position in range(min(num_right + 1, num_guesses)):
-            self._rates.note(position, position < num_right)
+        self._verified.append((num_guesses, num_right))
+
+    def settle(self) -> None:
+        for num_guesses, num_right in self._verified:
+            for position in range(min(num_right + 1, num_guesses)):
+                self._rates.note(position, position < num_right)
+        self._verified.clear()
 
     def forget(self, request: Request) -> None:
         """Nothing is kept."""

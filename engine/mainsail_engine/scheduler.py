@@ -28,7 +28,7 @@ Iteration-level scheduling as in Orca (Yu et al., 2022), chunked prefill as in S
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from heapq import heapify, heappop, heappush
 from itertools import islice
 from typing import TYPE_CHECKING, TypedDict
@@ -156,6 +156,8 @@ class Scheduler:
         self._speculator = speculator
         self._is_verifying = False
         """A plan with guesses is in flight."""
+        self._unshared: list[Request] = []
+        """Whose blocks have filled up, since `settle`, and are in no prefix tree yet."""
         self._micro_batches = micro_batches
 
     # -- requests come and go ------------------------------------------------------------------------------------
@@ -326,17 +328,21 @@ class Scheduler:
     def _add_guesses(self, plan: StepPlan, speculator: Speculator) -> None:
         """Let decodes verify guesses, as many as pays and as there is room for."""
         chunks = plan.chunks
-        room = [chunk.request.max_num_tokens - chunk.request.num_tokens - 1 for chunk in chunks]
         requests = [chunk.request for chunk in chunks]
+        room = [request.max_num_tokens - request.num_tokens - 1 for request in requests]
         guesses = speculator.guess(requests, room, len(chunks), self._budget - len(chunks))
         for chunk, made in zip(chunks, guesses, strict=True):
+            if not made:
+                continue
             constraint = chunk.request.constraint
-            if made and constraint is not None:
+            if constraint is not None:
                 made = constraint.conforming(made)
-            if made:
-                chunk.guesses = made = made[: self._room_to_guess(chunk)]
-                chunk.num_tokens += len(made)
-                self.kv.grow(chunk.request, chunk.start + chunk.num_tokens)
+            stop = chunk.start + 1 + len(made)
+            if stop > len(chunk.block_ids) * BLOCK_SIZE:
+                made = made[: self._room_to_guess(chunk)]
+                stop = chunk.start + 1 + len(made)
+                self.kv.grow(chunk.request, stop)
+            chunk.guesses, chunk.num_tokens = made, stop - chunk.start
         verifying = [chunk for chunk in chunks if chunk.guesses]
         if verifying:
             plan.chunks = [chunk for chunk in chunks if not chunk.guesses] + verifying
@@ -598,18 +604,20 @@ class Scheduler:
 
     def commit(self, plan: StepPlan, result: StepResult, now: float) -> list[RequestOutput]:
         """Take a finished step's tokens, in launch order. Returns what each request got."""
+        self.settle()
         self._plans_in_flight -= 1
         self._is_verifying = False
         self._now = now
         self._measure(plan, now, ended_unseen=result.ended_unseen)
         self._take_loads(result.num_loaded, now)
         outputs = self.take_outputs()
-        tokens = iter(result.token_ids)
+        tokens, after = result.token_ids, 0
         for index, chunk in enumerate(plan.chunks):
             request = chunk.request
             request.num_launched_chunks -= 1
-            token = next(tokens) if chunk.samples else None
-            more = list(islice(tokens, len(chunk.guesses)))
+            first, token = after, None
+            if chunk.samples:
+                after, token = first + 1 + len(chunk.guesses), tokens[first]
             if token is not None and not request.num_superseded:
                 request.num_in_flight -= 1
             elif token is not None:
@@ -622,7 +630,7 @@ class Scheduler:
                 continue
             extras = result.extras.get(index)
             if chunk.guesses and token is not None:
-                outputs.append(self._accept_guesses(chunk, [token, *more], extras))
+                outputs.append(self._accept_guesses(chunk, tokens[first:after], extras))
                 continue
             if request.status is RequestStatus.RUNNING:
                 self._written(request, chunk.start + chunk.num_tokens)
@@ -631,6 +639,14 @@ class Scheduler:
             elif token is not None:
                 outputs.append(self._accept(request, [token]))
         return outputs
+
+    def settle(self) -> None:
+        """What a step with guesses has put off: the next one waits for its tokens, and for nothing else of this."""
+        for request in self._unshared:
+            self.kv.written(request, request.num_written_tokens)
+        self._unshared.clear()
+        if self._speculator is not None:
+            self._speculator.source.settle()
 
     def _take_loads(self, num_loaded: int, now: float) -> None:
         """So many blocks have come from the host since the start."""
@@ -673,9 +689,10 @@ class Scheduler:
     def _accept_guesses(self, chunk: Chunk, tokens: list[int], extras: ChunkExtras | None) -> RequestOutput:
         """tokens: those of the decode itself and after each guess."""
         request, guesses = chunk.request, chunk.guesses
+        num_right = right_guesses(guesses, tokens)
         if self._speculator is not None:
-            self._speculator.verified(request, len(guesses), right_guesses(guesses, tokens))
-        return self._accept(request, verified_tokens(guesses, tokens), extras, verified=True)
+            self._speculator.verified(request, len(guesses), num_right)
+        return self._accept(request, verified_tokens(tokens, num_right), extras, verified=True)
 
     def _accept(
         self,
@@ -692,31 +709,31 @@ class Scheduler:
         start = len(request.output_token_ids) - request.num_unsent_tokens
         request.num_unsent_tokens = 0
         constraint, reason = request.constraint, None
-        for token in tokens:
-            if constraint is not None and not constraint.accept(token):
-                return self._fail_constraint(request, "the token that was sampled does not conform to the grammar")
-            reason = self._append(request, token)
-            if reason is not None:
-                break
+        if constraint is None and tokens and self._goes_on(request, tokens):
+            self._extend(request, tokens)
+        else:
+            for token in tokens:
+                if constraint is not None and not constraint.accept(token):
+                    return self._fail_constraint(request, "the token that was sampled does not conform to the grammar")
+                reason = self._append(request, token)
+                if reason is not None:
+                    break
         if verified:
-            request.num_computed_tokens = request.num_tokens - 1
-            self._written(request, request.num_computed_tokens)
+            request.num_computed_tokens = request.num_written_tokens = request.num_tokens - 1
+            if request.num_computed_tokens >= (request.num_tree_blocks + 1) * BLOCK_SIZE:
+                self._unshared.append(request)
         if constraint is not None and tokens and reason is None:
             reason = self._jump_forward(request, constraint)
         if reason is not None:
             self._finish(request, reason)
         tokens = request.output_token_ids[start:]
-        stop, cached = request.stop_reason, request.num_cached_tokens
-        if extras is None:
-            return RequestOutput(
-                request.request_id, tokens, reason, stop, cached, num_preemptions=request.num_preemptions,
-                num_host_tokens=request.num_host_tokens,
-            )  # fmt: skip
-        logprobs = extras.logprobs and extras.logprobs[: len(tokens)]
-        return RequestOutput(
-            request.request_id, tokens, reason, stop, cached,
-            logprobs=logprobs, prompt_logprobs=extras.prompt_logprobs, embedding=extras.embedding,
-            num_preemptions=request.num_preemptions, num_host_tokens=request.num_host_tokens,
+        logprobs = prompt_logprobs = embedding = None
+        if extras is not None:
+            logprobs = extras.logprobs and extras.logprobs[: len(tokens)]
+            prompt_logprobs, embedding = extras.prompt_logprobs, extras.embedding
+        return RequestOutput(  # by position: twice as fast
+            request.request_id, tokens, reason, request.stop_reason, request.num_cached_tokens, None,
+            logprobs, prompt_logprobs, embedding, request.num_preemptions, request.num_host_tokens,
         )  # fmt: skip
 
     def _accept_with_extras(self, request: Request, token: int | None, extras: ChunkExtras) -> RequestOutput:
@@ -725,11 +742,23 @@ class Scheduler:
 
     def _append(self, request: Request, token: int) -> FinishReason | None:
         """One more output token. Returns why it is the last, if it is."""
-        request.output_token_ids.append(token)
-        self._accounts[request.request_id].served += OUTPUT_WEIGHT
-        if self._speculator is not None:
-            self._speculator.source.saw(request, token)
+        self._extend(request, (token,))
         return self._stops(request, token)
+
+    def _extend(self, request: Request, tokens: Sequence[int]) -> None:
+        request.output_token_ids.extend(tokens)
+        self._accounts[request.request_id].served += OUTPUT_WEIGHT * len(tokens)
+        if self._speculator is not None:
+            self._speculator.source.saw(request, tokens)
+
+    def _goes_on(self, request: Request, tokens: Sequence[int]) -> bool:
+        """Whether none of these next tokens can be the last: what `_stops` says of each, at once."""
+        ends = request.params.stop_token_ids
+        return (
+            request.num_tokens + len(tokens) < request.max_num_tokens
+            and self._eos.isdisjoint(tokens)
+            and not (ends and any(token in ends for token in tokens))
+        )
 
     def _stops(self, request: Request, token: int) -> FinishReason | None:
         """Whether this token ends the request; before min_tokens only length can, and the end of a grammar."""
@@ -833,6 +862,7 @@ class Scheduler:
         return unused / used if used > 0 else 0.0
 
     def stats(self) -> SchedulerStats:
+        self.settle()
         host = self.kv.host
         if self._num_steps % WASTE_STEPS == 0 or not self.num_running:
             self._kv_waste = self.kv_waste()
@@ -867,7 +897,7 @@ class Scheduler:
             "num_drafts": counts.num_drafts,
             "num_draft_tokens": counts.num_draft_tokens,
             "num_accepted_tokens": counts.num_accepted_tokens,
-            "accepted_per_position": list(counts.accepted_per_position),
+            "accepted_per_position": counts.accepted_per_position,
         }
 
     def _session_stats(self) -> dict[str, int]:

@@ -153,8 +153,14 @@ class Guesser:
         self.chance_right, self.rng = chance_right, random.Random(3)
         self.seen: dict[str, list[int]] = {}
 
-    def saw(self, request, token) -> None:
-        self.seen.setdefault(request.request_id, list(request.output_token_ids[:-1])).append(token)
+    def saw(self, request, tokens) -> None:
+        known = list(request.output_token_ids[: -len(tokens)])
+        self.seen.setdefault(request.request_id, known).extend(tokens)
+
+    def settle(self) -> None: ...
+
+    def has_guesses(self, request, count) -> bool:
+        return True
 
     def chances(self, request, most) -> list[float]:
         return [self.chance_right] * most

@@ -81,18 +81,16 @@ class BlockTables:
     def update(self, chunk: Chunk) -> bool:
         """Bring the chunk's row up to date. True: the slot has a new tenant."""
         slot, request, blocks = chunk.slot, chunk.request, chunk.block_ids
-        known = self._known[slot]
-        same = (
-            known is not None
-            and known[0] is request
-            and known[1] == request.num_preemptions
-            and known[2] is blocks
-            and known[3] <= len(blocks)
-        )
-        first = known[3] if same and known is not None else 0
-        if first < len(blocks):
-            self.rows[slot, first : len(blocks)] = blocks[first:]
-        self._known[slot] = (request, request.num_preemptions, blocks, len(blocks))
+        known, length = self._known[slot], len(blocks)
+        first, same = 0, False
+        if known is not None and known[0] is request and known[2] is blocks:
+            first, same = known[3], known[1] == request.num_preemptions and known[3] <= length
+        if same and first == length:
+            return False
+        if not same:
+            first = 0
+        self.rows[slot, first:length] = blocks[first:]
+        self._known[slot] = (request, request.num_preemptions, blocks, length)
         return not same
 
 
@@ -109,9 +107,10 @@ def build(
     starts = np.array([chunk.start for chunk in chunks], np.int64)
     slots = np.array([chunk.slot for chunk in chunks], np.int64)
     first_rows = _running(lengths)
-    token_ids, from_device = _token_ids(chunks, first_rows)
-    sampled = _sampled_rows(chunks, first_rows)
-    sampled_slots = np.repeat(slots, [chunk.samples + len(chunk.guesses) for chunk in chunks])
+    token_ids, from_device = _token_ids(chunks)
+    num_sampled = np.array([chunk.samples + len(chunk.guesses) for chunk in chunks], np.int64)
+    sampled = _sampled_rows(num_sampled, first_rows)
+    sampled_slots = np.repeat(slots, num_sampled)
     from_slots, last_rows = slots[from_device], first_rows[1:][from_device] - 1
     num_decodes = plan.num_decodes
     if spread and plan.num_verifying:
@@ -160,9 +159,8 @@ def _running(lengths: np.ndarray) -> np.ndarray:
     return starts
 
 
-def _sampled_rows(chunks: list[Chunk], first_rows: np.ndarray) -> np.ndarray:
-    """Of each chunk that samples the last row, and where it verifies guesses all."""
-    counts = np.array([chunk.samples + len(chunk.guesses) for chunk in chunks], np.int64)
+def _sampled_rows(counts: np.ndarray, first_rows: np.ndarray) -> np.ndarray:
+    """The last so many rows of each chunk: one where it samples, and where it verifies guesses all."""
     ends = _running(counts)
     within = np.arange(int(ends[-1])) - np.repeat(ends[1:], counts)
     return np.repeat(first_rows[1:], counts) + within
@@ -182,17 +180,19 @@ def _spread(
     return decodes, np.repeat(lengths, counts), np.repeat(starts, counts) + within, np.repeat(slots, counts)
 
 
-def _token_ids(chunks: list[Chunk], query_start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _token_ids(chunks: list[Chunk]) -> tuple[np.ndarray, np.ndarray]:
     """(token ids, which chunks end with a token that only the device knows yet)."""
-    token_ids = np.zeros(int(query_start[-1]), np.int64)
+    token_ids = list[int]()
     from_device = np.zeros(len(chunks), bool)
     for index, chunk in enumerate(chunks):
-        stop = chunk.start + chunk.num_tokens
-        if chunk.guesses:
-            known = [*chunk.request.token_ids(chunk.start, chunk.start + 1), *chunk.guesses]
-        else:
-            known = chunk.request.token_ids(chunk.start, min(stop, chunk.request.num_tokens))
-        first = int(query_start[index])
-        token_ids[first : first + len(known)] = known
-        from_device[index] = len(known) < chunk.num_tokens
-    return token_ids, from_device
+        request = chunk.request
+        if chunk.guesses:  # a decode: it begins with the newest token
+            token_ids.append((request.output_token_ids or request.prompt_token_ids)[-1])
+            token_ids += chunk.guesses
+            continue
+        known = request.token_ids(chunk.start, min(chunk.start + chunk.num_tokens, request.num_tokens))
+        token_ids += known
+        if missing := chunk.num_tokens - len(known):
+            token_ids += [0] * missing
+            from_device[index] = True
+    return np.array(token_ids, np.int64), from_device

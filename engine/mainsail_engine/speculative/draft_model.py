@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mainsail_engine.kv.cache import blocks_for
@@ -67,13 +67,20 @@ class DraftModel:
 
     # -- see speculator.Source ---------------------------------------------------------------------------------------
 
-    def saw(self, request: Request, token: int) -> None:
+    def saw(self, request: Request, tokens: Sequence[int]) -> None:
         copy = self._copies.get(request.request_id)
         if copy is not None:
-            copy.rates.rest()
+            for _ in tokens:
+                copy.rates.rest()
+
+    def settle(self) -> None:
+        """Nothing was put off."""
+
+    def has_guesses(self, request: Request, count: int) -> bool:
+        return request.num_tokens + count <= self._runner.max_model_len
 
     def chances(self, request: Request, most: int) -> list[float]:
-        if request.num_tokens + most > self._runner.max_model_len:
+        if not self.has_guesses(request, most):
             return []
         copy = self._copies.get(request.request_id)
         return (copy.rates if copy is not None else self._fresh_rates()).chances(0, most)

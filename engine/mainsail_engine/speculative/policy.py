@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
+from itertools import chain
 
 import numpy as np
 
@@ -81,9 +82,11 @@ class HitRates:
     def chances(self, run: int, most: int) -> list[float]:
         """For each of the next guesses that it is right, with all before it: falling; `most` at most, one at least."""
         chances: list[float] = []
-        together = 1.0
-        for ahead in range(most):
-            together *= self.chance(run + ahead)
+        together, at, means = 1.0, bisect_right(RUNS, run), self.means()
+        for ahead in range(run, run + most):
+            if at < len(RUNS) and ahead >= RUNS[at]:
+                at += 1
+            together *= means[at]
             if together < LEAST_CHANCE and chances:
                 break
             chances.append(together)
@@ -197,8 +200,8 @@ def choose_lengths(
         return none
     best, best_rate = none, margin * batch / plain_s
     for depth in range(1, longest + 1) if level_s > 0 else (longest,):
-        cut = [row[:depth] for row in chances]
-        flat = np.sort(np.concatenate([np.asarray(row, np.float64) for row in cut]))[::-1][:max_guesses]
+        cut = chances if depth == longest else [row[:depth] for row in chances]
+        flat = np.sort(np.fromiter(chain.from_iterable(cut), np.float64))[::-1][:max_guesses]
         rows = batch + np.arange(1, len(flat) + 1)
         rates = (batch + np.cumsum(flat)) / (times.guessing(batch, rows) + level_s * depth)
         at = int(np.argmax(rates))

@@ -11,7 +11,9 @@ where a measured time alone speaks against it, it is tried again once in a while
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Protocol
 
 from mainsail_engine.config import SpeculativeConfig
@@ -37,12 +39,20 @@ class Source(Protocol):
     last_s: float
     """Seconds that the last `guess` took."""
 
-    def saw(self, request: Request, token: int) -> None:
-        """The request's next output token; called for each, after it was appended."""
+    def saw(self, request: Request, tokens: Sequence[int]) -> None:
+        """The request's next output tokens, after they were appended."""
+        ...
+
+    def settle(self) -> None:
+        """The device is busy: what was put off may be done now."""
         ...
 
     def chances(self, request: Request, most: int) -> list[float]:
         """For each of the request's next guesses that it is right, with all before it. Empty: there are none."""
+        ...
+
+    def has_guesses(self, request: Request, count: int) -> bool:
+        """Whether there are any for the request, where so many are wanted."""
         ...
 
     def guess(self, wanted: list[tuple[Request, int]]) -> list[list[int]]:
@@ -64,7 +74,13 @@ class SpeculationCounts:
     """Times that a request's guesses were verified."""
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
-    accepted_per_position: list[int] = field(default_factory=list[int])
+    drafts_by_right: list[int] = field(default_factory=list[int])
+    """Of the drafts those of which so many guesses were right, 0, 1, …"""
+
+    @property
+    def accepted_per_position(self) -> list[int]:
+        """Drafts of which the first guess was right, the first two, …"""
+        return list(accumulate(reversed(self.drafts_by_right[1:])))[::-1]
 
 
 class Speculator:
@@ -77,7 +93,7 @@ class Speculator:
         self._most, self._max_rows = config.max_guesses, config.max_step_rows
         self._overlap = overlap
         self.times = StepTimes(FREE_ROWS["cuda" if cuda else "cpu"])
-        self.counts = SpeculationCounts(accepted_per_position=[0] * self._most)
+        self.counts = SpeculationCounts(drafts_by_right=[0] * (self._most + 1))
         self._since_compared = self._comparing = self._spoken_against = 0
         self._retry_after = RETRY_AFTER
 
@@ -96,8 +112,7 @@ class Speculator:
         counts.num_drafts += 1
         counts.num_draft_tokens += num_guesses
         counts.num_accepted_tokens += num_right
-        for position in range(num_right):
-            counts.accepted_per_position[position] += 1
+        counts.drafts_by_right[num_right] += 1
         self.source.verified(request, num_guesses, num_right)
 
     # -- what to do --------------------------------------------------------------------------------------------------
@@ -123,17 +138,19 @@ class Speculator:
         self._spoken_against = 0
         if self._since_compared >= COMPARE_EVERY:
             self._since_compared, self._comparing = 0, COMPARE_STEPS
+        if len(wanted) == len(requests):
+            return self.source.guess(wanted)
         made = iter(self.source.guess(wanted))
         return [next(made) if count else [] for count in lengths]
 
     def _lengths(self, requests: list[Request], room: list[int], batch: int, max_guesses: int) -> list[int]:
+        if not self._adaptive:
+            return self._as_they_come(requests, room, max_guesses)
         chances = self.source.chances
         rows = [
             chances(request, min(most, self._most)) if most > 0 else []
             for request, most in zip(requests, room, strict=True)
         ]
-        if not self._adaptive:
-            return _as_they_come(rows, room, self._most, max_guesses)
         if self._comparing:
             self._comparing -= 1
             return [0] * len(rows)
@@ -147,12 +164,11 @@ class Speculator:
             self._spoken_against += 1
         return lengths
 
-
-def _as_they_come(rows: list[list[float]], room: list[int], most: int, max_guesses: int) -> list[int]:
-    """Without a policy: as many as there is room for, wherever there are guesses at all."""
-    lengths: list[int] = []
-    for row, limit in zip(rows, room, strict=True):
-        count = min(limit, most, max_guesses) if row else 0
-        lengths.append(max(0, count))
-        max_guesses -= lengths[-1]
-    return lengths
+    def _as_they_come(self, requests: list[Request], room: list[int], max_guesses: int) -> list[int]:
+        """Without a policy: as many as there is room for, wherever there are guesses at all."""
+        has_guesses, most, lengths = self.source.has_guesses, self._most, list[int]()
+        for request, count in zip(requests, room, strict=True):
+            count = min(count, most, max_guesses)
+            lengths.append(count if count > 0 and has_guesses(request, count) else 0)
+            max_guesses -= lengths[-1]
+        return lengths

@@ -11,13 +11,18 @@ def right_guesses(guesses: Sequence[int], tokens: Sequence[int]) -> int:
     tokens: one more than guesses; tokens[i] was sampled after guesses[:i], so those up to the first difference, and
     that one itself, are what the model generates.
     """
+    if tokens[: len(guesses)] == guesses:
+        return len(guesses)
     count = 0
     while count < len(guesses) and tokens[count] == guesses[count]:
         count += 1
     return count
 
 
-def verified_tokens(guesses: Sequence[int], tokens: Sequence[int]) -> list[int]:
-    """The request's next tokens, at least one. A failed row's code (below 0) counts only where it is the first."""
-    taken = list(tokens[: right_guesses(guesses, tokens) + 1])
+def verified_tokens(tokens: Sequence[int], num_right: int) -> list[int]:
+    """The request's next tokens, at least one, where so many guesses were right.
+
+    A failed row's code (below 0) counts only where it is the first.
+    """
+    taken = list(tokens[: num_right + 1])
     return taken[:-1] if taken[-1] < 0 and len(taken) > 1 else taken

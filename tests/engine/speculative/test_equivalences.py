@@ -122,7 +122,12 @@ class One:
     def __init__(self, token: int) -> None:
         self._token = token
 
-    def saw(self, request, token) -> None: ...
+    def saw(self, request, tokens) -> None: ...
+
+    def settle(self) -> None: ...
+
+    def has_guesses(self, request, count) -> bool:
+        return True
 
     def chances(self, request, most) -> list[float]:
         return [0.5] * min(most, 1)

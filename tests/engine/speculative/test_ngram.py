@@ -59,9 +59,21 @@ def test_a_text_indexed_at_once_is_as_token_by_token(tokens: list[int], min_n: i
     slow = NgramIndex([], min_n, min_n + more)
     for token in tokens:
         slow.extend(token)
+    slow.catch_up()
     fast = NgramIndex(tokens, min_n, min_n + more)
     assert fast._ends == slow._ends
     assert (fast._window, fast._tokens) == (slow._window, slow._tokens)
+
+
+@given(tokens=TEXTS, min_n=st.integers(1, 3), more=st.integers(0, 3), every=st.integers(1, 7))
+def test_when_the_table_is_brought_up_changes_no_guess(tokens: list[int], min_n: int, more: int, every: int) -> None:
+    at_once, late = NgramIndex([], min_n, min_n + more), NgramIndex([], min_n, min_n + more)
+    for count, token in enumerate(tokens):
+        assert late.extend(token) is at_once.extend(token)
+        at_once.catch_up()
+        if count % every == 0:
+            late.catch_up()
+        assert (late.guesses(4), late.run) == (at_once.guesses(4), at_once.run)
 
 
 def test_a_source_learns_whether_guesses_are_right_without_making_any() -> None:
@@ -70,7 +82,8 @@ def test_a_source_learns_whether_guesses_are_right_without_making_any() -> None:
     chances: list[float] = []
     for token in [1, 2, 3, 4, 5, 6] * 10:
         request.output_token_ids.append(token)
-        source.saw(request, token)
+        source.saw(request, [token])
+        source.settle()
         chances.append(source.chances(request, 16)[3])
     assert chances[-1] > 0.95 > 0.2 > chances[0]
     assert len(source.chances(request, 16)) == 16

@@ -121,9 +121,9 @@ def test_tokens_stand_up_to_the_first_wrong_guess(guesses: list[int], tokens: li
     right = right_guesses(guesses, tokens)
     assert guesses[:right] == tokens[:right]
     assert right == len(guesses) or guesses[right] != tokens[right]
-    assert verified_tokens(guesses, tokens) == tokens[: right + 1]
+    assert verified_tokens(tokens, right) == tokens[: right + 1]
 
 
 def test_a_failed_row_counts_only_where_it_is_the_next_token() -> None:
-    assert verified_tokens([5, 6], [5, -1, 7]) == [5]
-    assert verified_tokens([5, 6], [-1, 6, 7]) == [-1]
+    assert verified_tokens([5, -1, 7], 1) == [5]
+    assert verified_tokens([-1, 6, 7], 0) == [-1]

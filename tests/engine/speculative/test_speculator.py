@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import pytest
 
@@ -22,10 +23,15 @@ class Coins:
     def __init__(self, level_s: float = 0.0) -> None:
         self.level_s, self.rates = level_s, HitRates((0.7, 0.7, 0.7))
 
-    def saw(self, request: Request, token: int) -> None: ...
+    def saw(self, request: Request, tokens: Sequence[int]) -> None: ...
+
+    def settle(self) -> None: ...
 
     def chances(self, request: Request, most: int) -> list[float]:
         return self.rates.chances(0, most)
+
+    def has_guesses(self, request: Request, count: int) -> bool:
+        return True
 
     def guess(self, wanted: list[tuple[Request, int]]) -> list[list[int]]:
         self.last_s = self.level_s * max(count for _, count in wanted)
