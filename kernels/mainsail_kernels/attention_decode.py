@@ -27,6 +27,7 @@ from mainsail_kernels._triton import (
     dependent_launch,
     multiprocessors,
     next_power_of_2,
+    on_card,
     prefetch_lines,
     require,
     runs_kernels,
@@ -286,6 +287,7 @@ def paged_attention_decode(
     workspace: DecodeWorkspace | None = None,
     out: torch.Tensor | None = None,
     padded: bool = False,
+    beside: bool = False,
 ) -> torch.Tensor:
     """Attention of one query per sequence to its whole context (with a window w: to its newest w tokens).
 
@@ -294,6 +296,8 @@ def paged_attention_decode(
     gets zeros); sinks [num_heads], a score of each head that takes part in the softmax only. Without a workspace one is
     allocated: pass one in a serving loop. padded: many rows may be padding, so choose a kernel that they cost nothing.
     Of positions that the kernel before may still be writing there are at most 64, at the end of a sequence.
+    beside: the kernel before is the same step's paged_attention_prefill, into other rows of out's memory: nothing of it
+    is waited for but its end, at the end, and padding rows are left as they are. Only where `goes_beside` says so.
     Returns out, like query.
     Raises ValueError when shapes or types do not fit.
     """
@@ -309,8 +313,24 @@ def paged_attention_decode(
     if query.shape[0]:
         if workspace is None:
             workspace = decode_workspace(query.shape[0], query.shape[1], kv.shape[2], query.shape[2], query.device)
-        _launch(query, kv, block_tables, seq_lens, scale, sliding_window, soft_cap, sinks, workspace, out, padded)
+        _launch(
+            query, kv, block_tables, seq_lens, scale, sliding_window, soft_cap, sinks, workspace, out, padded, beside
+        )
     return out
+
+
+def goes_beside(
+    query: torch.Tensor, kv: torch.Tensor, window: int, soft_cap: float, sinks: torch.Tensor | None
+) -> bool:
+    """Whether paged_attention_decode of these may run beside the prompts' attention, which is then launched first.
+
+    A prompt's tiles are few and long, and a multiprocessor that has none of them reads twice as fast as its share of
+    the card's rate: what those with a tile do not read meanwhile, the others do.
+    """
+    if not on_card(query):
+        return False
+    config = decode_config(query.device, query.shape[2], query.shape[0], fp8=kv.dtype == FP8, padded=True)
+    return config.specialized and attention_decode_hopper.applies(query, kv, window, soft_cap, sinks)
 
 
 def _launch(
@@ -325,6 +345,7 @@ def _launch(
     workspace: DecodeWorkspace,
     out: torch.Tensor,
     padded: bool,
+    beside: bool,
 ) -> None:
     num_seqs, num_heads, head_dim = query.shape
     num_kv_heads = kv.shape[2]
@@ -333,9 +354,11 @@ def _launch(
     config = decode_config(query.device, head_dim, num_seqs, fp8=fp8, padded=padded)
     if config.specialized and attention_decode_hopper.applies(query, kv, window, soft_cap, sinks):
         attention_decode_hopper.launch(
-            query, kv, block_tables, seq_lens, scale, workspace.partial, workspace.stats, workspace.counters, out
-        )
+            query, kv, block_tables, seq_lens, scale, workspace.partial, workspace.stats, workspace.counters, out,
+            beside=beside,
+        )  # fmt: skip
         return
+    require(not beside, "beside the prompts' attention only what `goes_beside` says")
     target = _target(query.device, head_dim, num_kv_heads, num_seqs, fp8=fp8)
     items = (target + num_seqs) * num_heads
     enough = workspace.partial.numel() >= items * head_dim and workspace.counters.numel() >= num_seqs * num_kv_heads

@@ -145,7 +145,8 @@ def _fetch(
 @gluon.jit
 def _produce(
     desc, tables_ptr, lens_ptr, num_seqs, table_stride, num_blocks, k_ring, v_ring, k_full, v_full, k_free, v_free,
-    KV_HEADS: gl.constexpr, DIM: gl.constexpr, SEQS: gl.constexpr, STAGES: gl.constexpr, DEPENDENT: gl.constexpr,
+    KV_HEADS: gl.constexpr, DIM: gl.constexpr, SEQS: gl.constexpr, STAGES: gl.constexpr, BESIDE: gl.constexpr,
+    DEPENDENT: gl.constexpr,
 ):  # fmt: skip
     INDEX: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     ROWS: gl.constexpr = 2 * KV_HEADS * 16
@@ -172,9 +173,10 @@ def _produce(
             limit = gl.where(final, end_2, end)
             # The next tile's, while this one's copies are queued.
             n0, n1, n2, n3, n4, n5, n6, n7 = _pages(near, place, limit, num_blocks)
-            if (early == 1) & (at * 16 + NEWEST > end):  # the first tile that the kernel before may have written to
-                wait_for_kernel_before(DEPENDENT)
-                early = 0
+            if not BESIDE:  # noqa: SIM102 - a constant, which `and` would not be
+                if (early == 1) & (at * 16 + NEWEST > end):  # the first tile that the kernel before may have written to
+                    wait_for_kernel_before(DEPENDENT)
+                    early = 0
             _fetch(
                 desc, p0, p1, p2, p3, p4, p5, p6, p7, kv_head * 16, k_ring, stage, k_full, k_free, phase, ROWS, DIM
             )  # fmt: skip
@@ -254,11 +256,15 @@ def _queries(
     query_ptr, seq, kv_head, real, query_stride, query_head_stride, GROUP: gl.constexpr, DIM: gl.constexpr,
     ROWS: gl.constexpr,
 ):  # fmt: skip
-    """[8, dim]: the group's queries, zeros behind them."""
+    """[8, dim]: the group's queries, zeros behind them. Not by way of the first cache, which nobody empties when a
+    program starts beside the kernel before."""
     row = gl.arange(0, 8, gl.SliceLayout(1, ROWS))
     column = gl.arange(0, DIM, gl.SliceLayout(0, ROWS))
     at = seq.to(gl.int64) * query_stride + (kv_head * GROUP + row) * query_head_stride
-    return gl.load(query_ptr + at[:, None] + column[None, :], mask=((row < GROUP) & real)[:, None], other=0.0)
+    return gl.load(
+        query_ptr + at[:, None] + column[None, :], mask=((row < GROUP) & real)[:, None], other=0.0,
+        cache_modifier=".cg",
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -266,7 +272,7 @@ def _consume(
     query_ptr, out_ptr, partial_ptr, stats_ptr, counters_ptr, lens_ptr, num_seqs, factor, query_stride,
     query_head_stride, q_tile, p_tile, k_tiles, v_tiles, v_ring, k_full, v_full, k_free, v_free,
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, DIM: gl.constexpr, SEQS: gl.constexpr, STAGES: gl.constexpr,
-    DEPENDENT: gl.constexpr,
+    BESIDE: gl.constexpr, DEPENDENT: gl.constexpr,
 ):  # fmt: skip
     # Each warp has all lengths: to find a sequence in them, none waits for another.
     INDEX: gl.constexpr = gl.SliceLayout(1, gl.BlockedLayout([1, 1], [32, 1], [1, 4], [0, 1]))
@@ -283,10 +289,12 @@ def _consume(
     fits = (head < GROUP)[None, :] & (channel < DIM)[:, None]
     padding = gl.sum((lens == 0).to(gl.int32), axis=0) - (SEQS - num_seqs)
     seq, tile, count, mine, end = _segment(current, stop, lens, tiles, ends, SEQS, INDEX)
-    wait_for_inputs(DEPENDENT)
+    if not BESIDE:
+        wait_for_inputs(DEPENDENT)
     queries = _queries(query_ptr, seq, kv_head, current < stop, query_stride, query_head_stride, GROUP, DIM, ROWS)
-    if padding > 0:
-        _clear_padding(out_ptr, lens_ptr, num_seqs, KV_HEADS * GROUP * DIM)
+    if not BESIDE:  # noqa: SIM102
+        if padding > 0:
+            _clear_padding(out_ptr, lens_ptr, num_seqs, KV_HEADS * GROUP * DIM)
     step = 0
     while current < stop:
         group_barrier()
@@ -356,6 +364,8 @@ def _consume(
                 gl.store(out_at, result.to(out_ptr.dtype.element_ty), mask=fits)
         current = following
         seq, tile, count, mine, end = seq_2, tile_2, count_2, mine_2, end_2
+    if BESIDE:  # whoever waits for this kernel waits for the one before as well
+        wait_for_inputs(DEPENDENT)
 
 
 @gluon.jit(
@@ -366,7 +376,7 @@ def _hopper_decode_kernel(
     desc, query_ptr, tables_ptr, lens_ptr, out_ptr, partial_ptr, stats_ptr, counters_ptr, num_seqs, factor,
     query_stride, query_head_stride, table_stride, num_blocks,
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, DIM: gl.constexpr, SEQS: gl.constexpr, STAGES: gl.constexpr,
-    DEPENDENT: gl.constexpr,
+    BESIDE: gl.constexpr, DEPENDENT: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = desc.dtype
     SHARED: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
@@ -394,14 +404,14 @@ def _hopper_decode_kernel(
                 (
                     query_ptr, out_ptr, partial_ptr, stats_ptr, counters_ptr, lens_ptr, num_seqs, factor,
                     query_stride, query_head_stride, q_tile, p_tile, k_tiles, v_tiles, v_ring, k_full, v_full, k_free,
-                    v_free, KV_HEADS, GROUP, DIM, SEQS, STAGES, DEPENDENT,
+                    v_free, KV_HEADS, GROUP, DIM, SEQS, STAGES, BESIDE, DEPENDENT,
                 ),
             ),
             (
                 _produce,
                 (
                     desc, tables_ptr, lens_ptr, num_seqs, table_stride, num_blocks, k_ring, v_ring, k_full, v_full,
-                    k_free, v_free, KV_HEADS, DIM, SEQS, STAGES, DEPENDENT,
+                    k_free, v_free, KV_HEADS, DIM, SEQS, STAGES, BESIDE, DEPENDENT,
                 ),
             ),
         ],
@@ -432,10 +442,12 @@ def applies(query: torch.Tensor, kv: torch.Tensor, window: int, soft_cap: float,
 def launch(
     query: torch.Tensor, kv: torch.Tensor, block_tables: torch.Tensor, seq_lens: torch.Tensor, scale: float,
     partial: torch.Tensor, stats: torch.Tensor, counters: torch.Tensor, out: torch.Tensor, programs: int = 0,
+    *, beside: bool = False,
 ) -> None:  # fmt: skip
     """paged_attention_decode without window, soft cap and sinks; all arguments checked, and `applies`.
 
     programs: a multiple of the KV heads; 0: one for each multiprocessor. The workspace has room for two parts of each.
+    beside: as paged_attention_decode has it.
     """
     num_seqs, num_heads, head_dim = query.shape
     kv_heads = kv.shape[2]
@@ -449,5 +461,5 @@ def launch(
         pages, query, block_tables, seq_lens, out, partial, stats, counters, num_seqs, scale * LOG2_E,
         query.stride(0), query.stride(1), block_tables.stride(0), kv.shape[0],
         KV_HEADS=kv_heads, GROUP=num_heads // kv_heads, DIM=head_dim, SEQS=max(next_power_of_2(num_seqs), 256),
-        STAGES=STAGES, num_warps=4, maxnreg=160, **dependent_launch(query.device),
+        STAGES=STAGES, BESIDE=beside, num_warps=4, maxnreg=160, **dependent_launch(query.device),
     )  # fmt: skip

@@ -34,8 +34,10 @@ from mainsail_kernels._gluon import (
     load_tile,
     mbarrier,
     reshaped,
+    wait_for_inputs,
+    wait_for_kernel_before,
 )
-from mainsail_kernels._triton import next_power_of_2, on_card
+from mainsail_kernels._triton import dependent_launch, next_power_of_2, on_card
 
 BLOCK_M = 128
 PAGE = 16
@@ -72,8 +74,9 @@ def _clear_behind(ring, page, first, DIM: gl.constexpr):
 @gluon.jit
 def _produce(
     desc, table, tiles, last, context_end, kv_head, num_rows, k_ring, v_ring, k_full, v_full, k_free, v_free, landed,
-    KV_HEADS: gl.constexpr, DIM: gl.constexpr, STAGES: gl.constexpr,
+    KV_HEADS: gl.constexpr, DIM: gl.constexpr, STAGES: gl.constexpr, DEPENDENT: gl.constexpr,
 ):  # fmt: skip
+    wait_for_kernel_before(DEPENDENT)
     block_rows: gl.constexpr = 2 * KV_HEADS * 16
     k_row, v_row = kv_head * 16, (KV_HEADS + kv_head) * 16
     top = tiles - 1
@@ -150,9 +153,10 @@ def _range(
 def _consume(
     query_ptr, out_ptr, start, first, num_queries, offset, kv_head, query_stride, query_head_stride, out_stride, tiles,
     masked_tiles, factor, q_tiles, k_tiles, v_tiles, k_full, v_full, k_free, v_free, turns,
-    PART: gl.constexpr, GROUP: gl.constexpr, DIM: gl.constexpr, STAGES: gl.constexpr,
+    PART: gl.constexpr, GROUP: gl.constexpr, DIM: gl.constexpr, STAGES: gl.constexpr, DEPENDENT: gl.constexpr,
 ):  # fmt: skip
     """Rows 64 * PART to 64 * PART + 64 of the tile."""
+    wait_for_inputs(DEPENDENT)
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
     P: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
@@ -210,6 +214,7 @@ def _hopper_kernel(
     desc, query_ptr, tables_ptr, starts_ptr, lens_ptr, out_ptr, num_seqs, factor, query_stride, query_head_stride,
     out_stride, table_stride, num_rows,
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, DIM: gl.constexpr, SEQS: gl.constexpr, STAGES: gl.constexpr,
+    DEPENDENT: gl.constexpr,
 ):  # fmt: skip
     BLOCK_Q: gl.constexpr = 128 // GROUP
     INDEX: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
@@ -218,13 +223,13 @@ def _hopper_kernel(
     index = gl.arange(0, SEQS, INDEX)
     bounds = gl.load(starts_ptr + index, mask=index < num_seqs, other=0) // BLOCK_Q + index
     seq = gl.sum(((bounds <= tile) & (index < num_seqs)).to(gl.int32), axis=0) - 1
-    if seq < 0:  # rows before the first chunk
-        return
-    start = gl.load(starts_ptr + seq)
-    num_queries = gl.load(starts_ptr + seq + 1) - start
+    at = gl.maximum(seq, 0)
+    start = gl.load(starts_ptr + at)
+    num_queries = gl.load(starts_ptr + at + 1) - start
     first = (tile - (start // BLOCK_Q + seq)) * BLOCK_Q
-    context_end = gl.load(lens_ptr + seq)
-    if (first >= num_queries) | (context_end <= 0):
+    context_end = gl.load(lens_ptr + at)
+    if (seq < 0) | (first >= num_queries) | (context_end <= 0):  # rows before the first chunk, or behind one's last
+        wait_for_inputs(DEPENDENT)
         return
     offset = context_end - num_queries
     last = gl.minimum(first + BLOCK_Q, num_queries) + offset
@@ -263,7 +268,7 @@ def _hopper_kernel(
                 (
                     query_ptr, out_ptr, start, first, num_queries, offset, kv_head, query_stride, query_head_stride,
                     out_stride, tiles, masked_tiles, factor, q_tiles, k_tiles, v_tiles, k_full, v_full, k_free, v_free,
-                    turns, gl.constexpr(0), GROUP, DIM, STAGES,
+                    turns, gl.constexpr(0), GROUP, DIM, STAGES, DEPENDENT,
                 ),
             ),
             (
@@ -271,14 +276,14 @@ def _hopper_kernel(
                 (
                     query_ptr, out_ptr, start, first, num_queries, offset, kv_head, query_stride, query_head_stride,
                     out_stride, tiles, masked_tiles, factor, q_tiles, k_tiles, v_tiles, k_full, v_full, k_free, v_free,
-                    turns, gl.constexpr(1), GROUP, DIM, STAGES,
+                    turns, gl.constexpr(1), GROUP, DIM, STAGES, DEPENDENT,
                 ),
             ),
             (
                 _produce,
                 (
                     desc, table, tiles, last, context_end, kv_head, num_rows, k_ring, v_ring, k_full, v_full, k_free,
-                    v_free, landed, KV_HEADS, DIM, STAGES,
+                    v_free, landed, KV_HEADS, DIM, STAGES, DEPENDENT,
                 ),
             ),
         ],
@@ -327,5 +332,5 @@ def launch(
         pages, query, block_tables, query_start, seq_lens, out, num_seqs, scale * LOG2_E, query.stride(0),
         query.stride(1), out.stride(0), block_tables.stride(0), num_rows,
         KV_HEADS=kv_heads, GROUP=group, DIM=head_dim, SEQS=max(next_power_of_2(num_seqs), 256), STAGES=STAGES,
-        num_warps=4,
+        num_warps=4, **dependent_launch(query.device),
     )  # fmt: skip

@@ -146,7 +146,7 @@ def decode_config(
     if not hopper:
         return DecodeConfig(32, 4, 2, 4)
     if num_seqs <= 2:
-        return DecodeConfig(64, 4, 3, 4, 1)
+        return DecodeConfig(64, 4, 3, 4, 1, specialized=True)
     if fp8 and num_seqs > 96:
         return DecodeConfig(128, 4, 2, 3, 1)
     return DecodeConfig(64, 4, 3, 4, 2, specialized=padded or num_seqs <= 64)

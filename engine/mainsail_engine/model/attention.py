@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from mainsail_engine.model.lora import AdapterRows
-from mainsail_kernels.attention_decode import DecodeWorkspace, paged_attention_decode
+from mainsail_kernels.attention_decode import DecodeWorkspace, goes_beside, paged_attention_decode
 from mainsail_kernels.attention_prefill import paged_attention_prefill
 from mainsail_kernels.kv_write import rope_and_write_kv
 from mainsail_kernels.reference_quantized import FP8
@@ -75,10 +75,14 @@ class Attention:
             scale *= kv_scales.key
         n = self.num_decodes
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
-        if n:
+        chunks = len(self.seq_lens) > n and self.max_query_len > 0
+        beside = bool(n) and chunks and goes_beside(query[:n], kv, window, soft_cap, sinks)
+        if n and not beside:
             self._decode(query[:n], kv, scale, window, soft_cap, sinks, out[:n])
-        if len(self.seq_lens) > n:
+        if chunks:
             self._prefill(query, kv, scale, window, soft_cap, sinks, out)
+        if beside:
+            self._decode(query[:n], kv, scale, window, soft_cap, sinks, out[:n], beside=True)
         return out if kv.dtype != FP8 or kv_scales.value == 1.0 else out.mul_(kv_scales.value)
 
     def rotate_and_write(
@@ -103,13 +107,13 @@ class Attention:
 
     def _decode(
         self, query: torch.Tensor, kv: torch.Tensor, scale: float, window: int, soft_cap: float,
-        sinks: torch.Tensor | None, out: torch.Tensor,
+        sinks: torch.Tensor | None, out: torch.Tensor, *, beside: bool = False,
     ) -> None:  # fmt: skip
         n = self.num_decodes
         paged_attention_decode(
             query, kv, self.block_tables[:n], self.seq_lens[:n], scale,
             sliding_window=window, soft_cap=soft_cap, sinks=sinks, workspace=self.workspace, out=out,
-            padded=len(self.seq_lens) > n,
+            padded=len(self.seq_lens) > n, beside=beside,
         )  # fmt: skip
 
     def _prefill(
