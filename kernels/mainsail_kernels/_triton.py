@@ -123,15 +123,28 @@ def card_name(device: torch.device) -> str:
 
 
 # Programmatic dependent launch (Hopper on): a kernel's programs start while the one before still runs, and do what
-# needs none of its results: find their work, fetch weights into the cache. Every kernel of a forward pass waits for its
-# inputs *before* it lets the next one start. So when a kernel's programs start, all kernels but the one right before it
-# have ended, and what those wrote may be read at once.
+# needs none of its results: find their work, fetch weights into the cache. Every program waits before it writes and
+# before it ends. So a kernel has ended only when all before it have, and whoever has waited may read what any of them
+# wrote.
+#
+# Most kernels wait *before* they let the next one start. Norms, activations, rotations and what quantizes or reorders
+# rows do the opposite (early): they are short and hold little of a multiprocessor, and the product after them then
+# fetches its weights from the end of the product before them on. So several kernels may be under way at once. Before
+# it waits a program may read
+#
+# - what no kernel of this step writes: weights, tables, and the step's own inputs (positions, lengths, slots). These
+#   are complete before the step's first kernel starts, the embedding, which is PyTorch's and starts beside none;
+# - after a kernel that is not early, what those before *that* one wrote: it has waited for them (lora.py, after a
+#   product).
 
 
 @triton.jit
 def wait_for_inputs(DEPENDENT: tl.constexpr):  # pyright: ignore[reportInvalidTypeForm]
-    """From here on the results of the kernel before may be read, and the next one's programs may start."""
-    if DEPENDENT:
+    """From here on results of kernels before may be read, and the next one's programs may start (2: may already)."""
+    if DEPENDENT == 2:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    elif DEPENDENT:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
 
@@ -149,8 +162,11 @@ def prefetch_lines(pointers):
     )
 
 
-def dependent_launch(device: torch.device) -> dict[str, bool]:
-    """A launch's options: whether the kernel may start before the one before it has ended."""
+def dependent_launch(device: torch.device, *, early: bool = False) -> dict[str, bool | int]:
+    """A launch's options: whether the kernel may start before the one before it has ended.
+
+    early: it lets the next one start before it waits itself; for short kernels, before products above all.
+    """
     if not is_card(device) or torch.version.hip or card_of(device).capability < (9, 0):
         return {"DEPENDENT": False}
-    return {"DEPENDENT": True, "launch_pdl": True}
+    return {"DEPENDENT": 2 if early else 1, "launch_pdl": True}
