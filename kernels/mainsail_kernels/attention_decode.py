@@ -400,5 +400,5 @@ def _launch(
         PAIRS=fp8 and query.element_size() == 2,
         STAGES=config.stages,
         num_warps=config.warps,
-        **dependent_launch(query.device, early=True),
+        **dependent_launch(query.device, rows=num_seqs),
     )

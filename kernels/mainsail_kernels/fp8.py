@@ -283,7 +283,7 @@ def _quantize(x: torch.Tensor, width: int, per_program: int) -> tuple[torch.Tens
         _quantize_kernel[(n, -(-groups // per_program))](
             x, codes, scales, num_in, x.stride(0), groups, WIDTH=width, GROUPS=per_program,
             ROUND=INTERPRETED, num_warps=min(max(width * per_program // 512, 1), 16),
-            **dependent_launch(x.device, early=True),
+            **dependent_launch(x.device, rows=n),
         )  # fmt: skip
     return codes, scales
 

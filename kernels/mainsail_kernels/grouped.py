@@ -617,12 +617,13 @@ def _as_nibbles(x: torch.Tensor, codes: Codes) -> bool:
 def _launch_nibbles(x: torch.Tensor, codes: Codes, bias: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor:
     num_rows, (num_out, num_in) = x.shape[0], codes.shape
     num_words, each = num_in // 8, codes.group // 8
-    options, early = dependent_launch(x.device), dependent_launch(x.device, early=True)
+    options = dependent_launch(x.device)
     spread = torch.empty_like(x, memory_format=torch.contiguous_format)
     block = min(next_power_of_2(num_words), 1024)
     _spread_kernel[(-(-num_words // block), num_rows)](
-        x, spread, num_words, x.stride(0), PER=8, EACH=each, BLOCK_WORDS=block, num_warps=4, **early
-    )
+        x, spread, num_words, x.stride(0), PER=8, EACH=each, BLOCK_WORDS=block, num_warps=4,
+        **dependent_launch(x.device, rows=num_rows),
+    )  # fmt: skip
     config = nibbles_config(x.device, num_rows, num_out)
     tiles, rows = -(-num_out // config.block_out), min(max(next_power_of_2(num_rows), 16), config.block_rows)
     row_tiles = -(-num_rows // rows)

@@ -211,7 +211,7 @@ def rope_and_write_kv(
         FP8=kv.dtype == FP8,
         ROUND=INTERPRETED,
         num_warps=max(_HEADS_PER_PROGRAM // 4, 1),
-        **dependent_launch(qkv.device, early=True),
+        **dependent_launch(qkv.device, rows=num_tokens),
     )
     return query
 

@@ -105,7 +105,7 @@ def _launch(
         _rms_norm_kernel[(rows.shape[0],)](
             rows, weight, added, out, scale, total, size, rows.stride(0), added.stride(0), eps,
             HAS_RESIDUAL=residual is not None, QUANTIZED=quantized, ROUND=INTERPRETED, BLOCK=block,
-            num_warps=min(max(block // 512, 1), 16), **dependent_launch(rows.device, early=True),
+            num_warps=min(max(block // 512, 1), 16), **dependent_launch(rows.device, rows=rows.shape[0]),
         )  # fmt: skip
     return out, total, scale
 

@@ -83,7 +83,7 @@ def silu_mul_quantized(gate_up: torch.Tensor) -> QuantizedRows:
         block = next_power_of_2(size)
         _silu_quantized_kernel[(rows,)](
             gate_up, codes, scale, size, gate_up.stride(0), ROUND=INTERPRETED, BLOCK=block,
-            num_warps=min(max(block // 512, 1), 32), **dependent_launch(codes.device, early=True),
+            num_warps=min(max(block // 512, 1), 32), **dependent_launch(codes.device, rows=rows),
         )  # fmt: skip
     return QuantizedRows(codes, scale, gate_up.dtype)
 
@@ -119,7 +119,7 @@ def _gated(gate_up: torch.Tensor, *, gelu: bool = False, alpha: float = 1.0, lim
         grid = (-(-size // _BLOCK), part.shape[0])
         options = {
             "GELU": gelu, "CLAMPED": limit > 0, "BLOCK": _BLOCK, "num_warps": 8,
-            **dependent_launch(out.device, early=True),
+            **dependent_launch(out.device, rows=rows),
         }  # fmt: skip
         _gated_kernel[grid](part, out[first:], size, part.stride(0), alpha, limit, **options)
     return out

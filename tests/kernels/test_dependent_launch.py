@@ -37,10 +37,11 @@ def test_no_program_writes_or_ends_before_it_has_waited(kernel):
     assert min([*_lines(kernel, WRITES), *ends], default=waits + 1) > waits
 
 
-def test_early_kernels_start_the_next_one_first():
+def test_kernels_between_products_of_one_row_or_many_start_the_next_one_first():
     device = torch.device("meta")
     with pretending(HOPPER):
+        starts = {rows: dependent_launch(device, rows=rows)["DEPENDENT"] for rows in (0, 1, 2, 63, 64, 8192)}
+        assert starts == {0: 1, 1: 2, 2: 1, 63: 1, 64: 2, 8192: 2}
         assert dependent_launch(device) == {"DEPENDENT": 1, "launch_pdl": True}
-        assert dependent_launch(device, early=True) == {"DEPENDENT": 2, "launch_pdl": True}
     with pretending(Card("NVIDIA A100", 108, (8, 0))):
-        assert dependent_launch(device, early=True) == {"DEPENDENT": False}
+        assert dependent_launch(device, rows=1) == {"DEPENDENT": False}
