@@ -260,7 +260,7 @@ def decode_workspace(
 ) -> DecodeWorkspace:
     """A workspace for batches of up to num_seqs rows. Captured graphs keep its address: hold on to it."""
     chunks = max(_target(device, head_dim, num_kv_heads, rows) for rows in (1, num_seqs)) + num_seqs
-    items = max(chunks * num_heads, 2 * multiprocessors(device) * (num_heads // num_kv_heads))
+    items = max(chunks * num_heads, 4 * multiprocessors(device) * (num_heads // num_kv_heads))
     return DecodeWorkspace(
         partial=torch.empty(items * head_dim, dtype=torch.float32, device=device),
         stats=torch.empty(items * 2, dtype=torch.float32, device=device),

@@ -15,8 +15,11 @@ the group's queries, at most 8, its short side:
 
     scores [128, 8] = keys [128, dim] @ queries.T          sums [dim, 8] += values.T @ weights [128, 8]
 
-so no row of the unit is wasted on heads that are not there. Written in Gluon like attention_hopper; where it does not
-apply, attention_decode's own kernel serves.
+so no row of the unit is wasted on heads that are not there. A cache in FP8 lies in shared memory as words of two
+numbers, which become float16 on their way to registers, from where the unit takes its long side as well: even channels
+are one product, odd ones another.
+
+Written in Gluon like attention_hopper; where it does not apply, attention_decode's own kernel serves.
 """
 
 # A kernel's constants are annotated with a name that Gluon may lack (_gluon.py): no type form to a checker.
@@ -42,6 +45,7 @@ from mainsail_kernels._gluon import (
     wait_for_kernel_before,
 )
 from mainsail_kernels._triton import dependent_launch, multiprocessors, next_power_of_2, on_card, require
+from mainsail_kernels.reference_quantized import FP8
 
 PAGE = 16
 STAGES = 3
@@ -119,34 +123,35 @@ def _pages(table, at, end, num_blocks):
 
 
 @gluon.jit
-def _fetch_page(desc, row, barrier, ring, stage, PAGE_IN_TILE: gl.constexpr, DIM: gl.constexpr):
-    for half in gl.static_range(DIM // 64):
-        load_tile(desc, [row, half * 64], barrier, ring.index((stage * (DIM // 64) + half) * 8 + PAGE_IN_TILE))
+def _fetch_page(desc, row, barrier, ring, stage, PAGE_IN_TILE: gl.constexpr, WORDS: gl.constexpr):
+    for half in gl.static_range(WORDS // 64):
+        load_tile(desc, [row, half * 64], barrier, ring.index((stage * (WORDS // 64) + half) * 8 + PAGE_IN_TILE))
 
 
 @gluon.jit
 def _fetch(
-    desc, p0, p1, p2, p3, p4, p5, p6, p7, side, ring, stage, full, free, phase, ROWS: gl.constexpr, DIM: gl.constexpr
+    desc, p0, p1, p2, p3, p4, p5, p6, p7, side, ring, stage, full, free, phase,
+    ROWS: gl.constexpr, WORDS: gl.constexpr,
 ):  # fmt: skip
     """Queue the copies of one tile's keys or values; `side` is where they begin in a block of ROWS rows."""
     barrier = full.index(stage)
     mbarrier.wait(free.index(stage), phase)
-    mbarrier.expect(barrier, 128 * DIM * 2)
-    _fetch_page(desc, p0 * ROWS + side, barrier, ring, stage, 0, DIM)
-    _fetch_page(desc, p1 * ROWS + side, barrier, ring, stage, 1, DIM)
-    _fetch_page(desc, p2 * ROWS + side, barrier, ring, stage, 2, DIM)
-    _fetch_page(desc, p3 * ROWS + side, barrier, ring, stage, 3, DIM)
-    _fetch_page(desc, p4 * ROWS + side, barrier, ring, stage, 4, DIM)
-    _fetch_page(desc, p5 * ROWS + side, barrier, ring, stage, 5, DIM)
-    _fetch_page(desc, p6 * ROWS + side, barrier, ring, stage, 6, DIM)
-    _fetch_page(desc, p7 * ROWS + side, barrier, ring, stage, 7, DIM)
+    mbarrier.expect(barrier, 128 * WORDS * 2)
+    _fetch_page(desc, p0 * ROWS + side, barrier, ring, stage, 0, WORDS)
+    _fetch_page(desc, p1 * ROWS + side, barrier, ring, stage, 1, WORDS)
+    _fetch_page(desc, p2 * ROWS + side, barrier, ring, stage, 2, WORDS)
+    _fetch_page(desc, p3 * ROWS + side, barrier, ring, stage, 3, WORDS)
+    _fetch_page(desc, p4 * ROWS + side, barrier, ring, stage, 4, WORDS)
+    _fetch_page(desc, p5 * ROWS + side, barrier, ring, stage, 5, WORDS)
+    _fetch_page(desc, p6 * ROWS + side, barrier, ring, stage, 6, WORDS)
+    _fetch_page(desc, p7 * ROWS + side, barrier, ring, stage, 7, WORDS)
 
 
 @gluon.jit
 def _produce(
     desc, tables_ptr, lens_ptr, num_seqs, table_stride, num_blocks, k_ring, v_ring, k_full, v_full, k_free, v_free,
-    KV_HEADS: gl.constexpr, DIM: gl.constexpr, SEQS: gl.constexpr, STAGES: gl.constexpr, BESIDE: gl.constexpr,
-    DEPENDENT: gl.constexpr,
+    KV_HEADS: gl.constexpr, WORDS: gl.constexpr, SEQS: gl.constexpr, STAGES: gl.constexpr,
+    BESIDE: gl.constexpr, DEPENDENT: gl.constexpr,
 ):  # fmt: skip
     INDEX: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     ROWS: gl.constexpr = 2 * KV_HEADS * 16
@@ -178,11 +183,12 @@ def _produce(
                     wait_for_kernel_before(DEPENDENT)
                     early = 0
             _fetch(
-                desc, p0, p1, p2, p3, p4, p5, p6, p7, kv_head * 16, k_ring, stage, k_full, k_free, phase, ROWS, DIM
+                desc, p0, p1, p2, p3, p4, p5, p6, p7, kv_head * 16, k_ring, stage, k_full, k_free, phase,
+                ROWS, WORDS,
             )  # fmt: skip
             _fetch(
                 desc, p0, p1, p2, p3, p4, p5, p6, p7, (KV_HEADS + kv_head) * 16, v_ring, stage, v_full, v_free, phase,
-                ROWS, DIM,
+                ROWS, WORDS,
             )  # fmt: skip
             p0, p1, p2, p3, p4, p5, p6, p7 = n0, n1, n2, n3, n4, n5, n6, n7
             step += 1
@@ -190,12 +196,12 @@ def _produce(
 
 
 @gluon.jit
-def _clear_behind(ring, stage, inside, DIM: gl.constexpr):
+def _clear_behind(ring, stage, inside, WORDS: gl.constexpr):
     """Zeros in the rows of a tile's page behind the end of its sequence: a weight of 0 times a stale NaN is NaN."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     row = gl.arange(0, 16, gl.SliceLayout(1, LAYOUT))
-    for half in gl.static_range(DIM // 64):
-        part = ring.index((stage * (DIM // 64) + half) * 8 + inside // 16)
+    for half in gl.static_range(WORDS // 64):
+        part = ring.index((stage * (WORDS // 64) + half) * 8 + inside // 16)
         held = part.load(LAYOUT)
         part.store(gl.where((row < inside % 16)[:, None], held, gl.zeros_like(held)))
     hopper.fence_async_shared()
@@ -268,15 +274,73 @@ def _queries(
 
 
 @gluon.jit
+def _even_and_odd(queries, DIM: gl.constexpr):
+    """(even, odd [8, dim // 2] float16, largest [8]): the channels of queries [8, dim], times 256 over largest."""
+    HALF: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])
+    wide = queries.to(gl.float32)
+    largest = gl.max(gl.abs(wide), axis=1)
+    wide = wide * gl.where(largest > 0, 256.0 / largest, 0.0)[:, None]
+    even, odd = gl.split(gl.reshape(wide, [8, DIM // 2, 2]))
+    even, odd = gl.convert_layout(even, HALF), gl.convert_layout(odd, HALF)
+    return even.to(gl.float16), odd.to(gl.float16), gl.where(largest > 0, largest, 1.0)
+
+
+@gluon.jit
+def _pairs_in_float16(words):
+    """As _fp8.e4m3_pairs: of words that hold two e4m3 numbers each the lower ones and the upper ones, over 256."""
+    lower = gl.inline_asm_elementwise(
+        "{ .reg .b32 a; shl.b32 a, $1, 7; and.b32 a, a, 0x3f803f80; "
+        "shl.b32 $0, $1, 8; lop3.b32 $0, $0, 0x80008000, a, 0xea; }",
+        "=r,r", [words], dtype=gl.float16, is_pure=True, pack=2,
+    )  # fmt: skip
+    upper = gl.inline_asm_elementwise(
+        "{ .reg .b32 a; shr.b32 a, $1, 1; and.b32 a, a, 0x3f803f80; lop3.b32 $0, $1, 0x80008000, a, 0xea; }",
+        "=r,r", [words], dtype=gl.float16, is_pure=True, pack=2,
+    )  # fmt: skip
+    return lower, upper
+
+
+@gluon.jit
+def _store_sums(
+    row_at, acc, upper, gain, WORDS: gl.constexpr, GROUP: gl.constexpr, FP8: gl.constexpr, MMA: gl.constexpr
+):
+    """acc * gain, a column for each head, to where the heads' rows begin; FP8: every second channel is in `upper`."""
+    word = gl.arange(0, WORDS, gl.SliceLayout(1, MMA))
+    fits = (gl.arange(0, 8, gl.SliceLayout(0, MMA)) < GROUP)[None, :] & (word < WORDS)[:, None]
+    kind: gl.constexpr = row_at.dtype.element_ty
+    if FP8:
+        at = row_at[None, :] + 2 * word[:, None]
+        gl.store(at, (acc * gain[None, :]).to(kind), mask=fits)
+        gl.store(at + 1, (upper * gain[None, :]).to(kind), mask=fits)
+    else:
+        gl.store(row_at[None, :] + word[:, None], (acc * gain[None, :]).to(kind), mask=fits)
+
+
+@gluon.jit
+def _scores(keys, q_tile, FP8: gl.constexpr, MMA: gl.constexpr):
+    """[128, 8]: keys times queries, in FP8 the keys' over 256 and in registers."""
+    zeros = gl.zeros([128, 8], gl.float32, MMA)
+    if FP8:
+        KEYS: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
+        even, odd = _pairs_in_float16(keys.load(KEYS))
+        queued = hopper.warpgroup_mma(even, q_tile.index(0).permute((1, 0)), zeros, use_acc=False, is_async=True)
+        queued = hopper.warpgroup_mma(odd, q_tile.index(1).permute((1, 0)), queued, is_async=True)
+    else:
+        queued = hopper.warpgroup_mma(keys, q_tile.index(0).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    return hopper.warpgroup_mma_wait(0, deps=[queued])
+
+
+@gluon.jit
 def _consume(
     query_ptr, out_ptr, partial_ptr, stats_ptr, counters_ptr, lens_ptr, num_seqs, factor, query_stride,
     query_head_stride, q_tile, p_tile, k_tiles, v_tiles, v_ring, k_full, v_full, k_free, v_free,
-    KV_HEADS: gl.constexpr, GROUP: gl.constexpr, DIM: gl.constexpr, SEQS: gl.constexpr, STAGES: gl.constexpr,
-    BESIDE: gl.constexpr, DEPENDENT: gl.constexpr,
+    KV_HEADS: gl.constexpr, GROUP: gl.constexpr, DIM: gl.constexpr, WORDS: gl.constexpr,
+    SEQS: gl.constexpr, STAGES: gl.constexpr, FP8: gl.constexpr, BESIDE: gl.constexpr, DEPENDENT: gl.constexpr,
 ):  # fmt: skip
     # Each warp has all lengths: to find a sequence in them, none waits for another.
     INDEX: gl.constexpr = gl.SliceLayout(1, gl.BlockedLayout([1, 1], [32, 1], [1, 4], [0, 1]))
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16])
+    VALUES: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
     SCAN: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     lens, tiles, ends = _tiles(lens_ptr, num_seqs, SEQS, SCAN)
@@ -284,9 +348,7 @@ def _consume(
     total_tiles = gl.sum(tiles, axis=0)
     kv_head = gl.program_id(0) % KV_HEADS
     current, stop = _share(total_tiles, KV_HEADS)
-    channel = gl.arange(0, DIM, gl.SliceLayout(1, MMA))
     head = gl.arange(0, 8, gl.SliceLayout(0, MMA))
-    fits = (head < GROUP)[None, :] & (channel < DIM)[:, None]
     padding = gl.sum((lens == 0).to(gl.int32), axis=0) - (SEQS - num_seqs)
     seq, tile, count, mine, end = _segment(current, stop, lens, tiles, ends, SEQS, INDEX)
     if not BESIDE:
@@ -297,8 +359,15 @@ def _consume(
             _clear_padding(out_ptr, lens_ptr, num_seqs, KV_HEADS * GROUP * DIM)
     step = 0
     while current < stop:
+        unit = gl.full([8], factor, gl.float32, gl.SliceLayout(0, MMA))
         group_barrier()
-        q_tile.store(queries)
+        if FP8:
+            even, odd, largest = _even_and_odd(queries, DIM)
+            q_tile.index(0).store(even)
+            q_tile.index(1).store(odd)
+            unit = unit * gl.convert_layout(largest, gl.SliceLayout(0, MMA))
+        else:
+            q_tile.index(0).store(queries)
         hopper.fence_async_shared()
         group_barrier()
         # What comes next, while this one's tiles land.
@@ -307,24 +376,21 @@ def _consume(
         queries = _queries(
             query_ptr, seq_2, kv_head, following < stop, query_stride, query_head_stride, GROUP, DIM, ROWS
         )
-        acc = gl.zeros([DIM, 8], gl.float32, MMA)
+        acc = gl.zeros([WORDS, 8], gl.float32, MMA)
+        upper = gl.zeros([WORDS, 8], gl.float32, MMA)
         sums = gl.zeros([128, 8], gl.float32, MMA)
         top = gl.full([8], float("-inf"), gl.float32, gl.SliceLayout(0, MMA))
         for i in range(tile, tile + mine):
             stage = step % STAGES
             phase = step // STAGES & 1
             mbarrier.wait(k_full.index(stage), phase)
-            queued = hopper.warpgroup_mma(
-                k_tiles.index(stage), q_tile.permute((1, 0)), gl.zeros([128, 8], gl.float32, MMA), use_acc=False,
-                is_async=True,
-            )  # fmt: skip
-            scores = hopper.warpgroup_mma_wait(0, deps=[queued])
+            scores = _scores(k_tiles.index(stage), q_tile, FP8, MMA)
             group_barrier()
             mbarrier.arrive(k_free.index(stage), count=1)
             at = i * 128 + gl.arange(0, 128, gl.SliceLayout(1, MMA))
             scores = gl.where((at < end)[:, None], scores, float("-inf"))
-            new_top = gl.maximum(top, gl.max(scores, axis=0) * factor)
-            weights = gl.exp2(scores * factor - new_top[None, :])
+            new_top = gl.maximum(top, gl.max(scores, axis=0) * unit)
+            weights = gl.exp2(scores * unit[None, :] - new_top[None, :])
             fade = gl.exp2(top - new_top)
             sums = sums * fade[None, :] + weights
             acc = acc * fade[None, :]
@@ -332,25 +398,33 @@ def _consume(
             hopper.fence_async_shared()
             group_barrier()
             mbarrier.wait(v_full.index(stage), phase)
-            inside = end - i * 128
-            if (inside < 128) & (inside % 16 != 0):
-                _clear_behind(v_ring, stage, inside, DIM)
-            added = hopper.warpgroup_mma(
-                v_tiles.index(stage).permute((1, 0)), p_tile.permute((1, 0)), acc, is_async=True
-            )
-            acc = hopper.warpgroup_mma_wait(0, deps=[added])
+            if FP8:
+                upper = upper * fade[None, :]
+                words = v_tiles.index(stage).permute((1, 0)).load(VALUES)
+                lower_v, upper_v = _pairs_in_float16(words)
+                one = hopper.warpgroup_mma(lower_v, p_tile.permute((1, 0)), acc, is_async=True)
+                two = hopper.warpgroup_mma(upper_v, p_tile.permute((1, 0)), upper, is_async=True)
+                acc, upper = hopper.warpgroup_mma_wait(0, deps=[one, two])
+            else:
+                inside = end - i * 128
+                if (inside < 128) & (inside % 16 != 0):
+                    _clear_behind(v_ring, stage, inside, WORDS)
+                added = hopper.warpgroup_mma(
+                    v_tiles.index(stage).permute((1, 0)), p_tile.permute((1, 0)), acc, is_async=True
+                )
+                acc = hopper.warpgroup_mma_wait(0, deps=[added])
             group_barrier()
             mbarrier.arrive(v_free.index(stage), count=1)
             top = new_top
             step += 1
         total = gl.sum(sums, axis=0)
-        out_at = out_ptr + (seq.to(gl.int64) * (KV_HEADS * GROUP) + kv_head * GROUP + head)[None, :] * DIM
-        out_at = out_at + channel[:, None]
+        whole = 256.0 if FP8 else 1.0  # values are over 256
+        out_row = out_ptr + (seq.to(gl.int64) * (KV_HEADS * GROUP) + kv_head * GROUP + head) * DIM
         if mine == count:
-            gl.store(out_at, (acc / total[None, :]).to(out_ptr.dtype.element_ty), mask=fits)
+            _store_sums(out_row, acc, upper, whole / total, WORDS, GROUP, FP8, MMA)
         else:
             slot = _slot(gl.program_id(0), tile == 0) * GROUP + head
-            gl.store(partial_ptr + slot[None, :] * DIM + channel[:, None], acc, mask=fits)
+            _store_sums(partial_ptr + slot * DIM, acc, upper, gl.full_like(total, whole), WORDS, GROUP, FP8, MMA)
             gl.store(stats_ptr + slot * 2, top, mask=head < GROUP)
             gl.store(stats_ptr + slot * 2 + 1, total, mask=head < GROUP)
             first = _owner(current - tile, total_tiles, KV_HEADS)
@@ -361,7 +435,7 @@ def _consume(
                 group_barrier()
                 gl.store(counters_ptr + seq * KV_HEADS + kv_head, 0)
                 result = _combine(partial_ptr, stats_ptr, first, last, kv_head, KV_HEADS, DIM, GROUP, MMA)
-                gl.store(out_at, result.to(out_ptr.dtype.element_ty), mask=fits)
+                _store_sums(out_row, result, result, gl.full_like(total, 1.0), DIM, GROUP, False, MMA)
         current = following
         seq, tile, count, mine, end = seq_2, tile_2, count_2, mine_2, end_2
     if BESIDE:  # whoever waits for this kernel waits for the one before as well
@@ -375,18 +449,23 @@ def _consume(
 def _hopper_decode_kernel(
     desc, query_ptr, tables_ptr, lens_ptr, out_ptr, partial_ptr, stats_ptr, counters_ptr, num_seqs, factor,
     query_stride, query_head_stride, table_stride, num_blocks,
-    KV_HEADS: gl.constexpr, GROUP: gl.constexpr, DIM: gl.constexpr, SEQS: gl.constexpr, STAGES: gl.constexpr,
-    BESIDE: gl.constexpr, DEPENDENT: gl.constexpr,
+    KV_HEADS: gl.constexpr, GROUP: gl.constexpr, DIM: gl.constexpr, SEQS: gl.constexpr,
+    STAGES: gl.constexpr, FP8: gl.constexpr, BESIDE: gl.constexpr, FETCHING: gl.constexpr, DEPENDENT: gl.constexpr,
 ):  # fmt: skip
-    dtype: gl.constexpr = desc.dtype
+    # A cache in FP8 is fetched as words of 16 bits, two numbers each.
+    WORDS: gl.constexpr = DIM // 2 if FP8 else DIM
     SHARED: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    q_tile = gl.allocate_shared_memory(dtype, [8, DIM], SHARED)
-    p_tile = gl.allocate_shared_memory(dtype, [8, 128], SHARED)
-    k_tiles = gl.allocate_shared_memory(dtype, [STAGES, 128, DIM], SHARED)
-    v_tiles = gl.allocate_shared_memory(dtype, [STAGES, 128, DIM], SHARED)
+    if FP8:
+        q_tile = gl.allocate_shared_memory(gl.float16, [2, 8, WORDS], SHARED)
+        p_tile = gl.allocate_shared_memory(gl.float16, [8, 128], SHARED)
+    else:
+        q_tile = gl.allocate_shared_memory(desc.dtype, [1, 8, DIM], SHARED)
+        p_tile = gl.allocate_shared_memory(desc.dtype, [8, 128], SHARED)
+    k_tiles = gl.allocate_shared_memory(desc.dtype, [STAGES, 128, WORDS], SHARED)
+    v_tiles = gl.allocate_shared_memory(desc.dtype, [STAGES, 128, WORDS], SHARED)
     # A tile lies in memory as its columns' halves, one after the other, each as 8 pages of 16 rows of 128 bytes.
-    k_ring = reshaped(k_tiles, [STAGES * DIM // 64 * 8, 16, 64], SHARED)
-    v_ring = reshaped(v_tiles, [STAGES * DIM // 64 * 8, 16, 64], SHARED)
+    k_ring = reshaped(k_tiles, [STAGES * WORDS // 64 * 8, 16, 64], SHARED)
+    v_ring = reshaped(v_tiles, [STAGES * WORDS // 64 * 8, 16, 64], SHARED)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -404,31 +483,32 @@ def _hopper_decode_kernel(
                 (
                     query_ptr, out_ptr, partial_ptr, stats_ptr, counters_ptr, lens_ptr, num_seqs, factor,
                     query_stride, query_head_stride, q_tile, p_tile, k_tiles, v_tiles, v_ring, k_full, v_full, k_free,
-                    v_free, KV_HEADS, GROUP, DIM, SEQS, STAGES, BESIDE, DEPENDENT,
+                    v_free, KV_HEADS, GROUP, DIM, WORDS, SEQS, STAGES, FP8, BESIDE, DEPENDENT,
                 ),
             ),
             (
                 _produce,
                 (
                     desc, tables_ptr, lens_ptr, num_seqs, table_stride, num_blocks, k_ring, v_ring, k_full, v_full,
-                    k_free, v_free, KV_HEADS, DIM, SEQS, STAGES, BESIDE, DEPENDENT,
+                    k_free, v_free, KV_HEADS, WORDS, SEQS, STAGES, BESIDE, DEPENDENT,
                 ),
             ),
         ],
         [1],
-        [96],
+        [FETCHING],
     )  # fmt: skip
 
 
 def applies(query: torch.Tensor, kv: torch.Tensor, window: int, soft_cap: float, sinks: torch.Tensor | None) -> bool:
     """Whether `launch` can serve this call of paged_attention_decode."""
+    fp8 = kv.dtype == FP8
     return (
         AVAILABLE
         and on_card(query)
         and is_hopper(query.device)
-        and query.dtype == kv.dtype
         and query.dtype in (torch.bfloat16, torch.float16)
-        and kv.shape[4] in (64, 128)
+        and (kv.dtype == query.dtype or fp8)
+        and kv.shape[4] in ((128,) if fp8 else (64, 128))
         and kv.shape[3] == PAGE
         and query.shape[1] // kv.shape[2] <= 8
         and query.shape[0] <= MOST_SEQUENCES
@@ -446,20 +526,24 @@ def launch(
 ) -> None:  # fmt: skip
     """paged_attention_decode without window, soft cap and sinks; all arguments checked, and `applies`.
 
-    programs: a multiple of the KV heads; 0: one for each multiprocessor. The workspace has room for two parts of each.
-    beside: as paged_attention_decode has it.
+    programs: a multiple of the KV heads; 0: one for each multiprocessor, of a cache in FP8 two, whose tiles take half
+    the shared memory. The workspace has room for two parts of each. beside: as paged_attention_decode has it.
     """
     num_seqs, num_heads, head_dim = query.shape
     kv_heads = kv.shape[2]
-    num_rows = kv.numel() // head_dim
-    programs = max((programs or multiprocessors(query.device)) // kv_heads, 1) * kv_heads
+    fp8 = kv.dtype == FP8
+    programs = programs or multiprocessors(query.device) * (2 if fp8 else 1)
+    programs = max(programs // kv_heads, 1) * kv_heads
     enough = partial.numel() >= 2 * programs * num_heads // kv_heads * head_dim
     require(enough and counters.numel() >= num_seqs * kv_heads, f"the workspace is too small for {num_seqs} sequences")
+    words = kv.view(torch.int16) if fp8 else kv
+    row = words.shape[4]
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    pages = TensorDescriptor(kv, [num_rows, head_dim], [head_dim, 1], [PAGE, 64], layout)
+    pages = TensorDescriptor(words, [words.numel() // row, row], [row, 1], [PAGE, 64], layout)
     _hopper_decode_kernel[(programs,)](
         pages, query, block_tables, seq_lens, out, partial, stats, counters, num_seqs, scale * LOG2_E,
         query.stride(0), query.stride(1), block_tables.stride(0), kv.shape[0],
-        KV_HEADS=kv_heads, GROUP=num_heads // kv_heads, DIM=head_dim, SEQS=max(next_power_of_2(num_seqs), 256),
-        STAGES=STAGES, BESIDE=beside, num_warps=4, maxnreg=160, **dependent_launch(query.device),
+        KV_HEADS=kv_heads, GROUP=num_heads // kv_heads, DIM=head_dim,
+        SEQS=max(next_power_of_2(num_seqs), 256), STAGES=STAGES, FP8=fp8, BESIDE=beside,
+        FETCHING=72 if fp8 else 96, num_warps=4, maxnreg=128 if fp8 else 160, **dependent_launch(query.device),
     )  # fmt: skip

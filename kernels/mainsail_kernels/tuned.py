@@ -148,8 +148,8 @@ def decode_config(
     if num_seqs <= 2:
         return DecodeConfig(64, 4, 3, 4, 1, specialized=True)
     if fp8 and num_seqs > 96:
-        return DecodeConfig(128, 4, 2, 3, 1)
-    return DecodeConfig(64, 4, 3, 4, 2, specialized=padded or num_seqs <= 64)
+        return DecodeConfig(128, 4, 2, 3, 1, specialized=True)
+    return DecodeConfig(64, 4, 3, 4, 2, specialized=fp8 or padded or num_seqs <= 64)
 
 
 def linear_config(

@@ -71,15 +71,29 @@ def test_decode(heads, kv_heads, dim, window, soft_cap, paged, close, device, dt
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(32, 8, 128), (16, 2, 64), (5, 5, 128)])
-def test_decode_by_programs_of_equal_shares(heads, kv_heads, dim, paged, close, device, dtype):
-    """One program for all; more programs than tiles; pairs that many share; padding; a workspace used again."""
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "fp8"),
+    [
+        (32, 8, 128, False),
+        (16, 2, 64, False),
+        (5, 5, 128, False),
+        (32, 8, 128, True),
+        (32, 4, 128, True),
+        (5, 5, 128, True),
+    ],
+)
+def test_decode_by_programs_of_equal_shares(heads, kv_heads, dim, fp8, paged, close, device, dtype):
+    """One program for all; more programs than tiles; pairs that many share; padding; a workspace used again; what no
+    sequence owns is NaN, of e4m3 as well; a query of zeros, a large and a tiny one."""
     workspace = decode_workspace(300, heads, kv_heads, dim, device)
     for seed, lens in enumerate(
         [[1], [0, 0], [4000], [129, 0, 128, 127, 1, 16, 900], [300] * 41, [1, 5000] * 9, [70] * 300]
     ):
         batch = paged(lens, kv_heads, dim, seed=seed)
-        query = torch.randn(len(lens), heads, dim).to(device, dtype)
+        batch.kv = batch.kv.to(torch.float8_e4m3fn) if fp8 else batch.kv
+        query = torch.randn(len(lens), heads, dim)
+        query[0, 0], query[0, 1], query[-1, -1] = 0.0, query[0, 1] * 5, query[-1, -1] * 1e-3
+        query = query.to(device, dtype)
         if not attention_decode_hopper.applies(query, batch.kv, 0, 0.0, None):
             pytest.skip("for Hopper")
         truth = reference.paged_attention_decode(query.double(), batch.wide(), batch.tables, batch.lens, 0.1)

@@ -17,7 +17,7 @@ class Step:
     """A layer's attention in a step of decodes and chunks (tokens, context before them), with rows of padding between
     and behind, from the norm before it to the norm behind it."""
 
-    def __init__(self, decodes: list[int], chunks: list[tuple[int, int]], padding: int) -> None:
+    def __init__(self, decodes: list[int], chunks: list[tuple[int, int]], padding: int, kind: torch.dtype) -> None:
         device = torch.device("cuda")
         numbers = torch.Generator().manual_seed(len(decodes))
         lens = [*decodes, *(tokens + before for tokens, before in chunks)]
@@ -45,7 +45,7 @@ class Step:
             max_query_len=max(tokens for tokens, _ in chunks),
             workspace=self.workspace,
         )
-        self.kv = torch.randn(sum(blocks), 2, KV_HEADS, 16, DIM, generator=numbers).to(device, torch.bfloat16)
+        self.kv = torch.randn(sum(blocks), 2, KV_HEADS, 16, DIM, generator=numbers).to(device, kind)
         width = (HEADS + 2 * KV_HEADS) * DIM
         self.inputs = [torch.randn(height, width, device=device, dtype=torch.bfloat16) for _ in range(2)]
         self.cos_sin = torch.randn(max(lens), DIM, device=device)
@@ -64,6 +64,7 @@ class Step:
         return normed[: self.rows].clone()
 
 
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float8_e4m3fn])
 @pytest.mark.parametrize(
     ("decodes", "chunks", "padding"),
     [
@@ -74,10 +75,10 @@ class Step:
         ([300] * 5, [(1, 0)], 250),
     ],
 )
-def test_decodes_beside_prompts_see_what_the_step_wrote(decodes, chunks, padding, monkeypatch):
+def test_decodes_beside_prompts_see_what_the_step_wrote(decodes, chunks, padding, kind, monkeypatch):
     """What begins before its inputs are there has those of the step before, which are others; what is not waited for
     at the end, the norm misses."""
-    step = Step(decodes, chunks, padding)
+    step = Step(decodes, chunks, padding, kind)
     query = step.inputs[0][:, : HEADS * DIM].view(-1, HEADS, DIM)
     if not goes_beside(query[: len(decodes)], step.kv, 0, 0.0, None):
         pytest.skip("for Hopper")
