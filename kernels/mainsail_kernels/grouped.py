@@ -16,6 +16,7 @@ word has one scale. An integer becomes a float by putting it, where it lies, und
 a one.
 
     1 row        codes meet the row in registers; a group's sum is scaled once a word
+    2 to 8 rows  in groups of 128 on Hopper: codes go to the matrix unit as they are (grouped_few.py)
     a few rows   a tile is dequantized in registers, then tl.dot; inputs split over programs where outputs are few
     more         all weights are dequantized into a buffer, then cuBLAS: 16-bit products are what many rows cost anyway
 """
@@ -25,6 +26,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from mainsail_kernels import grouped_few
 from mainsail_kernels import reference_quantized as reference
 from mainsail_kernels._split import arrive, collect, split_that_fits, workspace
 from mainsail_kernels._triton import (
@@ -580,12 +582,13 @@ def _launch(x: torch.Tensor, codes: Codes, bias: torch.Tensor | None, config: Qu
         "LINES": config.ahead // 128, "STAGES": config.stages, "num_warps": config.warps,
         **dependent_launch(x.device),
     }  # fmt: skip
-    plain = codes.super_scale is None and (codes.offset is None or codes.zeros)
-    if num_rows == 1 and plain and codes.bits == 4 and codes.group in (32, 64, 128):
+    if num_rows == 1 and _by_integers(codes) and codes.group in (32, 64, 128):
         return _launch_row_groups(x, codes, bias, out)
     if num_rows == 1:
         _row_kernel[(tiles,)](x, *_parts(codes), added, out, num_out, num_words, **options)
         return out
+    if _by_integers(codes) and grouped_few.applies(x, codes.words, codes.group):
+        return grouped_few.linear(x, codes.words, codes.scale, codes.offset, codes.zero, bias)
     if _as_nibbles(x, codes):
         return _launch_nibbles(x, codes, bias, out)
     split = split_that_fits(config.split, num_rows, num_out, tiles)
@@ -594,6 +597,22 @@ def _launch(x: torch.Tensor, codes: Codes, bias: torch.Tensor | None, config: Qu
         ROWS=max(next_power_of_2(num_rows), 16), SPLIT=split, **options,
     )  # fmt: skip
     return out
+
+
+def grouped_gated_linear(x: torch.Tensor, codes: Codes) -> torch.Tensor | None:
+    """silu(x @ gate.T) * (x @ up.T) for codes of [2 * d, in], the gate first: [n, d]; as fp8_gated_linear."""
+    codes.check()
+    out, num_in = codes.shape
+    fits = x.dim() == 2 and x.shape[1] == num_in and out % 2 == 0
+    require(fits, f"grouped_gated_linear: x {tuple(x.shape)}, codes [{out}, {num_in}]")
+    if not _by_integers(codes) or not grouped_few.applies(x, codes.words, codes.group):
+        return None
+    return grouped_few.gated_linear(x, codes.words, codes.scale, codes.offset, codes.zero)
+
+
+def _by_integers(codes: Codes) -> bool:
+    """Whether codes are of 4 bits, and nothing but a scale and an integer for a zero point belongs to a group."""
+    return codes.bits == 4 and codes.super_scale is None and (codes.offset is None or codes.zeros)
 
 
 def _launch_row_groups(x: torch.Tensor, codes: Codes, bias: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor:

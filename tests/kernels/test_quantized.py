@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mainsail_kernels import reference
+from mainsail_kernels import grouped_few, reference
 from mainsail_kernels import reference_quantized as quantized
 from mainsail_kernels.fp8 import (
     QuantizedRows,
@@ -13,7 +13,7 @@ from mainsail_kernels.fp8 import (
     quantize_groups,
     quantize_rows,
 )
-from mainsail_kernels.grouped import Codes, dequantize, grouped_linear
+from mainsail_kernels.grouped import Codes, dequantize, grouped_gated_linear, grouped_linear
 from mainsail_kernels.rms_norm import rms_norm, rms_norm_quantized
 from mainsail_kernels.silu_mul import silu_mul, silu_mul_quantized
 from mainsail_kernels.tuned import QuantizedConfig, override
@@ -177,6 +177,22 @@ def test_grouped_linear(rows, halves, kind, bits, group, num_out, num_in, close,
     close(grouped_linear(x, codes, bias), truth)
 
 
+@pytest.mark.parametrize("kind", ["symmetric", "zeros"])
+@pytest.mark.parametrize(("rows", "num_in"), [(2, 128), (5, 2304), (8, 14336)])
+def test_grouped_linears_of_few_rows_through_the_matrix_unit(kind, rows, num_in, device):
+    _, codes = codes_of(kind, 4, 128, 192, num_in, device)
+    x, bias = torch.randn(rows, num_in).to(device, torch.bfloat16), torch.randn(192).to(device, torch.bfloat16)
+    if not grouped_few.applies(x, codes.words, codes.group):
+        assert grouped_gated_linear(x, codes) is None
+        pytest.skip("for Hopper")
+    truth = x.double() @ dequantize(codes, torch.float32).double().T
+    near(grouped_linear(x, codes), truth, 1e-2)
+    near(grouped_linear(x, codes, bias), truth + bias.double(), 1e-2)
+    gated = grouped_gated_linear(x, codes)
+    assert gated is not None
+    near(gated, reference.silu_mul(truth), 1e-2)
+
+
 def test_what_does_not_fit_is_refused(device, dtype):
     x = torch.ones(2, 64, device=device, dtype=dtype)
     weight, scale = fp8_weight(8, 64, device)
@@ -189,6 +205,8 @@ def test_what_does_not_fit_is_refused(device, dtype):
     _, codes = codes_of("symmetric", 4, 32, 8, 128, device)
     with pytest.raises(ValueError, match="grouped_linear: x"):
         grouped_linear(x, codes)
+    with pytest.raises(ValueError, match="grouped_gated_linear: x"):
+        grouped_gated_linear(x, codes)
 
 
 @pytest.mark.parametrize(("rows", "size"), [(1, 64), (3, 200), (17, 576)])

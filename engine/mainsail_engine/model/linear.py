@@ -26,7 +26,7 @@ from mainsail_kernels.fp8 import (
     fp8_linear,
     takes_quantized_rows,
 )
-from mainsail_kernels.grouped import Codes, grouped_linear
+from mainsail_kernels.grouped import Codes, grouped_gated_linear, grouped_linear
 from mainsail_kernels.linear import gated_linear
 from mainsail_kernels.linear import linear as skinny
 from mainsail_kernels.silu_mul import gelu_tanh_mul, silu_mul, silu_mul_quantized
@@ -133,6 +133,8 @@ def silu_gated(x: Rows, gate_up: Weight, down: Weight) -> Rows:
         mixed = fp8_gated_linear(x, gate_up.codes, gate_up.scale)
     elif isinstance(x, torch.Tensor) and on_card(x) and isinstance(gate_up, torch.Tensor):
         mixed = gated_linear(x, gate_up)
+    elif isinstance(x, torch.Tensor) and isinstance(gate_up, Codes):
+        mixed = grouped_gated_linear(x, gate_up)
     if mixed is not None:
         return mixed
     product = linear(x, gate_up)
