@@ -35,6 +35,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 __all__ = [
     "INTERPRETED",
     "Card",
+    "Launcher",
     "card_name",
     "card_of",
     "dependent_launch",
@@ -120,6 +121,31 @@ def multiprocessors(device: torch.device) -> int:
 def card_name(device: torch.device) -> str:
     """The name that tuned tables are filed under, "cpu" under the interpreter."""
     return card_of(device).name if is_card(device) else "cpu"
+
+
+class Launcher:
+    """A kernel of few programs that the host launches in every step, while the device waits for it.
+
+    Triton finds a launch's variant anew each time, by its arguments' types and options, which takes several times what
+    the launch does. Here a variant is the device and which of the tensors begin at a multiple of 16 bytes: the kernel's
+    integers must be `do_not_specialize` and of 32 bits, and its tensors always of the same types.
+    """
+
+    def __init__(self, kernel: Any, constants: tuple[int, ...], **options: Any) -> None:
+        """constants: the last arguments, all constexpr."""
+        self._kernel, self._constants, self._options = kernel, constants, options
+        self._compiled: dict[tuple[int, ...], Any] = {}
+
+    def __call__(self, num_programs: int, tensors: tuple[torch.Tensor, ...], *numbers: int) -> None:
+        """Launch it with the tensors, then the numbers."""
+        variant = (tensors[0].get_device(), *[tensor.data_ptr() % 16 for tensor in tensors])
+        compiled = self._compiled.get(variant)
+        if compiled is not None:
+            compiled[num_programs, 1, 1](*tensors, *numbers, *self._constants)
+            return
+        compiled = self._kernel[(num_programs,)](*tensors, *numbers, *self._constants, **self._options)
+        if tensors[0].is_cuda and compiled is not None:
+            self._compiled[variant] = compiled
 
 
 # Programmatic dependent launch (Hopper on): a kernel's programs start while the one before still runs, and do what

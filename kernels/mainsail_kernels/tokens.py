@@ -11,9 +11,10 @@ few bytes, and the device stands still for some 10 µs each time that it waits f
 import torch
 
 from mainsail_kernels import reference
-from mainsail_kernels._triton import require, runs_kernels, tl, triton
+from mainsail_kernels._triton import Launcher, require, runs_kernels, tl, triton
 
 _BLOCK = 256
+_UNPACK_BLOCK = 1024
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -54,6 +55,10 @@ def _send_kernel(tokens_ptr, host_ptr, count, BLOCK: tl.constexpr):
     tl.store(host_ptr + index, tl.load(tokens_ptr + index, mask=index < count, other=0), mask=index < count)
 
 
+_launch_unpack = Launcher(_unpack_kernel, (_UNPACK_BLOCK,), num_warps=4)
+_launch_send = Launcher(_send_kernel, (_BLOCK,), num_warps=2)
+
+
 def unpack(
     source: torch.Tensor, packed: torch.Tensor, tables: torch.Tensor, *, width: int, decodes: int, gap: int
 ) -> None:
@@ -67,23 +72,23 @@ def unpack(
     if width > 0:
         rows = (total - numbers) // width
     fits = numbers + rows * width == total and width <= tables.shape[1] and rows + gap <= tables.shape[0]
-    require(fits, f"unpack: {total} numbers are not {numbers} and rows of {width} for {tuple(tables.shape)}")
+    if not fits:
+        raise ValueError(f"unpack: {total} numbers are not {numbers} and rows of {width} for {tuple(tables.shape)}")
     if not runs_kernels(packed):
         reference.unpack(source, packed, tables, width, decodes, gap)
     elif total:
-        _unpack_kernel[(-(-total // 1024),)](
-            source, packed, tables, numbers, total, decodes, gap, max(width, 1), tables.stride(0), BLOCK=1024,
-            num_warps=4,
-        )  # fmt: skip
+        tensors, places = (source, packed, tables), (decodes, gap, max(width, 1), tables.stride(0))
+        _launch_unpack(-(-total // _UNPACK_BLOCK), tensors, numbers, total, *places)
 
 
 def send(tokens: torch.Tensor, on_host: torch.Tensor) -> None:
     """Write tokens [n] int64 of the device to on_host [n] int64 in pinned memory. ValueError on other shapes."""
-    require(tokens.shape == on_host.shape and tokens.dim() == 1, f"send: {tuple(tokens.shape)}, {tuple(on_host.shape)}")
+    if tokens.shape != on_host.shape or tokens.dim() != 1:
+        raise ValueError(f"send: {tuple(tokens.shape)}, {tuple(on_host.shape)}")
     if not runs_kernels(tokens) or tokens.stride(0) != 1 or tokens.dtype != on_host.dtype:
         on_host.copy_(tokens, non_blocking=True)
     elif count := tokens.shape[0]:
-        _send_kernel[(-(-count // _BLOCK),)](tokens, on_host, count, BLOCK=_BLOCK, num_warps=2)
+        _launch_send(-(-count // _BLOCK), (tokens, on_host), count)
 
 
 def resolve(tokens: torch.Tensor, from_slots: torch.Tensor, newest: torch.Tensor) -> torch.Tensor:

@@ -123,6 +123,8 @@ def prefill_config(device: torch.device, head_dim: int, rows: int) -> PrefillCon
         return PrefillConfig(16, 32, 4, 1)
     if rows <= 16:
         return PrefillConfig(16, 64, 4, 2)
+    if rows <= 32 and head_dim <= 128 and card_name(device).startswith("NVIDIA H"):
+        return PrefillConfig(32, 128, 4, 2)
     if rows <= 64 or head_dim > 128:
         return PrefillConfig(64, 64, 4, 2)
     if not card_name(device).startswith("NVIDIA H"):

@@ -74,3 +74,16 @@ def test_shapes_that_differ_are_refused(device):
         resolve(four, three, four)
     with pytest.raises(ValueError, match="note"):
         note(four, three, four)
+
+
+@pytest.mark.parametrize("offset", [0, 1, 2])
+def test_what_was_launched_before_is_launched_again_wherever_tensors_begin(offset, device):
+    """A compiled variant may count on its tensors' alignment: others must not be launched through it."""
+    tokens = torch.randint(0, 1 << 40, (40,)).to(device)
+    for count in (30, 7, 30):
+        on_host = torch.zeros(40, dtype=torch.int64, pin_memory=device.type == "cuda")
+        send(tokens[offset:][:count], on_host[2 * offset :][:count])
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        assert on_host[2 * offset :][:count].tolist() == tokens[offset:][:count].tolist()
+        assert on_host.count_nonzero() <= count

@@ -103,26 +103,24 @@ def build(
     """
     chunks = plan.chunks
     moved_in = [chunk for chunk in chunks if tables.update(chunk)]
-    lengths = np.array([chunk.num_tokens for chunk in chunks], np.int64)
-    starts = np.array([chunk.start for chunk in chunks], np.int64)
-    slots = np.array([chunk.slot for chunk in chunks], np.int64)
+    lengths, starts, slots, num_sampled = _numbers(chunks)
     first_rows = _running(lengths)
+    slot_of_row = slots.repeat(lengths)
+    positions: np.ndarray = np.arange(len(slot_of_row)) + (starts - first_rows[:-1]).repeat(lengths)
+    slot_mapping: np.ndarray = tables.rows[slot_of_row, positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
     token_ids, from_device = _token_ids(chunks)
-    num_sampled = np.array([chunk.samples + len(chunk.guesses) for chunk in chunks], np.int64)
-    sampled = _sampled_rows(num_sampled, first_rows)
-    sampled_slots = np.repeat(slots, num_sampled)
     from_slots, last_rows = slots[from_device], first_rows[1:][from_device] - 1
-    num_decodes = plan.num_decodes
+    sampled = _sampled_rows(num_sampled, first_rows)
+    sampled_slots, query_start, seq_lens = slot_of_row[sampled], first_rows, starts + lengths
+    num_decodes, max_query_len = plan.num_decodes, int(lengths.max())
     if spread and plan.num_verifying:
-        num_decodes, lengths, starts, slots = _spread(plan, lengths, starts, slots)
-    query_start = _running(lengths)
-    seq_of_token = np.repeat(np.arange(len(lengths)), lengths)
-    positions: np.ndarray = np.arange(int(query_start[-1])) - query_start[seq_of_token] + starts[seq_of_token]
-    seq_lens = starts + lengths
-    used = int(-(-seq_lens.max() // BLOCK_SIZE))
+        first = num_decodes + plan.num_verifying  # of the chunks that stay as they are
+        num_decodes, max_query_len = int(first_rows[first]), int(lengths[first:].max(initial=1))
+        query_start = np.concatenate((np.arange(num_decodes), first_rows[first:]))
+        seq_lens = np.concatenate((positions[:num_decodes] + 1, seq_lens[first:]))
+        slots = np.concatenate((slot_of_row[:num_decodes], slots[first:]))
+    used = -(-int(seq_lens.max()) // BLOCK_SIZE)
     block_tables = tables.rows[slots, :used]
-    slot_mapping: np.ndarray = block_tables[seq_of_token, positions // BLOCK_SIZE].astype(np.int64) * BLOCK_SIZE
-    slot_mapping += positions % BLOCK_SIZE
     adapter_rows, adapter_slots = _adapter_tiles(chunks) if adapters else (_none(), _none())
     arrays = StepArrays(
         token_ids=token_ids,
@@ -138,7 +136,7 @@ def build(
         sampled_slots=sampled_slots,
         first_rows=first_rows[:-1],
         num_decodes=num_decodes,
-        max_query_len=int(lengths.max()),
+        max_query_len=max_query_len,
         adapter_rows=adapter_rows,
         adapter_slots=adapter_slots,
     )
@@ -159,31 +157,27 @@ def _running(lengths: np.ndarray) -> np.ndarray:
     return starts
 
 
+def _numbers(chunks: list[Chunk]) -> np.ndarray:
+    """[4, num_chunks] int64: how long each is, where it starts, its slot, and how many of its rows are sampled."""
+    numbers = list[int]()
+    for chunk in chunks:
+        numbers += (chunk.num_tokens, chunk.start, chunk.slot, chunk.samples + len(chunk.guesses))
+    return np.array(numbers, np.int64).reshape(-1, 4).T
+
+
 def _sampled_rows(counts: np.ndarray, first_rows: np.ndarray) -> np.ndarray:
     """The last so many rows of each chunk: one where it samples, and where it verifies guesses all."""
     ends = _running(counts)
-    within = np.arange(int(ends[-1])) - np.repeat(ends[1:], counts)
-    return np.repeat(first_rows[1:], counts) + within
+    rows: np.ndarray = np.arange(int(ends[-1]))
+    if len(rows) == first_rows[-1]:
+        return rows
+    return rows + (first_rows[1:] - ends[1:]).repeat(counts)
 
 
-def _spread(
-    plan: StepPlan, lengths: np.ndarray, starts: np.ndarray, slots: np.ndarray
-) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
-    """(decodes, lengths, starts, slots) of the sequences where every row that verifies is one of its own."""
-    counts = np.ones(len(lengths), np.int64)
-    verifying = slice(plan.num_decodes, plan.num_decodes + plan.num_verifying)
-    counts[verifying] = lengths[verifying]
-    lengths = lengths.copy()
-    lengths[verifying] = 1
-    within = np.arange(int(counts.sum())) - np.repeat(_running(counts)[:-1], counts)
-    decodes = plan.num_decodes + int(counts[verifying].sum())
-    return decodes, np.repeat(lengths, counts), np.repeat(starts, counts) + within, np.repeat(slots, counts)
-
-
-def _token_ids(chunks: list[Chunk]) -> tuple[np.ndarray, np.ndarray]:
+def _token_ids(chunks: list[Chunk]) -> tuple[np.ndarray, list[int]]:
     """(token ids, which chunks end with a token that only the device knows yet)."""
     token_ids = list[int]()
-    from_device = np.zeros(len(chunks), bool)
+    from_device = list[int]()
     for index, chunk in enumerate(chunks):
         request = chunk.request
         if chunk.guesses:  # a decode: it begins with the newest token
@@ -194,5 +188,5 @@ def _token_ids(chunks: list[Chunk]) -> tuple[np.ndarray, np.ndarray]:
         token_ids += known
         if missing := chunk.num_tokens - len(known):
             token_ids += [0] * missing
-            from_device[index] = True
+            from_device.append(index)
     return np.array(token_ids, np.int64), from_device

@@ -53,6 +53,8 @@ FLOPS = 7e14
 """Operations a second of large products in 16 bits, on the same."""
 VERIFY_ROWS = (64, 96, 128, 160, 192, 256, 320, 384, 448, 512, 640, 768, 896, MAX_SPECULATIVE_ROWS)
 """Of steps that verify guesses as chunks."""
+FEW_GUESSES = 7
+"""Where every request has some, and none has more, attention's tiles are smaller, and no decode is looked for."""
 LARGEST_STEP = max(LARGEST_DECODE, LARGEST_MIXED, MAX_SPECULATIVE_ROWS)
 """Rows."""
 MOST_CHUNKS = 32
@@ -112,10 +114,16 @@ def shapes_of(
     decodes = [StepShape(n, n, 0, n) for n in decode_sizes(max_num_seqs)]
     mixed = [shape for n in mixed_rows for shape in _mixed(n, min(n, max_num_seqs))]
     rows = [n for n in VERIFY_ROWS if n < guess_rows] + ([guess_rows] if guess_rows else [])
-    verify = [StepShape(n, min(n, max_num_seqs), min(n, max_num_seqs), n, 1 + MAX_SPECULATIVE_TOKENS) for n in rows]
+    verify = [shape for n in rows for shape in _verifying(n, min(n, max_num_seqs))]
     shapes = decodes + verify + mixed
     adapted = [replace(shape, tiles=most_tiles(shape.tokens, adapter_slots)) for shape in shapes]
     return shapes + adapted if adapter_slots else shapes
+
+
+def _verifying(tokens: int, most: int) -> list[StepShape]:
+    """The shapes of so many rows that verify guesses, of up to `most` sequences: all with a few each, then any."""
+    few = StepShape(tokens, 0, most, tokens, 1 + FEW_GUESSES)
+    return [few, StepShape(tokens, most, most, tokens, 1 + MAX_SPECULATIVE_TOKENS)]
 
 
 def _mixed(tokens: int, most: int) -> list[StepShape]:
@@ -236,6 +244,7 @@ class PaddedSteps:
         rows = max(shape.decodes + shape.chunks for shape in self._shapes)
         numbers = max(layout.tables for layout in self._layouts.values()) + rows * max_blocks
         self._packed = torch.zeros(numbers, dtype=torch.int32, device=newest.device)
+        self._heads = {shape: self._packed[: layout.tables] for shape, layout in self._layouts.items()}
         self._tables = torch.zeros((rows, max_blocks), dtype=torch.int32, device=newest.device)
         self._graphs: dict[StepShape, tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]] = {}
         if capture:
@@ -326,9 +335,9 @@ class PaddedSteps:
         seqs, used = arrays.block_tables.shape
         numbers = layout.tables + seqs * used
         staging = self._uploads.staging(4 * numbers)
-        pack(staging.bytes[: 4 * numbers].view(np.int32), layout, shape, arrays, self._spare_slot)
+        pack(staging.int32, layout, shape, arrays, self._spare_slot)
         unpack(
-            staging.numbers(numbers), self._packed[: layout.tables], self._tables,
+            staging.numbers(numbers), self._heads[shape], self._tables,
             width=used, decodes=decodes, gap=shape.decodes - decodes if seqs > decodes else 0,
         )  # fmt: skip
         staging.is_read()
@@ -338,4 +347,4 @@ class PaddedSteps:
         else:
             logits, tokens = self._run(shape)
         count = len(arrays.token_ids) if self._logits is None else len(arrays.sampled)
-        return logits[:count], tokens[:count]
+        return (logits, tokens) if count == len(tokens) else (logits[:count], tokens[:count])

@@ -41,6 +41,8 @@ class Staging:
     def __init__(self, num_bytes: int) -> None:
         self._pinned = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
         self.bytes: np.ndarray = self._pinned.numpy()
+        self.int32: np.ndarray = self.bytes.view(np.int32)
+        self._numbers = self._pinned.view(torch.int32)
         self._read = torch.cuda.Event()
 
     @property
@@ -55,7 +57,7 @@ class Staging:
 
     def numbers(self, count: int) -> torch.Tensor:
         """The first `count` int32 numbers, for a kernel that reads them where they are; `is_read` once it is queued."""
-        return self._pinned.view(torch.int32)[:count]
+        return self._numbers[:count]
 
     def is_read(self) -> None:
         """Whatever reads this buffer is queued."""
@@ -107,13 +109,13 @@ class Downloads:
 
     def __init__(self, rows: int, depth: int = 3) -> None:
         self._buffers = [torch.empty(rows, dtype=torch.int64, pin_memory=True) for _ in range(depth + 1)]
+        self._done = [torch.cuda.Event() for _ in self._buffers]
         self._turn = 0
 
     def receive(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event]:
         """tokens [n] int64 of the device: where they will be on the host, and when."""
         self._turn = (self._turn + 1) % len(self._buffers)
-        on_host = self._buffers[self._turn][: tokens.shape[0]]
+        on_host, done = self._buffers[self._turn][: tokens.shape[0]], self._done[self._turn]
         send(tokens, on_host)
-        done = torch.cuda.Event()
         done.record()
         return on_host, done

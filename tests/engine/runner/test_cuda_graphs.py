@@ -90,8 +90,20 @@ def test_shapes_that_verify_sample_every_row(max_num_seqs: int, rows: int) -> No
     shapes = shapes_of(max_num_seqs, guess_rows=rows)
     verify = [shape for shape in shapes if shape.longest]
     assert [shape for shape in shapes if not shape.longest] == shapes_of(max_num_seqs)
-    assert all(shape.sampled == shape.tokens and shape.longest == 1 + MAX_SPECULATIVE_TOKENS for shape in verify)
-    assert max(shape.tokens for shape in verify) == rows
+    assert all(shape.sampled == shape.tokens for shape in verify)
+    anything = [shape for shape in verify if shape.longest == 1 + MAX_SPECULATIVE_TOKENS]
+    assert all(shape.decodes == shape.chunks for shape in anything)
+    assert max(shape.tokens for shape in anything) == rows
+
+
+@pytest.mark.parametrize(("singles", "guesses", "decodes"), [(0, 4, 0), (0, 7, 0), (0, 8, 32), (1, 4, 32)])
+def test_a_step_in_which_all_verify_a_few_guesses_looks_for_no_decode(singles: int, guesses: int, decodes: int) -> None:
+    steps = PaddedSteps.__new__(PaddedSteps)
+    steps._shapes = shapes_of(32, guess_rows=1024)
+    arrays, _ = build(verifying_plan(singles, 20, slots=0, guesses=guesses), BlockTables(32, 4))
+    shape = steps.shape_for(arrays)
+    assert shape is not None
+    assert (shape.decodes, shape.longest > 8) == (decodes, decodes > 0)
 
 
 @pytest.mark.parametrize("rows", [0, 256])
@@ -113,16 +125,16 @@ def fill_slots(runner: ModelRunner) -> None:
                 factors.copy_(torch.randn(factors.shape) * 0.2)
 
 
-def verifying_plan(singles: int, verifying: int, slots: int) -> StepPlan:
-    """Decodes with their tokens known, some of which verify five guesses, through no adapter or one of the slots."""
+def verifying_plan(singles: int, verifying: int, slots: int, guesses: int = 5) -> StepPlan:
+    """Decodes with their tokens known, some of which verify guesses, through no adapter or one of the slots."""
     plan = StepPlan(num_decodes=singles, num_verifying=verifying)
     for i in range(singles + verifying):
         prompt = [(7 * i + 3 * place) % 90 + 1 for place in range(20 + i)]
         request = Request(str(i), prompt, SamplingParams(max_tokens=40, temperature=0.0), 0.0, slot=i)
         request.block_ids = [4 * i, 4 * i + 1, 4 * i + 2, 4 * i + 3]
         request.adapter_slot = i % (slots + 1) - 1
-        guesses = [11, 12, 13, 14, 15] if i >= singles else []
-        plan.chunks.append(Chunk(request, 19 + i, 1 + len(guesses), True, i, request.block_ids, guesses))
+        made = list(range(11, 11 + guesses)) if i >= singles else []
+        plan.chunks.append(Chunk(request, 19 + i, 1 + len(made), True, i, request.block_ids, made))
     return plan
 
 
