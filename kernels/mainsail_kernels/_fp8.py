@@ -40,6 +40,14 @@ def row_scale(x, AXIS: tl.constexpr):
 
 
 @triton.jit
+def rounded_to_e4m3(x):
+    """The e4m3 numbers nearest to float32 ones under 448, ties to even, still in float32."""
+    bits = x.to(tl.int32, bitcast=True)
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
+    return tl.where(tl.abs(x) < 0.015625, (x + 24576.0) - 24576.0, normal)
+
+
+@triton.jit
 def to_e4m3(x, ROUND: tl.constexpr):
     """float32 to e4m3, nearest even, out of range to the largest number.
 
@@ -47,9 +55,7 @@ def to_e4m3(x, ROUND: tl.constexpr):
     """
     x = tl.minimum(tl.maximum(x, -448.0), 448.0)
     if ROUND:
-        bits = x.to(tl.int32, bitcast=True)
-        normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
-        x = tl.where(tl.abs(x) < 0.015625, (x + 24576.0) - 24576.0, normal)
+        x = rounded_to_e4m3(x)
     return x.to(tl.float8e4nv)
 
 

@@ -9,14 +9,15 @@ expert's weights only; the sorting is a handful of operations on the device that
 
 Matrices may be e4m3 with scales, or MXFP4 (e2m1 codes, a power of two for 32 inputs each), whose tiles are widened in
 registers (_experts.py); for many rows MXFP4 is widened into a buffer. A single token is not sorted: experts.py has its
-kernels. Weights of experts that no token chose are not read, except into that buffer. The idea of the sorted, padded
-grouping is MegaBlocks' (Gale et al., 2022) in the form that inference engines use.
+kernels. Nor are rows of decode steps where Hopper's FP8 tensor cores take quantized matrices (experts_halves.py).
+Weights of experts that no token chose are not read, except into that buffer. The idea of the sorted, padded grouping is
+MegaBlocks' (Gale et al., 2022) in the form that inference engines use.
 """
 
 import torch
 
 from mainsail_kernels import reference
-from mainsail_kernels._experts import FP4_REST, fp4_tile, multiply
+from mainsail_kernels._experts import FP4_REST, fp4_tile, multiply, table_runs, table_value
 from mainsail_kernels._triton import (
     dependent_launch,
     next_power_of_2,
@@ -27,6 +28,7 @@ from mainsail_kernels._triton import (
     wait_for_inputs,
 )
 from mainsail_kernels.experts import Mixture, Product, by_pairs, check, kind_of, product
+from mainsail_kernels.experts_halves import applies, by_halves
 from mainsail_kernels.silu_mul import clamped_swiglu, silu_mul
 from mainsail_kernels.tuned import SortedTile, pair_tiles, sorted_tile
 
@@ -206,7 +208,7 @@ def _widen_kernel(
     columns = words_ptr + expert * num_out * num_words + (output * num_words)[None, :]
     scales = scale_ptr + expert * num_groups * num_out + output[None, :]
     wait_for_inputs(DEPENDENT)
-    weights = fp4_tile(columns, scales, start, num_words, in_range, num_out, BLOCK_IN, PTX)
+    weights = fp4_tile(columns, scales, start, num_words, in_range, num_out, "fp4", BLOCK_IN, PTX)
     word = tl.arange(0, BLOCK_IN)
     channel = start * 8 + (word // 4 * 32 + word % 4)
     rows = out_ptr + expert * num_out * num_channels + (output * num_channels)[None, :]
@@ -216,15 +218,65 @@ def _widen_kernel(
         tl.store(rows + (channel + 4 * i)[:, None], weight.to(out_ptr.dtype.element_ty), mask=fits)
 
 
-def widened(matrix: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+@triton.jit
+def _table_power(bytes_, factor):
+    """What bytes of tables stand for in a row with this factor, float32."""
+    return ((bytes_ << 20) + (122 << 23)).to(tl.float32, bitcast=True) * factor
+
+
+@triton.jit
+def _widen_tables_kernel(
+    words_ptr, scale_ptr, factor_ptr, out_ptr, num_out, num_groups, BLOCK_OUT: tl.constexpr, PTX: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    """As _widen_kernel, of one step of tables. A word is two runs of four inputs: PTX writes each at once (out: int64).
+
+    Neighbouring threads have the words of one dot, and so write one stretch of memory.
+    """
+    step, expert = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    each = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    groups = tl.minimum(num_groups - step * 8, 8)  # of a dot: as many runs of four inputs
+    two, run = tl.arange(0, 32) // 8, tl.arange(0, 32) % 8
+    fits = (run < groups)[:, None] & (each < num_out)[None, :]
+    of_words = (step * 32 + 4 * run + two)[:, None] + (each * (num_groups * 4))[None, :]
+    of_scales = (two // 2)[:, None] + (each * 2)[None, :]
+    first = (step * 64 + two * 2 * groups + run)[:, None] + (each * (num_groups * 8))[None, :]
+    wait_for_inputs(DEPENDENT)
+    word = tl.load(words_ptr + expert * num_out * (num_groups * 4) + of_words, mask=fits, other=0)
+    factor = tl.load(factor_ptr + expert * num_out + each, mask=each < num_out, other=0.0)[None, :]
+    scales = scale_ptr + (expert * tl.num_programs(1) + step) * (2 * num_out)
+    bytes_ = tl.load(scales + of_scales, mask=fits, other=0) >> (two % 2 * 16)[:, None]
+    lower, upper = _table_power(bytes_ & 255, factor), _table_power((bytes_ >> 8) & 255, factor)
+    if PTX:
+        first = tl.max_contiguous(first, [1, 1])  # or threads' words are exchanged for wider stores
+        low, high = table_runs(word, lower, upper)
+        out = out_ptr + expert * num_out * (num_groups * 8)
+        tl.store(out + first, low, mask=fits)
+        tl.store(out + groups + first, high, mask=fits)
+    else:
+        for i in tl.static_range(8):
+            weight = table_value(word, i) * (lower if i < 4 else upper)
+            where = out_ptr + expert * num_out * (num_groups * 32) + ((first + i // 4 * groups) * 4 + i % 4)
+            tl.store(where, weight.to(out_ptr.dtype.element_ty), mask=fits)
+
+
+def widened(matrix: torch.Tensor, scale: torch.Tensor, factor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
     """[experts, outputs, inputs] of FP4 matrices, on the device."""
     num_experts, num_out, num_words = matrix.shape
     out = torch.empty((num_experts, num_out, num_words * 8), dtype=dtype, device=matrix.device)
     dependent = dependent_launch(matrix.device)
-    _widen_kernel[(-(-num_out // 32), -(-num_words // 32), num_experts)](
-        matrix, scale, out, num_out, num_words // 4, BLOCK_OUT=32, BLOCK_IN=32,
-        PTX=dependent["DEPENDENT"], num_warps=4, **dependent,
-    )  # fmt: skip
+    grid, groups = (-(-num_out // 32), -(-num_words // 32), num_experts), num_words // 4
+    if factor is None:
+        _widen_kernel[grid](
+            matrix, scale, out, num_out, groups, BLOCK_OUT=32, BLOCK_IN=32, PTX=dependent["DEPENDENT"],
+            num_warps=4, **dependent,
+        )  # fmt: skip
+    else:
+        ptx = bool(dependent["DEPENDENT"]) and dtype == torch.bfloat16
+        _widen_tables_kernel[grid](
+            matrix, scale, factor, out.view(torch.int64) if ptx else out, num_out, groups, BLOCK_OUT=32, PTX=ptx,
+            num_warps=4, **dependent,
+        )  # fmt: skip
     return out
 
 
@@ -240,6 +292,8 @@ def routed_mlp(x: torch.Tensor, scores: torch.Tensor, m: Mixture) -> torch.Tenso
         tiles = pair_tiles(x.device, kind_of(m.gate_up, m.gate_up_scale), x.shape[0])
         if tiles is not None:
             return by_pairs(x, scores, m, tiles.up, tiles.down)
+        if applies(x, m):
+            return by_halves(x, scores, m)
     weights, chosen = route(scores, m.per_token, normalized=m.normalized)
     return grouped_mlp(x, weights, chosen, m)
 
@@ -253,6 +307,7 @@ def grouped_mlp(x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, m:
     check(x, m)
     require(weights.shape == chosen.shape and chosen.shape[0] == n, "grouped_mlp: weights and chosen must be [n, k]")
     if not runs_kernels(x):
+        require(kind_of(m.gate_up, m.gate_up_scale) != "tables", "grouped_mlp: MXFP4 in tables is for GPUs")
         return reference.grouped_mlp(
             x, weights, chosen, m.gate_up, m.down, m.gate_up_scale, m.down_scale, m.gate_up_bias, m.down_bias, m.swiglu
         )
@@ -261,11 +316,11 @@ def grouped_mlp(x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, m:
     tile = sorted_tile(_kind(m, each), each)
     rows, tile_expert = group(chosen, num_experts, tile.rows)
     inner = torch.empty((n * per_token, m.gate_up.shape[1]), dtype=x.dtype, device=x.device)
-    matrix, scale = _read(m.gate_up, m.gate_up_scale, x, each)
+    matrix, scale = _read(m.gate_up, m.gate_up_scale, m.gate_up_factor, x, each)
     _launch(product(x, matrix, scale, m.gate_up_bias, tile.shape), rows, tile_expert, None, inner, per_token, tile)
     outer = torch.empty((n * per_token, hidden), dtype=x.dtype, device=x.device)
     active = silu_mul(inner) if m.swiglu is None else clamped_swiglu(inner, *m.swiglu)
-    matrix, scale = _read(m.down, m.down_scale, active, each)
+    matrix, scale = _read(m.down, m.down_scale, m.down_factor, active, each)
     factors = weights.reshape(-1)
     _launch(product(active, matrix, scale, m.down_bias, tile.shape), rows, tile_expert, factors, outer, 1, tile)
     out = torch.empty((n, hidden), dtype=x.dtype, device=x.device)
@@ -280,16 +335,17 @@ def grouped_mlp(x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, m:
 def _kind(m: Mixture, rows: float) -> str:
     """Of the matrices that products read for so many rows an expert."""
     kind = kind_of(m.gate_up, m.gate_up_scale)
-    return "plain" if kind == "fp4" and rows > FP4_ROWS else kind
+    return "plain" if kind == "tables" or (kind == "fp4" and rows > FP4_ROWS) else kind
 
 
 def _read(
-    matrix: torch.Tensor, scale: torch.Tensor | None, x: torch.Tensor, rows: float
+    matrix: torch.Tensor, scale: torch.Tensor | None, factor: torch.Tensor | None, x: torch.Tensor, rows: float
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """What a product reads for so many rows an expert."""
-    if matrix.dtype != torch.int32 or scale is None or rows <= FP4_ROWS:
-        return matrix, scale
-    return widened(matrix, scale, x.dtype), None
+    kind = kind_of(matrix, scale)
+    if scale is not None and (kind == "tables" or (kind == "fp4" and rows > FP4_ROWS)):
+        return widened(matrix, scale, factor, x.dtype), None
+    return matrix, scale
 
 
 def route(scores: torch.Tensor, per_token: int, *, normalized: bool) -> tuple[torch.Tensor, torch.Tensor]:

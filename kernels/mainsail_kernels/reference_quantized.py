@@ -83,14 +83,19 @@ def pack_fp4_scales(scale: torch.Tensor) -> torch.Tensor:
     return bits.to(torch.int16).transpose(-1, -2).contiguous().view(torch.bfloat16)
 
 
-def widen_fp4(words: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The numbers that words [..., outputs, in / 8] and scales [..., in / 32, outputs] stand for."""
+def unpack_fp4(words: torch.Tensor) -> torch.Tensor:
+    """The codes [..., in] uint8 of words [..., in / 8]: the inverse of pack_fp4."""
     grouped = words.unflatten(-1, (-1, 1, FP4_GROUP // 8))
     codes: list[torch.Tensor] = []
     for place in range(8):
         bits = [(grouped >> (at + place // 4 * 16) & 1) << bit for bit, at in enumerate(_FP4_BITS[place % 4])]
-        codes.append(bits[0] | bits[1] | bits[2] | bits[3])
-    values = torch.tensor(FP4_VALUES, dtype=dtype, device=words.device)[torch.cat(codes, dim=-2).flatten(-2)]
+        codes.append((bits[0] | bits[1] | bits[2] | bits[3]).to(torch.uint8))
+    return torch.cat(codes, dim=-2).flatten(-3)
+
+
+def widen_fp4(words: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The numbers that words [..., outputs, in / 8] and scales [..., in / 32, outputs] stand for."""
+    values = torch.tensor(FP4_VALUES, dtype=dtype, device=words.device)[unpack_fp4(words).int()].unflatten(-1, (-1, 32))
     exponent = (scale.view(torch.int16).int() >> 7).transpose(-1, -2) - (127 + FP4_EXCESS)
     return torch.ldexp(values, exponent[..., None]).flatten(-2)
 

@@ -99,12 +99,39 @@ class SortedTile:
     shape: ExpertTile
 
 
+@dataclass(frozen=True, slots=True)
+class HalvesTile:
+    """Tile of a product of experts_halves: matrix rows (of gate and up half each), inputs (of e4m3), warps, stages."""
+
+    block_out: int
+    block_in: int
+    warps: int
+    stages: int
+    ahead: int = 0
+    """Bytes of every output's weights that are fetched into the cache while the kernel before runs."""
+    long_sums: bool = False
+    """MXFP4: tensor cores, which keep about 14 bits of a sum, add up all inputs and not a step's 256."""
+
+
+@dataclass(frozen=True, slots=True)
+class HalvesTiles:
+    """How experts_halves takes a step's rows."""
+
+    rows: int
+    """Of a tile."""
+    up: HalvesTile
+    down: HalvesTile
+
+
+HALVES_ROWS = 32
+"""Experts with more rows than this on average have their pairs sorted."""
+
 _override: dict[type, object] = {}
 
 
 @contextmanager
 def override(
-    config: PrefillConfig | DecodeConfig | LinearConfig | QuantizedConfig | PairTiles | SortedTile,
+    config: PrefillConfig | DecodeConfig | LinearConfig | QuantizedConfig | PairTiles | SortedTile | HalvesTiles,
 ) -> Iterator[None]:
     """Use this configuration, wherever one of its kind is asked for, within the block."""
     _override[type(config)] = config
@@ -261,7 +288,7 @@ def pair_tiles(device: torch.device, kind: str, tokens: int) -> PairTiles | None
     chosen = _override.get(PairTiles)
     if isinstance(chosen, PairTiles):
         return chosen
-    fp4 = kind == "fp4"
+    fp4 = kind in ("fp4", "tables")
     if INTERPRETED:
         tile = ExpertTile(32, 32 if fp4 else 128 if kind == "blocks" else 32, 4, 1, split=2)
         return PairTiles(tile, tile) if tokens < 3 else None
@@ -281,3 +308,19 @@ def sorted_tile(kind: str, rows: float) -> SortedTile:
     if kind == "fp4":
         return SortedTile(16 if rows <= 8 else 32, ExpertTile(64, 16, 4, 4))
     return SortedTile(16, ExpertTile(64, 128, 4, 4)) if rows <= 8 else SortedTile(64, ExpertTile(128, 64, 4, 3))
+
+
+def halves_tiles(kind: str, rows: float) -> HalvesTiles | None:
+    """For quantized experts that have so many rows on average; None where they are to be sorted by expert."""
+    chosen = _override.get(HalvesTiles)
+    if isinstance(chosen, HalvesTiles):
+        return chosen
+    if INTERPRETED:
+        return HalvesTiles(8, HalvesTile(128, 128, 4, 1), HalvesTile(64, 64, 4, 1))
+    if rows > HALVES_ROWS:
+        return None
+    count = 8 if rows <= 4 else 16 if rows <= 9 else 32
+    if kind == "tables":
+        ahead = 256 if rows >= 2 else 0
+        return HalvesTiles(count, HalvesTile(128, 32, 4, 3, ahead), HalvesTile(128, 32, 4, 3, ahead))
+    return HalvesTiles(count, HalvesTile(128, 128, 4, 3), HalvesTile(64, 128, 4, 4))
