@@ -8,7 +8,8 @@ share the head (GQA packing), so K and V are read once per group and rows of one
     exit at once (the idea is vLLM's unified Triton kernel's). Tiles run from the last to the first: the longest
     context first, which keeps the tail of the launch short.
 
-On Hopper, long chunks go to attention_hopper instead.
+On Hopper, long chunks go to attention_hopper instead; of a cache in FP8 after kv_widen, where the caller gives it room,
+and the short ones of the same step stay here.
 
 KV tiles that every row sees whole run without a mask; those at the diagonal, the window's edge and the sequence's
 end run with one. Positions past the sequence are never read.
@@ -28,7 +29,9 @@ from mainsail_kernels._triton import (
     triton,
     wait_for_inputs,
 )
-from mainsail_kernels.tuned import prefill_config
+from mainsail_kernels.kv_widen import widen_pages
+from mainsail_kernels.reference_quantized import FP8
+from mainsail_kernels.tuned import PrefillConfig, prefill_config
 
 
 @triton.jit
@@ -114,6 +117,7 @@ def _prefill_kernel(
     tables_ptr,
     starts_ptr,
     lens_ptr,
+    taken_ptr,
     out_ptr,
     sinks_ptr,
     num_seqs,
@@ -138,6 +142,7 @@ def _prefill_kernel(
     WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     SINKS: tl.constexpr,
+    TAKEN: tl.constexpr,
     STAGES: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
@@ -155,6 +160,9 @@ def _prefill_kernel(
     context_end = tl.load(lens_ptr + seq)
     if (first >= num_queries) | (context_end <= 0):
         return
+    if TAKEN:  # noqa: SIM102 - a constant, which `and` would not be
+        if tl.load(taken_ptr + seq) > 0:
+            return
 
     row = tl.arange(0, BLOCK_M)
     token = first + row // GROUP
@@ -217,6 +225,7 @@ def paged_attention_prefill(
     soft_cap: float = 0.0,
     sinks: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
+    room: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of ragged chunks: sequence i's queries are query[query_start[i]:query_start[i + 1]].
 
@@ -225,7 +234,8 @@ def paged_attention_prefill(
     query [num_tokens, num_heads, head_dim]; kv [num_blocks, 2, num_kv_heads, block_size, head_dim] already holding
     this chunk's keys and values; query_start [num_seqs + 1] int32; seq_lens [num_seqs] int32, the context with this
     chunk. A query at position p sees positions <= p, with a window w only those > p - w; sinks [num_heads] are scores
-    that take part in the softmax only. Returns out, like query.
+    that take part in the softmax only. room (kv_widen.room_shape): where long chunks' pages of a cache
+    in FP8 are widened; None: they are not. Returns out, like query.
     Needs no value on the host; max_query_len only has to be an upper bound (0 or less: nothing to do).
     Raises ValueError when shapes or types do not fit.
     """
@@ -245,9 +255,18 @@ def paged_attention_prefill(
         return out
     if query.shape[0] and num_seqs and max_query_len > 0:
         _launch(
-            query, kv, block_tables, query_start, seq_lens, max_query_len, scale, sliding_window, soft_cap, sinks, out
-        )
+            query, kv, block_tables, query_start, seq_lens, max_query_len, scale, sliding_window, soft_cap, sinks, out,
+            room,
+        )  # fmt: skip
     return out
+
+
+def _widens(
+    query: torch.Tensor, kv: torch.Tensor, room: torch.Tensor, config: PrefillConfig, window: int, soft_cap: float,
+    sinks: torch.Tensor | None,
+) -> bool:  # fmt: skip
+    wanted = kv.dtype == FP8 and config.specialized
+    return wanted and attention_hopper.applies(query, room, window, soft_cap, sinks)
 
 
 def _launch(
@@ -262,6 +281,7 @@ def _launch(
     soft_cap: float,
     sinks: torch.Tensor | None,
     out: torch.Tensor,
+    room: torch.Tensor | None,
 ) -> None:
     num_tokens, num_heads, head_dim = query.shape
     num_kv_heads = kv.shape[2]
@@ -270,6 +290,9 @@ def _launch(
     if config.specialized and attention_hopper.applies(query, kv, window, soft_cap, sinks):
         attention_hopper.launch(query, kv, block_tables, query_start, seq_lens, scale, out)
         return
+    tables, taken = block_tables, None
+    if room is not None and _widens(query, kv, room, config, window, soft_cap, sinks):
+        tables, taken = widen_pages(kv, block_tables, query_start, seq_lens, room)
     block_m = max(config.block_m, next_power_of_2(group))
     block_q = block_m // group
     grid = (num_kv_heads, num_tokens // block_q + num_seqs)
@@ -279,6 +302,7 @@ def _launch(
         block_tables,
         query_start,
         seq_lens,
+        seq_lens if taken is None else taken,
         out,
         query if sinks is None else sinks,
         num_seqs,
@@ -303,7 +327,10 @@ def _launch(
         WINDOW=window > 0,
         SOFT_CAP=soft_cap > 0,
         SINKS=sinks is not None,
+        TAKEN=taken is not None,
         STAGES=config.stages,
         num_warps=config.warps,
         **dependent_launch(query.device),
     )
+    if room is not None and taken is not None:  # behind the others: decodes may run beside it
+        attention_hopper.launch(query, room, tables, query_start, taken, scale, out)

@@ -45,6 +45,9 @@ class Attention:
     """Of the chunks; an upper bound will do."""
     workspace: DecodeWorkspace | None = None
     """The decode kernel's scratch, one for all steps of a stream (CUDA)."""
+    room: torch.Tensor | None = None
+    """[pages, 2, num_kv_heads, 16, head_dim]: where long chunks' pages of a cache in FP8 are widened. None: they are
+    not."""
     adapters: AdapterRows | None = None
     """Which rows go through which LoRA adapter. None: no row does."""
     wanted: torch.Tensor | None = None
@@ -123,5 +126,5 @@ class Attention:
         n = self.num_decodes
         paged_attention_prefill(
             query, kv, self.block_tables[n:], self.chunk_start, self.seq_lens[n:], self.max_query_len, scale,
-            sliding_window=window, soft_cap=soft_cap, sinks=sinks, out=out,
+            sliding_window=window, soft_cap=soft_cap, sinks=sinks, out=out, room=self.room,
         )  # fmt: skip

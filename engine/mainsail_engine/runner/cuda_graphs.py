@@ -14,7 +14,8 @@ All inputs of a step are int32 numbers in one pinned buffer, which a kernel read
 
 Steps with rows of LoRA adapters have shapes of their own, with room for as many tiles of rows (`mainsail_kernels.lora`)
 as so many rows can make: which row goes through which adapter, if through any, is data too. Those without are spared
-the kernels.
+the kernels. So have, with a cache in FP8, steps in which much of prompts' attention is in long chunks, whose pages are
+widened first (`mainsail_kernels.kv_widen`): that is other kernels.
 
 With graphs off the same shapes run kernel by kernel: the arithmetic is the same, so the tokens are. Shapes are captured
 from large to small out of one memory pool, so that the small reuse the large's.
@@ -35,7 +36,7 @@ from mainsail_engine.config import MAX_SPECULATIVE_ROWS, MAX_SPECULATIVE_TOKENS
 from mainsail_engine.model.architecture import Architecture
 from mainsail_engine.model.attention import Attention
 from mainsail_engine.model.lora import AdapterRows
-from mainsail_engine.runner.batch import StepArrays
+from mainsail_engine.runner.batch import WIDE_ROWS, StepArrays
 from mainsail_engine.runner.uploads import Uploads
 from mainsail_kernels.attention_decode import DecodeWorkspace
 from mainsail_kernels.lora import TILE, most_tiles
@@ -83,6 +84,8 @@ class StepShape:
     """Rows of the longest chunk, where chunks verify guesses and every row is sampled. 0: as long as the step."""
     tiles: int = 0
     """Of rows that go through adapters. 0: none does."""
+    wide: bool = False
+    """Long chunks' pages of an FP8 cache are widened."""
 
     @property
     def is_mixed(self) -> bool:
@@ -107,15 +110,22 @@ def step_rows(architecture: Architecture) -> tuple[int, ...]:
 
 
 def shapes_of(
-    max_num_seqs: int, *, guess_rows: int = 0, adapter_slots: int = 0, mixed_rows: Sequence[int] = STEP_ROWS
+    max_num_seqs: int,
+    *,
+    guess_rows: int = 0,
+    adapter_slots: int = 0,
+    mixed_rows: Sequence[int] = STEP_ROWS,
+    widens: bool = False,
 ) -> list[StepShape]:
     """Every shape, from small to large within its kind; decodes first, then those that verify guesses, of up to
-    guess_rows rows, then mixed ones; then, where there are slots for adapters, all again with room for their rows."""
+    guess_rows rows, then mixed ones, then the large of these again if there is a cache that is widened for them; then,
+    where there are slots for adapters, all again with room for their rows."""
     decodes = [StepShape(n, n, 0, n) for n in decode_sizes(max_num_seqs)]
     mixed = [shape for n in mixed_rows for shape in _mixed(n, min(n, max_num_seqs))]
     rows = [n for n in VERIFY_ROWS if n < guess_rows] + ([guess_rows] if guess_rows else [])
     verify = [shape for n in rows for shape in _verifying(n, min(n, max_num_seqs))]
-    shapes = decodes + verify + mixed
+    wide = [replace(shape, wide=True) for shape in mixed if widens and shape.tokens >= WIDE_ROWS]
+    shapes = decodes + verify + mixed + wide
     adapted = [replace(shape, tiles=most_tiles(shape.tokens, adapter_slots)) for shape in shapes]
     return shapes + adapted if adapter_slots else shapes
 
@@ -220,6 +230,7 @@ class PaddedSteps:
         uploads: Uploads,
         *,
         workspace: DecodeWorkspace | None,
+        room: torch.Tensor | None = None,
         max_num_seqs: int,
         max_blocks: int,
         capture: bool,
@@ -231,15 +242,18 @@ class PaddedSteps:
         """newest [num_slots + 1] int64 holds every slot's newest token; its last row belongs to padding.
 
         logits None: of a pipeline stage that is not the last, a step gives its hidden states. incoming [LARGEST_STEP,
-        hidden_size]: where a stage that is not the first finds a step's inputs; None: they are token ids.
+        hidden_size]: where a stage that is not the first finds a step's inputs; None: they are token ids. room: where
+        wide steps widen pages of the cache; None: no step does.
         """
         self.incoming = incoming
         self._forward, self._logits, self._greedy = forward, logits, greedy
         self._newest, self._uploads, self._workspace = newest, uploads, workspace
+        self._room = room
         self._spare_slot = newest.shape[0] - 1
         self._shapes = shapes_of(
-            max_num_seqs, guess_rows=guess_rows, adapter_slots=adapter_slots, mixed_rows=mixed_rows
-        )
+            max_num_seqs, guess_rows=guess_rows, adapter_slots=adapter_slots, mixed_rows=mixed_rows,
+            widens=room is not None,
+        )  # fmt: skip
         self._layouts = {shape: Layout.of(shape) for shape in self._shapes}
         rows = max(shape.decodes + shape.chunks for shape in self._shapes)
         numbers = max(layout.tables for layout in self._layouts.values()) + rows * max_blocks
@@ -298,6 +312,7 @@ class PaddedSteps:
             num_decodes=shape.decodes,
             max_query_len=shape.longest or shape.tokens,
             workspace=self._workspace,
+            room=self._room if shape.wide else None,
             adapters=AdapterRows(packed[layout.adapter_rows], packed[layout.adapter_slots]) if shape.tiles else None,
             wanted=packed[layout.sampled] if shape.is_mixed and self._logits is not None else None,
         )
@@ -318,9 +333,9 @@ class PaddedSteps:
     def shape_for(self, arrays: StepArrays) -> StepShape | None:
         """The smallest shape that holds the step. None: it is too large, of too many prompts, or samples too much."""
         n, chunks = len(arrays.token_ids), len(arrays.slots) - arrays.num_decodes
-        tiles = len(arrays.adapter_slots)
+        tiles, wide = len(arrays.adapter_slots), self._room is not None and arrays.is_wide()
         for shape in self._shapes:
-            if (shape.tiles > 0) != (tiles > 0):
+            if (shape.tiles > 0) != (tiles > 0) or shape.wide != wide:
                 continue
             fits = shape.decodes >= arrays.num_decodes and shape.sampled >= len(arrays.sampled)
             fits = fits and (not shape.longest or shape.longest >= arrays.max_query_len)

@@ -46,6 +46,7 @@ from mainsail_kernels._triton import Card
 from mainsail_kernels.ahead import Launch, noted
 from mainsail_kernels.attention_decode import decode_workspace
 from mainsail_kernels.blocks import copy_blocks, gather_blocks, scatter_blocks
+from mainsail_kernels.kv_widen import room_shape
 from mainsail_kernels.tokens import note, send, unpack
 
 log = logging.getLogger(__name__)
@@ -122,13 +123,15 @@ class _DryRun:
         shape = (a.num_layers, NUM_BLOCKS, 2, kv_heads, BLOCK_SIZE, a.head_dim)
         self.kv_cache = torch.empty(shape, dtype=kv_dtype, device=DEVICE)
         self.workspace = decode_workspace(self.rows, heads, kv_heads, a.head_dim, DEVICE)
+        room = room_shape(self.kv_cache[0], self.slots * self._max_blocks, heads, self.dtype)
+        self.room = torch.empty(room, dtype=self.dtype, device=DEVICE) if room else None
         self.newest = torch.zeros(self.slots + 1, dtype=torch.int64, device=DEVICE)
 
     def padded_steps(self) -> None:
         PaddedSteps(
             self._forward, self.model.logits, greedy, self.newest, Uploads(torch.device("cpu")),
-            workspace=self.workspace, max_num_seqs=self.rows, max_blocks=self._max_blocks, capture=False,
-            guess_rows=guess_rows(self.config, self.architecture), adapter_slots=self._adapter_slots,
+            workspace=self.workspace, room=self.room, max_num_seqs=self.rows, max_blocks=self._max_blocks,
+            capture=False, guess_rows=guess_rows(self.config, self.architecture), adapter_slots=self._adapter_slots,
             mixed_rows=step_rows(self.architecture),
         ).run_all()  # fmt: skip
 
@@ -142,8 +145,10 @@ class _DryRun:
 
     def _large_step(self, tokens: int) -> None:
         self._step(tokens, num_decodes=0)
+        if self.room is not None:
+            self._step(tokens, num_decodes=0, room=self.room)
 
-    def _step(self, tokens: int, *, num_decodes: int) -> None:
+    def _step(self, tokens: int, *, num_decodes: int, room: torch.Tensor | None = None) -> None:
         """One sequence, as ModelRunner launches it when it fits into no padded shape."""
 
         def ints(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
@@ -153,7 +158,8 @@ class _DryRun:
         attention = Attention(
             positions=ints(tokens), slot_mapping=ints(tokens), block_tables=ints(1, blocks, dtype=torch.int32),
             chunk_start=ints(2 - num_decodes, dtype=torch.int32), seq_lens=ints(1, dtype=torch.int32),
-            num_decodes=num_decodes, max_query_len=tokens, workspace=self.workspace, wanted=ints(1),
+            num_decodes=num_decodes, max_query_len=tokens, workspace=self.workspace, room=room,
+            wanted=ints(1),
         )  # fmt: skip
         greedy(self.model.logits(self._forward(ints(tokens), attention)))
 

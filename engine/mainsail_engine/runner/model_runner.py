@@ -45,6 +45,7 @@ from mainsail_engine.step import BlockCopy, Chunk, StepPlan, StepResult
 from mainsail_engine.timeline import Mark, unmarked
 from mainsail_kernels.attention_decode import decode_workspace
 from mainsail_kernels.blocks import copy_blocks
+from mainsail_kernels.kv_widen import room_shape
 from mainsail_kernels.tokens import note, resolve
 
 CUDA_BATCHED_TOKENS = 8192
@@ -249,7 +250,7 @@ class ModelRunner:
             return
         if host is not None:
             host.lend(0)
-        self._padded = self._workspace = None
+        self._padded = self._workspace = self._room = None
         self.kv_cache = torch.empty(0, dtype=self.kv_dtype)
         if self.device.type == "cuda":
             torch.cuda.synchronize()
@@ -279,6 +280,7 @@ class ModelRunner:
                 self._newest,
                 self._uploads,
                 workspace=self._workspace,
+                room=self._room,
                 max_num_seqs=self._decode_rows,
                 max_blocks=self._tables.rows.shape[1],
                 capture=config.cuda_graphs,
@@ -308,7 +310,7 @@ class ModelRunner:
                 per_block, utilization=config.cache.memory_utilization, max_model_len=self.max_model_len,
                 device=self.device, set_aside=self._set_aside(config),
             )  # fmt: skip
-            del self.kv_cache
+            del self.kv_cache, self._room
             torch.cuda.empty_cache()
         self.num_blocks = self._parallel.smallest(self.num_blocks)
         self._allocate(self.num_blocks, slots, self._memory)
@@ -338,8 +340,20 @@ class ModelRunner:
         cuda = self.device.type == "cuda"
         rows = self._decode_rows
         self._workspace = decode_workspace(rows, heads, kv_heads, a.head_dim, self.device) if cuda else None
+        self._room = self._room_for_pages(slots, pool_memory)
         self._newest = torch.zeros(slots + 1, dtype=torch.int64, device=self.device)
         self._downloads = Downloads(slots + self._guess_rows, max(3, self._parallel.num_stages)) if cuda else None
+
+    def _room_for_pages(self, slots: int, pool_memory: DeviceMemory | None) -> torch.Tensor | None:
+        """[pages, 2, num_kv_heads, 16, head_dim]: where prompts' attention widens a cache in FP8; None: it does not."""
+        if not len(self.kv_cache):
+            return None
+        most = slots * self._tables.rows.shape[1]
+        shape = room_shape(self.kv_cache[0], most, self._model.num_heads, self.dtype)
+        if shape is None or pool_memory is None:
+            return torch.empty(shape, dtype=self.dtype, device=self.device) if shape else None
+        num_bytes = torch.Size(shape).numel() * self.dtype.itemsize
+        return pool_memory.passing(num_bytes).view(self.dtype).view(shape)
 
     def _profile(self) -> None:
         """One step of the whole token budget, so that its peak is counted before the pool is sized."""
@@ -492,6 +506,7 @@ class ModelRunner:
             num_decodes=arrays.num_decodes,
             max_query_len=arrays.max_query_len,
             workspace=self._workspace,
+            room=self._room if self._room is not None and arrays.is_wide() else None,
         )
 
     def _up(self, values: np.ndarray) -> torch.Tensor:

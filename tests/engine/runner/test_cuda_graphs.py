@@ -75,13 +75,60 @@ def test_shapes_have_room_for_every_row(max_num_seqs: int) -> None:
 def test_a_step_of_few_decodes_has_room_for_few(decodes: int, prompts: int, room: int) -> None:
     """Prompts of 48 tokens."""
     steps = PaddedSteps.__new__(PaddedSteps)
-    steps._shapes = shapes_of(256)
+    steps._shapes, steps._room = shapes_of(256), None
     arrays = step_arrays(decodes, [48] * prompts)
     shape = steps.shape_for(arrays)
     assert shape is not None
     assert shape.decodes == room
     assert shape.tokens == min(n for n in STEP_ROWS if n >= decodes + 48 * prompts)
     assert shape.sampled >= len(arrays.sampled)
+
+
+def arrays_of(decodes: int, chunks: list[tuple[int, int]]) -> StepArrays:
+    """Only what a shape is chosen by: chunks of (tokens, context before them)."""
+    lengths = [1] * decodes + [tokens for tokens, _ in chunks]
+    seqs = len(lengths)
+    return replace(
+        step_arrays(0, [1]),
+        token_ids=np.zeros(sum(lengths), np.int64),
+        query_start=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32),
+        seq_lens=np.array([6] * decodes + [tokens + before for tokens, before in chunks], np.int32),
+        slots=np.arange(seqs),
+        sampled=np.arange(seqs),
+        num_decodes=decodes,
+        max_query_len=max(lengths),
+    )
+
+
+@pytest.mark.parametrize(
+    ("decodes", "chunks", "wide", "tokens"),
+    [
+        (25, [(512, 16_000)] * 2, True, 1152),
+        (0, [(512, 3_800)], True, 512),
+        (0, [(511, 16_000)], False, 512),  # would take as long without
+        (64, [(448, 0)], False, 512),
+        (0, [(300, 1_748)] + [(75, 8_162)] * 4, False, 640),  # most of it in short chunks
+        (0, [(127, 30_000)] * 10, False, 1280),
+        (300, [(1024, 4_000)], True, 1408),
+        (0, [(1024, 0)] * 8, True, None),
+    ],
+)
+def test_steps_of_much_attention_in_long_chunks_have_shapes_that_widen(decodes, chunks, wide, tokens) -> None:
+    arrays = arrays_of(decodes, chunks)
+    assert arrays.is_wide() == wide
+    steps = PaddedSteps.__new__(PaddedSteps)
+    for room in (torch.empty(1), None):
+        steps._shapes, steps._room = shapes_of(512, widens=room is not None), room
+        shape = steps.shape_for(arrays)
+        assert (shape and shape.tokens) == tokens
+        assert shape is None or shape.wide == (wide and room is not None)
+
+
+def test_wide_shapes_are_the_large_mixed_ones_again() -> None:
+    plain, both = (shapes_of(256, guess_rows=64, adapter_slots=3, widens=widens) for widens in (False, True))
+    assert [shape for shape in both if not shape.wide] == plain
+    large = [shape for shape in plain if shape.is_mixed and not shape.longest and shape.tokens >= 512]
+    assert [replace(shape, wide=False) for shape in both if shape.wide] == large
 
 
 @pytest.mark.parametrize("rows", [20, 256, 1024])
@@ -99,7 +146,7 @@ def test_shapes_that_verify_sample_every_row(max_num_seqs: int, rows: int) -> No
 @pytest.mark.parametrize(("singles", "guesses", "decodes"), [(0, 4, 0), (0, 7, 0), (0, 8, 32), (1, 4, 32)])
 def test_a_step_in_which_all_verify_a_few_guesses_looks_for_no_decode(singles: int, guesses: int, decodes: int) -> None:
     steps = PaddedSteps.__new__(PaddedSteps)
-    steps._shapes = shapes_of(32, guess_rows=1024)
+    steps._shapes, steps._room = shapes_of(32, guess_rows=1024), None
     arrays, _ = build(verifying_plan(singles, 20, slots=0, guesses=guesses), BlockTables(32, 4))
     shape = steps.shape_for(arrays)
     assert shape is not None
@@ -341,3 +388,51 @@ def test_a_sleep_gives_the_memory_back_and_changes_no_token(tmp_path: Path) -> N
     runner.wake_up(runner_config(tmp_path, True, 30_000))
     assert not runner.kv_cache.any()
     assert tokens_of(runner, overlap=True) == before
+
+
+WIDE = {**TINY, "num_attention_heads": 8, "head_dim": 128, "max_position_embeddings": 4096}
+
+
+@pytest.mark.gpu
+@torch.inference_mode()
+def test_steps_that_widen_an_fp8_cache_are_replayed(tmp_path: Path) -> None:
+    """Three decodes beside a prompt of 3,800 tokens in chunks: as unpadded steps that widen nothing have it."""
+    (tmp_path / "config.json").write_text(json.dumps(WIDE))
+    config = EngineConfig(
+        model=ModelConfig(path=str(tmp_path), load_format="dummy", dtype="bfloat16"),
+        cache=CacheConfig(num_blocks=NUM_BLOCKS, dtype="fp8"),
+        scheduler=SchedulerConfig(max_num_seqs=8),
+        device="cuda",
+    )
+    runner = ModelRunner(config)
+    if runner._room is None:
+        pytest.skip("for Hopper")
+    runner.kv_cache.view(torch.uint8).fill_(0x7F)  # NaN
+    assert runner._padded is not None
+    padded, room = runner._padded, runner._room
+    prompts = [[5 * i + j % 90 + 1 for j in range(length)] for i, length in enumerate((40, 700, 1, 3800))]
+    requests = [Request(str(i), p, SamplingParams(max_tokens=9), 0.0, slot=i) for i, p in enumerate(prompts)]
+    for i, request in enumerate(requests):
+        request.block_ids = [(i * 50 + block) * 7 % NUM_BLOCKS for block in range(50 if i < 3 else 240)]
+    starts = [len(prompt) - 1 for prompt in prompts[:3]]
+    for request, start in zip(requests, starts, strict=False):
+        if start:
+            runner.launch(StepPlan(chunks=[Chunk(request, 0, start, False, request.slot, request.block_ids)]))
+    decodes = [Chunk(r, start, 1, True, r.slot, r.block_ids) for r, start in zip(requests, starts, strict=False)]
+    widened = []
+    for start, length in ((0, 1500), (1500, 1500), (3000, 800)):
+        late = Chunk(requests[3], start, length, start == 3000, 3, requests[3].block_ids)
+        arrays, _ = build(StepPlan(chunks=[*decodes, late], num_decodes=3), runner._tables)
+        runner._room = None
+        expected = runner._model.logits(runner._forward(arrays, whole=False)[0]).float()
+        runner._room = room
+        unpadded = runner._model.logits(runner._forward(arrays, whole=False)[0]).float()
+        room.fill_(float("nan"))
+        shape = padded.shape_for(arrays)
+        assert shape is not None
+        logits = padded.launch(shape, arrays)[0].float()
+        largest = expected.abs().max()
+        assert (logits - expected).abs().max() < 0.05 * largest
+        assert (unpadded - expected).abs().max() < 0.05 * largest
+        widened.append((shape.wide, not room.isnan().all().item()))
+    assert widened == [(False, False), (True, True), (True, True)]
