@@ -9,7 +9,7 @@
 `gated_linear` is the first half of an MLP in one launch, silu(x @ gate) * (x @ up); many rows go to linear_hopper.
 Which way runs is data (tuned.py), measured by `benchmarks/kernels.py`. Sums are float32; a row's result does not depend
 on the other rows of its batch within one of the ways. While the kernel before still runs, a program of these kernels
-fetches its first weights into the L2 cache.
+fetches its first weights into the L2 cache; of one row's product only those that are there by then (_FETCHING).
 """
 
 from functools import cache
@@ -19,6 +19,7 @@ import torch
 from mainsail_kernels import linear_hopper, reference
 from mainsail_kernels._triton import (
     dependent_launch,
+    multiprocessors,
     next_power_of_2,
     on_card,
     prefetch_lines,
@@ -32,6 +33,8 @@ from mainsail_kernels.tuned import LinearConfig, linear_config, specialized_gate
 
 _WORKSPACE_FLOATS = 8 << 20
 _COUNTERS = 4096
+_FETCHING = 8
+"""Programs a multiprocessor of one row's product that fetch weights ahead; later ones start after the kernel before."""
 
 
 @triton.jit
@@ -55,6 +58,7 @@ def _row_kernel(
     num_out,
     num_in,
     weight_stride,
+    fetching,
     GATED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     EVEN: tl.constexpr,
@@ -69,9 +73,11 @@ def _row_kernel(
     rows = weight_ptr + inner[:, None] * weight_stride
     up_rows = rows + tl.full((), num_out, tl.int64) * weight_stride
     if DEPENDENT:
-        _prefetch_weights(rows, 0, num_in, LINES)
-        if GATED:
-            _prefetch_weights(up_rows, 0, num_in, LINES)
+        there = tl.program_id(0) < fetching
+        if there:
+            _prefetch_weights(rows, 0, num_in, LINES)
+            if GATED:
+                _prefetch_weights(up_rows, 0, num_in, LINES)
     wait_for_inputs(DEPENDENT)
     acc = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
     acc_up = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
@@ -244,7 +250,8 @@ def _launch(
         **dependent_launch(x.device),
     }
     if num_rows == 1:
-        _row_kernel[(tiles,)](x, weight, added, out, num_out, num_in, weight.stride(0), **options)
+        fetching = _FETCHING * multiprocessors(x.device)
+        _row_kernel[(tiles,)](x, weight, added, out, num_out, num_in, weight.stride(0), fetching, **options)
         return out
     rows = max(next_power_of_2(num_rows), 16)
     partial, counters = _workspace(x.device)

@@ -35,6 +35,17 @@ def test_gated_linear(rows, size, num_in, close, device, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("size", "num_in"), [(40, 64), (5000, 1032), (3000, 4504)])
+def test_one_row_by_the_cards_own_tile(size, num_in, close, device, dtype):
+    """With fewer programs than fetch ahead, and with more; rows shorter than what is fetched."""
+    x, weight = torch.randn(1, num_in).to(device, dtype), torch.randn(2 * size, num_in).to(device, dtype)
+    truth = x.double() @ weight.double().T
+    close(linear(x, weight), truth)
+    gated = gated_linear(x, weight)
+    close(reference.silu_mul(reference.linear(x, weight)) if gated is None else gated, reference.silu_mul(truth))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     ("rows", "size", "num_in"), [(1, 128, 64), (200, 256, 256), (257, 300, 1032), (900, 5000, 512)]
 )
