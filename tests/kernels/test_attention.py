@@ -138,6 +138,23 @@ def test_prefill(heads, kv_heads, dim, window, soft_cap, paged, close, device, d
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "longest"), [(32, 8, 128, 8), (32, 8, 128, 5), (9, 3, 64, 10)])
+@pytest.mark.parametrize("fp8", [False, True])
+def test_prefill_of_few_rows_a_chunk(heads, kv_heads, dim, longest, fp8, paged, close, device, dtype):
+    """As guesses are verified, some of them past the first tiles of their context."""
+    chunks = [1 + index % longest for index in range(40)]
+    lens = [chunk + 61 * index % 700 for index, chunk in enumerate(chunks)]
+    batch = paged(lens, kv_heads, dim, seed=longest)
+    if fp8:
+        batch.kv = batch.kv.to(torch.float8_e4m3fn)
+    starts = torch.tensor([0, *torch.tensor(chunks).cumsum(0).tolist()], dtype=torch.int32, device=device)
+    query = torch.randn(sum(chunks), heads, dim).to(device, dtype)
+    args = (batch.tables, starts, batch.lens, longest, 0.1)
+    out = paged_attention_prefill(query, batch.kv, *args)
+    close(out, reference.paged_attention_prefill(query.double(), batch.wide(), *args))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(32, 8, 128), (9, 3, 64), (2, 2, 128), (14, 2, 64)])
 @pytest.mark.parametrize("seed", range(4))
 def test_prefill_by_specialized_warps(heads, kv_heads, dim, seed, paged, close, device, dtype):
