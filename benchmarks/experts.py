@@ -99,8 +99,7 @@ def halved(x: torch.Tensor, scores: torch.Tensor, m: Mixture, tiles: HalvesTiles
 PAIRS: dict[str, list[tuple[Any, Any]]] = {
     "fp4": [
         ((32, 32, 4, 3), (32, 32, 4, 3, 2)), ((32, 32, 4, 3, 2), (32, 32, 4, 3, 4)),
-        ((64, 32, 4, 3, 2), (64, 32, 4, 3, 4)), ((32, 32, 2, 3, 2), (32, 32, 2, 3, 4)),
-        ((32, 32, 2, 3), (32, 32, 2, 3, 2)),
+        ((64, 32, 4, 3, 2), (64, 32, 4, 3, 4)),
     ],
     "other": [
         ((32, 256, 4, 3), (32, 256, 4, 3, 4)), ((32, 128, 4, 4, 2), (32, 128, 4, 4, 4)),
@@ -127,8 +126,8 @@ def designs(s: Shape, tokens: int) -> Iterator[tuple[str, Call]]:
     yield "as served", moe.routed_mlp
     if s.kind != "tables" or tokens > 128:
         yield "sorted", by_sorting
-    kind = "fp4" if s.kind in ("fp4", "tables") else "other"
-    for up, down in PAIRS[kind] if tokens <= 2 else ():
+    pairs = PAIRS["fp4" if s.kind == "fp4" else "other"]
+    for up, down in pairs if tokens <= 2 and s.kind != "tables" else ():
         yield f"pairs {up} {down}", partial(by_pairs, up=ExpertTile(*up), down=ExpertTile(*down))
     each = tokens * s.per_token / s.experts
     for rows in (8, 16, 32) if each > 4 else (8,):

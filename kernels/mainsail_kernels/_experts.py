@@ -11,7 +11,7 @@ a shift. Such a bfloat16 is 2 ** -126 of what the code means (codes without expo
 and one multiplication by the group's scale makes it right. To keep that in range the scale is 2 ** 62 of itself, and
 sums are 2 ** -64 of what they are to be.
 
-The other order of MXFP4, "tables", is drawn in fp4_tables.py; it becomes bfloat16s in the same way.
+The other order of MXFP4, "tables", is drawn in fp4_tables.py; here it becomes bfloat16s for a buffer.
 """
 
 from mainsail_kernels._triton import tl, triton
@@ -79,42 +79,6 @@ def _table_code(words, PLACE: tl.constexpr):
 
 
 @triton.jit
-def table_weights(words, lower, upper, PTX: tl.constexpr):
-    """As fp4_weights, of words of tables: the lower four codes have one scale, the upper four another."""
-    if PTX:
-        w0, w1, w2, w3, w4, w5, w6, w7 = tl.inline_asm_elementwise(
-            """{ .reg .b32 a, b, m, s;
-            prmt.b32 a, $8, $9, 0x5410; prmt.b32 b, $8, $9, 0x7632;
-            shl.b32 m, a, 6; and.b32 m, m, 0x01c001c0; shl.b32 s, a, 8; lop3.b32 m, s, 0x80008000, m, 0xea;
-            mul.bf16x2 $0, m, $10;
-            shl.b32 m, a, 2; and.b32 m, m, 0x01c001c0; lop3.b32 m, a, 0x80008000, m, 0xea; mul.bf16x2 $1, m, $10;
-            shr.u32 m, a, 2; and.b32 m, m, 0x01c001c0; shl.b32 s, b, 8; lop3.b32 m, s, 0x80008000, m, 0xea;
-            mul.bf16x2 $2, m, $10;
-            shr.u32 m, a, 6; and.b32 m, m, 0x01c001c0; lop3.b32 m, b, 0x80008000, m, 0xea; mul.bf16x2 $3, m, $10;
-            shl.b32 m, b, 6; and.b32 m, m, 0x01c001c0; shl.b32 s, a, 12; lop3.b32 m, s, 0x80008000, m, 0xea;
-            mul.bf16x2 $4, m, $11;
-            shl.b32 m, b, 2; and.b32 m, m, 0x01c001c0; shl.b32 s, a, 4; lop3.b32 m, s, 0x80008000, m, 0xea;
-            mul.bf16x2 $5, m, $11;
-            shr.u32 m, b, 2; and.b32 m, m, 0x01c001c0; shl.b32 s, b, 12; lop3.b32 m, s, 0x80008000, m, 0xea;
-            mul.bf16x2 $6, m, $11;
-            shr.u32 m, b, 6; and.b32 m, m, 0x01c001c0; shl.b32 s, b, 4; lop3.b32 m, s, 0x80008000, m, 0xea;
-            mul.bf16x2 $7, m, $11; }""",
-            "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r,r", [words, lower, upper], is_pure=True, pack=2,
-            dtype=(
-                tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16,
-            ),
-        )  # fmt: skip
-    else:
-        one = lower.to(tl.float32) * 2.168404344971009e-19  # 2 ** -62
-        other = upper.to(tl.float32) * 2.168404344971009e-19
-        w0, w4 = _value(_table_code(words, 0)) * one, _value(_table_code(words, 4)) * other
-        w1, w5 = _value(_table_code(words, 1)) * one, _value(_table_code(words, 5)) * other
-        w2, w6 = _value(_table_code(words, 2)) * one, _value(_table_code(words, 6)) * other
-        w3, w7 = _value(_table_code(words, 3)) * one, _value(_table_code(words, 7)) * other
-    return w0, w1, w2, w3, w4, w5, w6, w7
-
-
-@triton.jit
 def table_value(words, PLACE: tl.constexpr):
     """What one of the codes of each word of tables means without its scale, float32."""
     return _value(_table_code(words, PLACE))
@@ -143,74 +107,15 @@ def table_runs(words, lower, upper):
 
 
 @triton.jit
-def _table_scale(bytes_, SHAPE: tl.constexpr):
-    """2 ** 57 times the powers of two that bytes of tables stand for, bfloat16, for all words of a step."""
-    scale = ((bytes_ << 4) + 0x5C00).to(tl.int16).to(tl.bfloat16, bitcast=True)
-    return tl.broadcast_to(scale[None, :, :], SHAPE).reshape((SHAPE[0] * SHAPE[1], SHAPE[2]))
-
-
-@triton.jit
-def fp4_tile(
-    columns, scales, start, num_in, in_range, of_all, KIND: tl.constexpr, BLOCK_IN: tl.constexpr, PTX: tl.constexpr
-):  # fmt: skip
-    """The weights of BLOCK_IN words from start on, of each output. KIND "tables": a step's, the row's factor aside."""
+def fp4_tile(columns, scales, start, num_in, in_range, of_all, BLOCK_IN: tl.constexpr, PTX: tl.constexpr):
+    """The weights of BLOCK_IN words from start on, of each output."""
     place = start + tl.arange(0, BLOCK_IN)
     words = tl.load(columns + place[:, None], mask=(place < num_in)[:, None] & in_range[None, :], other=0)
-    if KIND == "tables":
-        j = tl.arange(0, 4)[:, None]
-        pairs = tl.load(scales + (start // 32 * (2 * of_all) + j // 2), mask=in_range[None, :], other=0) >> (j % 2 * 16)
-        shape: tl.constexpr = (BLOCK_IN // 4, 4, pairs.shape[1])  # pyright: ignore[reportAssignmentType]
-        weights = table_weights(words, _table_scale(pairs & 255, shape), _table_scale((pairs >> 8) & 255, shape), PTX)
-    else:
-        group = start // 4 + tl.arange(0, BLOCK_IN // 4)
-        some = (group * 4 < num_in)[:, None] & in_range[None, :]
-        each = tl.load(scales + group[:, None] * of_all, mask=some, other=0.0)
-        wide = tl.broadcast_to(each[:, None, :], (BLOCK_IN // 4, 4, each.shape[1]))
-        weights = fp4_weights(words, wide.reshape((BLOCK_IN, each.shape[1])), PTX)
-    return weights
-
-
-@triton.jit
-def fp4_inputs(start, num_in, KIND: tl.constexpr, BLOCK_IN: tl.constexpr):
-    """(inputs of the first codes of a tile's words, how far on those of the fifth are).
-
-    Codes between are 4 inputs apart, those of tables 1.
-    """
-    word = tl.arange(0, BLOCK_IN)
-    if KIND == "tables":
-        dot = tl.minimum(num_in - start, 32)  # words of a step are as many as inputs of a dot
-        first, far = start * 8 + (word % 4 * (2 * dot) + word // 4 * 4), dot
-    else:
-        first, far = start * 8 + (word // 4 * 32 + word % 4), 16
-    return first, far
-
-
-@triton.jit
-def _inputs_by_four(x_rows, mask, start, num_in, BLOCK_IN: tl.constexpr):
-    """The eight tiles of bfloat16 inputs that the codes of a step's words of tables meet, in their order (Hopper).
-
-    x_rows point to words of four inputs, a word's codes' in one: copies of single ones are too narrow for the hardware
-    that copies beside the work, and a step waited for sixteen of them.
-    """
-    word = tl.arange(0, BLOCK_IN)
-    groups = tl.minimum(num_in - start, BLOCK_IN) // 4
-    first = start * 2 + (word % 4 * (2 * groups) + word // 4)
-    x0, x1, x2, x3 = _four_bfloat16(tl.load(x_rows + first[None, :], mask=mask, other=0))
-    x4, x5, x6, x7 = _four_bfloat16(tl.load(x_rows + (first + groups)[None, :], mask=mask, other=0))
-    return x0, x1, x2, x3, x4, x5, x6, x7
-
-
-@triton.jit
-def _four_bfloat16(words):
-    """The bfloat16s in 64-bit words, the lowest first."""
-    w0, w1, w2, w3 = tl.inline_asm_elementwise(
-        """{ .reg .b32 a, b, c, d; mov.b64 {a, b}, $4; mov.b64 {c, d}, $5;
-        prmt.b32 $0, a, c, 0x5410; prmt.b32 $1, a, c, 0x7632;
-        prmt.b32 $2, b, d, 0x5410; prmt.b32 $3, b, d, 0x7632; }""",
-        "=&r,=&r,=&r,=&r,l,l", [words], is_pure=True, pack=2,
-        dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
-    )  # fmt: skip
-    return w0, w1, w2, w3
+    group = start // 4 + tl.arange(0, BLOCK_IN // 4)
+    some = (group * 4 < num_in)[:, None] & in_range[None, :]
+    each = tl.load(scales + group[:, None] * of_all, mask=some, other=0.0)
+    wide = tl.broadcast_to(each[:, None, :], (BLOCK_IN // 4, 4, each.shape[1]))
+    return fp4_weights(words, wide.reshape((BLOCK_IN, each.shape[1])), PTX)
 
 
 @triton.jit
@@ -274,28 +179,23 @@ def multiply(
 
     x_rows [ROWS, 1]: pointers to rows of which those that are real are read; columns [1, BLOCK_OUT]: to each output's
     first weight (word), and up_columns to those of the second matrix. KIND: "plain", "channels" (the caller scales its
-    sums), "blocks" (scales [1, BLOCK_OUT] point to the first block of each output's row), "fp4" or "tables": inputs are
-    counted in words then, and scales point to an output's first, which is of_all places (tables: pairs) from the next.
-    PAIRED: x is in words of two bfloat16s, and weights in words of two e4m3; so are inputs. Or, of tables: x is in
-    words of four bfloat16s. Outputs not in_range are not read.
+    sums), "blocks" (scales [1, BLOCK_OUT] point to the first block of each output's row) or "fp4": inputs are counted
+    in words then, and scales point to an output's first, which is of_all places from the next.
+    PAIRED: x is in words of two bfloat16s, and weights in words of two e4m3; so are inputs. Outputs not in_range are
+    not read.
     """
     place = start + tl.arange(0, BLOCK_IN)
     inside = place < num_in
     fits = inside[:, None] & in_range[None, :]
-    if KIND == "fp4" or KIND == "tables":
-        weights = fp4_tile(columns, scales, start, num_in, in_range, of_all, KIND, BLOCK_IN, PTX)
+    if KIND == "fp4":
+        weights = fp4_tile(columns, scales, start, num_in, in_range, of_all, BLOCK_IN, PTX)
         if GATED:
-            ups = fp4_tile(up_columns, up_scales, start, num_in, in_range, of_all, KIND, BLOCK_IN, PTX)
+            ups = fp4_tile(up_columns, up_scales, start, num_in, in_range, of_all, BLOCK_IN, PTX)
+        word = tl.arange(0, BLOCK_IN)
+        near = x_rows + (start * 8 + (word // 4 * 32 + word % 4))[None, :]
         mask = real[:, None] & inside[None, :]
-        if PAIRED:
-            xs = _inputs_by_four(x_rows, mask, start, num_in, BLOCK_IN)
-        first, far = fp4_inputs(start, num_in, KIND, BLOCK_IN)
-        step: tl.constexpr = 1 if KIND == "tables" else 4  # pyright: ignore[reportAssignmentType]
         for i in tl.static_range(8):
-            if PAIRED:
-                x = xs[i]
-            else:
-                x = tl.load(x_rows + (first + (i // 4 * far + i % 4 * step))[None, :], mask=mask, other=0.0)
+            x = tl.load(near + 4 * i, mask=mask, other=0.0)
             acc = tl.dot(x, weights[i].to(x.dtype), acc, input_precision="ieee")
             if GATED:
                 acc_up = tl.dot(x, ups[i].to(x.dtype), acc_up, input_precision="ieee")

@@ -52,7 +52,6 @@ def _pair_up_kernel(
     experts_ptr,
     weight_ptr,
     scale_ptr,
-    factor_ptr,
     bias_ptr,
     out_ptr,
     partial_ptr,
@@ -102,8 +101,6 @@ def _pair_up_kernel(
     scales = scale_ptr + expert * expert_scale_stride
     if KIND == "fp4":
         of_gate, of_up = (scales + output)[None, :], (scales + size + output)[None, :]
-    elif KIND == "tables":
-        of_gate, of_up = (scales + 2 * output)[None, :], (scales + 2 * (size + output))[None, :]
     else:
         of_gate = (scales + output // 128 * scale_stride)[None, :]
         of_up = (scales + (output + size) // 128 * scale_stride)[None, :]
@@ -128,12 +125,11 @@ def _pair_up_kernel(
             return
         gate = collect(gate, partial_ptr, counter, total, place, in_range, SPLIT)
         up = collect(up, ups_ptr, counter, total, place, in_range, SPLIT)
-    if (KIND == "fp4" or KIND == "tables") and PTX:
+    if KIND == "fp4" and PTX:
         gate, up = gate * FP4_REST, up * FP4_REST
-    if KIND == "channels" or KIND == "tables":
-        factors = factor_ptr + expert * (2 * size) + output
-        gate *= tl.load(factors, mask=in_range, other=0.0)
-        up *= tl.load(factors + size, mask=in_range, other=0.0)
+    if KIND == "channels":
+        gate *= tl.load(scales + output, mask=in_range, other=0.0)
+        up *= tl.load(scales + size + output, mask=in_range, other=0.0)
     if BIAS:
         bias = bias_ptr + expert * (2 * size) + output
         gate += tl.load(bias, mask=in_range, other=0.0).to(tl.float32)
@@ -149,7 +145,6 @@ def _down_sum_kernel(
     lists_ptr,
     weight_ptr,
     scale_ptr,
-    factor_ptr,
     bias_ptr,
     out_ptr,
     partial_ptr,
@@ -194,18 +189,15 @@ def _down_sum_kernel(
         expert = tl.sum(tl.where(slot == which, experts, 0), axis=0)
         columns = weight_ptr + expert.to(tl.int64) * expert_stride + (output * (row_units * UNIT))[None, :]
         scales = scale_ptr + expert * expert_scale_stride
-        if KIND == "tables":
-            of_out = (scales + 2 * output)[None, :]
-        else:
-            of_out = (scales + (output if KIND == "fp4" else output // 128 * scale_stride))[None, :]
+        of_out = (scales + (output if KIND == "fp4" else output // 128 * scale_stride))[None, :]
         acc, _ = multiply(
             acc, acc, x_rows, slot == which, columns, columns, of_out, of_out, step % steps * BLOCK_IN, num_in,
             in_range, num_out, False, KIND, PAIRED, BLOCK_IN, PTX,
         )  # fmt: skip
-    if (KIND == "fp4" or KIND == "tables") and PTX:
+    if KIND == "fp4" and PTX:
         acc *= FP4_REST
-    if KIND == "channels" or KIND == "tables":
-        of_channels = factor_ptr + (experts * num_out)[:, None] + output[None, :]
+    if KIND == "channels":
+        of_channels = scale_ptr + (experts * expert_scale_stride)[:, None] + output[None, :]
         acc *= tl.load(of_channels, mask=mine[:, None] & in_range[None, :], other=0.0)
     if BIAS:
         of_experts = bias_ptr + (experts * num_out)[:, None] + output[None, :]
@@ -286,8 +278,6 @@ class Product:
     x: torch.Tensor
     matrix: torch.Tensor
     scale: torch.Tensor
-    factor: torch.Tensor
-    """Of each output: what scale is, where there is one for each."""
     bias: torch.Tensor
     sizes: tuple[int, ...]
     """Inputs (of FP4 words); the strides of rows, experts, outputs, experts' scales and rows of blocks. FP4's words are
@@ -296,39 +286,27 @@ class Product:
 
 
 def product(
-    x: torch.Tensor,
-    matrix: torch.Tensor,
-    scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    tile: ExpertTile,
-    factor: torch.Tensor | None = None,
+    x: torch.Tensor, matrix: torch.Tensor, scale: torch.Tensor | None, bias: torch.Tensor | None, tile: ExpertTile
 ) -> Product:
     """x [n, inputs]; the rest as Mixture has it."""
     dependent = dependent_launch(x.device)
     ptx, kind = dependent["DEPENDENT"] and x.dtype == torch.bfloat16, kind_of(matrix, scale)
+    require(kind != "tables", "mixture of experts: MXFP4 in tables is for experts_halves.py, or to be widened")
     require(
         kind != "blocks" or BLOCK % tile.block_in == 0, "mixture of experts: a step must lie within a block of scales"
     )
     paired = ptx and matrix.dtype == FP8 and x.shape[1] % 2 == 0 and x.stride(0) % 2 == 0
     if paired:  # two weights at a time, and two inputs
         matrix, x = matrix.view(torch.int16), x.view(torch.int32)
-    if ptx and kind == "tables":  # four inputs at a time
-        paired, x = (
-            True,
-            (x if x.stride(0) % 4 == 0 and x.storage_offset() % 4 == 0 else x.contiguous()).view(torch.int64),
-        )
-    unit = FP4_GROUP // 8 if kind in ("fp4", "tables") else 1
+    unit = FP4_GROUP // 8 if kind == "fp4" else 1
     of_scales = (0, 0) if scale is None else (scale.stride(0), scale.stride(1))
     options: dict[str, object] = {
         "UNIT": unit, "KIND": kind, "PAIRED": paired, "BIAS": bias is not None, "BLOCK_OUT": tile.block_out,
-        "BLOCK_IN": tile.block_in // (2 if paired and kind != "tables" else 1), "STAGES": tile.stages, "PTX": ptx,
+        "BLOCK_IN": tile.block_in // (2 if paired else 1), "STAGES": tile.stages, "PTX": ptx,
         "num_warps": tile.warps, **dependent,
     }  # fmt: skip
     sizes = (matrix.shape[2] // unit, x.stride(0), matrix.stride(0), matrix.stride(1) // unit, *of_scales)
-    scale = x if scale is None else scale
-    return Product(
-        x, matrix, scale, scale if factor is None else factor, x if bias is None else bias, sizes, options
-    )  # fmt: skip
+    return Product(x, matrix, x if scale is None else scale, x if bias is None else bias, sizes, options)
 
 
 def by_pairs(x: torch.Tensor, scores: torch.Tensor, m: Mixture, up: ExpertTile, down: ExpertTile) -> torch.Tensor:
@@ -341,21 +319,20 @@ def by_pairs(x: torch.Tensor, scores: torch.Tensor, m: Mixture, up: ExpertTile, 
     weights = torch.empty(pairs, dtype=torch.float32, device=device)
     experts = torch.empty(pairs, dtype=torch.int32, device=device)
     inner = torch.empty((pairs, size), dtype=x.dtype, device=device)
-    p = product(x, m.gate_up, m.gate_up_scale, m.gate_up_bias, up, m.gate_up_factor)
+    p = product(x, m.gate_up, m.gate_up_scale, m.gate_up_bias, up)
     tiles = -(-size // up.block_out)
     split = split_that_fits(up.split, 2 * pairs, size, tiles * pairs)
     _pair_up_kernel[(tiles, pairs, split)](
-        p.x, scores, weights, experts, p.matrix, p.scale, p.factor, p.bias, inner, *workspace(device), pairs,
-        num_experts, size, *p.sizes, scores.stride(0), *(m.swiglu or (0.0, 0.0)), NORMALIZED=m.normalized,
-        K=m.per_token, EXPERTS=next_power_of_2(num_experts), CLAMPED=m.swiglu is not None, ROWS=16, SPLIT=split,
-        **p.options,
+        p.x, scores, weights, experts, p.matrix, p.scale, p.bias, inner, *workspace(device), pairs, num_experts, size,
+        *p.sizes, scores.stride(0), *(m.swiglu or (0.0, 0.0)), NORMALIZED=m.normalized, K=m.per_token,
+        EXPERTS=next_power_of_2(num_experts), CLAMPED=m.swiglu is not None, ROWS=16, SPLIT=split, **p.options,
     )  # fmt: skip
     out = torch.empty((n, hidden), dtype=x.dtype, device=device)
-    p = product(inner, m.down, m.down_scale, m.down_bias, down, m.down_factor)
+    p = product(inner, m.down, m.down_scale, m.down_bias, down)
     tiles = -(-hidden // down.block_out)
     split = split_that_fits(down.split, n, hidden, tiles * n)
     _down_sum_kernel[(tiles, n, split)](
-        p.x, weights, experts, p.matrix, p.scale, p.factor, p.bias, out, *workspace(device), n, hidden, *p.sizes,
+        p.x, weights, experts, p.matrix, p.scale, p.bias, out, *workspace(device), n, hidden, *p.sizes,
         K=m.per_token, ROWS=max(16, next_power_of_2(m.per_token)), SPLIT=split, **p.options,
     )  # fmt: skip
     return out

@@ -9,7 +9,7 @@ expert's weights only; the sorting is a handful of operations on the device that
 
 Matrices may be e4m3 with scales, or MXFP4 (e2m1 codes, a power of two for 32 inputs each), whose tiles are widened in
 registers (_experts.py); for many rows MXFP4 is widened into a buffer. A single token is not sorted: experts.py has its
-kernels. Nor are rows of decode steps where Hopper's FP8 tensor cores take quantized matrices (experts_halves.py).
+kernels. Nor are up to some tens of rows an expert where Hopper's FP8 tensor cores take them (experts_halves.py).
 Weights of experts that no token chose are not read, except into that buffer. The idea of the sorted, padded grouping is
 MegaBlocks' (Gale et al., 2022) in the form that inference engines use.
 """
@@ -208,7 +208,7 @@ def _widen_kernel(
     columns = words_ptr + expert * num_out * num_words + (output * num_words)[None, :]
     scales = scale_ptr + expert * num_groups * num_out + output[None, :]
     wait_for_inputs(DEPENDENT)
-    weights = fp4_tile(columns, scales, start, num_words, in_range, num_out, "fp4", BLOCK_IN, PTX)
+    weights = fp4_tile(columns, scales, start, num_words, in_range, num_out, BLOCK_IN, PTX)
     word = tl.arange(0, BLOCK_IN)
     channel = start * 8 + (word // 4 * 32 + word % 4)
     rows = out_ptr + expert * num_out * num_channels + (output * num_channels)[None, :]

@@ -123,7 +123,7 @@ class HalvesTiles:
     down: HalvesTile
 
 
-HALVES_ROWS = 32
+HALVES_ROWS = {"channels": 64, "blocks": 64, "tables": 256}
 """Experts with more rows than this on average have their pairs sorted."""
 
 _override: dict[type, object] = {}
@@ -288,7 +288,9 @@ def pair_tiles(device: torch.device, kind: str, tokens: int) -> PairTiles | None
     chosen = _override.get(PairTiles)
     if isinstance(chosen, PairTiles):
         return chosen
-    fp4 = kind in ("fp4", "tables")
+    if kind == "tables":
+        return None
+    fp4 = kind == "fp4"
     if INTERPRETED:
         tile = ExpertTile(32, 32 if fp4 else 128 if kind == "blocks" else 32, 4, 1, split=2)
         return PairTiles(tile, tile) if tokens < 3 else None
@@ -317,10 +319,10 @@ def halves_tiles(kind: str, rows: float) -> HalvesTiles | None:
         return chosen
     if INTERPRETED:
         return HalvesTiles(8, HalvesTile(128, 128, 4, 1), HalvesTile(64, 64, 4, 1))
-    if rows > HALVES_ROWS:
+    if rows > HALVES_ROWS[kind]:
         return None
     count = 8 if rows <= 4 else 16 if rows <= 9 else 32
     if kind == "tables":
-        ahead = 256 if rows >= 2 else 0
-        return HalvesTiles(count, HalvesTile(128, 32, 4, 3, ahead), HalvesTile(128, 32, 4, 3, ahead))
+        tile = HalvesTile(128, 32, 4, 3, ahead=256 if rows >= 2 else 0, long_sums=count > 8)
+        return HalvesTiles(count, tile, tile)
     return HalvesTiles(count, HalvesTile(128, 128, 4, 3), HalvesTile(64, 128, 4, 4))

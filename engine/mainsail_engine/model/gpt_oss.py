@@ -7,10 +7,11 @@ experts are in one tensor for each matrix, and in one of two forms:
     MXFP4   …_blocks [experts, outputs, inputs / 32, 16] uint8, …_scales [experts, outputs, inputs / 32] uint8
 
 Gate and up take turns along the outputs; here the gates come first. A byte of a block has two inputs that are
-neighbours; here eight codes are one word, in an order that a kernel need not shuffle (`pack_fp4`), and scales are
-bfloat16s side by side for neighbouring outputs. No number changes: MXFP4 stays MXFP4 in memory. Every rank has some
-channels of all experts, in whole groups of 32 where they are MXFP4; of `down_proj`, whose inputs are split, it reads
-all, one layer at a time, and keeps its part.
+neighbours; here eight codes are one word, in an order that a kernel need not shuffle, and scales are side by side for
+neighbouring outputs. On Hopper that is fp4_tables.py's order, for bfloat16, where a layer's scales and shapes
+allow it, and else `pack_fp4`'s. No number changes: MXFP4 stays MXFP4 in memory. Every rank has some channels of all
+experts, in whole groups of 32 where they are MXFP4; of `down_proj`, whose inputs are split, it reads all, one layer at
+a time, and keeps its part.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from mainsail_engine.model.mlp import ExpertMatrices, ExpertMlp, Mlp
 from mainsail_engine.model.parallel import Parallel
 from mainsail_engine.model.quantization import Mxfp4
 from mainsail_engine.model.quantized import quantize_fp8
+from mainsail_kernels.experts_halves import has_fp8_cores
+from mainsail_kernels.fp4_tables import Fp4Tables, fp4_tables
 from mainsail_kernels.reference_quantized import FP4_GROUP, pack_fp4, pack_fp4_scales
 
 
@@ -46,15 +49,25 @@ def _experts(e: Experts, hidden: int, weights: Weights, at: str, parallel: Paral
     packed = isinstance(weights.quantization.form(f"{at}.experts.gate_up_proj"), Mxfp4)
     ours = _channels(size, FP4_GROUP if packed else 1, parallel)
     both = slice(2 * ours.start, 2 * ours.stop)
-    read = _packed if packed else _plain
     gate_up_bias = weights.get(f"{at}.experts.gate_up_proj_bias", (n, 2 * size), columns=both)
     down_bias = weights.get(f"{at}.experts.down_proj_bias", (n, hidden))
+    names = [f"{at}.experts.{name}_proj" for name in ("gate_up", "down")]
+    shapes = [(n, 2 * size, hidden), (n, hidden, size)]
+    if packed:
+        gate_up, down = _fp4(
+            _codes(weights, names[0], shapes[0], both, interleaved=True),
+            _codes(weights, names[1], shapes[1], ours, interleaved=False),
+            tables=weights.dtype == torch.bfloat16 and has_fp8_cores(weights.device),
+        )
+    else:
+        gate_up = _plain(weights, names[0], shapes[0], both, interleaved=True)
+        down = _plain(weights, names[1], shapes[1], ours, interleaved=False)
     return ExpertMlp(
         router=weights.get(f"{at}.router.weight", (n, hidden)),
         router_bias=weights.get(f"{at}.router.bias", (n,)),
-        gate_up=read(weights, f"{at}.experts.gate_up_proj", (n, 2 * size, hidden), both, interleaved=True),
+        gate_up=gate_up,
         gate_up_bias=_gates_first(gate_up_bias, 1).contiguous(),
-        down=read(weights, f"{at}.experts.down_proj", (n, hidden, size), ours, interleaved=False),
+        down=down,
         down_bias=down_bias if parallel.rank == 0 else None,
         experts=e,
     )
@@ -86,10 +99,10 @@ def _plain(
     return quantize_fp8(matrix) if weights.quantization.online == "fp8" else matrix
 
 
-def _packed(
+def _codes(
     weights: Weights, name: str, shape: tuple[int, int, int], ours: slice, *, interleaved: bool
-) -> ExpertMatrices:
-    """As _plain."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(blocks, scales) as the checkpoint has them; the rest as _plain."""
     n, outputs, inputs = shape
     if inputs % FP4_GROUP:
         raise UnsupportedModelError(
@@ -104,5 +117,36 @@ def _packed(
     else:
         kept = slice(ours.start // FP4_GROUP, ours.stop // FP4_GROUP)
         blocks, scale = blocks[:, :, kept], scale[:, :, kept]
-    words = [pack_fp4(torch.stack((of_one & 15, of_one >> 4), dim=-1).flatten(1)) for of_one in blocks]
-    return Fp4Experts(torch.stack(words), pack_fp4_scales(scale))
+    return blocks, scale
+
+
+def _fp4(
+    gate_up: tuple[torch.Tensor, torch.Tensor], down: tuple[torch.Tensor, torch.Tensor], *, tables: bool
+) -> tuple[Fp4Experts, Fp4Experts]:
+    """Both matrices of a layer in one order. tables: in that of tables, if both can be."""
+    if tables and (first := _tables(*gate_up)) is not None and (second := _tables(*down)) is not None:
+        return first, second
+    return _packed(*gate_up), _packed(*down)
+
+
+def _packed(blocks: torch.Tensor, scale: torch.Tensor) -> Fp4Experts:
+    return Fp4Experts(torch.stack([pack_fp4(_unpacked(of_one)) for of_one in blocks]), pack_fp4_scales(scale))
+
+
+def _tables(blocks: torch.Tensor, scale: torch.Tensor) -> Fp4Experts | None:
+    """One expert after the other: what is made on the way is larger than they are."""
+    made: list[Fp4Tables] = []
+    for of_one, its in zip(blocks, scale, strict=True):
+        one = fp4_tables(_unpacked(of_one)[None], its[None])
+        if one is None:
+            return None
+        made.append(one)
+    return Fp4Experts(
+        torch.cat([one.words for one in made]), torch.cat([one.scales for one in made]),
+        torch.cat([one.factor for one in made]),
+    )  # fmt: skip
+
+
+def _unpacked(blocks: torch.Tensor) -> torch.Tensor:
+    """Codes [outputs, inputs] of an expert's blocks."""
+    return torch.stack((blocks & 15, blocks >> 4), dim=-1).flatten(1)

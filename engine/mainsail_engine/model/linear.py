@@ -51,9 +51,11 @@ class Fp8Weight:
 @dataclass(slots=True)
 class Fp4Experts:
     codes: torch.Tensor
-    """[experts, outputs, inputs / 8] int32, as reference_quantized.pack_fp4 packs them."""
+    """[experts, outputs, inputs / 8] int32, as reference_quantized.pack_fp4 packs them, or fp4_tables.py."""
     scale: torch.Tensor
-    """[experts, inputs / 32, outputs] bfloat16, as reference_quantized.pack_fp4_scales packs them."""
+    """[experts, inputs / 32, outputs] bfloat16, as reference_quantized.pack_fp4_scales packs them; or of tables."""
+    factor: torch.Tensor | None = None
+    """[experts, outputs] float32, of tables."""
 
 
 @dataclass(slots=True)

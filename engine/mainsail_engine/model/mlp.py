@@ -129,6 +129,7 @@ class ExpertMlp:
         return routed_mlp(x, scores, Mixture(
             gate_up, down, gate_up_scale, down_scale, self.gate_up_bias, self.down_bias,
             per_token=e.experts_per_token, normalized=e.normalized, swiglu=e.swiglu,
+            gate_up_factor=_factor(self.gate_up), down_factor=_factor(self.down),
         ))  # fmt: skip
 
     def packed(self) -> Mlp:
@@ -137,6 +138,10 @@ class ExpertMlp:
 
 def _with_scale(matrix: ExpertMatrices) -> tuple[torch.Tensor, torch.Tensor | None]:
     return (matrix, None) if isinstance(matrix, torch.Tensor) else (matrix.codes, matrix.scale)
+
+
+def _factor(matrix: ExpertMatrices) -> torch.Tensor | None:
+    return matrix.factor if isinstance(matrix, Fp4Experts) else None
 
 
 def dense_mlp(a: Architecture, weights: Weights, at: str, parallel: Parallel) -> DenseMlp:

@@ -10,10 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.engine.model.test_families import COMMON, VOCAB, WINDOW, generate, logits, prompt_of, rope, runner_of
+from tests.kernels.test_experts_halves import values_of
 
 from mainsail_engine.config import CacheConfig, EngineConfig, ModelConfig
 from mainsail_engine.errors import StartupError
 from mainsail_engine.llm import LLM, Prompt, SamplingParams
+from mainsail_engine.model import gpt_oss
 from mainsail_engine.model.architecture import read_architecture
 from mainsail_engine.model.linear import Fp4Experts
 from mainsail_engine.model.llama import LlamaForCausalLM
@@ -23,6 +25,7 @@ from mainsail_engine.model.parallel import Parallel
 from mainsail_engine.model.quantization import read_quantization
 from mainsail_engine.model.registry import DECODERS
 from mainsail_engine.runner.model_runner import ModelRunner
+from mainsail_kernels.fp4_tables import Fp4Tables
 from mainsail_kernels.reference_quantized import widen_fp4
 
 EXPERTS, CHANNELS, HIDDEN = 4, 96, 64
@@ -79,10 +82,10 @@ def theirs(folder: Path) -> Any:
     ).eval()  # fmt: skip
 
 
-def experts_of(folder: Path, parallel: Parallel) -> ExpertMlp:
+def experts_of(folder: Path, parallel: Parallel, dtype: torch.dtype = torch.float32) -> ExpertMlp:
     a, device = read_architecture(folder), torch.device("cpu")
     quantization = read_quantization(folder, "auto")
-    weights = open_weights(folder, a, dummy=False, device=device, dtype=torch.float32, quantization=quantization)
+    weights = open_weights(folder, a, dummy=False, device=device, dtype=dtype, quantization=quantization)
     model = DECODERS[a.name](a, weights, max_positions=64, device=device, parallel=parallel)
     mlp = model.layers[1].mlp
     assert isinstance(mlp, ExpertMlp)
@@ -107,6 +110,23 @@ def test_codes_stay_packed_and_mean_what_transformers_makes_of_them(folder: Path
     halves = torch.cat((gate_up[:, ::2], gate_up[:, 1::2]), dim=1).contiguous()
     assert torch.equal(widened(ours.gate_up).view(torch.int16), halves.view(torch.int16))
     assert torch.equal(widened(ours.down).view(torch.int16), down.contiguous().view(torch.int16))
+
+
+def test_tables_where_a_layer_allows_them_mean_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Hopper. Three groups are no whole words of eight dots: a layer of 96 channels stays in the other order."""
+    monkeypatch.setattr(gpt_oss, "has_fp8_cores", lambda _: True)
+    dtype = torch.bfloat16
+    whole, part = experts_of(folder, Parallel(), dtype), experts_of(folder, Parallel(0, 2), dtype)
+    for matrix in (whole.gate_up, whole.down):
+        assert isinstance(matrix, Fp4Experts)
+        assert matrix.factor is None
+    monkeypatch.undo()
+    plain = experts_of(folder, Parallel(0, 2), dtype)
+    for ours, theirs in ((part.gate_up, plain.gate_up), (part.down, plain.down)):
+        assert isinstance(ours, Fp4Experts)
+        assert ours.factor is not None
+        tables = Fp4Tables(ours.codes, ours.scale, ours.factor)
+        assert torch.equal(values_of(tables, ours.codes.shape[2] * 8), widened(theirs).double())
 
 
 def test_ranks_have_whole_groups_of_the_channels(folder: Path) -> None:
