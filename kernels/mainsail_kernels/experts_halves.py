@@ -1,4 +1,4 @@
-"""A mixture of quantized experts for a decode step: weights meet FP8 tensor cores as they are, and nothing is rounded.
+"""A mixture of quantized experts for few rows each: weights meet FP8 tensor cores as they are, and nothing is rounded.
 
 A bfloat16 has 8 significant bits, an e4m3 has 4. So a row of activations over a power of two is the sum of two e4m3
 rows, hi + lo / 32, exactly (numbers down to 2 ** -14 of the row's largest; smaller ones to 2 ** -22 of it). Both halves

@@ -9,7 +9,7 @@ expert's weights only; the sorting is a handful of operations on the device that
 
 Matrices may be e4m3 with scales, or MXFP4 (e2m1 codes, a power of two for 32 inputs each), whose tiles are widened in
 registers (_experts.py); for many rows MXFP4 is widened into a buffer. A single token is not sorted: experts.py has its
-kernels. Nor are up to some tens of rows an expert where Hopper's FP8 tensor cores take them (experts_halves.py).
+kernels. Nor are rows of quantized experts which Hopper's FP8 tensor cores take faster (experts_halves.py).
 Weights of experts that no token chose are not read, except into that buffer. The idea of the sorted, padded grouping is
 MegaBlocks' (Gale et al., 2022) in the form that inference engines use.
 """
