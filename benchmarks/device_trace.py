@@ -23,16 +23,16 @@ from typing import Any
 
 GROUPS: tuple[tuple[str, str], ...] = (
     ("decode attention", r"^_(hopper_)?decode_kernel"),
-    ("prefill attention", r"^_prefill_kernel|^_hopper_kernel"),
+    ("prefill attention", r"^_prefill_kernel|^_hopper_kernel|^_widen_pages"),
     ("norm", r"rms_norm"),
     ("rotation, KV write", r"^_rope_write"),
     ("activation", r"^_gated_kernel|^_silu"),
-    ("experts", r"^_(route|group|grouped|pair_up|down_sum|sum|widen)_kernel"),
+    ("experts", r"^_(route|group|grouped|pair_up|down_sum|sum|split|product|widen(_tables)?)_kernel"),
     ("adapters", r"^_(down|up)_kernel"),
     ("sampling", r"^_chunk_kernel|^_argmax|^_draw|^_penalize|^_best_of|^_note_kernel|^_send_kernel"),
     ("inputs", r"^_resolve|^_unpack|[Mm]em(cpy|set)|gather|index|embedding"),
     ("quantizing rows", r"^_quantize"),
-    ("linear", r"nvjet|gemm|gemv|cutlass|splitK|linear|^_rows?_|^_nibbles|^_spread|^_dequantize"),
+    ("linear", r"nvjet|gemm|gemv|cutlass|splitK|linear|^_rows?_|^_few|^_nibbles|^_spread|^_dequantize"),
 )
 """The first pattern found in a kernel's name says its group; none: other."""
 ROLES = {"attention": "output", "activation": "down"}

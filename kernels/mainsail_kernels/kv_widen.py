@@ -40,7 +40,7 @@ chunks, lose 12 % of a layer's attention, 4.2 million gain 25 %."""
     do_not_specialize=["num_seqs", "table_stride", "wide_stride", "num_pages"],
     do_not_specialize_on_alignment=["tables_ptr", "starts_ptr", "lens_ptr"],
 )
-def _widen_kernel(
+def _widen_pages_kernel(
     kv_ptr,
     tables_ptr,
     starts_ptr,
@@ -111,7 +111,7 @@ def widen_pages(
     lens = torch.empty(num_seqs, dtype=torch.int32, device=kv.device)
     size = kv.shape[1:].numel()
     programs = 4 if INTERPRETED else 4 * multiprocessors(kv.device)
-    _widen_kernel[(programs,)](
+    _widen_pages_kernel[(programs,)](
         kv, block_tables, query_start, seq_lens, room, tables, lens, num_seqs, block_tables.stride(0), width,
         room.shape[0],
         PAGE=kv.shape[3], SIZE=size, SEQS=max(next_power_of_2(num_seqs), 2), BLOCK=min(next_power_of_2(size), 4096),

@@ -117,7 +117,7 @@ def test_what_is_launched_is_known_from_the_shapes() -> None:
         assert always | asked <= set(names)
     assert {"_decode_kernel", "_route_kernel", "_grouped_kernel"} <= set(experts)
     assert {"_product_kernel", "_widen_tables_kernel"} <= set(experts), "by how many rows there are"
-    assert {"_hopper_decode_kernel", "_widen_kernel", "_hopper_kernel"} <= set(dense)
+    assert {"_hopper_decode_kernel", "_widen_pages_kernel", "_hopper_kernel"} <= set(dense)
     assert "_route_kernel" not in dense
     assert dense["_argmax_kernel"] == 1, "each variant once"
 

@@ -132,8 +132,9 @@ class CpuAttention(Attention):
 
     def _decode(
         self, query: torch.Tensor, kv: torch.Tensor, scale: float, window: int, soft_cap: float,
-        sinks: torch.Tensor | None, out: torch.Tensor,
+        sinks: torch.Tensor | None, out: torch.Tensor, *, beside: bool = False,
     ) -> None:  # fmt: skip
+        del beside  # of kernels
         if soft_cap:
             Attention._decode(self, query, kv, scale, window, soft_cap, sinks, out)
             return
