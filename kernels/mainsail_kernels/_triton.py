@@ -151,7 +151,7 @@ class Launcher:
 # Programmatic dependent launch (Hopper on): a kernel's programs start while the one before still runs, and do what
 # needs none of its results: find their work, fetch weights into the cache. Every program waits before it writes and
 # before it ends. So a kernel has ended only when all before it have, and whoever has waited may read what any of them
-# wrote.
+# wrote. (Decodes beside prompts write before they wait: nothing that prompts' attention reads, which is never early.)
 #
 # Most kernels wait *before* they let the next one start. Norms, activations, rotations, decodes' attention and what
 # quantizes or reorders rows may do the opposite (early): the product after them then fetches its weights from the end
@@ -159,7 +159,7 @@ class Launcher:
 # it waits a program may read
 #
 # - what no kernel of this step writes: weights, tables, and the step's own inputs (positions, lengths, slots). These
-#   are complete before the step's first kernel starts, the embedding, which is PyTorch's and starts beside none;
+#   are complete before the step's first kernel starts: what brings them (unpack, a copy) ends before the next begins;
 # - after a kernel that is not early, what those before *that* one wrote: it has waited for them (lora.py, after a
 #   product).
 

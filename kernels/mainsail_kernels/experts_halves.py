@@ -342,18 +342,19 @@ def by_halves(x: torch.Tensor, scores: torch.Tensor, m: Mixture) -> torch.Tensor
     if not n:
         return out
     codes, row_scale = _room(n, hidden, kind, device)
+    inner = torch.empty((n * per_token, size), dtype=x.dtype, device=device)
+    outer = torch.empty((n * per_token, hidden), dtype=x.dtype, device=device)
+    inner_codes, inner_scale = _room(n * per_token, size, kind, device)  # all memory first: counts are set back last
     split = _split_options(codes, kind)
     _route_kernel[(n, 2)](
         x, scores, codes, row_scale, weights, lists, counts, n, num_experts, hidden, codes.shape[2], x.stride(0),
         scores.stride(0), NORMALIZED=m.normalized, K=per_token, EXPERTS=next_power_of_2(num_experts), **split,
     )  # fmt: skip
-    inner = torch.empty((n * per_token, size), dtype=x.dtype, device=device)
     up = Matrices(m.gate_up, m.gate_up_scale, m.gate_up_factor, m.gate_up_bias)
     _launch((codes, row_scale, lists, counts), up, inner, per_token, tiles.rows, tiles.up, m.swiglu, gated=True)
-    codes, row_scale = split_rows(inner, kind)
-    outer = torch.empty((n * per_token, hidden), dtype=x.dtype, device=device)
+    _split_into(inner, inner_codes, inner_scale, kind)
     down = Matrices(m.down, m.down_scale, m.down_factor, m.down_bias)
-    _launch((codes, row_scale, lists, counts), down, outer, 1, tiles.rows, tiles.down, None, gated=False)
+    _launch((inner_codes, inner_scale, lists, counts), down, outer, 1, tiles.rows, tiles.down, None, gated=False)
     _sum_kernel[(-(-hidden // _SUM_BLOCK), n)](
         outer, weights, counts, out, hidden, num_experts, K=per_token, PADDED=next_power_of_2(per_token),
         EXPERTS=next_power_of_2(num_experts), BLOCK=_SUM_BLOCK, num_warps=4, **dependent,
@@ -366,8 +367,13 @@ def split_rows(x: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
     n, num_in = x.shape
     codes, scale = _room(n, num_in, kind, x.device)
     if n:
-        _split_kernel[(n,)](x, codes, scale, num_in, codes.shape[2], x.stride(0), **_split_options(codes, kind))
+        _split_into(x, codes, scale, kind)
     return codes, scale
+
+
+def _split_into(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, kind: str) -> None:
+    n, num_in = x.shape
+    _split_kernel[(n,)](x, codes, scale, num_in, codes.shape[2], x.stride(0), **_split_options(codes, kind))
 
 
 def _rows(x: torch.Tensor, m: Mixture) -> float:

@@ -341,9 +341,12 @@ def fp8_gated_linear(x: torch.Tensor | QuantizedRows, weight: torch.Tensor, scal
 def takes_quantized_rows(num_rows: int, scale: torch.Tensor) -> bool:
     """Whether whoever makes so many rows for fp8_linear with these scales had better quantize them.
 
-    For fewer a kernel of their own, which starts beside the one before, takes no longer (measured at 32 rows).
+    For fewer a kernel of their own, which starts beside the one before, takes no longer (measured at 32 rows; where no
+    kernel starts early, at 64 to 511 rows, as on an H200 before its kernels did).
     """
-    return on_card(scale) and scale.dim() == 1 and num_rows >= 64
+    if not on_card(scale) or scale.dim() != 1:
+        return False
+    return num_rows >= (64 if dependent_launch(scale.device)["DEPENDENT"] else 512)
 
 
 def _check(x: torch.Tensor | QuantizedRows, weight: torch.Tensor, bias: torch.Tensor | None) -> None:

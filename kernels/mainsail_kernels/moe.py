@@ -36,7 +36,7 @@ SMALL_PAIRS = 4096
 """Up to here one launch sorts all pairs; a decode step's hundred launches would cost more than its experts."""
 _SUM_BLOCK = 512
 FP4_ROWS = 64
-"""Experts with more rows than this on average have their FP4 widened once for all rows, to bfloat16 in a buffer."""
+"""Experts with more rows than this on average have their packed FP4 widened once for all, to bfloat16 in a buffer."""
 
 
 @triton.jit
@@ -67,7 +67,9 @@ def _route_kernel(
     for rank in tl.static_range(K):
         best = tl.argmax(left, axis=0, tie_break_left=True)
         tl.store(weights_ptr + row * K + rank, tl.max(left, axis=0) / total)
-        tl.store(chosen_ptr + row * K + rank, best.to(tl.int64))
+        tl.store(
+            chosen_ptr + row * K + rank, tl.minimum(best, num_experts - 1).to(tl.int64)
+        )  # padding may be no number
         left = tl.where(expert == best, -1.0, left)
 
 

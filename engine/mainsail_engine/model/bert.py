@@ -74,6 +74,7 @@ class Batch:
 
 class BertModel:
     captures_graphs = False
+    reads_widened_pages = False
 
     def __init__(
         self, architecture: Architecture, weights: Weights, *, max_positions: int, device: torch.device,

@@ -103,6 +103,7 @@ class TransformersForCausalLM:
     """A model of transformers as the runner sees one."""
 
     captures_graphs = False
+    reads_widened_pages = True
     """Its modules may wait for the device (experts), and torch would then not capture them."""
 
     def __init__(

@@ -33,6 +33,10 @@ from mainsail_kernels.reference_quantized import FP4_GROUP, pack_fp4, pack_fp4_s
 
 
 class GptOssForCausalLM(LlamaForCausalLM):
+    @property
+    def reads_widened_pages(self) -> bool:
+        return False  # every layer has sinks
+
     def _sinks(self, weights: Weights, at: str) -> torch.Tensor | None:
         heads = self.architecture.num_heads
         return weights.get(f"{at}.self_attn.sinks", (heads,), self.parallel.part(heads), dtype=torch.float32)

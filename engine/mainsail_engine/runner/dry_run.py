@@ -124,7 +124,9 @@ class _DryRun:
         self.kv_cache = torch.empty(shape, dtype=kv_dtype, device=DEVICE)
         self.workspace = decode_workspace(self.rows, heads, kv_heads, a.head_dim, DEVICE)
         room = room_shape(self.kv_cache[0], self.slots * self._max_blocks, heads, self.dtype)
-        self.room = torch.empty(room, dtype=self.dtype, device=DEVICE) if room else None
+        self.room = None
+        if room is not None and self.model.reads_widened_pages:
+            self.room = torch.empty(room, dtype=self.dtype, device=DEVICE)
         self.newest = torch.zeros(self.slots + 1, dtype=torch.int64, device=DEVICE)
 
     def padded_steps(self) -> None:

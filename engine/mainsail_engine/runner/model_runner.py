@@ -30,7 +30,14 @@ from mainsail_engine.pages import untouched_zeros
 from mainsail_engine.request import Request, SamplingParams
 from mainsail_engine.runner import device_memory, memory
 from mainsail_engine.runner.batch import BlockTables, StepArrays, build
-from mainsail_engine.runner.cuda_graphs import LARGEST_STEP, PaddedSteps, graph_bytes, step_rows
+from mainsail_engine.runner.cuda_graphs import (
+    LARGEST_STEP,
+    PaddedSteps,
+    ShapeOptions,
+    graph_bytes,
+    shapes_of,
+    step_rows,
+)
 from mainsail_engine.runner.device_memory import DeviceMemory
 from mainsail_engine.runner.sleep import move_tensors, to_device, to_host
 from mainsail_engine.runner.swap import HostMemory
@@ -284,11 +291,16 @@ class ModelRunner:
                 max_num_seqs=self._decode_rows,
                 max_blocks=self._tables.rows.shape[1],
                 capture=config.cuda_graphs,
-                guess_rows=self._guess_rows,
-                adapter_slots=config.lora.max_loras if config.lora else 0,
-                mixed_rows=step_rows(self.architecture) if self._parallel.num_stages == 1 else STEP_ROWS,
+                **self._shape_options(config),
                 incoming=None if self._parallel.is_first else self._room_for_hidden(LARGEST_STEP).zero_(),
             )
+
+    def _shape_options(self, config: EngineConfig) -> ShapeOptions:
+        return {
+            "guess_rows": self._guess_rows,
+            "adapter_slots": config.lora.max_loras if config.lora else 0,
+            "mixed_rows": step_rows(self.architecture) if self._parallel.num_stages == 1 else STEP_ROWS,
+        }
 
     def _room_for_hidden(self, num_tokens: int) -> torch.Tensor:
         return torch.empty((num_tokens, self.architecture.hidden_size), dtype=self.dtype, device=self.device)
@@ -317,8 +329,12 @@ class ModelRunner:
 
     def _set_aside(self, config: EngineConfig) -> int:
         """Bytes for what the profiling pass does not show: graphs, and the logits of rows that verify guesses."""
-        graphs = graph_bytes(self.architecture, self._decode_rows) if config.cuda_graphs else 0
-        return graphs + 8 * self._guess_rows * self.vocab_size
+        verified = 8 * self._guess_rows * self.vocab_size
+        if not config.cuda_graphs:
+            return verified
+        options = self._shape_options(config)
+        shapes = shapes_of(self._decode_rows, widens=self._room is not None, **options)
+        return graph_bytes(self.architecture, shapes) + verified
 
     def _allocate(self, num_blocks: int, slots: int, pool_memory: DeviceMemory | None = None) -> None:
         """The KV pool (in pool_memory, if there is one) and everything that has a row for each slot."""
@@ -346,7 +362,7 @@ class ModelRunner:
 
     def _room_for_pages(self, slots: int, pool_memory: DeviceMemory | None) -> torch.Tensor | None:
         """[pages, 2, num_kv_heads, 16, head_dim]: where prompts' attention widens a cache in FP8; None: it does not."""
-        if not len(self.kv_cache):
+        if not len(self.kv_cache) or not self._model.reads_widened_pages:
             return None
         most = slots * self._tables.rows.shape[1]
         shape = room_shape(self.kv_cache[0], most, self._model.num_heads, self.dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from mainsail_engine.config import (
     SchedulerConfig,
     SpeculativeConfig,
 )
+from mainsail_engine.model.architecture import read_architecture
 from mainsail_engine.request import Request, SamplingParams
 from mainsail_engine.runner import model_runner
 from mainsail_engine.runner.batch import BlockTables, StepArrays, build
@@ -31,6 +33,7 @@ from mainsail_engine.runner.cuda_graphs import (
     PaddedSteps,
     StepShape,
     decode_sizes,
+    graph_bytes,
     pack,
     shapes_of,
 )
@@ -43,6 +46,7 @@ TINY = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 500,
     "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "torch_dtype": "float32",
 }  # fmt: skip
+MODELS = Path(__file__).parents[3] / "benchmarks" / "models"
 NUM_BLOCKS = 631
 """A prime, so that sevenths of it are a permutation."""
 
@@ -129,6 +133,17 @@ def test_wide_shapes_are_the_large_mixed_ones_again() -> None:
     assert [shape for shape in both if not shape.wide] == plain
     large = [shape for shape in plain if shape.is_mixed and not shape.longest and shape.tokens >= 512]
     assert [replace(shape, wide=False) for shape in both if shape.wide] == large
+
+
+@pytest.mark.parametrize("more", [{}, {"guess_rows": 1024}, {"adapter_slots": 4}, {"widens": True}])
+def test_memory_is_set_aside_for_the_logits_of_every_graph(more: dict[str, Any]) -> None:
+    """Each keeps its own: what a shape more takes is counted before the KV pool is sized."""
+    architecture = read_architecture(MODELS / "llama-3-8b")
+    plain, shapes = shapes_of(256), shapes_of(256, **more)
+    added = graph_bytes(architecture, shapes) - graph_bytes(architecture, plain)
+    rows = sum(shape.sampled for shape in shapes) - sum(shape.sampled for shape in plain)
+    assert added == 2 * rows * architecture.vocab_size
+    assert graph_bytes(architecture, plain) > 1764 << 20, "what they took on an H200"
 
 
 @pytest.mark.parametrize("rows", [20, 256, 1024])
