@@ -133,7 +133,7 @@ def _asleep(kube: Kube, url: str) -> None:
     assert condition(kube.get("mis", "asleep"), "Ready")["reason"] == "ScaledToZero"
     asked = time.monotonic()
     with client(url) as api:
-        answer = api.completions.create(model="asleep", prompt="Wake up", max_tokens=3)
+        answer = api.completions.create(model="asleep", prompt="Wake up", max_tokens=3, extra_body={"ignore_eos": True})
     assert answer.usage.completion_tokens == 3
     told = scaling_of(kube, "asleep")
     assert told["reason"] in ("Woken", "HeldRequests")
