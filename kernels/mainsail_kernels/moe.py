@@ -67,9 +67,8 @@ def _route_kernel(
     for rank in tl.static_range(K):
         best = tl.argmax(left, axis=0, tie_break_left=True)
         tl.store(weights_ptr + row * K + rank, tl.max(left, axis=0) / total)
-        tl.store(
-            chosen_ptr + row * K + rank, tl.minimum(best, num_experts - 1).to(tl.int64)
-        )  # padding may be no number
+        chosen = tl.minimum(best, num_experts - 1)  # scores of padding may be no numbers
+        tl.store(chosen_ptr + row * K + rank, chosen.to(tl.int64))
         left = tl.where(expert == best, -1.0, left)
 
 
