@@ -15,7 +15,7 @@ import socket
 import ssl
 import sys
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import FrameType
@@ -54,7 +54,11 @@ are still to be refused. A quarter, where so few are allowed that this would be 
 WANTED_CONNECTIONS = 10_000
 """With fewer, the log says how to get more."""
 CROWDED = 0.9
-"""Above this part of the connections, those of clients that ask for nothing are closed."""
+"""Above this part of the connections, some of clients that ask for nothing are closed."""
+ROOMY = 0.75
+"""Down to this part, and no further: a client may send its next request just while its connection is closed."""
+SETTLED_S = 1.0
+"""None is closed that was answered within this time: such clients are the likeliest to ask again at once."""
 _NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
 if TYPE_CHECKING:
@@ -126,9 +130,11 @@ class LimitedProtocol(HttpToolsProtocol):
             self.transport.close()
 
     @property
-    def idle(self) -> bool:
-        """Its client has been answered, and has asked for nothing since."""
-        return self.timeout_keep_alive_task is not None
+    def idle_s(self) -> float | None:
+        """For how long its client, which has been answered, has asked for nothing; None if it waits for an answer."""
+        if self.timeout_keep_alive_task is None:
+            return None
+        return self.loop.time() - self.timeout_keep_alive_task.when() + self.config.timeout_keep_alive
 
     def overdue(self, now: float, timeout_s: float) -> bool:
         """Whether the connection has been sending a head, or been closing, for too long."""
@@ -196,15 +202,23 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
     def _sweep(self, now: float) -> None:
-        connections: list[object] = list(self.server_state.connections)
-        crowded = len(connections) > CROWDED * self._gateway.most_clients
+        every: list[object] = list(self.server_state.connections)
+        connections = [one for one in every if isinstance(one, LimitedProtocol)]
         for connection in connections:
-            if not isinstance(connection, LimitedProtocol):
-                continue
             if connection.overdue(now, self._gateway.settings.head_timeout_s):
                 connection.transport.abort()
-            elif crowded and connection.idle:
-                connection.transport.close()
+        for place in makes_room([connection.idle_s for connection in connections], self._gateway.most_clients):
+            connections[place].transport.close()
+
+
+def makes_room(idle_s: Sequence[float | None], most: int) -> list[int]:
+    """Which connections to close, by their places, when nearly as many are open as may be: those that have asked for
+    nothing for longest. idle_s: for how long each has, None where it waits for an answer. most: that may be open."""
+    if len(idle_s) <= CROWDED * most:
+        return []
+    settled = [place for place, idle in enumerate(idle_s) if idle is not None and idle >= SETTLED_S]
+    settled.sort(key=lambda place: -(idle_s[place] or 0.0))
+    return settled[: len(idle_s) - int(ROOMY * most)]
 
 
 class _NotOurs(logging.Filter):

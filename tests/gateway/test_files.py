@@ -15,7 +15,7 @@ import httpx
 import pytest
 from tests.gateway.api_server import ROUTES, SERVICES, SLICES, ApiServer, isvc, kubeconfig, slices
 
-from mainsail_gateway.server import reserved, room
+from mainsail_gateway.server import makes_room, reserved, room
 
 CHAT = "/v1/chat/completions"
 BODY = {"model": "a", "messages": []}
@@ -91,7 +91,10 @@ async def test_more_clients_than_files(kit, tmp_path):
             for line in lines:
                 assert "data: [DONE]" in [text async for text in line]
         up.behave = kit.answer
-        assert (await http.post(url + CHAT, json=BODY)).status_code == 200
+        # A connection of its own: the old ones, idle now, are closed to make room, whenever that is.
+        async with httpx.AsyncClient(timeout=30) as later, asyncio.timeout(120):
+            while (await later.post(url + CHAT, json=BODY)).status_code != 200:  # noqa: ASYNC110
+                await asyncio.sleep(0.2)
         metrics = (await http.get(health + "/metrics")).text
         assert not [x for x in metrics.splitlines() if x.startswith("mainsail:gateway_upstream_failures_total")]
     assert f"only {FILES} open files are allowed" in (tmp_path / "log").read_text()
@@ -131,6 +134,13 @@ async def test_idle_connections_to_engines_make_room(kit):
         for i in range(10):
             assert (await client.post(gw.url + CHAT, json={**BODY, "model": f"m{i}"})).status_code == 200
             assert len(gw.gateway.connections._open) <= 4
+
+
+def test_the_longest_idle_make_room_and_no_more_than_needed():
+    asking = [None] * 50
+    assert makes_room([*asking, *map(float, range(1, 41))], 100) == []
+    assert makes_room([*asking, *map(float, range(1, 42))], 100) == list(range(90, 74, -1))
+    assert makes_room([*asking, *[0.5] * 48, 3.0, 2.0], 100) == [98, 99]
 
 
 def test_most_of_the_files_are_for_clients_and_their_engines():
