@@ -35,7 +35,7 @@ import torch
 import mainsail_engine
 from mainsail_engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from mainsail_engine.llm import TokensPrompt
-from mainsail_engine.model.architecture import read_architecture
+from mainsail_engine.model.checkpoint_config import read_architecture
 from mainsail_engine.request import Request, SamplingParams
 from mainsail_engine.runner.model_runner import ModelRunner, batched_tokens
 from mainsail_engine.step import Chunk, StepPlan

@@ -35,7 +35,8 @@ import torch
 
 from mainsail_engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from mainsail_engine.core import EngineCore, build
-from mainsail_engine.model.architecture import Architecture, read_architecture
+from mainsail_engine.model.architecture import Architecture
+from mainsail_engine.model.checkpoint_config import read_architecture
 from mainsail_engine.protocol import Abort, Add, Control
 from mainsail_engine.request import FinishReason, SamplingParams
 

@@ -29,7 +29,8 @@ from safetensors.torch import save_file
 
 from mainsail_engine.config import CacheConfig, EngineConfig, LoraConfig, ModelConfig, SchedulerConfig
 from mainsail_engine.core import build
-from mainsail_engine.model.architecture import Architecture, read_architecture
+from mainsail_engine.model.architecture import Architecture
+from mainsail_engine.model.checkpoint_config import read_architecture
 from mainsail_engine.model.lora import module_shapes
 from mainsail_engine.model.parallel import SINGLE
 from mainsail_engine.protocol import Add

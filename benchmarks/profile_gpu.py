@@ -37,7 +37,8 @@ from engine_gpu import MODELS, PEER, SETTINGS, Load, Widths, engine_config, meas
 
 from mainsail_engine.chunking import ChunkController, attention_pairs
 from mainsail_engine.core import EngineCore, build
-from mainsail_engine.model.architecture import Architecture, read_architecture
+from mainsail_engine.model.architecture import Architecture
+from mainsail_engine.model.checkpoint_config import read_architecture
 from mainsail_engine.protocol import Add
 from mainsail_engine.request import SamplingParams
 from mainsail_engine.runner import cuda_graphs, model_runner

@@ -41,7 +41,7 @@ from several_gpus import DEVICE, FAMILIES, Results, Row, Task, end_task, make_ti
 
 from mainsail_engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from mainsail_engine.core import build
-from mainsail_engine.model.architecture import read_architecture
+from mainsail_engine.model.checkpoint_config import read_architecture
 from mainsail_engine.model.parallel import SINGLE, Parallel
 from mainsail_engine.protocol import Add
 from mainsail_engine.request import Request, SamplingParams

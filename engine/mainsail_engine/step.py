@@ -20,6 +20,7 @@ from typing import Protocol
 
 import numpy as np
 
+from mainsail_engine.kv.moves import BlockCopy, BlockMove
 from mainsail_engine.protocol import TokenLogprobs
 from mainsail_engine.request import Request
 
@@ -41,23 +42,6 @@ class Chunk:
     """Tokens that may follow the one at `start`: a decode that verifies them. It has one row for each and one more, and
     every row is sampled. Nothing else is in flight when such a chunk is planned, and nothing is planned until it is
     committed: all of its tokens are known on the CPU."""
-
-
-@dataclass(slots=True, frozen=True)
-class BlockCopy:
-    """Copy-on-write of a partly shared tail: the first num_tokens positions of block src, to block dst."""
-
-    src: int
-    dst: int
-    num_tokens: int
-
-
-@dataclass(slots=True, frozen=True)
-class BlockMove:
-    """A whole block between the tiers: device block, host block."""
-
-    device: int
-    host: int
 
 
 @dataclass(slots=True)

@@ -11,10 +11,11 @@ from safetensors.torch import load_file, save_file
 
 from mainsail_engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from mainsail_engine.errors import MissingTensorError, ModelNotFoundError, UnexpectedTensorError, UnsupportedModelError
+from mainsail_engine.kv.moves import BlockCopy
 from mainsail_engine.protocol import TokenLogprobs
 from mainsail_engine.request import Request, SamplingParams
 from mainsail_engine.runner.model_runner import ModelRunner
-from mainsail_engine.step import FAILED_TOKEN, BlockCopy, Chunk, StepPlan
+from mainsail_engine.step import FAILED_TOKEN, Chunk, StepPlan
 
 NEAR_TIE = 1e-3
 REFERENCE = Path(__file__).parent / "model/data/smollm2_greedy.json"

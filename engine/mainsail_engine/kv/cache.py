@@ -21,10 +21,10 @@ from mainsail_engine.config import BLOCK_SIZE
 from mainsail_engine.kv.block_pool import BlockPool, BlockPoolError
 from mainsail_engine.kv.block_times import BlockTimes
 from mainsail_engine.kv.host_tier import HostTier
+from mainsail_engine.kv.moves import BlockCopy, BlockMove
 from mainsail_engine.kv.packed_tokens import pack_tokens
 from mainsail_engine.kv.prefix_tree import Match, Node, PrefixTree
 from mainsail_engine.request import Request
-from mainsail_engine.step import BlockCopy, BlockMove
 
 
 def blocks_for(num_tokens: int) -> int:

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from mainsail_engine.kv.block_pool import BlockPool, BlockPoolError
-from mainsail_engine.step import BlockMove
+from mainsail_engine.kv.moves import BlockMove
 
 
 @dataclass(slots=True, frozen=True)

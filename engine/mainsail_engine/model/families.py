@@ -10,7 +10,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from mainsail_engine.model.architecture import ROPE_KINDS, Experts, Rope, refuse
+from mainsail_engine.errors import UnsupportedModelError
+from mainsail_engine.model.architecture import ROPE_KINDS, Experts, Rope
 
 Fields = dict[str, Any]
 
@@ -266,3 +267,11 @@ def decoder_of(name: str) -> str:
     """The family of a model without its head (Qwen3Model), whose tensors have no `model.` before their names."""
     whole = f"{name.removesuffix('Model')}ForCausalLM"
     return whole if name.endswith("Model") and whole in FAMILIES else name
+
+
+def refuse(what: str) -> UnsupportedModelError:
+    """The error that names what is missing, and what there is."""
+    return UnsupportedModelError(
+        f"{what} is not supported; supported architectures: {', '.join((*FAMILIES, *ENCODERS))}, "
+        "and others of transformers that have keys and values in every layer"
+    )

@@ -27,8 +27,9 @@ import torch.nn.functional as F
 
 from mainsail_engine.config import BLOCK_SIZE
 from mainsail_engine.errors import MissingTensorError, StartupError
-from mainsail_engine.model.architecture import Architecture, refuse
+from mainsail_engine.model.architecture import Architecture
 from mainsail_engine.model.attention import Attention
+from mainsail_engine.model.families import refuse
 from mainsail_engine.model.parallel import SINGLE, Parallel
 from mainsail_engine.model.rotary import no_rotation
 

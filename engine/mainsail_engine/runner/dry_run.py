@@ -21,8 +21,9 @@ import torch
 
 from mainsail_engine.config import BLOCK_SIZE, EngineConfig
 from mainsail_engine.errors import UnsupportedModelError
-from mainsail_engine.model.architecture import Architecture, read_architecture
+from mainsail_engine.model.architecture import Architecture
 from mainsail_engine.model.attention import Attention
+from mainsail_engine.model.checkpoint_config import read_architecture
 from mainsail_engine.model.llama import LlamaForCausalLM
 from mainsail_engine.model.loader import Weights
 from mainsail_engine.model.lora import AdapterSlots

@@ -18,9 +18,11 @@ import torch
 from mainsail_engine.chunking import STEP_ROWS
 from mainsail_engine.config import BLOCK_SIZE, EngineConfig, LoraConfig
 from mainsail_engine.errors import InvalidAdapterError, InvalidConfigurationError, OutOfMemoryError
-from mainsail_engine.model.architecture import Architecture, read_architecture
+from mainsail_engine.kv.moves import BlockCopy
+from mainsail_engine.model.architecture import Architecture
 from mainsail_engine.model.attention import Attention
 from mainsail_engine.model.attention_cpu import CpuAttention
+from mainsail_engine.model.checkpoint_config import read_architecture
 from mainsail_engine.model.llama import LlamaForCausalLM
 from mainsail_engine.model.lora import Adapter, AdapterRows, AdapterSlots, read_adapter
 from mainsail_engine.model.parallel import SINGLE, Parallel
@@ -48,7 +50,7 @@ from mainsail_engine.sampling.extras import PendingExtras
 from mainsail_engine.sampling.logprobs import prompt_logprob_rows
 from mainsail_engine.sampling.pooling import Pooler
 from mainsail_engine.sampling.sampler import PROMPT, Sampler, greedy
-from mainsail_engine.step import BlockCopy, Chunk, StepPlan, StepResult
+from mainsail_engine.step import Chunk, StepPlan, StepResult
 from mainsail_engine.timeline import Mark, unmarked
 from mainsail_kernels.attention_decode import decode_workspace
 from mainsail_kernels.blocks import copy_blocks

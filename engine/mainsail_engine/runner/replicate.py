@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import msgspec
 
+from mainsail_engine.kv.moves import BlockCopy, BlockMove
 from mainsail_engine.request import Request, SamplingParams
-from mainsail_engine.step import BlockCopy, BlockMove, Chunk, StepPlan
+from mainsail_engine.step import Chunk, StepPlan
 
 
 class NewRequest(msgspec.Struct, frozen=True, array_like=True):

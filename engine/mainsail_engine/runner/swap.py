@@ -31,9 +31,10 @@ import numpy as np
 import torch
 
 from mainsail_engine.host_slabs import SLAB_BYTES, HostSlabs
+from mainsail_engine.kv.moves import BlockMove
 from mainsail_engine.pages import as_tensor, touched_zeros, untouched_zeros
 from mainsail_engine.pinned import pin, unpin
-from mainsail_engine.step import BlockMove, PendingLogits, PendingStep, Runner, StepPlan, StepResult
+from mainsail_engine.step import PendingLogits, PendingStep, Runner, StepPlan, StepResult
 from mainsail_kernels.blocks import gather_blocks, scatter_blocks
 
 log = logging.getLogger(__name__)

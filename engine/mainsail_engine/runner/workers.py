@@ -33,7 +33,7 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 
 from mainsail_engine.awake import AwakeClock
 from mainsail_engine.config import EngineConfig
-from mainsail_engine.model.architecture import read_architecture
+from mainsail_engine.model.checkpoint_config import read_architecture
 from mainsail_engine.model.parallel import SINGLE, Parallel, check_divides, check_stages
 from mainsail_engine.runner.ranks import WorkerStart, spawn
 from mainsail_engine.runner.rendezvous import Addresses, invite, wait_for_all

@@ -10,7 +10,8 @@ import torch
 
 from mainsail_engine.config import CacheConfig, EngineConfig, ModelConfig
 from mainsail_engine.errors import InvalidConfigurationError
-from mainsail_engine.model.architecture import Architecture, read_architecture
+from mainsail_engine.model.architecture import Architecture
+from mainsail_engine.model.checkpoint_config import read_architecture
 from mainsail_engine.runner import memory
 from mainsail_engine.runner.model_runner import ModelRunner, choose_device, choose_dtype
 from mainsail_engine.speculative.draft_model import DRAFT_SHARE, DraftModel, draft_blocks

@@ -14,7 +14,7 @@ import torch
 from mainsail_engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from mainsail_engine.core import EngineCore, build
 from mainsail_engine.errors import InvalidConfigurationError, RequestError, StartupError, UnsupportedModelError
-from mainsail_engine.model.architecture import read_architecture
+from mainsail_engine.model.checkpoint_config import read_architecture
 from mainsail_engine.model.parallel import check_divides
 from mainsail_engine.protocol import Add, RequestOutput
 from mainsail_engine.request import Pooling, SamplingParams

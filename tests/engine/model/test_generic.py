@@ -21,7 +21,7 @@ from tests.engine.model.test_families import (
 )
 
 from mainsail_engine.errors import MissingTensorError, StartupError
-from mainsail_engine.model.architecture import read_architecture
+from mainsail_engine.model.checkpoint_config import read_architecture
 from mainsail_engine.model.parallel import check_divides
 from mainsail_engine.runner.model_runner import ModelRunner
 

@@ -13,7 +13,7 @@ import torch
 from tests.engine.model.test_quantization import check_on_gpu, distance, logits, model_of, runner_of, whole
 
 from mainsail_engine.errors import InvalidConfigurationError, UnsupportedModelError
-from mainsail_engine.model.architecture import read_architecture
+from mainsail_engine.model.checkpoint_config import read_architecture
 from mainsail_engine.model.gguf_codes import LAYOUTS, Blocks, codes_of
 from mainsail_engine.model.linear import RowsOf
 from mainsail_engine.model.loader import Part, open_weights

@@ -16,7 +16,7 @@ from mainsail_engine.config import CacheConfig, EngineConfig, ModelConfig
 from mainsail_engine.errors import StartupError
 from mainsail_engine.llm import LLM, Prompt, SamplingParams
 from mainsail_engine.model import gpt_oss
-from mainsail_engine.model.architecture import read_architecture
+from mainsail_engine.model.checkpoint_config import read_architecture
 from mainsail_engine.model.linear import Fp4Experts
 from mainsail_engine.model.llama import LlamaForCausalLM
 from mainsail_engine.model.loader import open_weights

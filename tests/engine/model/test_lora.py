@@ -15,8 +15,8 @@ from tests.engine.model.test_families import COMMON, FAMILIES, generate, prompt_
 
 from mainsail_engine.config import CacheConfig, EngineConfig, LoraConfig, ModelConfig, SchedulerConfig
 from mainsail_engine.errors import InvalidAdapterError, InvalidConfigurationError
-from mainsail_engine.model.architecture import read_architecture
 from mainsail_engine.model.attention import Attention
+from mainsail_engine.model.checkpoint_config import read_architecture
 from mainsail_engine.model.lora import AdapterRows, AdapterSlots, module_shapes, read_adapter
 from mainsail_engine.model.parallel import Parallel
 from mainsail_engine.request import Request, SamplingParams

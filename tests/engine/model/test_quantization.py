@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from mainsail_engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from mainsail_engine.errors import InvalidConfigurationError, StartupError, UnsupportedModelError
+from mainsail_engine.kv.moves import BlockCopy, BlockMove
 from mainsail_engine.llm import LLM
 from mainsail_engine.llm import SamplingParams as LLMParams
 from mainsail_engine.model.attention import Attention
@@ -29,7 +30,6 @@ from mainsail_engine.model.sources import SafetensorsSource
 from mainsail_engine.runner.model_runner import ModelRunner
 from mainsail_engine.runner.sleep import move_tensors
 from mainsail_engine.runner.swap import HostMemory, HostSwap
-from mainsail_engine.step import BlockCopy, BlockMove
 from mainsail_kernels import reference_quantized as reference
 from mainsail_kernels.grouped import Codes, dequantize
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tests.engine.model.test_lora import base_model
 
-from mainsail_engine.model.architecture import read_architecture
+from mainsail_engine.model.checkpoint_config import read_architecture
 from mainsail_engine.model.loader import Weights
 from mainsail_engine.model.parallel import Parallel
 from mainsail_engine.model.registry import DECODERS

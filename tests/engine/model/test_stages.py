@@ -15,7 +15,7 @@ from tests.engine.model.test_families import COMMON, FAMILIES, prompt_of
 from mainsail_engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from mainsail_engine.core import EngineCore
 from mainsail_engine.errors import InvalidConfigurationError, UnexpectedTensorError
-from mainsail_engine.model.architecture import read_architecture
+from mainsail_engine.model.checkpoint_config import read_architecture
 from mainsail_engine.model.llama import LlamaForCausalLM
 from mainsail_engine.model.loader import Weights
 from mainsail_engine.model.parallel import SINGLE, Parallel, check_stages, stage_sizes

@@ -24,7 +24,7 @@ from mainsail_engine.config import (
     SchedulerConfig,
     SpeculativeConfig,
 )
-from mainsail_engine.model.architecture import read_architecture
+from mainsail_engine.model.checkpoint_config import read_architecture
 from mainsail_engine.request import Request, SamplingParams
 from mainsail_engine.runner import model_runner
 from mainsail_engine.runner.batch import BlockTables, StepArrays, build

@@ -9,10 +9,11 @@ import threading
 import pytest
 import torch
 
+from mainsail_engine.kv.moves import BlockMove
 from mainsail_engine.runner import swap as swap_module
 from mainsail_engine.runner.memory import offloading_bytes
 from mainsail_engine.runner.swap import HostMemory, HostSwap, SwappingRunner, host_memory, with_host_memory
-from mainsail_engine.step import BlockMove, Chunk, StepPlan, StepResult
+from mainsail_engine.step import Chunk, StepPlan, StepResult
 
 SHAPE = (3, 2, 2, 16, 8)
 BLOCK_BYTES = 3 * 2 * 2 * 16 * 8 * 4
