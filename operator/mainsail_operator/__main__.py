@@ -8,6 +8,8 @@ import logging
 import signal
 import sys
 import time
+from collections.abc import Coroutine, Sequence
+from typing import Any
 
 import httpx2
 import kopf
@@ -54,12 +56,10 @@ async def run(settings: Settings) -> None:
         register(registry, store, reconciler, relister)
         routes = ModelRoutes(client, writer, lease, settings.watch_namespaces, store.services.owners)
         routes.register(registry)
-        leading = asyncio.create_task(lease.run())
-        beating = asyncio.create_task(_beat(beat))
-        scraping = asyncio.create_task(scraper.run())
-        listing = asyncio.create_task(relister.run())
-        routing = asyncio.create_task(routes.run())
-        looking = asyncio.create_task(_until_groups(client, stop) if not grouped else stop.wait())
+        tasks = start(
+            stop, lease.run(), _beat(beat), scraper.run(), relister.run(), routes.run(),
+            *([] if grouped else [_until_groups(client, stop)]),
+        )  # fmt: skip
         try:
             await relister.first()
             await kopf.operator(
@@ -72,11 +72,33 @@ async def run(settings: Settings) -> None:
             )
         finally:
             await reconciler.close()
-            for task in (leading, beating, scraping, listing, routing, looking):
-                task.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await task
+            failure = await end(tasks)
             health.shutdown()
+    if failure is not None:
+        raise failure
+
+
+def start(stop: asyncio.Event, *work: Coroutine[Any, Any, None]) -> list[asyncio.Task[None]]:
+    """What runs beside the watches. Whatever of it fails ends the process, for the kubelet to start a new one: without
+    its Lease, say, an operator would be alive and do nothing for ever."""
+
+    def ended(task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.critical("%s has failed", task.get_name(), exc_info=error)
+            stop.set()
+
+    tasks = [asyncio.create_task(one, name=one.__qualname__) for one in work]
+    for task in tasks:
+        task.add_done_callback(ended)
+    return tasks
+
+
+async def end(tasks: Sequence[asyncio.Task[None]]) -> Exception | None:
+    """Cancel them and let them tidy up. The failure of the first that failed."""
+    for task in tasks:
+        task.cancel()
+    told = await asyncio.gather(*tasks, return_exceptions=True)
+    return next((one for one in told if isinstance(one, Exception)), None)
 
 
 async def _has_groups(client: httpx2.AsyncClient) -> bool:

@@ -15,7 +15,7 @@ import httpx2
 import kopf
 from pydantic import ValidationError
 
-from mainsail_operator.apply import NotLeaderError, WriteError, Writer
+from mainsail_operator.apply import NotLeaderError, RefusedError, StaleError, WriteError, Writer
 from mainsail_operator.lease import Lease
 from mainsail_operator.status import Finding, timed
 from mainsail_operator.store import Key
@@ -92,9 +92,13 @@ class ModelRoutes:
         """Wake up when a route changes."""
 
         async def heard(**_: Any) -> None:
-            self._woken.set()
+            self.wake()
 
         kopf.on.event(GROUP, VERSION, ROUTE_PLURAL, id="event-modelroutes", registry=registry)(heard)
+
+    def wake(self) -> None:
+        """A route may have changed."""
+        self._woken.set()
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -119,11 +123,21 @@ class ModelRoutes:
             response = await self._client.get(path)
             response.raise_for_status()
             for obj in cast("list[JSON]", response.json()["items"]):
-                before, told = _told(obj, services, time.time())
-                if told != before:
-                    metadata: JSON = obj["metadata"]
-                    key = (str(metadata["namespace"]), str(metadata["name"]))
-                    await self._writer.route_status(key, told)
+                await self._tell(obj, services)
+
+    async def _tell(self, obj: JSON, services: Collection[Key]) -> None:
+        """Write what differs. A route that is gone meanwhile, or whose status is refused, is no matter of others."""
+        before, told = _told(obj, services, time.time())
+        if told == before:
+            return
+        metadata: JSON = obj["metadata"]
+        key = (str(metadata["namespace"]), str(metadata["name"]))
+        try:
+            await self._writer.route_status(key, told)
+        except StaleError as error:
+            log.debug("%s/%s: %s", *key, error)
+        except RefusedError as error:
+            log.warning("%s/%s: refused: %s", *key, error)
 
 
 def _scopes(namespaces: Sequence[str]) -> list[str]:
