@@ -125,8 +125,9 @@ class PlanSender:
         if told is None:
             told = self._told[id(request)] = _Told(self._next_key, request)
             self._next_key += 1
+            params = _without_grammar(request)
             added.append(
-                NewRequest(told.key, request.request_id, request.prompt_token_ids, request.params, request.adapter_slot)
+                NewRequest(told.key, request.request_id, request.prompt_token_ids, params, request.adapter_slot)
             )
         new_tokens = request.output_token_ids[told.num_outputs :]
         fresh = told.blocks is not chunk.block_ids or told.num_blocks > len(chunk.block_ids)
@@ -137,6 +138,12 @@ class PlanSender:
             told.key, chunk.start, chunk.num_tokens, chunk.samples, chunk.slot, request.num_preemptions,
             request.num_prompt_logprobs, new_tokens, new_blocks, fresh, list(chunk.guesses),
         )  # fmt: skip
+
+
+def _without_grammar(request: Request) -> SamplingParams:
+    """What a sampler has to know that is told nothing of the request's grammar, but its masks: those see to min_tokens,
+    and let a text end that is complete before."""
+    return request.params if request.constraint is None else msgspec.structs.replace(request.params, min_tokens=0)
 
 
 class PlanReceiver:

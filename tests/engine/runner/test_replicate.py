@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import random
+from typing import TYPE_CHECKING, cast
 
+import msgspec
 import pytest
 
 from mainsail_engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from mainsail_engine.request import Request, SamplingParams
 from mainsail_engine.runner.replicate import PlanReceiver, PlanSender, decode, encode
 from mainsail_engine.scheduler import Scheduler
-from mainsail_engine.step import StepPlan, StepResult
+from mainsail_engine.step import Chunk, StepPlan, StepResult
+
+if TYPE_CHECKING:
+    from mainsail_engine.structured.constraint import Constraint
 
 
 def seen(plan: StepPlan) -> list[object]:
@@ -60,3 +65,14 @@ def test_the_receiver_makes_the_plan_that_was_sent(seed: int) -> None:
             scheduler.commit(oldest, StepResult(tokens), float(step))
     assert preempted, "the pool was never too small"
     assert not scheduler.has_work
+
+
+def test_min_tokens_of_a_constrained_request_are_its_masks_business() -> None:
+    """Who knows of a grammar by its masks alone must not forbid the end that they leave as all there is."""
+    settings = SamplingParams(max_tokens=9, min_tokens=5, frequency_penalty=0.5)
+    sender, receiver = PlanSender(), PlanReceiver()
+    for constraint, min_tokens in ((None, 5), (cast("Constraint", object()), 0)):
+        request = Request("r", [2, 3], settings, 0.0, constraint=constraint)
+        plan = StepPlan([Chunk(request, 0, 2, True, 0, [4])])
+        (chunk,) = receiver.plan(decode(encode(sender.message(plan)))).chunks
+        assert chunk.request.params == msgspec.structs.replace(settings, min_tokens=min_tokens)
