@@ -165,7 +165,7 @@ class EngineCore:
         self._place_adapters()
         self._controls: deque[Control] = deque()
         self._answers: list[FromCore] = []
-        self._asleep = False
+        self._asleep, self._num_wakes = False, 0
         self._depth = depth
         self.compiler = compiler
         self._in_flight: deque[tuple[StepPlan, PendingStep | PendingLogits]] = deque()
@@ -196,7 +196,7 @@ class EngineCore:
 
     def idle_s(self, now: float) -> float | None:
         """How long there is nothing to do, if no command comes. None: for ever."""
-        wake_s = self._scheduler.wake_s
+        wake_s = None if self._asleep else self._scheduler.wake_s
         return None if wake_s is None else max(IDLE_S, wake_s - now)
 
     def handle(self, command: Command, now: float) -> None:
@@ -253,6 +253,7 @@ class EngineCore:
         self._scheduler, self._runner = sleeper.wake_up()
         self._place_adapters()
         self._asleep = False
+        self._num_wakes += 1
 
     def _add(self, add: Add, now: float) -> None:
         self._queued_since[add.request_id] = now
@@ -404,9 +405,12 @@ class EngineCore:
             first_scheduled=first_scheduled,
             block_lives=self._scheduler.take_block_lives(),
             adapter_use=adapter_use,
+            num_wakes=self._num_wakes,
         )
 
     def _launch(self, now: float) -> None:
+        if self._asleep:
+            return  # the old scheduler may still want to fetch what it had on the host
         while len(self._in_flight) < self._depth:
             plan = self._scheduler.schedule(now)
             if plan is None:

@@ -331,7 +331,7 @@ class Metrics(Collector):
         """Requests that run at once; 0: not said. Gateways let in as many without asking what the latency is."""
         self.is_asleep: Callable[[], bool] = lambda: False
         self._adapters: tuple[str, Callable[[], AdapterUse]] | None = None
-        self._last_stats = SchedulerStats()
+        self._last_stats, self._num_wakes = SchedulerStats(), 0
         self._throughput = {
             "vllm:avg_prompt_throughput_toks_per_s": _Rate(self._counters["vllm:prompt_tokens"]),
             "vllm:avg_generation_throughput_toks_per_s": _Rate(self._counters["vllm:generation_tokens"]),
@@ -372,8 +372,8 @@ class Metrics(Collector):
         self._labelled["vllm:num_requests_waiting_by_reason"]["capacity"].set(stats.num_waiting - stats.sessions_held)
         self._labelled["vllm:num_requests_waiting_by_reason"]["deferred"].set(stats.sessions_held)
         self._gauges["mainsail:last_step_timestamp_seconds"].set(time.time())
-        if stats.num_preemptions < last.num_preemptions or stats.prefix_cache_queries < last.prefix_cache_queries:
-            last = SchedulerStats()  # the core began anew (after a sleep)
+        if step.num_wakes != self._num_wakes:
+            self._num_wakes, last = step.num_wakes, SchedulerStats()
         for name, field_name in STATS_COUNTERS.items():
             self._counters[name].inc(getattr(stats, field_name) - getattr(last, field_name))
         by_position = self._labelled["vllm:spec_decode_num_accepted_tokens_per_pos"]

@@ -148,7 +148,7 @@ class RequestOutput(msgspec.Struct, frozen=True, array_like=True):
 
 
 class SchedulerStats(msgspec.Struct, frozen=True, array_like=True):
-    """Gauges at the end of the step, counters since the core started."""
+    """Gauges at the end of the step, counters since the core started or woke up."""
 
     num_running: int = 0
     num_waiting: int = 0
@@ -235,6 +235,8 @@ class StepOutputs(msgspec.Struct, frozen=True, tag=True, array_like=True):
     block_lives: list[BlockLife] = []
     adapter_use: AdapterUse | None = None
     """Told where it has changed since the last step, and then to every API process."""
+    num_wakes: int = 0
+    """How often the engine has woken up: each time the counters of its stats begin anew."""
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True, array_like=True):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
+import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from tests.engine import field_metrics
@@ -45,6 +46,19 @@ def test_counters_grow_by_the_difference(metrics: Metrics) -> None:
     assert value(metrics, "vllm:prefix_cache_queries_total") == 150
     assert value(metrics, "vllm:prefix_cache_hits_total") == 40
     assert value(metrics, "vllm:iteration_tokens_total_sum") == 8
+
+
+def test_counters_go_on_after_a_sleep_whatever_they_were_before(metrics: Metrics) -> None:
+    """The engine's own begin anew: here with a prompt longer than all before, and with fewer blocks swapped."""
+    before = SchedulerStats(num_preemptions=3, prefix_cache_queries=100, prefix_cache_hits=40, num_swapped_in=9)
+    after = SchedulerStats(num_preemptions=4, prefix_cache_queries=150, prefix_cache_hits=10, num_swapped_in=2)
+    metrics.step(step(1, before))
+    metrics.step(msgspec.structs.replace(step(2, after), num_wakes=1))
+    metrics.step(msgspec.structs.replace(step(3, after), num_wakes=1))
+    assert value(metrics, "vllm:num_preemptions_total") == 7
+    assert value(metrics, "vllm:prefix_cache_queries_total") == 250
+    assert value(metrics, "vllm:prefix_cache_hits_total") == 50
+    assert value(metrics, "mainsail:swapped_in_blocks_total") == 11
 
 
 def test_news_without_a_forward_pass_is_no_step(metrics: Metrics) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 from benchmarks.simulated import DeviceCost, SimulatedEngine
 
+from mainsail_engine.core import EngineCore
+from mainsail_engine.protocol import Control, Controlled
 from mainsail_engine.request import Request, SamplingParams
 from mainsail_engine.residency import MAX_HOLD_S
 
@@ -208,7 +211,8 @@ def test_with_a_host_tier_sessions_are_parked_and_nothing_is_computed_twice(host
     assert (fleet.stats.num_swapped_in > 0) == bool(host)
 
 
-def test_who_comes_back_after_half_a_minute_is_fetched_ahead():
+def away_for_half_a_minute() -> tuple[Fleet, float]:
+    """A fleet whose large session is on the host and will be fetched from there within three seconds, and the time."""
     fleet = Fleet(num_blocks=2000, num_host_blocks=4000, max_model_len=26_000)
     teach(fleet, until=250.0, pause=lambda: 33.0)
     start = fleet.engine.now
@@ -216,6 +220,11 @@ def test_who_comes_back_after_half_a_minute_is_fetched_ahead():
     fleet.plain("between", start + 12, 25_000)
     fleet.engine.run(start + 38.0)
     assert fleet.stats.num_swapped_out > 800
+    return fleet, start
+
+
+def test_who_comes_back_after_half_a_minute_is_fetched_ahead():
+    fleet, start = away_for_half_a_minute()
     before = fleet.stats.num_swapped_in
     fleet.engine.run(start + 41.0)
     assert "a.1" not in fleet.hits
@@ -223,3 +232,25 @@ def test_who_comes_back_after_half_a_minute_is_fetched_ahead():
     fleet.engine.run()
     assert fleet.hits["a.1"] >= 20_000
     assert fleet.stats.host_cache_hits == 0
+
+
+class Bed:
+    """See core.Sleeper. What lies in it cannot launch anything."""
+
+    def resting_runner(self) -> Any:
+        return None
+
+    def sleep(self) -> None: ...
+
+    def wake_up(self) -> Any: ...
+
+
+def test_who_sleeps_fetches_nothing_ahead():
+    """Its memory is gone, whatever the sessions of before would want there by now."""
+    fleet, start = away_for_half_a_minute()
+    core = EngineCore(fleet.engine.scheduler, Bed().resting_runner(), depth=1, sleeper=Bed())
+    assert core.idle_s(start + 38.0) is not None
+    core.handle(Control("c", "sleep"), start + 38.0)
+    assert core.take_answers() == [Controlled("c")]
+    assert core.idle_s(start + 41.0) is None
+    assert core.step(start + 41.0) is None
