@@ -76,7 +76,7 @@ class HealthServer:
         """address: host and port, or a Unix socket, which is made anew."""
 
         class Handler(BaseHTTPRequestHandler):
-            timeout = 10.0
+            timeout = 30.0  # longer than scrapers keep a connection idle
             protocol_version = "HTTP/1.1"
 
             def do_GET(self) -> None:

@@ -59,7 +59,7 @@ class Settings:
     client_timeout_s: float = 120.0
     """A client that takes no bytes for this long is dropped."""
     upstream_idle_s: float = 4.0
-    """How long an idle connection to an endpoint is kept: below the 5 s after which uvicorn closes it."""
+    """How long an idle connection to an endpoint is kept: below the 5 s of a uvicorn that is not told otherwise."""
     retry_after_s: float = 5.0
     """Retry-After when no replica serves and nothing better is known."""
 

@@ -41,6 +41,9 @@ if TYPE_CHECKING:
 LAST_BYTES_S = 3
 """After the drain: how long open connections may take to read what was sent."""
 LAG_PERIOD_S = 0.25
+KEEP_ALIVE_S = 75
+"""How long an idle connection is kept: much longer than clients keep theirs (httpx and the gateway: 5 s and less), or
+one would send its next request just while its connection is closed, and not know whether it was taken."""
 BACKLOG = 2048
 """Connections that may wait to be accepted: a burst of clients, not a queue of requests."""
 
@@ -130,6 +133,7 @@ class ApiServer:
                 lifespan="off",
                 log_config=None,
                 access_log=False,
+                timeout_keep_alive=KEEP_ALIVE_S,
                 timeout_graceful_shutdown=LAST_BYTES_S,
             )
         )

@@ -114,7 +114,7 @@ def health_listener(server: ServerConfig, look: Callable[[str], Verdict | None])
 
 def _handler(look: Callable[[str], Verdict | None]) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
-        timeout = 5
+        timeout = 30
 
         def do_GET(self) -> None:
             verdict = look(self.path.partition("?")[0])
