@@ -1,8 +1,9 @@
 """The process: listeners, signals, limits of a connection, and the drain.
 
 SIGTERM: readiness fails; for `drain_delay_s` requests are still taken, and every answer tells its client to close the
-connection, so that keep-alive clients move to another gateway; then the listener closes, running answers finish
-within `drain_timeout_s`, and the process exits with 0. A second signal ends it at once.
+connection, so that keep-alive clients move to another gateway; then, as soon as no answer that could not tell so is
+just over, the listener closes, running answers finish within `drain_timeout_s`, and the process exits with 0. A second
+signal ends it at once.
 """
 
 import asyncio
@@ -197,13 +198,22 @@ class Server(uvicorn.Server):
         if counter % 10 == 0:
             self._sweep(now)
             self._certificate.refresh(self.config.ssl)
-        if self._drain_since is not None and now - self._drain_since >= self._gateway.settings.drain_delay_s:
-            return True
+        if self._drain_since is not None:
+            late_s = now - self._drain_since - self._gateway.settings.drain_delay_s
+            if late_s >= 0 and (late_s >= 2 * SETTLED_S or self._are_settled()):
+                return True
         return await super().on_tick(counter)
 
-    def _sweep(self, now: float) -> None:
+    def _are_settled(self) -> bool:
+        """Whether no client that may ask again on its connection was answered just now."""
+        return not any(one.idle_s is not None and one.idle_s < SETTLED_S for one in self._clients())
+
+    def _clients(self) -> list[LimitedProtocol]:
         every: list[object] = list(self.server_state.connections)
-        connections = [one for one in every if isinstance(one, LimitedProtocol)]
+        return [one for one in every if isinstance(one, LimitedProtocol)]
+
+    def _sweep(self, now: float) -> None:
+        connections = self._clients()
         for connection in connections:
             if connection.overdue(now, self._gateway.settings.head_timeout_s):
                 connection.transport.abort()

@@ -9,6 +9,8 @@ import httpx
 import openai
 import pytest
 
+from mainsail_gateway import server
+
 os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # or it asks the network when it is imported
 import litellm as _litellm
 
@@ -200,3 +202,13 @@ async def test_drain_finishes_streams_and_closes_keep_alive(kit):
             up.release.set()
             assert [line async for line in lines if line] == ["data: [DONE]"]
         await gw.task
+
+
+async def test_a_drain_closes_no_connection_whose_client_was_answered_just_now(kit, monkeypatch):
+    async with kit.gateway(kit.service()) as gw, httpx.AsyncClient(base_url=gw.url) as client:
+        monkeypatch.setattr(server, "SETTLED_S", 600.0)
+        assert gw.server._are_settled(), "there is no client"
+        assert (await client.get("/v1/models")).status_code == 200
+        assert not gw.server._are_settled()
+        monkeypatch.setattr(server, "SETTLED_S", 0.0)
+        assert gw.server._are_settled()
