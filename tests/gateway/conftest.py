@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
+import openai
 import pytest
 import uvicorn
 import uvloop
@@ -20,6 +21,7 @@ from mainsail_gateway.settings import Settings
 
 HANG_S = 120.0
 """What ends a wait that would never end: no measurement, however slow the machine."""
+openai.DEFAULT_TIMEOUT.connect = HANG_S
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -197,6 +199,7 @@ def table(*services: Service) -> Table:
 async def gateway(*services: Service, traces=None, **settings) -> AsyncIterator[Running]:
     """The real gateway on a real socket, with this routing table."""
     values = {"host": "127.0.0.1", "port": 0, "drain_delay_s": 0.0, "drain_timeout_s": 10.0}
+    values["connect_timeout_s"] = HANG_S  # engines, clients and gateway stand still together, where the machine does
     app = Gateway(Settings(**{**values, **settings}), traces)
     app.use(table(*services))
     config: uvicorn.Config = configure(app)

@@ -25,7 +25,10 @@ async def main() -> None:
     gone, stays = kit.Upstream(kit.answer), await kit.Upstream(kit.answer).start()
     await gone.start(ADDRESS)
     ends = Endpoint("gone", ADDRESS, gone.port, "gone"), stays.endpoint()
-    async with kit.gateway(kit.service(*ends)) as gw, httpx.AsyncClient(timeout=120) as client:
+    async with (
+        kit.gateway(kit.service(*ends), connect_timeout_s=2.0) as gw,
+        httpx.AsyncClient(timeout=120) as client,
+    ):
 
         async def ask() -> float:
             began = time.monotonic()
