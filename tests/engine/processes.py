@@ -15,3 +15,11 @@ def children(module: str, of: psutil.Process | None = None, *, recursive: bool =
         except psutil.Error:  # it has ended
             continue
     return found
+
+
+def has_ended(process: psutil.Process) -> bool:
+    """Also one that whoever has inherited it has not noticed yet."""
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True

@@ -40,7 +40,7 @@ def test_a_child_ends_when_its_parent_is_killed() -> None:
         assert told == "model"
         child = psutil.Process(int(number))
         parent.kill()
-    gone, _ = psutil.wait_procs([child], timeout=20)
+    gone, _ = psutil.wait_procs([child], timeout=120)
     assert gone == [child]
 
 

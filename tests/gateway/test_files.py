@@ -35,7 +35,7 @@ async def short_of_files(tmp_path, kit, upstream, log):
     process = await asyncio.create_subprocess_exec(
         "sh", "-c", f'ulimit -n {FILES}; exec "$@"', "sh",
         sys.executable, "-m", "mainsail_gateway", "--host", "127.0.0.1", "--port", str(port),
-        "--health-port", str(health), "--drain-delay-s", "0",
+        "--health-port", str(health), "--drain-delay-s", "0", "--connect-timeout-s", "120",
         "--kubeconfig", kubeconfig(tmp_path / "config", api.port), stderr=log,
     )  # fmt: skip
     try:

@@ -185,7 +185,8 @@ async def test_a_timeout_that_passes_before_an_answer(kit):
         assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline_exceeded")
 
 
-async def test_the_operator_is_asked_for_a_replica(kit):
+async def test_the_operator_is_asked_for_a_replica(kit, monkeypatch):
+    monkeypatch.setattr(hold, "WAKE_EVERY_S", 600.0)  # once, however long this takes
     api = await kit.upstream(kit.raw(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}", cut=False))
     wanted: set[tuple[str, str]] = set()
     async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{api.port}") as client:

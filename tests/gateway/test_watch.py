@@ -123,7 +123,7 @@ async def test_the_process_serves_drains_and_exits_with_0(kit, world, tmp_path):
     port, health = kit.free_ports()
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "mainsail_gateway", "--host", "127.0.0.1", "--port", str(port),
-        "--health-port", str(health), "--drain-delay-s", "0.5",
+        "--health-port", str(health), "--drain-delay-s", "0.5", "--connect-timeout-s", "120",
         "--kubeconfig", kubeconfig(tmp_path / "config", world.api.port),
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
     )  # fmt: skip

@@ -125,7 +125,7 @@ async def test_endpoint_pickers_see_which_adapters_run_and_wait(
         return {(of["max_lora"], of["waiting_lora_adapters"], of["running_lora_adapters"]) for of in labels}
 
     assert load(adapted, "poet", folder / "poet") == 200
-    assert seen() == {("2", "", "")}
+    await asyncio.to_thread(waiting, lambda: seen() == {("2", "", "")}, "nobody to be left of earlier requests")
     body = {"prompt": PROMPT, "max_tokens": 1900, "ignore_eos": True}
 
     def stream(model: str) -> asyncio.Task[Seen]:

@@ -191,7 +191,9 @@ def test_key_and_overload(own_engine: Callable[..., Any]) -> None:
     ) as s:
         lines = s.iter_lines()  # kept: letting go of it would close the stream
         assert next(lines)
+        os.kill(engine.core_pid(), signal.SIGSTOP)  # so that it is still busy
         refused = engine.post("/v1/completions", **body)
+        os.kill(engine.core_pid(), signal.SIGCONT)
     assert refused.status_code == 429
     assert int(refused.headers["retry-after"]) >= 1
     assert engine.metric("vllm:admission_rejections_total", reason="max_num_queued_reqs") == 1

@@ -18,6 +18,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from tests.engine.processes import has_ended
 from tests.engine.server.conftest import Engine, launch, start, wait_for
 from tests.engine.server.test_ranks import mixed, texts
 from tests.ports import free_ports
@@ -171,7 +172,7 @@ def reason(engine: Engine) -> str:
 def test_a_stopped_rank_on_the_other_node_ends_the_engine_on_both(nodes: Nodes) -> None:
     rank = rank_of(nodes.worker)
     check_lost(nodes, rank.suspend)
-    assert not rank.is_running()
+    wait_for(lambda: has_ended(rank), "the stopped rank to be ended")
     assert (reason(nodes.leader), reason(nodes.worker)) in (("RankLost", "LeaderLost"), ("RankLost", "RankLost"))
 
 

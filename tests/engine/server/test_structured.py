@@ -53,7 +53,7 @@ class Person(BaseModel):
 
 @pytest.fixture
 def client(engine: Any) -> openai.OpenAI:
-    return openai.OpenAI(base_url=engine.url + "/v1", api_key="none", max_retries=0)
+    return openai.OpenAI(base_url=engine.url + "/v1", api_key="none", max_retries=0, timeout=120)
 
 
 def content_of(response: httpx.Response) -> str:
