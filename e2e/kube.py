@@ -80,13 +80,19 @@ class Kube:
 def wait_for(
     what: str, check: Callable[[], Any], *, timeout_s: float = HANG_S, story: Callable[[], str] | None = None
 ) -> Any:
-    """Poll `check` until it returns something true; its value is returned. On time-out the story is in the message."""
+    """Poll `check` until it returns something true; its value is returned. On time-out the story is in the message.
+
+    An API server that is too busy for an answer is asked again."""
     deadline = time.monotonic() + timeout_s
     last: object = None
     while time.monotonic() < deadline:
-        last = check()
-        if last:
-            return last
+        try:
+            last = check()
+        except KubectlError as error:
+            last = error
+        else:
+            if last:
+                return last
         time.sleep(0.2)
     raise AssertionError(f"not within {timeout_s:g} s: {what} (last: {last!r})\n{story() if story else ''}")
 

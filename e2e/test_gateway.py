@@ -10,7 +10,7 @@ import base64
 import itertools
 import json
 import os
-import socket
+import re
 import ssl
 import subprocess
 import time
@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import httpx
@@ -272,22 +273,20 @@ def guarded_gateway(cluster: Place) -> list[Object]:
 @contextmanager
 def forwarded(kube: Kube, target: str, port: int) -> Iterator[int]:
     """A port of this machine that leads to a pod of the guarded gateway."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        local = sock.getsockname()[1]
-    command = [kube.kubectl, "--kubeconfig", str(kube.kubeconfig), "port-forward", "-n", GUARDED, target,
-               f"{local}:{port}"]  # fmt: skip
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    command = [kube.kubectl, "--kubeconfig", str(kube.kubeconfig), "port-forward", "-n", GUARDED, target, f":{port}"]
+    with NamedTemporaryFile("w+") as said, subprocess.Popen(command, stdout=said, stderr=said) as process:
+
+        def listening() -> int:
+            """The port that it has found free."""
+            told = Path(said.name).read_text()
+            assert process.poll() is None, told
+            found = re.search(r"Forwarding from 127\.0\.0\.1:([0-9]+) ", told)
+            return int(found.group(1)) if found else 0
+
         try:
-            wait_for("the forwarded port", lambda: connects(local))
-            yield local
+            yield wait_for("the forwarded port", listening)
         finally:
             process.terminate()
-
-
-def connects(port: int) -> bool:
-    with socket.socket() as sock:
-        return sock.connect_ex(("127.0.0.1", port)) == 0
 
 
 def answers(http: httpx.Client, url: str) -> bool:

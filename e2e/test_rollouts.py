@@ -24,7 +24,7 @@ NAMES = ("steps", "errors", "slowness")
 CANARY = {
     "strategy": "Canary",
     "steps": [{"weight": 40, "hold": "3s"}],
-    "gate": {"minRequests": 20, "maxTimeToFirstTokenRatio": 50, "maxInterTokenRatio": 50},
+    "gate": {"minRequests": 20, "maxTimeToFirstTokenRatio": 1000, "maxInterTokenRatio": 1000},
     "progressDeadline": "15m",
 }  # fmt: skip
 

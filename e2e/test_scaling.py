@@ -80,7 +80,6 @@ def test_queue_preemptions_and_zero(kube: Kube, gateway_url: str) -> None:
     quick = {"scaleDown": {"stabilization": "10s"}}
     # A queue that is far beyond its target, so that it is so whenever the answers of the moment have let it drain.
     queue = scaled("queue", {"max": 3, "targets": {"queueDepth": 1}, **quick}, {GPU: 1}, maxNumSeqs=2, maxModelLen=512)
-    queue["spec"]["admission"] = {"maxQueueTime": "10m"}  # what waits is the point here, not who is refused
     # 48 blocks hold one sequence of the longest kind and a little: two at once preempt one another again and again.
     # Neither the queue nor the usage can reach their targets.
     alone = {"queueDepth": 1000, "kvUsage": 1}
@@ -161,7 +160,6 @@ def test_held_sessions_make_it_grow(kube: Kube, gateway_url: str) -> None:
     """More agents between turns than one replica has KV for: gateways hold turns, and nothing else asks for more."""
     alone = {"queueDepth": 1000, "kvUsage": 1, "preemptionsPerMinute": 1000}
     agents = scaled("agents", {"max": 2, "targets": alone}, maxNumSeqs=4, maxModelLen=2048, kvCache={"blocks": 130})
-    agents["spec"]["admission"] = {"maxQueueTime": "10m"}
     with applied(kube, agents):
         wait_ready(kube, "agents")
         wait_routed(gateway_url, "agents")

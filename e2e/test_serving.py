@@ -69,7 +69,7 @@ def test_its_own_name_in_the_cluster_leads_through_the_gateway(kube: Kube, syste
 
 
 async def test_async_client(gateway_url: str, paris) -> None:
-    async with openai.AsyncOpenAI(base_url=f"{gateway_url}/v1", api_key="none", max_retries=0) as api:
+    async with openai.AsyncOpenAI(base_url=f"{gateway_url}/v1", api_key="none", max_retries=0, timeout=HANG_S) as api:
         stream = await api.completions.create(
             model="paris", prompt="The capital of France is", temperature=0, max_tokens=8, stream=True
         )
