@@ -152,7 +152,9 @@ async def row(workers: int, args: argparse.Namespace) -> Figures:
     with tempfile.TemporaryDirectory() as name, engines_on(engine) as engines:
         await ready(engine)
         control = asyncio.create_task(api_server(api, engine, ADDRESSES))
-        command = [*mainsail_with_keys(Path(name), port, engine, api), "--workers", str(workers)]
+        # Who does not take a connection in time is skipped: here all of this machine may stand still for so long.
+        patient = ["--workers", str(workers), "--connect-timeout-s", "60"]
+        command = [*mainsail_with_keys(Path(name), port, engine, api), *patient]
         with running(*command) as gateway:
             await ready(port)
             figures = await measure(port, gateway, engines, workers, args)
