@@ -146,6 +146,17 @@ def _quad(words, low, high, DOT: tl.constexpr):
     return codes.reshape((words.shape[0], words.shape[1]))
 
 
+_TWO_DOTS = tl.constexpr(
+    tuple(
+        f"""{{ .reg .b32 m; and.b32 m, ${word}, 0x77777777; prmt.b32 $0, $6, $10, m;
+        lop3.b32 $0, ${word}, 0x80808080, $0, 0xea; shr.u32 m, m, 16; prmt.b32 $1, $14, $18, m;
+        shl.b32 m, ${word}, 4; lop3.b32 $1, m, 0x80808080, $1, 0xea; }}"""
+        for word in range(2, 6)
+    )
+)
+"""In PTX, of the first, second, … of four words. $0, $1: e4m3 of both dots; $6, $10, $14, $18: their tables."""
+
+
 @triton.jit
 def _two_dots(words, low, high, low2, high2, J: tl.constexpr, PTX: tl.constexpr):
     """e4m3 [outputs, 32] of dots 2J and 2J + 1; words [outputs, 32], tables [outputs, 1].
@@ -158,38 +169,10 @@ def _two_dots(words, low, high, low2, high2, J: tl.constexpr, PTX: tl.constexpr)
         b, w = tl.broadcast(b, w)
         c, w = tl.broadcast(c, w)
         d, w = tl.broadcast(d, w)
-        if J == 0:
-            first, second = tl.inline_asm_elementwise(
-                """{ .reg .b32 m; and.b32 m, $2, 0x77777777; prmt.b32 $0, $6, $10, m;
-                lop3.b32 $0, $2, 0x80808080, $0, 0xea; shr.u32 m, m, 16; prmt.b32 $1, $14, $18, m;
-                shl.b32 m, $2, 4; lop3.b32 $1, m, 0x80808080, $1, 0xea; }""",
-                "=&r,=&r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r", [w, a, b, c, d], is_pure=True, pack=4,
-                dtype=(tl.float8e4nv, tl.float8e4nv),
-            )  # fmt: skip
-        elif J == 1:
-            first, second = tl.inline_asm_elementwise(
-                """{ .reg .b32 m; and.b32 m, $3, 0x77777777; prmt.b32 $0, $6, $10, m;
-                lop3.b32 $0, $3, 0x80808080, $0, 0xea; shr.u32 m, m, 16; prmt.b32 $1, $14, $18, m;
-                shl.b32 m, $3, 4; lop3.b32 $1, m, 0x80808080, $1, 0xea; }""",
-                "=&r,=&r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r", [w, a, b, c, d], is_pure=True, pack=4,
-                dtype=(tl.float8e4nv, tl.float8e4nv),
-            )  # fmt: skip
-        elif J == 2:
-            first, second = tl.inline_asm_elementwise(
-                """{ .reg .b32 m; and.b32 m, $4, 0x77777777; prmt.b32 $0, $6, $10, m;
-                lop3.b32 $0, $4, 0x80808080, $0, 0xea; shr.u32 m, m, 16; prmt.b32 $1, $14, $18, m;
-                shl.b32 m, $4, 4; lop3.b32 $1, m, 0x80808080, $1, 0xea; }""",
-                "=&r,=&r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r", [w, a, b, c, d], is_pure=True, pack=4,
-                dtype=(tl.float8e4nv, tl.float8e4nv),
-            )  # fmt: skip
-        else:
-            first, second = tl.inline_asm_elementwise(
-                """{ .reg .b32 m; and.b32 m, $5, 0x77777777; prmt.b32 $0, $6, $10, m;
-                lop3.b32 $0, $5, 0x80808080, $0, 0xea; shr.u32 m, m, 16; prmt.b32 $1, $14, $18, m;
-                shl.b32 m, $5, 4; lop3.b32 $1, m, 0x80808080, $1, 0xea; }""",
-                "=&r,=&r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r", [w, a, b, c, d], is_pure=True, pack=4,
-                dtype=(tl.float8e4nv, tl.float8e4nv),
-            )  # fmt: skip
+        first, second = tl.inline_asm_elementwise(
+            _TWO_DOTS[J], "=&r,=&r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r", [w, a, b, c, d], is_pure=True, pack=4,
+            dtype=(tl.float8e4nv, tl.float8e4nv),
+        )  # fmt: skip
     else:
         first, second = _quad(words, low, high, 2 * J), _quad(words, low2, high2, 2 * J + 1)
     return first, second
