@@ -28,7 +28,7 @@ except ImportError:  # no wheel here: definitions only
         return _define_only if fn is None else fn
 
     triton = SimpleNamespace(jit=_define_only, __version__="none")
-    tl: Any = SimpleNamespace(constexpr=object)
+    tl: Any = SimpleNamespace(constexpr=lambda value=None: value)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
