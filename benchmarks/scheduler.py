@@ -50,6 +50,7 @@ def measure(batch: int, steps: int) -> dict[str, float]:
         result = StepResult([7 for chunk in oldest.chunks if chunk.samples])
         start = time.thread_time_ns()
         scheduler.commit(oldest, result, time.monotonic())
+        scheduler.settle()
         scheduler.stats()
         end = time.thread_time_ns()
         if plan is not None and plan.num_decodes == len(plan.chunks) == batch == oldest.num_decodes:

@@ -641,7 +641,10 @@ class Scheduler:
         return outputs
 
     def settle(self) -> None:
-        """What a step with guesses has put off: the next one waits for its tokens, and for nothing else of this."""
+        """Do what `commit` has put off: the next step waits for its tokens, and for nothing else of this.
+
+        For when the device is busy again; the next `commit` does it, if nobody did.
+        """
         for request in self._unshared:
             self.kv.written(request, request.num_written_tokens)
         self._unshared.clear()
@@ -862,7 +865,6 @@ class Scheduler:
         return unused / used if used > 0 else 0.0
 
     def stats(self) -> SchedulerStats:
-        self.settle()
         host = self.kv.host
         if self._num_steps % WASTE_STEPS == 0 or not self.num_running:
             self._kv_waste = self.kv_waste()

@@ -22,8 +22,9 @@ from mainsail_engine.protocol import (
     decode_to_core,
     encode,
 )
-from mainsail_engine.request import FinishReason, SamplingParams
+from mainsail_engine.request import FinishReason, Request, SamplingParams
 from mainsail_engine.scheduler import Scheduler
+from mainsail_engine.speculative.ngram import NgramSource
 from mainsail_engine.speculative.speculator import Speculator
 from mainsail_engine.step import FAILED_TOKEN, StepPlan, StepResult
 
@@ -121,6 +122,52 @@ def test_a_device_that_waits_for_guesses_gets_its_next_step_before_the_tokens_ar
     assert tokens == [end % 5 for end in range(3, 43)]
     assert len(runner.log) < 2 * 25
     assert launched_next >= 4 if depth > 1 else launched_next == 0
+
+
+class LoggingSource(NgramSource):
+    def __init__(self, log: list[str]) -> None:
+        super().__init__(2, 4)
+        self._log = log
+
+    def settle(self) -> None:
+        self._log.append("settle")
+        super().settle()
+
+
+def guessing_core(depth: int) -> tuple[EngineCore, Scheduler, NamingRunner]:
+    runner = NamingRunner()
+    guessing = SpeculativeConfig(method="ngram", num_speculative_tokens=4, adaptive=False)
+    speculator = Speculator(guessing, LoggingSource(runner.log), overlap=depth > 1)
+    scheduler = Scheduler(CONFIG, 16, 64, {EOS}, speculator=speculator)
+    return EngineCore(scheduler, runner, depth=depth), scheduler, runner
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_what_a_commit_puts_off_is_done_once_the_next_step_is_launched(depth: int) -> None:
+    core, _, runner = guessing_core(depth)
+    core.handle(add("a", max_tokens=40), 0.0)
+    launched_next, now = 0, 0.0
+    while core.has_work:
+        assert core.step(now := now + 0.01) is not None
+        assert runner.log[-1] == "settle"
+        launched_next += runner.log[-2].startswith("launch")
+    assert launched_next >= 4 if depth > 1 else launched_next == 0
+
+
+def test_statistics_change_nothing() -> None:
+    """Blocks that guesses filled enter the prefix tree when the scheduler settles, and not when somebody looks."""
+    _, scheduler, runner = guessing_core(depth=1)
+    request = Request("a", [1] * 3, SamplingParams(max_tokens=40, temperature=0.0), 0.0)
+    scheduler.add(request)
+    put_off, now = 0, 0.0
+    while (plan := scheduler.schedule(now := now + 0.01)) is not None:
+        scheduler.commit(plan, runner.launch(plan).result(), now)
+        before = request.num_tree_blocks, len(runner.log)
+        assert scheduler.stats() == scheduler.stats()
+        assert (request.num_tree_blocks, len(runner.log)) == before
+        scheduler.settle()
+        put_off += request.num_tree_blocks > before[0]
+    assert put_off == 2
 
 
 def test_the_time_in_the_queue_is_told_once() -> None:
