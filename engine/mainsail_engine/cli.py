@@ -1,4 +1,4 @@
-"""`mainsail-engine serve | run-batch | bench`: flags to configuration, and errors to exit codes.
+"""`mainsail-engine serve | run-batch | compile-kernels | bench`: flags to configuration, and errors to exit codes.
 
 The flags' names are the field's.
 """
@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import msgspec
 
@@ -69,10 +69,24 @@ as many as the KV pool feeds share each reading of the weights, and prompts go i
 
 
 class _Parser(argparse.ArgumentParser):
-    """A wrong flag is an invalid configuration like any other, and reported the same way."""
+    """A wrong flag is an invalid configuration like any other, and reported the same way. A shortened one is wrong too:
+    what it stands for would change with every flag that is added."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         raise InvalidConfigurationError(f"{message} (see {self.prog} --help)")
+
+
+def _profiles() -> str:
+    """What each profile sets, for --help."""
+    return "; ".join(
+        f"{name}: --max-num-seqs {it.max_num_seqs} --max-num-batched-tokens {it.max_num_batched_tokens}"
+        + (" and n-gram guesses" if it.speculative else "")
+        for name, it in PROFILES.items()
+        if name
+    )
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -109,25 +123,36 @@ def build_parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
     )
     kernels.add_argument("--card", help=f"one of {', '.join(CARDS)}; default: this machine's")
-    kernels.add_argument("--jobs", type=int, help="processes; default: one for each CPU that there is to use")
+    kernels.add_argument("--jobs", type=int, help="processes that compile; default: one for each CPU that may be used")
     _add_model_flags(kernels)
     _add_engine_flags(kernels)
-    _add_bench(commands.add_parser("bench", help="load on a running server, and what its clients saw"))
+    _add_bench(
+        commands.add_parser(
+            "bench",
+            help="load on a running server, and what its clients saw",
+            description="Put load on a running server of any make; print what its clients saw, as JSON.",
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+    )
     return parser
 
 
 def _add_bench(bench: argparse.ArgumentParser) -> None:
-    bench.add_argument("--base-url", default="http://127.0.0.1:8000", help="of a server that is running, of any make")
-    bench.add_argument("--model", required=True, help="the name to ask for")
-    bench.add_argument("--num-prompts", type=int, default=100)
+    bench.add_argument("--base-url", default="http://127.0.0.1:8000", help="where the server is")
+    bench.add_argument("--model", required=True, default=argparse.SUPPRESS, help="the name to ask for")
+    bench.add_argument("--num-prompts", type=int, default=100, help="requests in all")
     bench.add_argument("--random-input-len", type=int, default=512, help="tokens of a prompt (random ids)")
     bench.add_argument("--random-output-len", type=int, default=128, help="tokens of an answer")
-    bench.add_argument("--max-concurrency", type=int, default=64, help="requests at a time")
+    bench.add_argument("--max-concurrency", type=int, default=64, help="requests at a time, at most")
     bench.add_argument("--request-rate", type=float, default=0.0, help="per second, as a Poisson process; 0: at once")
     bench.add_argument("--vocab-size", type=int, default=32000, help="random ids are below this")
-    bench.add_argument("--seed", type=int, default=0)
-    bench.add_argument("--api-key", default=os.environ.get("OPENAI_API_KEY"))
-    bench.add_argument("--output-json", type=Path, help="write the figures here too")
+    bench.add_argument("--seed", type=int, default=0, help="of the random ids and arrivals")
+    bench.add_argument(
+        "--api-key", default=argparse.SUPPRESS, help="bearer token to send; default: $OPENAI_API_KEY, or none"
+    )
+    bench.add_argument(
+        "--output-json", type=Path, default=argparse.SUPPRESS, help="a file for the figures as well; default: none"
+    )
 
 
 def _add_model_flags(serve: argparse.ArgumentParser) -> None:
@@ -175,18 +200,21 @@ def _add_engine_flags(serve: argparse.ArgumentParser) -> None:
     )
     _add_node_flags(serve.add_argument_group("several nodes", "The same command on each, but for --node-rank."))
     group.add_argument(
-        "--profile", choices=("latency", "throughput"), help="sets what follows, where it is not given, for that end"
+        "--profile",
+        choices=("latency", "throughput"),
+        help=f"other defaults for some flags: {_profiles()}; default: none",
     )
     group.add_argument(
         "--max-num-seqs", type=int, help=f"requests that run at once; default: {SchedulerConfig().max_num_seqs}"
     )
     group.add_argument(
-        "--max-num-batched-tokens", type=int, help="tokens per step; default: 8192 on CUDA, 512 on the CPU"
+        "--max-num-batched-tokens", type=int, help="tokens of a step, at most; default: 8192 on CUDA, 512 on the CPU"
     )
     group.add_argument(
         "--max-inter-token-latency-ms",
         type=float,
-        help="cut prompts into chunks so that running streams wait no longer; 0: no bound; default: 40, CPU 0",
+        help="milliseconds between two tokens of a stream, kept by cutting prompts into chunks; 0: no bound; "
+        "default: 40 on CUDA, 0 on the CPU",
     )
     group.add_argument(
         "--enable-chunked-prefill", action="store_true", default=True, help="always on; accepted for compatibility"
@@ -195,18 +223,30 @@ def _add_engine_flags(serve: argparse.ArgumentParser) -> None:
         "--gpu-memory-utilization",
         type=float,
         default=CacheConfig().memory_utilization,
-        help="share of the GPU's memory",
+        help="share of the GPU's memory for weights, activations and KV together, 0 to 1",
     )
-    group.add_argument("--kv-events-config", help="a JSON object: tell subscribers what the prefix cache holds (ZMQ)")
-    group.add_argument("--enable-lora", action="store_true", help="take LoRA adapters beside the base model")
     group.add_argument(
-        "--lora-modules", nargs="+", metavar="NAME=PATH", help="adapters (PEFT folders) to serve by name"
+        "--kv-events-config",
+        help="tell subscribers over ZMQ what the prefix cache holds: a JSON object with vLLM's names, as "
+        '{"endpoint": "tcp://*:5557", "replay_endpoint": "tcp://*:5558"}; default: tell nobody',
+    )
+    group.add_argument(
+        "--enable-lora", action="store_true", help="take LoRA adapters beside the base model; default: no"
+    )
+    group.add_argument(
+        "--lora-modules",
+        nargs="+",
+        action="extend",
+        metavar="NAME=PATH",
+        help="adapters (PEFT folders) to serve by name; may be given again for more; default: none",
     )
     group.add_argument("--max-loras", type=int, default=LoraConfig().max_loras, help="adapters on the device at once")
     group.add_argument(
         "--max-cpu-loras", type=int, help="adapters that may be loaded, most in host memory; default: --max-loras"
     )
-    group.add_argument("--max-lora-rank", type=int, default=LoraConfig().max_lora_rank, help="of any adapter")
+    group.add_argument(
+        "--max-lora-rank", type=int, default=LoraConfig().max_lora_rank, help="largest rank of an adapter"
+    )
     group.add_argument(
         "--kv-cache-dtype", choices=KV_DTYPES, default="auto",
         help="fp8: half the bytes a token; auto: fp8 where the checkpoint has scales for it, else the model's",
@@ -216,7 +256,8 @@ def _add_engine_flags(serve: argparse.ArgumentParser) -> None:
         "--kv-offloading-size",
         "--host-memory",
         type=float,
-        help="GiB of host memory for KV; default: on CUDA a quarter of what is free, at most the pool's size",
+        help="GiB of host memory for KV; 0: none; default: on one CUDA device a quarter of what is free, at most the "
+        "pool's size; else none",
     )
     group.add_argument(
         "--kv-cache-metrics", action="store_true", default=True, help="always on; accepted for compatibility"
@@ -256,19 +297,21 @@ def _add_node_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[
     """Where a pod of a LeaderWorkerSet is not told, it knows from its environment."""
     group.add_argument(
         "--nnodes", "-n", type=int, default=os.environ.get("LWS_GROUP_SIZE", "1"),
-        help="nodes that share the pipeline stages; default: $LWS_GROUP_SIZE, or 1",
+        help="nodes that share the pipeline stages; without it $LWS_GROUP_SIZE, or 1",
     )  # fmt: skip
     group.add_argument(
         "--node-rank", "-r", type=int, default=os.environ.get("LWS_WORKER_INDEX", "0"),
-        help="which of them this is; 0 serves the API; default: $LWS_WORKER_INDEX, or 0",
+        help="which of them this is; 0 serves the API; without it $LWS_WORKER_INDEX, or 0",
     )  # fmt: skip
     group.add_argument(
         "--master-addr", default=os.environ.get("LWS_LEADER_ADDRESS", NodesConfig().master_addr),
-        help="node 0's address; default: $LWS_LEADER_ADDRESS, or this host",
+        help="node 0's address; without it $LWS_LEADER_ADDRESS, or this host",
     )  # fmt: skip
-    group.add_argument("--master-port", type=int, default=MASTER_PORT, help="where nodes meet, on node 0")
+    group.add_argument("--master-port", type=int, default=MASTER_PORT, help="port where nodes meet, on node 0")
     group.add_argument(
-        "--headless", action="store_true", help="serve no API here, as no node but 0 does; accepted for compatibility"
+        "--headless",
+        action="store_true",
+        help="what every node but 0 does anyway: serve no API; accepted for compatibility",
     )
 
 
@@ -276,11 +319,28 @@ def _add_server_flags(serve: argparse.ArgumentParser) -> None:
     default = ServerConfig()
     group = serve.add_argument_group("server")
     group.add_argument("--host", default=default.host, help="address to listen on")
-    group.add_argument("--port", type=int, default=default.port, help="0: a free one")
-    group.add_argument("--health-port", type=int, help="a second listener for /health/*, on a thread of its own")
-    group.add_argument("--drain-timeout", type=float, default=default.drain_timeout_s, help="seconds after SIGTERM")
-    group.add_argument("--max-num-queued-reqs", type=int, default=default.max_num_queued_reqs, help="more: 429")
-    group.add_argument("--max-num-queued-tokens", type=int, default=default.max_num_queued_tokens, help="more: 429")
+    group.add_argument("--port", type=int, default=default.port, help="port of the API and /metrics; 0: a free one")
+    group.add_argument(
+        "--health-port", type=int, help="port of a second listener for /health/*, on a thread of its own; default: none"
+    )
+    group.add_argument(
+        "--drain-timeout",
+        type=float,
+        default=default.drain_timeout_s,
+        help="seconds that running requests may go on after SIGTERM",
+    )
+    group.add_argument(
+        "--max-num-queued-reqs",
+        type=int,
+        default=default.max_num_queued_reqs,
+        help="requests that wait for a first token, at most; more are refused with 429",
+    )
+    group.add_argument(
+        "--max-num-queued-tokens",
+        type=int,
+        default=default.max_num_queued_tokens,
+        help="prompt tokens that wait, at most; more are refused with 429",
+    )
     group.add_argument(
         "--max-queue-wait",
         type=float,
@@ -305,16 +365,20 @@ def _add_server_flags(serve: argparse.ArgumentParser) -> None:
         help="a line for each finished request: counts and times, never what was said",
     )
     group.add_argument(
-        "--disable-log-requests", action="store_false", dest="enable_log_requests", help="the default; accepted"
+        "--disable-log-requests",
+        action="store_false",
+        dest="enable_log_requests",
+        help="the default; accepted for compatibility",
     )
     group.add_argument(
         "--otlp-traces-endpoint",
-        default=None,
-        help="where spans are sent (OTLP over HTTP), as http://collector:4318/v1/traces",
+        help="where spans are sent (OTLP over HTTP), as http://collector:4318/v1/traces; default: nowhere",
     )
     group.add_argument("--api-key", help="bearer token that clients must send; default: $MAINSAIL_API_KEY, or none")
     group.add_argument(
-        "--live-limit", type=float, help="seconds without a step until liveness fails; default: 10, CPU 60"
+        "--live-limit",
+        type=float,
+        help="seconds that a step may take until liveness fails; default: 10 on CUDA, 60 on the CPU",
     )
 
 
@@ -412,7 +476,7 @@ def server_config(flags: argparse.Namespace) -> ServerConfig:
         api_key=getattr(flags, "api_key", None) or os.environ.get("MAINSAIL_API_KEY") or None,
         api_server_count=flags.api_server_count,
         log_requests=flags.enable_log_requests,
-        otlp_traces_endpoint=flags.otlp_traces_endpoint,
+        otlp_traces_endpoint=getattr(flags, "otlp_traces_endpoint", None),
         live_limit_s=getattr(flags, "live_limit", None),
         tool_call_parser=flags.tool_call_parser,
         reasoning_parser=flags.reasoning_parser,
@@ -501,12 +565,13 @@ def _bench(flags: argparse.Namespace) -> None:
         request_rate=flags.request_rate,
         vocab_size=flags.vocab_size,
         seed=flags.seed,
-        api_key=flags.api_key,
+        api_key=getattr(flags, "api_key", None) or os.environ.get("OPENAI_API_KEY"),
     )
     figures = json.dumps(asyncio.run(run(load)), indent=2)
     print(figures)
-    if flags.output_json is not None:
-        flags.output_json.write_text(figures + "\n", encoding="utf-8")
+    output: Path | None = getattr(flags, "output_json", None)
+    if output is not None:
+        output.write_text(figures + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ GAUGES = {
     "vllm:avg_prompt_throughput_toks_per_s": "Prompt tokens per second over the last seconds.",
     "vllm:avg_generation_throughput_toks_per_s": "Generated tokens per second over the last seconds.",
     "mainsail:queued_requests": "Requests let in that have no first token yet.",
-    "mainsail:queued_prompt_tokens": "… and their prompts' tokens.",
+    "mainsail:queued_prompt_tokens": "Prompt tokens of requests that have no first token yet.",
     "mainsail:prefill_tokens_per_second": "Rate at which prompt tokens leave the queue: what Retry-After is made from.",
     "mainsail:last_step_timestamp_seconds": "Unix time of the last finished step: the heartbeat.",
 }
@@ -112,7 +112,7 @@ COUNTERS = {
     "mainsail:swapped_in_blocks": "KV blocks copied back to the device.",
     "mainsail:recomputed_tokens": "Tokens that preempted requests had computed before and had to compute again.",
     "vllm:prompt_tokens": "Prompt tokens of requests that got a first token.",
-    "vllm:prompt_tokens_cached": "… of which the prefix cache held the KV.",
+    "vllm:prompt_tokens_cached": "Prompt tokens whose KV the prefix cache held.",
     "vllm:generation_tokens": "Tokens generated.",
     "vllm:mm_cache_queries": "Images looked up in a cache: this engine's models take none.",
     "vllm:mm_cache_hits": "Images found in a cache: this engine's models take none.",
@@ -144,7 +144,7 @@ LABELLED_GAUGES = {
         "reason",
         ("capacity", "deferred"),
     ),
-    "mainsail:start_time_seconds": ("Of the start, by phase.", "phase", tuple(PHASES)),
+    "mainsail:start_time_seconds": ("Seconds of the start, by phase.", "phase", tuple(PHASES)),
 }
 LABELLED_COUNTERS = {
     "vllm:prompt_tokens_by_source": (

@@ -38,13 +38,23 @@ def build_parser() -> argparse.ArgumentParser:
         "uri", help="hf://ORGANIZATION/NAME[/FILE], s3://BUCKET/PREFIX or oci://REGISTRY/REPOSITORY[:TAG]"
     )
     parser.add_argument("folder", type=Path, help="where the model's files are to lie; made when it is complete")
-    parser.add_argument("--revision", default="main", help="branch, tag or commit of a repository on the Hub")
-    parser.add_argument("--port", type=int, default=0, help="serve /metrics with the progress on this port")
-    parser.add_argument("--limit", type=int, help="bytes that all copies beside the folder may take together")
-    parser.add_argument("--keep", action="append", default=[], metavar="NAME", help="a copy that is in use; repeatable")
+    parser.add_argument(
+        "--revision", default="main", help="branch, tag or commit of a repository on the Hub (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--port", type=int, default=0, help="serve /metrics with the progress on this port (default: on none)"
+    )
+    parser.add_argument(
+        "--limit",
+        type=int,
+        help="bytes that this copy and those beside it may take together (default: what the disk holds)",
+    )
+    parser.add_argument(
+        "--keep", action="append", default=[], metavar="NAME", help="a copy beside it that is in use; repeat for more"
+    )
     parser.add_argument("--decided-at", type=float, help="Unix seconds at which --keep was the whole truth; without it "
                         "no copy is deleted to make room")  # fmt: skip
-    parser.add_argument("--stay", action="store_true", help="go on running when the model is there")
+    parser.add_argument("--stay", action="store_true", help="go on running when the model is there (default: end)")
     return parser
 
 

@@ -80,33 +80,52 @@ _HELP = {
     "host": "address to listen on",
     "port": "port of the OpenAI API",
     "workers": "processes that serve it together",
-    "health_port": "port of /health/live, /health/ready and /metrics",
-    "kubeconfig": "path of a kubeconfig (default: the Pod's service account, then $KUBECONFIG)",
-    "max_body_bytes": "largest request body; over it 413",
-    "max_header_bytes": "largest request head; over it 431",
+    "health_port": "port of /health/live, /health/ready, /metrics and /debug/routes",
+    "kubeconfig": "path of a kubeconfig; default: the Pod's service account, then $KUBECONFIG, then ~/.kube/config",
     "auth": "anonymous (everybody) or keys (who has an API key: a Secret labelled mainsail.dev/api-key)",
-    "keys_namespace": "namespace of the API keys' Secrets (default: the Pod's own)",
-    "tls_cert": "PEM file of the certificate chain; with --tls-key, HTTPS is served on --port",
-    "tls_key": "PEM file of its private key",
+    "keys_namespace": "namespace of the API keys' Secrets; default: the Pod's own",
+    "tls_cert": "PEM file of the certificate chain; with --tls-key, HTTPS is served on --port; default: HTTP",
+    "tls_key": "PEM file of its private key; default: HTTP",
     "epp_port": "port of the endpoint picker for gateways built on Envoy (gRPC); 0: none",
     "access_log": "log a line for each request: names, times and status, never content",
+    "otlp_endpoint": "where spans are sent (OTLP over HTTP), as http://collector:4318/v1/traces; default: nowhere",
+    "trace_ratio": "share of the traces beginning here that is kept, 0 to 1",
+    "max_body_bytes": "largest request body, bytes; over it 413",
+    "max_header_bytes": "largest request head, bytes; over it 431",
+    "head_timeout_s": "seconds in which a client must have sent a request's head; else its connection is closed",
+    "body_timeout_s": "seconds in which a client must have sent a request's body; else 408",
+    "keep_alive_s": "seconds that an idle connection of a client is kept",
+    "connect_timeout_s": "seconds in which an engine must take a connection; else another one is asked",
+    "response_timeout_s": "seconds to the first byte of an engine's answer (not streamed: to all of it); else 504",
+    "idle_timeout_s": "seconds between two pieces of an answer; then the stream goes on at another engine, or ends",
+    "client_timeout_s": "seconds that a client may take no bytes; then it is dropped",
+    "upstream_idle_s": "seconds that an idle connection to an engine is kept; below the engine's own 5",
+    "retry_after_s": "seconds of Retry-After where no replica serves and nothing better is known",
+    "scrape_s": "seconds between two readings of the engines' metrics, for the balancer; 0: never",
     "kv_events": "listen to what engines store and remove in their KV caches, and balance by it",
-    "otlp_endpoint": "where spans are sent (OTLP over HTTP), as http://collector:4318/v1/traces",
-    "trace_ratio": "part of the traces beginning here that is kept",
+    "relist_s": "seconds after which everything is listed from the API server again, whatever the watches say",
+    "drain_delay_s": "seconds after SIGTERM in which requests are still accepted, while load balancers learn of it",
+    "drain_timeout_s": "seconds that running answers have to finish after that",
     "log_level": "debug, info, warning or error",
 }
 
 
 _LISTS = {
-    "namespaces": ("--namespace", "namespace to serve"),
-    "host_suffixes": ("--host-suffix", "requests for NAME.NAMESPACE.SUFFIX see only that InferenceService"),
-    "external_namespaces": ("--external-namespace", "namespace whose ModelRoutes may name endpoints outside"),
+    "namespaces": ("--namespace", "namespace to serve; default: all"),
+    "host_suffixes": (
+        "--host-suffix",
+        "requests for NAME.NAMESPACE.SUFFIX see that InferenceService alone; default: none",
+    ),
+    "external_namespaces": (
+        "--external-namespace",
+        "namespace whose ModelRoutes may name endpoints outside the cluster; default: none",
+    ),
 }
 _TYPES: dict[type, Callable[[str], str | int | float]] = {type(None): str, str: str, int: int, float: float}
 
 
-def parse(argv: Sequence[str] | None = None) -> Settings:
-    """Settings from a command line. A bad value ends the process with a message, as argparse does."""
+def build_parser() -> argparse.ArgumentParser:
+    """One flag for each setting."""
     parser = argparse.ArgumentParser(
         prog="mainsail-gateway", description="OpenAI-compatible endpoint for the InferenceServices of a cluster."
     )
@@ -114,21 +133,22 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
     for field in fields(Settings):
         if field.name in _LISTS:
             flag, text = _LISTS[field.name]
-            parser.add_argument(flag, dest=field.name, action="append", default=[], help=f"{text}; repeat")
+            parser.add_argument(flag, dest=field.name, action="append", default=[], help=f"{text}; repeat for more")
             continue
+        flag, text = "--" + field.name.replace("_", "-"), _HELP[field.name]
         default: object = getattr(defaults, field.name)
         if isinstance(default, bool):
-            action = argparse.BooleanOptionalAction if default else "store_true"
-            parser.add_argument(
-                "--" + field.name.replace("_", "-"), action=action, default=default, help=_HELP[field.name]
-            )
+            action, state = (argparse.BooleanOptionalAction, "on") if default else ("store_true", "off")
+            parser.add_argument(flag, action=action, default=default, help=f"{text} (default: {state})")
             continue
-        parser.add_argument(
-            "--" + field.name.replace("_", "-"),
-            type=_TYPES[type(default)],
-            default=default,
-            help=_HELP.get(field.name, "seconds") + ("" if default is None else f" (default {default})"),
-        )
+        shown = text if default is None else f"{text} (default: {default})"
+        parser.add_argument(flag, type=_TYPES[type(default)], default=default, help=shown)
+    return parser
+
+
+def parse(argv: Sequence[str] | None = None) -> Settings:
+    """Settings from a command line. A bad value ends the process with a message, as argparse does."""
+    parser = build_parser()
     values = vars(parser.parse_args(argv))
     for name in _LISTS:
         values[name] = tuple(dict.fromkeys(values[name]))

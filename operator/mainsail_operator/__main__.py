@@ -24,7 +24,7 @@ from mainsail_operator.model_routes import ModelRoutes
 from mainsail_operator.reconcile import Reconciler
 from mainsail_operator.relist import Relister
 from mainsail_operator.scrape import TIMEOUT_S, Scraper
-from mainsail_operator.settings import Settings, from_environment
+from mainsail_operator.settings import VARIABLES, Settings, from_environment
 from mainsail_operator.signals import Signals
 from mainsail_operator.sizing import Sizer
 
@@ -129,7 +129,7 @@ async def _beat(beat: list[float]) -> None:
 
 def main() -> None:
     if sys.argv[1:]:
-        cli.main(sys.argv[1:], prog="mainsail-operator")
+        cli.main(sys.argv[1:], prog="mainsail-operator", more=VARIABLES)
         return
     memory.map_large_blocks()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)

@@ -31,13 +31,16 @@ _LASTING = {"pause": "pause", "resume": None}
 """Verbs that hold for as long as the annotation is there, and what it then says."""
 
 
-def parser(prog: str) -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser(prog: str, more: str = "") -> argparse.ArgumentParser:
+    """more: what --help says at its end."""
+    made = argparse.ArgumentParser(
+        prog=prog, description=__doc__, epilog=more, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = made.add_subparsers(dest="command", required=True)
     rollout = commands.add_parser("rollout", help="look at a rollout, and steer it")
-    rollout.add_argument("verb", choices=VERBS)
+    rollout.add_argument("verb", choices=VERBS, help="what to do")
     rollout.add_argument("name", help="the InferenceService")
-    rollout.add_argument("-n", "--namespace", default="default")
+    rollout.add_argument("-n", "--namespace", default="default", help="where it is (default: %(default)s)")
     return made
 
 
@@ -84,9 +87,9 @@ async def _main(options: argparse.Namespace) -> str:
         return await run(options.verb, options.namespace, options.name, client)
 
 
-def main(argv: Sequence[str] | None = None, prog: str = "kubectl mis") -> None:
+def main(argv: Sequence[str] | None = None, prog: str = "kubectl mis", more: str = "") -> None:
     """The plugin's entry point."""
-    options = parser(prog).parse_args(argv)
+    options = parser(prog, more).parse_args(argv)
     try:
         print(asyncio.run(_main(options)))
     except (httpx2.HTTPError, OSError, ValueError) as error:

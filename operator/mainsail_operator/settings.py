@@ -13,9 +13,11 @@ class Settings:
     engine_image: str = "mainsail/engine:0.1.0"
     """MAINSAIL_ENGINE_IMAGE: the image of new revisions. Existing ones keep theirs: an upgrade restarts nothing."""
     engine_image_pull_policy: str = "IfNotPresent"
+    """MAINSAIL_ENGINE_IMAGE_PULL_POLICY."""
     fetch_image: str = "mainsail/control-plane:0.1.0"
     """MAINSAIL_FETCH_IMAGE: the image with `mainsail-fetch`, for models that are fetched. As above."""
     fetch_image_pull_policy: str = "IfNotPresent"
+    """MAINSAIL_FETCH_IMAGE_PULL_POLICY."""
     namespace: str = "mainsail-system"
     """MAINSAIL_NAMESPACE: where the operator itself lives, and its Lease."""
     watch_namespaces: tuple[str, ...] = ()
@@ -33,11 +35,32 @@ class Settings:
     metrics_namespaces: tuple[str, ...] = ()
     """MAINSAIL_METRICS_NAMESPACES, separated by commas: whose pods may read engines' metrics (a Prometheus)."""
     health_port: int = 8081
+    """MAINSAIL_HEALTH_PORT: /health/live and /metrics."""
 
     @property
     def listened_namespaces(self) -> tuple[str, ...]:
         """The watched ones, and the operator's own, where the gateways are. Empty: all."""
         return tuple(dict.fromkeys((*self.watch_namespaces, self.namespace))) if self.watch_namespaces else ()
+
+
+VARIABLES = """\
+Without arguments `mainsail-operator` runs the operator. Its settings are environment variables, which the chart sets:
+
+    MAINSAIL_ENGINE_IMAGE              image of new revisions (mainsail/engine:0.1.0)
+    MAINSAIL_ENGINE_IMAGE_PULL_POLICY  (IfNotPresent)
+    MAINSAIL_FETCH_IMAGE               image with mainsail-fetch (mainsail/control-plane:0.1.0)
+    MAINSAIL_FETCH_IMAGE_PULL_POLICY   (IfNotPresent)
+    MAINSAIL_NAMESPACE                 where the operator and its Lease are (mainsail-system)
+    MAINSAIL_WATCH_NAMESPACES          namespaces to watch, separated by commas (all)
+    MAINSAIL_IDENTITY                  who holds the Lease (the host's name)
+    MAINSAIL_GATEWAY_SERVICE           the gateway's Service in that namespace (mainsail-gateway)
+    MAINSAIL_GATEWAY_PORT              its port, a part of status.url (80)
+    MAINSAIL_GATEWAY_TLS               true: it speaks HTTPS there (false)
+    MAINSAIL_NETWORK_POLICY            false: no NetworkPolicy for engines (true)
+    MAINSAIL_METRICS_NAMESPACES        namespaces that may read engines' metrics, separated by commas (none)
+    MAINSAIL_HEALTH_PORT               port of /health/live and /metrics (8081)
+"""
+"""For --help: each variable and, in brackets, its default."""
 
 
 def from_environment(environment: Mapping[str, str] = os.environ) -> Settings:
