@@ -9,7 +9,8 @@
         target  the step's share of the replicas, rounded up
 
 What serves never shrinks below what is wanted, with one exception: where nodes (or a quota) have no room for a surge,
-one old replica makes way at a time (`drain_first`). That never deadlocks, and never more than one is missing.
+one old replica makes way at a time (`drain_first`). That never deadlocks, and never more than one is missing. None
+makes way for a Deployment that is not there yet: its model may be on its way for an hour, or the API server refuse it.
 """
 
 from __future__ import annotations
@@ -60,11 +61,11 @@ def roll(
     gets all its replicas now."""
     if desired == 0 or fit >= desired:
         return {name: desired}
-    replicas = _shrunk(others, desired - fit - (1 if drain_first else 0))
+    replicas = _shrunk(others, desired - fit - (1 if drain_first and to is not None else 0))
     if at_once or not any(revision.alive for revision in others):
         grown = desired
     elif drain_first:
-        grown = fit + 1
+        grown = fit + 1 if to is not None else 0
     else:
         kept = sum(min(replicas.get(revision.name, 0), revision.serving) for revision in others)
         grown = min(desired, desired - kept + max(1, math.ceil(desired * _SURGE)))
@@ -102,7 +103,7 @@ def beside(
             )  # fmt: skip
             return back | {name: wanted}
         return {stable.name: desired, name: wanted}
-    replaced = min(wanted, serving + 1)
+    replaced = min(wanted, serving + 1) if target is not None else 0
     kept = _shrunk((stable, *helping), desired - replaced) if helping else {stable.name: max(desired - replaced, 0)}
     # A target on trial does not shrink: what crashes must be seen to crash again, and not be made anew.
     return kept | {name: max(replaced, min(target.replicas if target else 0, wanted))}

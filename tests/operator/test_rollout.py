@@ -451,6 +451,23 @@ def test_surge_waits_for_room_and_rolls_back_at_the_deadline(strategy: str) -> N
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("replicas", [1, 3])
+def test_no_replica_makes_way_for_one_that_cannot_be_made_yet(strategy: str, replicas: int) -> None:
+    """The new model is on its way for an hour, or the API server refuses the Deployment: the old replicas serve on."""
+    cluster, old = settled(1, replicas, replicas)
+    new = spec_of(2, replicas, **OF[strategy], gpuPolicy="DrainFirst")
+    for _ in range(10):
+        decision = cluster.decision(new)
+        assert decision.replicas[name_of(old)] == replicas
+        waiting = plan(OWNER, new, cluster.observed(), SETTINGS, decision, {}, makes=False)
+        assert not [action for action in waiting.actions if isinstance(action, Scale | Delete)]
+        cluster.pass_over(new, killed_after=1)
+        cluster.advance()
+    cluster.settle(new, least=replicas - 1)
+    assert cluster.names == {name_of(new)}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_drain_first_never_has_more_pods_than_replicas(strategy: str) -> None:
     cluster, _ = settled(1, 3, 10)
     new = spec_of(2, 3, **OF[strategy], gpuPolicy="DrainFirst")
