@@ -57,7 +57,7 @@ def _told(obj: JSON, services: Collection[Key], now: float) -> tuple[ModelRouteS
     metadata: JSON = obj["metadata"]
     generation = int(metadata.get("generation", 0))
     try:
-        before = ModelRouteStatus.model_validate(obj.get("status") or {})
+        before = ModelRouteStatus.model_validate(obj.get("status") or {}, extra="ignore")  # a newer operator's
     except ValidationError:
         before = ModelRouteStatus()
     try:

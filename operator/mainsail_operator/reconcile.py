@@ -26,7 +26,7 @@ from mainsail_operator.groups import MISSING
 from mainsail_operator.lease import Lease
 from mainsail_operator.objects import PAUSED, Owner, deployment_name, filler, is_grouped, revision_of
 from mainsail_operator.observe import Child, Deployment, Observed, Pod, observe
-from mainsail_operator.plan import Plan, plan
+from mainsail_operator.plan import Action, Apply, Plan, plan
 from mainsail_operator.rollout import COMMAND, Decision, Situation, decide, judged, since
 from mainsail_operator.scrape import Target
 from mainsail_operator.settings import Settings
@@ -217,13 +217,25 @@ class Reconciler:
             for event in events(it.before, told):
                 await self._writer.tell(it.owner, event, it.now)
         if not paused:
-            for action in self._plan(it, decision).actions:
-                await self._writer.execute(it.owner, action)
+            await self._execute(it.owner, self._plan(it, decision).actions)
         soon = self._sizer.watches(it.key) or (fetch is not None and not fetch.done)
         tick = SCALED_TICK_S if soon else TICK_S
         if judged(decision.status, it.spec.rollout, decision.status.target) != "Nothing":
             tick = GATING_TICK_S
         return min(tick, max(decision.check_at - it.now, 0.1)) if decision.check_at else tick
+
+    async def _execute(self, owner: Owner, actions: Sequence[Action]) -> None:
+        """What is refused (by a quota, by a policy) holds up what is made after it, and nothing that is there already:
+        pods without what guards them are not made, and what serves is scaled, taken back or replaced all the same."""
+        refused: RefusedError | None = None
+        for action in actions:
+            if refused is None or not isinstance(action, Apply):
+                try:
+                    await self._writer.execute(owner, action)
+                except RefusedError as error:
+                    refused = refused or error
+        if refused is not None:
+            raise refused
 
     def _plan(self, it: _Pass, decision: Decision) -> Plan:
         return plan(
@@ -321,9 +333,10 @@ class _Pass:
 
 
 def _status_of(body: JSON) -> InferenceServiceStatus:
-    """The status that is there; one that cannot be read is as good as none."""
+    """The status that is there: of a newer operator's, what this one knows of it. It stands where that one stood, and a
+    patch takes no unknown field away. One that cannot be read is as good as none."""
     raw = cast(JSON, body.get("status") or {})
     try:
-        return InferenceServiceStatus.model_validate(raw)
+        return InferenceServiceStatus.model_validate(raw, extra="ignore")
     except ValidationError:
         return InferenceServiceStatus()
