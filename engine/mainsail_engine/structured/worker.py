@@ -34,8 +34,8 @@ from mainsail_engine.structured.grammar import Grammar, Kind
 TRIED_TOKENS = 64
 MAX_STEP_S = 0.05
 """CPU time that one token may take, its mask and its acceptance together. Typical is 0.00001."""
-WALL_FACTOR = 4
-"""A child on a busy machine may take this many times its CPU seconds."""
+WALL_FACTOR = 12
+"""A child on a busy machine may take this many times its CPU seconds, which bound whoever computes."""
 MAX_COMPILED_BYTES = 64 << 20
 INPUT = open(0, "rb", buffering=0, closefd=False)  # noqa: SIM115 - unbuffered: the selector sees what is left in it
 

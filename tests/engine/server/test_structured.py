@@ -186,7 +186,7 @@ def test_when_the_grammar_process_is_killed_nobody_else_notices(engine: Any) -> 
         streams = [threads.submit(free) for _ in range(3)]
         for process in before:
             process.kill()
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240
         while (answer := constrained(4)).status_code != 200:
             assert answer.status_code == 503, answer.text
             assert int(answer.headers["retry-after"]) >= 1

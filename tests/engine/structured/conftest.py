@@ -30,7 +30,7 @@ class Grammars:
     def verdict(self, grammar: Grammar) -> str | None:
         answers: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self.compiler.submit(grammar, answers.put)
-        return answers.get(timeout=60)
+        return answers.get(timeout=240)
 
     def compile(self, grammar: Grammar) -> None:
         error = self.verdict(grammar)

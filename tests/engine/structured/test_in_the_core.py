@@ -99,7 +99,7 @@ class Engine:
         for grammar in grammars:
             verdict: queue.SimpleQueue[str | None] = queue.SimpleQueue()
             self.compiler.submit(grammar, verdict.put)
-            assert verdict.get(timeout=60) is None
+            assert verdict.get(timeout=240) is None
 
     def run(self) -> dict[str, list[int]]:
         while self.core.has_work:
