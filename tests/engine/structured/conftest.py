@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ EOS = 2
 class Grammars:
     """Compiles and waits; raises ValueError with what is wrong."""
 
-    def __init__(self, vocabulary: Vocabulary, **limits: int) -> None:
+    def __init__(self, vocabulary: Vocabulary, **limits: Any) -> None:
         self.vocabulary = vocabulary
         self.compiler = Compiler(lambda: vocabulary, **limits)
 
