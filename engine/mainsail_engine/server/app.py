@@ -24,7 +24,7 @@ from mainsail_engine.server.embeddings import embeddings
 from mainsail_engine.server.errors import error_response, from_validation
 from mainsail_engine.server.handover import ResumedBody
 from mainsail_engine.server.health import Verdict, body
-from mainsail_engine.server.middleware import ApiKey, BodyLimit, HttpMetrics, InProgress
+from mainsail_engine.server.middleware import ApiKey, BodyLimit, HttpMetrics, InProgress, RequestId
 from mainsail_engine.server.response_schemas import ModelResponse, ResponsesRequest
 from mainsail_engine.server.responses import create_response
 from mainsail_engine.server.serving import Serving
@@ -57,7 +57,7 @@ def build_app(
     app.openapi = cache(lambda: describe(app, needs_key=api_key is not None))
     limited = BodyLimit(InProgress(ResumedBody(app), serving.board))
     inner = limited if traces is None else Tracing(limited, traces)
-    return HttpMetrics(ApiKey(inner, api_key) if api_key else inner, serving.metrics)
+    return RequestId(HttpMetrics(ApiKey(inner, api_key) if api_key else inner, serving.metrics))
 
 
 def _add_error_handlers(app: FastAPI) -> None:

@@ -14,7 +14,7 @@ from starlette.responses import Response
 from mainsail_engine.request import FinishReason
 from mainsail_engine.server.answer_format import AnswerReader
 from mainsail_engine.server.answers import Answer, PromptFirst, collect, usage
-from mainsail_engine.server.constraints import chat_grammar, content_grammar
+from mainsail_engine.server.constraints import callable_names, chat_grammar, content_grammar
 from mainsail_engine.server.handover import Identity, Ledger, is_resumed, pieces, take_over
 from mainsail_engine.server.logprobs import TokenTexts, chat_logprobs, prompt_logprobs
 from mainsail_engine.server.message import MessageDeltas, message_of
@@ -114,7 +114,7 @@ async def plan_chat(serving: Serving, body: ChatCompletionRequest) -> tuple[Plan
         as_template_messages(body.messages),
         add_generation_prompt=body.add_generation_prompt is not False and not body.continue_final_message,
         continue_final_message=bool(body.continue_final_message),
-        variables=body.chat_template_kwargs,
+        variables={**serving.effort(body.reasoning_effort), **(body.chat_template_kwargs or {})},
         tools=[tool.model_dump(exclude_none=True) for tool in tools],
     )
     prompt = await serving.encode(text, add_special_tokens=False, param="messages")
@@ -136,7 +136,7 @@ async def plan_chat(serving: Serving, body: ChatCompletionRequest) -> tuple[Plan
         replace(job, params=serving.with_ends(job.params), grammar=grammar and grammar[0], keep_markers=reads)
         for job in jobs
     ]
-    return Plan(jobs, prompt_end, frozenset(t.function.name for t in tools) if tools else None), grammar
+    return Plan(jobs, prompt_end, callable_names(tools, choice) if tools else None), grammar
 
 
 async def _whole(

@@ -11,6 +11,7 @@ from typing import Any
 from mainsail_engine.errors import RequestError
 from mainsail_engine.server.answer_format import AnswerFormat
 from mainsail_engine.server.schemas import (
+    AllowedChoice,
     GenerationRequest,
     JsonSchemaFormat,
     NamedChoice,
@@ -102,18 +103,28 @@ def chat_grammar(
         raise RequestError(f"{param}: {error}", param=param, code="invalid_grammar") from error
 
 
+def callable_names(tools: list[Tool], choice: ToolChoice) -> frozenset[str]:
+    """The tools that the answer may call."""
+    if choice == "none":
+        return frozenset()
+    if isinstance(choice, NamedChoice):
+        return frozenset({choice.function.name})
+    return choice.names if isinstance(choice, AllowedChoice) else frozenset(tool.function.name for tool in tools)
+
+
 def _calls(
     form: AnswerFormat, tools: list[Tool], choice: ToolChoice, *, parallel: bool, exact: bool
 ) -> tuple[dict[str, Any] | None, bool]:
     """(what calls must look like, whether there must be one). exact: beside a grammar for content, so no free text."""
-    named = choice.function.name if isinstance(choice, NamedChoice) else None
-    must_call = named is not None or choice == "required"
-    functions = [tool.function.model_dump(exclude_none=True) for tool in tools]
-    if choice == "none" or not functions or not (must_call or exact or any(f.get("strict") for f in functions)):
+    named = isinstance(choice, NamedChoice)
+    allowed = callable_names(tools, choice)
+    must_call = named or choice == "required" or (isinstance(choice, AllowedChoice) and choice.must_call)
+    wanted = [tool.function.model_dump(exclude_none=True) for tool in tools if tool.function.name in allowed]
+    bound = must_call or exact or len(wanted) < len(tools) or any(f.get("strict") for f in wanted)
+    if not wanted or not bound:
         return None, False
-    wanted = [f for f in functions if named in (None, f["name"])]
     try:
-        one = named is not None or not parallel
+        one = named or not parallel
         return tool_grammar.calls(form, wanted, required=must_call or exact, one=one), must_call
     except GrammarError as error:
         raise RequestError(f"tools: {error}", param="tools", code="invalid_grammar") from error

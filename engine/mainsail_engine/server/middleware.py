@@ -1,4 +1,4 @@
-"""Pure ASGI middleware: the bound on bodies, the key, and the count of requests in progress.
+"""Pure ASGI middleware: the name of a request, the bound on bodies, the key, and the count of requests in progress.
 
 Starlette's BaseHTTPMiddleware would run the application behind a queue and hide disconnects from it.
 """
@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import hmac
+import re
 import time
+import uuid
+from collections.abc import Awaitable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -22,6 +25,10 @@ _ARRIVAL = "mainsail.arrival_s"
 OPEN_PATHS = ("/health", "/metrics", "/version")
 
 
+REQUEST_ID = b"x-request-id"
+_ID = re.compile(rb"[!-~]{1,128}")
+
+
 class _TooLargeError(Exception):
     """The body outgrew the bound while it was read."""
 
@@ -29,6 +36,27 @@ class _TooLargeError(Exception):
 def arrival_s(scope: Scope) -> float:
     """Monotonic time at which the request's head had been read."""
     return scope[_ARRIVAL]
+
+
+class RequestId:
+    """Every answer says which request it answers: by the name that the request came with, or a new one."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = next((value for name, value in scope["headers"] if name == REQUEST_ID), b"")
+        header = (REQUEST_ID, given if _ID.fullmatch(given) else b"req_" + uuid.uuid4().hex.encode())
+
+        def naming_send(message: Message) -> Awaitable[None]:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message.get("headers", ()), header]}
+            return send(message)
+
+        await self._app(scope, receive, naming_send)
 
 
 class BodyLimit:

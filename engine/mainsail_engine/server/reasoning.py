@@ -7,7 +7,9 @@ White space around reasoning belongs to the format. Fed in any pieces, the same 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+from mainsail_engine.errors import RequestError
 from mainsail_engine.server.tools.events import Content, Event, Reasoning, up_to
 from mainsail_engine.server.tools.json_call import SPACE
 
@@ -33,6 +35,22 @@ def choose_reasoning(name: str, template: str | None) -> Tags | None:
         if template is not None and tags.closing in template:
             return tags
     return None
+
+
+def effort_variables(effort: str | None, template: str, *, reasons: bool, harmony: bool) -> dict[str, Any]:
+    """How much to think, as the template's variables have it: by levels, or on and off.
+
+    reasons: the model's answers may begin with reasoning. Raises RequestError where the template takes no such wish."""
+    if effort is None or (effort == "none" and not (reasons or harmony)):
+        return {}
+    if harmony and effort != "none":  # it knows three levels
+        return {"reasoning_effort": {"minimal": "low", "xhigh": "high", "max": "high"}.get(effort, effort)}
+    if "enable_thinking" in template and (effort == "none" or "reasoning_effort" not in template):
+        return {"enable_thinking": effort != "none"}
+    if "reasoning_effort" in template and not harmony:
+        return {"reasoning_effort": effort}
+    message = f"{effort!r} is nothing that this model's chat template can be told; leave it out"
+    raise RequestError(f"reasoning_effort: {message}", param="reasoning_effort", code="unsupported")
 
 
 class ReasoningSplitter:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Discriminator, Field, Tag
 
 from mainsail_engine.server.schemas import (
     INT64,
     MAX_TOOLS,
+    NOT_A_CHOICE,
+    CacheHint,
+    Effort,
     JsonObjectFormat,
+    Metadata,
     Strict,
     TextFormat,
     Unicode,
+    by_type,
     neutral,
 )
 
@@ -95,6 +100,33 @@ class NamedTool(Strict):
     name: str
 
 
+class AllowedTools(Strict):
+    """Only these of the tools may be called."""
+
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], Field(min_length=1, max_length=MAX_TOOLS)]
+
+
+ResponseToolChoice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("str")]
+    | Annotated[NamedTool, Tag("NamedTool")]
+    | Annotated[AllowedTools, Tag("AllowedTools")],
+    Discriminator(
+        by_type({"str": "str", "function": "NamedTool", "allowed_tools": "AllowedTools"}),
+        custom_error_type="tool_choice",
+        custom_error_message=NOT_A_CHOICE,
+    ),
+]
+
+
+class ReasoningSettings(Strict):
+    effort: Effort | None = None
+    summary: Annotated[Any, neutral("auto")] = None
+    """Reasoning is shown as it is; there is nobody to sum it up."""
+    generate_summary: Annotated[Any, neutral("auto")] = None
+
+
 class ResponsesRequest(Strict):
     model: str
     input: Annotated[Unicode | list[InputItem], Field(min_length=1)]
@@ -105,14 +137,16 @@ class ResponsesRequest(Strict):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     text: TextSettings | None = None
     tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: ResponseToolChoice | None = None
     parallel_tool_calls: bool | None = None
     stream: bool | None = None
-    metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
+    metadata: Metadata | None = None
     """Comes back with the response."""
     user: Annotated[Unicode, Field(max_length=256)] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_retention: CacheHint = None
+    prompt_cache_options: CacheHint = None
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
     seed: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = None
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
@@ -125,11 +159,14 @@ class ResponsesRequest(Strict):
     """Refused: send the conversation as input."""
     conversation: Annotated[Any, neutral()] = None
     background: Annotated[Any, neutral(False)] = None
-    include: Annotated[Any, neutral([])] = None
+    include: list[Literal["reasoning.encrypted_content"]] | None = None
+    """Reasoning comes in plain text, whether asked for or not, and is taken back so: nothing is encrypted."""
     truncation: Annotated[Any, neutral("disabled")] = None
     top_logprobs: Annotated[Any, neutral(0)] = None
     max_tool_calls: Annotated[Any, neutral()] = None
-    reasoning: Annotated[Any, neutral()] = None
+    reasoning: ReasoningSettings | None = None
+    moderation: Annotated[Any, neutral()] = None
+    context_management: Annotated[Any, neutral([])] = None
     service_tier: Annotated[Any, neutral("auto", "default")] = None
     prompt: Annotated[Any, neutral()] = None
     stream_options: Annotated[Any, neutral({"include_obfuscation": False})] = None

@@ -28,6 +28,7 @@ from mainsail_engine.server.handover import Identity, Ledger, take_over
 from mainsail_engine.server.middleware import arrival_s
 from mainsail_engine.server.output_items import OutputItems
 from mainsail_engine.server.response_schemas import (
+    AllowedTools,
     FunctionCallItem,
     FunctionCallOutput,
     InputItem,
@@ -35,6 +36,7 @@ from mainsail_engine.server.response_schemas import (
     NamedTool,
     ReasoningItem,
     ResponsesRequest,
+    ResponseToolChoice,
     SchemaFormat,
 )
 from mainsail_engine.server.schemas import ChatCompletionRequest
@@ -44,6 +46,7 @@ from mainsail_engine.server.tools.events import Content, Event, tell_of_call
 
 _FIELDS = {
     "messages": "input", "max_completion_tokens": "max_output_tokens", "response_format": "text.format",
+    "reasoning_effort": "reasoning.effort",
 }  # fmt: skip
 """Fields of the chat that it becomes, by the names that this API has for them."""
 
@@ -90,7 +93,6 @@ def _renamed(error: RequestError) -> RequestError:
 
 def as_chat(body: ResponsesRequest) -> dict[str, Any]:
     """The chat request that asks for the same."""
-    choice = body.tool_choice
     plain = {
         "model": body.model,
         "messages": _messages(body),
@@ -106,10 +108,20 @@ def as_chat(body: ResponsesRequest) -> dict[str, Any]:
         "chat_template_kwargs": body.chat_template_kwargs,
         "parallel_tool_calls": body.parallel_tool_calls,
         "tools": [_tool(tool.model_dump(exclude_none=True)) for tool in body.tools or ()] or None,
-        "tool_choice": _tool(choice.model_dump()) if isinstance(choice, NamedTool) else choice,
+        "tool_choice": _tool_choice(body.tool_choice),
+        "reasoning_effort": body.reasoning.effort if body.reasoning is not None else None,
         "response_format": _response_format(body),
     }  # fmt: skip
     return {key: value for key, value in plain.items() if value is not None}
+
+
+def _tool_choice(choice: ResponseToolChoice | None) -> Any:
+    if isinstance(choice, NamedTool):
+        return _tool(choice.model_dump())
+    if isinstance(choice, AllowedTools):
+        tools = [_tool(tool.model_dump()) for tool in choice.tools]
+        return {"type": "allowed_tools", "allowed_tools": {"mode": choice.mode, "tools": tools}}
+    return choice
 
 
 def _tool(flat: dict[str, Any]) -> dict[str, Any]:
@@ -252,7 +264,7 @@ class _Running:
     def _shown(self, status: str) -> dict[str, Any]:
         body, text = self._body, self._body.text
         form = {"type": "text"} if text is None or text.format is None else text.format.model_dump(by_alias=True)
-        choice = body.tool_choice
+        choice = "auto" if body.tool_choice is None else body.tool_choice
         return {
             "id": self._id,
             "object": "response",
@@ -266,10 +278,11 @@ class _Running:
             "output": self._items.items if status != "in_progress" else [],
             "parallel_tool_calls": body.parallel_tool_calls is not False,
             "previous_response_id": None,
+            "reasoning": {"effort": body.reasoning.effort if body.reasoning is not None else None, "summary": None},
             "store": False,
             "temperature": 1.0 if body.temperature is None else body.temperature,
             "text": {"format": form},
-            "tool_choice": choice.model_dump() if isinstance(choice, NamedTool) else choice or "auto",
+            "tool_choice": choice if isinstance(choice, str) else choice.model_dump(),
             "tools": [tool.model_dump() for tool in body.tools or ()],
             "top_p": 1.0 if body.top_p is None else body.top_p,
             "truncation": "disabled",

@@ -7,6 +7,7 @@ declared `neutral(…)`: their neutral values pass, anything else is a 400 that 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, cast
 
@@ -101,6 +102,9 @@ Stop = Annotated[
 
 
 Unicode = Annotated[str, AfterValidator(_unicode)]
+Metadata = Annotated[
+    dict[Annotated[Unicode, Field(max_length=64)], Annotated[Unicode, Field(max_length=512)]], Field(max_length=16)
+]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 NumLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
@@ -134,15 +138,23 @@ class StructuralTagFormat(Strict):
     """xgrammar's description of text and JSON interleaved."""
 
 
+def by_type(tags: dict[str, str]) -> Callable[[Any], str | None]:
+    """Which of a union's members a value is, by its `type`; "str" in tags: a plain text. Tags are names of types:
+    errors leave those out of a field's path."""
+
+    def tag_of(value: Any) -> str | None:
+        if isinstance(value, str):
+            return tags.get("str")
+        kind = cast("dict[str, Any]", value).get("type") if isinstance(value, dict) else getattr(value, "type", None)
+        return tags.get(kind) if isinstance(kind, str) else None
+
+    return tag_of
+
+
 _FORMS = {
     "text": "TextFormat", "json_object": "JsonObjectFormat", "json_schema": "JsonSchemaFormat",
     "structural_tag": "StructuralTagFormat",
 }  # fmt: skip
-
-
-def _form(value: Any) -> str | None:
-    kind = cast("dict[str, Any]", value).get("type") if isinstance(value, dict) else getattr(value, "type", None)
-    return _FORMS.get(kind) if isinstance(kind, str) else None
 
 
 ResponseFormat = Annotated[
@@ -151,10 +163,11 @@ ResponseFormat = Annotated[
     | Annotated[JsonSchemaFormat, Tag("JsonSchemaFormat")]
     | Annotated[StructuralTagFormat, Tag("StructuralTagFormat")],
     Discriminator(
-        _form, custom_error_type="response_format", custom_error_message=f"type must be one of {', '.join(_FORMS)}"
+        by_type(_FORMS),
+        custom_error_type="response_format",
+        custom_error_message=f"type must be one of {', '.join(_FORMS)}",
     ),
 ]
-"""The tags are names of types: errors leave those out of a field's path."""
 
 
 class StructuredOutputs(Strict):
@@ -267,6 +280,8 @@ class GenerationRequest(Strict):
 class TextPart(Strict):
     type: Literal["text"]
     text: str
+    cache_control: dict[str, Any] | None = None
+    """A caching hint of Anthropic's, which some agents send to everybody: prefixes are kept here without one."""
 
 
 class FunctionCall(Strict):
@@ -276,6 +291,8 @@ class FunctionCall(Strict):
 
 class ToolCall(Strict):
     id: str
+    index: Annotated[int, Field(ge=0)] | None = None
+    """As clients have it from a stream's deltas and send it back; the list's order is what counts."""
     type: Literal["function"] = "function"
     function: FunctionCall
 
@@ -302,8 +319,8 @@ class Message(Strict):
 
     @model_validator(mode="after")
     def _has_content(self) -> Message:
-        if self.content is None and not (self.role == "assistant" and self.tool_calls):
-            raise PydanticCustomError("content", "content: must not be empty (only a tool-calling assistant's may be)")
+        if self.content is None and self.role != "assistant":
+            raise PydanticCustomError("content", "content: must not be empty (only an assistant's may be)")
         return self
 
 
@@ -330,7 +347,48 @@ class NamedChoice(Strict):
     function: FunctionName
 
 
-ToolChoice = Literal["none", "auto", "required"] | NamedChoice
+class FunctionReference(Strict):
+    type: Literal["function"]
+    function: FunctionName
+
+
+class AllowedSet(Strict):
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[FunctionReference], Field(min_length=1, max_length=MAX_TOOLS)]
+
+
+class AllowedChoice(Strict):
+    """Only these of the tools may be called; the prompt tells of all, so that it stays what is cached."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedSet
+
+    @property
+    def must_call(self) -> bool:
+        return self.allowed_tools.mode == "required"
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset(tool.function.name for tool in self.allowed_tools.tools)
+
+
+NOT_A_CHOICE = "must be none, auto, required, or an object of type function or allowed_tools"
+ToolChoice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("str")]
+    | Annotated[NamedChoice, Tag("NamedChoice")]
+    | Annotated[AllowedChoice, Tag("AllowedChoice")],
+    Discriminator(
+        by_type({"str": "str", "function": "NamedChoice", "allowed_tools": "AllowedChoice"}),
+        custom_error_type="tool_choice",
+        custom_error_message=NOT_A_CHOICE,
+    ),
+]
+
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+"""How much a model is to think before it answers; its chat template says what it makes of that (reasoning.py)."""
+CacheHint = Annotated[
+    Any, Field(description="A hint of OpenAI's to its own prompt cache: prefixes are kept here without one.")
+]
 
 
 class ChatCompletionRequest(GenerationRequest):
@@ -352,14 +410,18 @@ class ChatCompletionRequest(GenerationRequest):
     audio: Annotated[Any, neutral()] = None
     modalities: Annotated[Any, neutral(["text"])] = None
     prediction: Annotated[Any, neutral()] = None
-    reasoning_effort: Annotated[Any, neutral("none")] = None
-    verbosity: Annotated[Any, neutral()] = None
+    reasoning_effort: Effort | None = None
+    verbosity: Annotated[Any, neutral("medium")] = None
     web_search_options: Annotated[Any, neutral()] = None
-    metadata: Annotated[Any, neutral({})] = None
+    metadata: Metadata | None = None
+    """Labels of a stored completion: nothing is stored here, and nothing else depends on them."""
     store: Annotated[Any, neutral(False)] = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     """A routing hint of OpenAI's: prefixes are found here without one."""
+    prompt_cache_retention: CacheHint = None
+    prompt_cache_options: CacheHint = None
+    moderation: Annotated[Any, neutral()] = None
     continue_final_message: bool | None = None
     """The last message is left open: the answer goes on where it ends. Not with add_generation_prompt."""
     echo: bool | None = None
@@ -386,6 +448,8 @@ class ChatCompletionRequest(GenerationRequest):
         names = [tool.function.name for tool in self.tools or ()]
         if len(set(names)) != len(names):
             raise PydanticCustomError("tools", "tools: two of them have the same name")
+        if isinstance(self.tool_choice, AllowedChoice) and not self.tool_choice.names <= set(names):
+            raise PydanticCustomError("tool_choice", "tool_choice: allows a function that is not among the tools")
         if isinstance(self.tool_choice, NamedChoice) and self.tool_choice.function.name not in names:
             raise PydanticCustomError("tool_choice", "tool_choice: names a function that is not among the tools")
         if self.tool_choice == "required" and not names:

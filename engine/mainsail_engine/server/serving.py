@@ -30,6 +30,7 @@ from mainsail_engine.server.admission import Admission
 from mainsail_engine.server.answer_format import AnswerFormat, choose_format
 from mainsail_engine.server.board import Board
 from mainsail_engine.server.parameters import sampling_params
+from mainsail_engine.server.reasoning import effort_variables
 from mainsail_engine.server.schemas import GenerationRequest
 from mainsail_engine.server.tools.harmony import STOPS, as_harmony
 from mainsail_engine.server.tools.prompt import with_tools_written_out
@@ -257,6 +258,12 @@ class Serving:
             continue_final_message=continue_final_message,
         )  # fmt: skip
 
+    def effort(self, effort: str | None) -> dict[str, Any]:
+        """The template's variables for a reasoning effort. Raises RequestError."""
+        template, form = self.text().template, self.answer_format
+        source = template.source if template is not None else ""
+        return effort_variables(effort, source, reasons=form.reasoning is not None, harmony=form.harmony)
+
     def with_ends(self, params: SamplingParams) -> SamplingParams:
         """Stops at what ends an answer in the model's format, too, where its configuration names only some of that."""
         if not self.answer_format.harmony or params.ignore_eos:
@@ -284,13 +291,18 @@ class Serving:
         if error is not None:
             raise RequestError(f"{param}: {error}", param=param, code="invalid_grammar")
 
+    @property
+    def _limit(self) -> str:
+        """In OpenAI's words: agents know by them that their conversation is to be shortened."""
+        return f"This model's maximum context length is {self.max_model_len} tokens."
+
     def check_prompt(self, prompt: list[int], *, param: str) -> int:
         """The room for an answer. Raises RequestError when there is none, or the prompt is no prompt."""
         room = self.max_model_len - len(prompt)
         if not prompt:
             raise RequestError("the prompt has no tokens", param=param)
         if room < 1:
-            message = f"the prompt has {len(prompt)} tokens, the context {self.max_model_len}: leave room for an answer"
+            message = f"{self._limit} However, the prompt has {len(prompt)}: leave room for an answer"
             raise RequestError(message, param=param, code="context_length_exceeded")
         highest = max(prompt)
         if highest >= self.ready.vocab_size:
@@ -302,7 +314,8 @@ class Serving:
         """The number of tokens to generate at most. Raises RequestError when prompt and answer cannot fit."""
         room = self.check_prompt(prompt, param=param)
         if max_tokens is not None and max_tokens > room:
-            message = f"{max_tokens_param} is {max_tokens}, but after {len(prompt)} prompt tokens only {room} fit"
+            wish = f"{max_tokens_param} is {max_tokens}, and after {len(prompt)} prompt tokens only {room} fit"
+            message = f"{self._limit} However, {wish}"
             raise RequestError(message, param=max_tokens_param, code="context_length_exceeded")
         return room if max_tokens is None else max_tokens
 

@@ -4,7 +4,8 @@ A keyword that the compiler drops in silence would give answers that do not vali
 is an error that names it and where it stands; without (OpenAI's best effort) it is dropped, and all else is enforced.
 Rewriting only ever narrows: an answer to the result is an answer to the original.
 
-    strict           an object with `properties` has no others unless the schema says so; a tuple ends with its prefix
+    properties       an object that names some has no others unless the schema says so: models make them up
+    strict           a tuple ends with its prefix
     no "type"        inferred from the keywords ({"minimum": 3} → a number)
     allOf of one     replaced by it
     const, enum      as they stand;  oneOf: as anyOf, where the branches cannot overlap
@@ -141,8 +142,9 @@ class _Rewriter:
                 or extra
                 or part.get("properties", {}).keys() & merged["properties"]
             ):
-                if not self._strict:
-                    return cast("Schema", self.any(branches[0], f"{path}.allOf.0", depth + 1))
+                if not self._strict:  # the others may ask for more than the first one names
+                    first = {"additionalProperties": True, **parts[0]} if "properties" in parts[0] else branches[0]
+                    return cast("Schema", self.any(first, f"{path}.allOf.0", depth + 1))
                 raise SchemaError(f"{path}.allOf: only objects without common properties can be combined")
             merged["properties"].update(part.get("properties", {}))
             merged["required"] += part.get("required", [])
@@ -221,7 +223,8 @@ class _Rewriter:
             out["properties"] = named
         if node.get("required"):
             out["required"] = node["required"]
-        closed = self._strict and "properties" in node and rest is None and "patternProperties" not in node
+        closed = "properties" in node and rest is None and "patternProperties" not in node
+        closed = closed and _least(node) <= len(named)
         if closed or rest is not None:
             out["additionalProperties"] = False if closed else self.any(rest, f"{path}.additionalProperties", depth + 1)
         if "patternProperties" in node:
@@ -331,6 +334,11 @@ def _bounded(bounds: Schema) -> str:
     not allow in a string. As in that rule there are no escapes, whose length would not be their text's."""
     least, most = bounds.get("minLength", 0), bounds.get("maxLength", "")
     return f'^[^"\\\\\\x00-\\x1f]{{{least},{most}}}$'
+
+
+def _least(node: Schema) -> int:
+    least = node.get("minProperties", 0)
+    return least if isinstance(least, int) else 0
 
 
 def _count(value: Any, path: str) -> int:

@@ -63,10 +63,20 @@ def test_depth_is_bounded() -> None:
         enforceable(schema, strict=False)
 
 
-def test_strict_closes_objects_that_say_nothing() -> None:
-    schema = {"type": "object", "properties": {"a": INTEGER}}
-    assert enforceable(schema, strict=True) == {**schema, "additionalProperties": False}
-    assert enforceable(schema, strict=False) == schema
+@pytest.mark.parametrize("strict", [True, False])
+def test_objects_that_say_nothing_are_closed(strict: bool) -> None:
+    schema: dict[str, Any] = {"type": "object", "properties": {"a": INTEGER}}
+    assert enforceable(schema, strict=strict) == {**schema, "additionalProperties": False}
+    for said in ({"additionalProperties": True}, {"minProperties": 2}):
+        assert enforceable({**schema, **said}, strict=strict) == {**schema, **said}
+    assert enforceable({"type": "object"}, strict=strict) == {"type": "object"}
+
+
+def test_a_branch_that_stands_for_others_stays_open() -> None:
+    """Without strict, of branches that cannot be combined the first one is enforced: the others may want more."""
+    one: dict[str, Any] = {"type": "object", "properties": {"a": INTEGER}}
+    two = {"type": "object", "properties": {"a": INTEGER, "b": INTEGER}, "required": ["b"]}
+    assert enforceable({"allOf": [one, two]}, strict=False) == {**one, "additionalProperties": True}
 
 
 def test_disjoint_branches_of_one_of_become_any_of() -> None:
