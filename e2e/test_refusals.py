@@ -40,6 +40,13 @@ BAD: list[tuple[str, Callable[[Object], None], str]] = [
     ("served name twice", put("model.servedNames", ["a", "a"]), "servedNames"),
     ("a served name with a space", put("model.servedNames", ["a b"]), "servedNames"),
     ("a flag that a field owns", put("engine.extraArgs", ["--port=9"]), "--port"),
+    ("a flag that a field owns, by its short name", put("engine.extraArgs", ["-n", "2"]), "-n"),
+    ("a Secret for what is mounted", put("model.secretRef", {"name": "hub"}), "secretRef"),
+    (
+        "a Secret for an adapter that is mounted",
+        put("adapters", [{"name": "a", "uri": "pvc://models/a", "secretRef": {"name": "hub"}}]),
+        "secretRef",
+    ),
     ("drain without a unit", put("drain.timeout", "soon"), "timeout"),
     ("GPUs that are not the ranks", put("resources.limits", {"nvidia.com/gpu": 2}), "tensorParallelSize"),
     ("too many ranks", put("engine.tensorParallelSize", 16), "tensorParallelSize"),

@@ -11,8 +11,6 @@ import hashlib
 import re
 from dataclasses import dataclass
 
-SCHEMES = ("hf", "s3", "oci")
-
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 _PATH = r"[^/\s?#][^\s?#]*"
 HF = rf"hf://(?P<repository>{_NAME}/{_NAME})(?:/(?P<path>{_PATH}))?"

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection
-from typing import Any, cast
+from typing import cast
 
 from lightkube.utils.quantity import parse_quantity
 
@@ -118,7 +118,7 @@ def pod(spec: InferenceServiceSpec, settings: Settings, base: JSON, *, stay: boo
     """The pod of the Job or DaemonSet. base: the parts of a pod that all of ours have."""
     template = spec.pod_template.spec
     found = copy.deepcopy(base) | {key: copy.deepcopy(template[key]) for key in _SHARED if key in template}
-    own = [c for c in cast("list[JSON]", template.get("initContainers") or []) if c.get("name") == CONTAINER]
+    own = [c for c in _list(template, "initContainers") if c.get("name") == CONTAINER]
     fetcher = container(spec, settings, stay=stay)
     for more in own:
         fetcher = _with(fetcher, more)
@@ -126,12 +126,31 @@ def pod(spec: InferenceServiceSpec, settings: Settings, base: JSON, *, stay: boo
         ready = {"httpGet": {"path": "/ready", "port": "progress"}, "periodSeconds": 2}
         fetcher = {**fetcher, "readinessProbe": ready}
     tmp: JSON = {"name": "tmp", "emptyDir": {}}
-    return found | {"containers": [fetcher], "volumes": [tmp, volume(spec)]}
+    return found | {"containers": [fetcher], "volumes": [tmp, volume(spec), *_mounted(template, own)]}
 
 
 def _with(base: JSON, more: JSON) -> JSON:
-    """The environment and resources that a user gives the container `fetch`."""
-    names = {one["name"] for one in cast("list[JSON]", more.get("env") or [])}
-    env = [one for one in cast("list[JSON]", base["env"]) if one["name"] not in names]
-    found = {**base, "env": [*env, *cast("list[Any]", more.get("env") or [])]}
+    """What a user gives the container `fetch`: variables, mounts (of a certificate, say), resources, an image."""
+    names = {one["name"] for one in _list(more, "env")}
+    paths = {one["mountPath"] for one in _list(more, "volumeMounts")}
+    found = {
+        **base,
+        "env": [*(one for one in _list(base, "env") if one["name"] not in names), *_list(more, "env")],
+        "volumeMounts": [
+            *(one for one in _list(base, "volumeMounts") if one["mountPath"] not in paths),
+            *_list(more, "volumeMounts"),
+        ],
+    }
+    if sources := [*_list(base, "envFrom"), *_list(more, "envFrom")]:
+        found["envFrom"] = sources
     return found | {key: more[key] for key in ("resources", "image", "imagePullPolicy") if key in more}
+
+
+def _mounted(template: JSON, containers: Collection[JSON]) -> list[JSON]:
+    """The template's volumes that these containers mount."""
+    names = {one["name"] for container in containers for one in _list(container, "volumeMounts")}
+    return [one for one in _list(template, "volumes") if one["name"] in names - {"tmp", _VOLUME}]
+
+
+def _list(obj: JSON, key: str) -> list[JSON]:
+    return cast("list[JSON]", obj.get(key) or [])

@@ -39,7 +39,6 @@ STEADY_S = 120.0
 DEFAULT_STEPS = (RolloutStep(weight=10, hold="2m"), RolloutStep(weight=50, hold="5m"))
 COMMAND = "mainsail.dev/rollout"
 """Annotation: pause (for as long as it is there), promote, rollback or retry (once; see `verb`)."""
-_ONCE = ("promote", "rollback", "retry")
 _TRUSTED = ("PromotedByHand", "Reverted")
 """Reasons of a way forward that nothing is asked of: somebody said so, or it was proven before."""
 _STABLE_FAILS, _ASLEEP, _PAUSED = "StableFails", "ScaledToZero", "Paused"

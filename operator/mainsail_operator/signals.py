@@ -151,10 +151,6 @@ class Window:
         """By how much the gauge is higher at the end than at the start."""
         return sum(self._grown(series) for series in self.series(name))
 
-    def per_minute(self, name: str, **labels: str) -> float | None:
-        """None when the window is too short to tell."""
-        return 60.0 * self.increase(name, **labels) / self.span_s if self.span_s > 0 else None
-
     def last(self, name: str, **labels: str) -> float | None:
         """The gauge's sum over the matching series at the end; None when it is not there."""
         found = self.series(name, **labels)

@@ -64,6 +64,26 @@ def test_what_a_user_gives_the_fetcher(settings) -> None:
     assert stays["readinessProbe"]["httpGet"]["path"] == "/ready"
 
 
+def test_what_a_user_gives_the_container_that_fetches_is_there_wherever_it_runs(owner, settings) -> None:
+    """In the Job as in the engine's pod: variables, mounts and the volumes that they name."""
+    ca = {"name": "ca", "configMap": {"name": "company-ca"}}
+    given = {
+        "name": "fetch",
+        "env": [{"name": "SSL_CERT_FILE", "value": "/etc/company/ca.pem"}],
+        "envFrom": [{"configMapRef": {"name": "proxies"}}],
+        "volumeMounts": [{"name": "ca", "mountPath": "/etc/company"}],
+    }
+    template = {"volumes": [ca, {"name": "of-the-engine", "emptyDir": {}}], "initContainers": [given]}
+    asked = spec(secretRef={"name": "hub"}, podTemplate={"spec": template})
+    (filler,) = fetching.pod(asked, settings, {}, stay=False)["containers"]
+    (before,) = objects.template(owner, asked, settings)["spec"]["initContainers"]
+    for container in (filler, before):
+        assert container["env"][-1] == given["env"][0]
+        assert [one["mountPath"] for one in container["volumeMounts"]] == ["/tmp", "/models", "/etc/company"]
+        assert container["envFrom"] == [{"secretRef": {"name": "hub"}}, *given["envFrom"]]
+    assert [v["name"] for v in fetching.pod(asked, settings, {}, stay=False)["volumes"]] == ["tmp", "model", "ca"]
+
+
 def pod(state=None, last=None, *, init: bool = True, ready: bool = False, stay: bool = False, conditions=()):
     kind = "initContainers" if init else "containers"
     status = {"name": "fetch", "state": state or {}, "lastState": last or {}, "ready": ready}

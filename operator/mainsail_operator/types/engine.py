@@ -20,7 +20,9 @@ OWNED_FLAGS: dict[str, str] = {
     "--pipeline-parallel-size": "spec.engine.pipelineParallelSize",
     "-pp": "spec.engine.pipelineParallelSize",
     "--nnodes": "spec.engine.pipelineParallelSize",
+    "-n": "spec.engine.pipelineParallelSize",
     "--node-rank": "nothing (the operator owns it)",
+    "-r": "nothing (the operator owns it)",
     "--master-addr": "nothing (the operator owns it)",
     "--master-port": "nothing (the operator owns it)",
     "--kv-offloading-size": "spec.engine.kvCache.hostMemory",
@@ -135,8 +137,8 @@ class EngineSpec(Model):
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto",
-        description="Number format of weights and activations. auto takes the model's own, and float32 where the "
-        "hardware is slow in it (a CPU).",
+        description="Number format of weights and activations. auto takes the model's own on a GPU; on a CPU float32, "
+        "or bfloat16 where the CPU multiplies it.",
     )
     load_format: Literal["auto", "dummy"] = Field(
         default="auto",
@@ -146,15 +148,16 @@ class EngineSpec(Model):
     quantization: Literal["auto", "fp8", "int4", "gguf"] = Field(
         default="auto",
         description="How weights are held. auto takes a model quantized beforehand as it is (compressed-tensors, fp8, "
-        "AWQ, GPTQ), and a .gguf file in dtype. fp8 and int4 quantize a model that is not while it loads: half or 0.3 "
-        "of the memory. gguf keeps the types of a .gguf file.",
+        "AWQ, GPTQ, MXFP4), and a .gguf file in dtype. fp8 and int4 quantize a model that is not while it loads: half "
+        "or 0.3 of the memory. gguf keeps the types of a .gguf file.",
     )
     kv_cache: KvCacheSpec = Field(default_factory=KvCacheSpec, description="The KV cache: its size and its reuse.")
     extra_args: list[Annotated[str, Field(min_length=1, max_length=512)]] = Field(
         default_factory=list[str],
         max_length=64,
         description="Further arguments of `mainsail-engine serve`, for flags that no field covers. An argument that "
-        "the engine does not know shows as ModelLoaded=False with the engine's message.",
+        "the engine does not know shows as ModelLoaded=False with the engine's message. What a field says wins over "
+        "--profile: set maxNumSeqs and maxBatchedTokens for it.",
         json_schema_extra={
             "x-kubernetes-list-type": "atomic",
             **rules(

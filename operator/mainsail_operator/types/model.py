@@ -155,8 +155,18 @@ class CacheSpec(Model):
     )
 
 
+_FETCHED = "['hf://', 's3://', 'oci://'].exists(scheme, self.uri.startsWith(scheme))"
+_SECRET_RULE = rule(
+    f"!has(self.secretRef) || {_FETCHED}",
+    "secretRef is for what is fetched (hf://, s3://, oci://): remove it, pvc:// and file:// are mounted",
+    path=".secretRef",
+)
+
+
 class AdapterSpec(Model):
     """A LoRA adapter beside the model."""
+
+    model_config = ConfigDict(json_schema_extra=rules(_SECRET_RULE))
 
     name: ServedName = Field(description="What clients put in the request's `model` field to go through the adapter.")
     uri: Uri = Field(
@@ -174,10 +184,11 @@ class ModelSpec(Model):
     model_config = ConfigDict(
         json_schema_extra=rules(
             rule(
-                "!has(self.cache) || ['hf://', 's3://', 'oci://'].exists(scheme, self.uri.startsWith(scheme))",
+                f"!has(self.cache) || {_FETCHED}",
                 "cache is for models that are fetched (hf://, s3://, oci://): the others are on a disk already",
                 path=".cache",
             ),
+            _SECRET_RULE,
             rule(
                 "self.revision == 'main' || self.uri.startsWith('hf://')",
                 "revision is for hf:// models: name the version of others in the URI",

@@ -82,10 +82,16 @@ class RouteMatch(Model):
     """What a request must be like; all that is set must hold."""
 
     min_prompt_tokens: int | None = Field(
-        default=None, ge=0, le=100_000_000, description="The prompt has at least about so many tokens (4 bytes each)."
+        default=None,
+        ge=0,
+        le=100_000_000,
+        description="The prompt has at least so many tokens, counted as 4 bytes each.",
     )
     max_prompt_tokens: int | None = Field(
-        default=None, ge=0, le=100_000_000, description="The prompt has at most about so many tokens (4 bytes each)."
+        default=None,
+        ge=0,
+        le=100_000_000,
+        description="The prompt has at most so many tokens, counted as 4 bytes each.",
     )
     tools: bool | None = Field(default=None, description="The request does, or does not, offer tools.")
     structured: bool | None = Field(

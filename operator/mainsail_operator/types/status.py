@@ -99,6 +99,6 @@ class InferenceServiceStatus(Model):
     scaling: ScalingStatus | None = Field(default=None, description="How many replicas, and why that many.")
     conditions: list[Condition] = Field(
         default_factory=list[Condition],
-        description="Ready, ModelLoaded, RolloutComplete; Reconciling and Stalled only while they are True.",
+        description="The aspects of its state; `type` says which there are.",
         json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
     )
