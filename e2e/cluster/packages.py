@@ -41,11 +41,6 @@ class Packages:
         unpacked = [str(self.root / folder) for folder in ("usr/sbin", "usr/bin", "sbin", "bin")]
         return ":".join([*unpacked, SYSTEM_PATH])
 
-    @property
-    def cni(self) -> Path:
-        """The folder of the CNI plugins."""
-        return self.root / "usr/lib/cni"
-
     def environment(self) -> dict[str, str]:
         """What the unpacked programs need to find each other and their libraries."""
         library = f"usr/lib/{platform.machine()}-linux-gnu"

@@ -6,7 +6,7 @@
                  returned        kv[block, 0, head, offset]   kv[block, 1, head, offset]
 
 Rotation pairs channel i with i + rotary_dim/2 (neox style; Su et al., "RoFormer", 2021). Channels past rotary_dim,
-the width of the cos|sin table, pass through. A slot of -1 (reference.NO_SLOT) writes nothing: padding rows.
+the width of the cos|sin table, pass through. A slot of -1 writes nothing: padding rows.
 """
 
 import torch

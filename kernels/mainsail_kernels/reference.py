@@ -18,8 +18,6 @@ import torch.nn.functional as F
 
 from mainsail_kernels.reference_quantized import FP8, to_fp8, widen_blocks, widen_fp4, widen_rows
 
-NO_SLOT = -1
-"""Slot of a token whose keys and values must not be written (padding)."""
 BAD_ROW = -1
 """Token reported for a row of logits that holds NaN or +inf, or nothing but -inf."""
 SAMPLE_CHUNK = 4096

@@ -30,7 +30,6 @@ OBJECT_KEYS = frozenset({
 ARRAY_KEYS = frozenset({"items", "prefixItems", "minItems", "maxItems"})
 STRING_KEYS = frozenset({"minLength", "maxLength", "pattern", "format"})
 NUMBER_KEYS = frozenset({"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"})
-COMBINATORS = frozenset({"anyOf", "oneOf", "allOf", "$ref", "const", "enum"})
 DEFINITIONS = frozenset({"$defs", "definitions"})
 TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
 FORMATS = frozenset({

@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from mainsail_engine.errors import UnsupportedModelError
 
-CONTROL, USER_DEFINED, BYTE = 3, 4, 6
+CONTROL, USER_DEFINED = 3, 4
 """Token types of the format."""
 
 LLAMA3_PATTERN = (
