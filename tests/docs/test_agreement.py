@@ -43,7 +43,7 @@ def test_the_engine_takes_what_the_operator_gives_and_nobody_can_give_it_twice(f
 def test_a_flag_that_a_field_owns_is_owned_under_all_its_names() -> None:
     parser = build_parser()
     (commands,) = (action.choices for action in parser._actions if action.dest == "command")
-    assert commands is not None
+    assert isinstance(commands, dict)
     for action in commands["serve"]._actions:
         names = set(action.option_strings)
         assert names <= OWNED_FLAGS.keys() or not names & OWNED_FLAGS.keys(), names

@@ -21,11 +21,21 @@ EOS = 2
 """SmolLM2's <|im_end|>."""
 
 
+def _is_text(token: bytes) -> bool:
+    try:
+        token.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
 class Grammars:
     """Compiles and waits; raises ValueError with what is wrong."""
 
     def __init__(self, vocabulary: Vocabulary, **limits: Any) -> None:
         self.vocabulary = vocabulary
+        self.whole = {token for token, text in enumerate(vocabulary.tokens) if _is_text(text)}
+        """Tokens that hold no part of a character."""
         self.compiler = Compiler(lambda: vocabulary, **limits)
 
     def verdict(self, grammar: Grammar) -> str | None:
