@@ -10,7 +10,7 @@ begins and ends, with few requests decoding, is not counted, nor is who waits fo
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import numpy as np
@@ -43,8 +43,16 @@ ROWS = {
 }
 
 
+def chunks(work: Work, tokens: int) -> list[tuple[int, int]]:
+    """(start, tokens) of chunks that attend to work.pairs on average."""
+    whole, rest = divmod(tokens, 2 * work.pairs)
+    sizes = [2 * work.pairs] * whole + [rest] * (rest > 0)
+    return [(work.pairs - size // 2, size) for size in sizes]
+
+
 def kinds(work: Work, cost: H200, longest_s: float) -> np.ndarray:
     """[num_kinds, 3] float64: decodes, prompt tokens and seconds of steps."""
+    cost = replace(cost, fp8_kv=work.kv_bytes == 1)
     apart = max(1, work.most_decodes // 32)
     decodes = sorted({*range(0, work.most_decodes, apart), work.most_decodes})
     made: list[tuple[int, int, float]] = []
@@ -54,7 +62,8 @@ def kinds(work: Work, cost: H200, longest_s: float) -> np.ndarray:
             continue
         padded = mixed_rows(rows) if tokens else decode_rows(count)
         took = cost.step + (cost.mixed if tokens else 0.0) + cost.linear_s(padded) + cost.row * padded
-        took += count * work.context * 65_536 * work.kv_bytes / 4.2e12 + tokens * work.pairs * cost.pair
+        took += count * work.context * 65_536 * work.kv_bytes / 4.2e12
+        took += cost.layers * cost.prompts_s(chunks(work, tokens), rows)
         if took <= longest_s or not (count and tokens):
             made.append((count, tokens, took))
     return np.array(made)
@@ -79,12 +88,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--longest-ms", type=float, default=40.0)
     args = parser.parse_args()
-    for cheaper_ms in (0.0, 1.0):
-        cost = H200(mixed=H200.mixed - cheaper_ms / 1e3)
-        print(f"mixed steps {cheaper_ms:.0f} ms cheaper" if cheaper_ms else "as simulated")
-        for name, work in ROWS.items():
+    for name, cost in {
+        "as simulated": H200(),
+        "prompts' attention fills the card": H200(split=True),
+        "and FP8 pages are widened from 256 rows on": H200(split=True, wide_rows=256),
+    }.items():
+        print(name)
+        for row, work in ROWS.items():
             seconds = least_s(work, cost, args.longest_ms / 1e3)
-            print(f"  {name:10} {seconds:7.2f} s {work.output_tokens / seconds:8.0f} tokens/s", flush=True)
+            print(f"  {row:10} {seconds:7.2f} s {work.output_tokens / seconds:8.0f} tokens/s", flush=True)
 
 
 if __name__ == "__main__":

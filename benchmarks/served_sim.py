@@ -3,20 +3,22 @@
     python -m benchmarks.served_sim [--rows P7,P8,P9,P10,P11,P12] [--budget N] [--kv-bytes 1] [--output FILE]
 
 A step costs what its parts cost on the card (`H200`: linears by rows, padded as the runner pads them; decode attention
-by bytes; prefill attention by pairs), two steps are in flight, and a request takes its time to be parsed. Clients do
-what those of served_gpu.py do. It decides between policies in seconds; what it says is a prediction until the card has
-said it too. Measured figures: benchmarks/results/served.json.
+by bytes; prefill attention by programs and the waves they make), two steps are in flight, and a request takes its time
+to be parsed. Clients do what those of served_gpu.py do. It decides between policies in seconds; what it says is a
+prediction until the card has said it too. Measured figures: benchmarks/results/served.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import heapq
 import json
 import random
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
@@ -27,16 +29,23 @@ from benchmarks.simulated import SimulatedEngine
 from mainsail_engine.chunking import STEP_ROWS, attention_pairs
 from mainsail_engine.protocol import RequestOutput
 from mainsail_engine.request import FinishReason, Request, SamplingParams
+from mainsail_engine.runner.batch import WIDE_ROWS
 from mainsail_engine.runner.cuda_graphs import LARGEST_DECODE, decode_sizes
 from mainsail_engine.server.admission import Admission
 from mainsail_engine.server.board import Board
 from mainsail_engine.step import StepPlan, StepResult
+from mainsail_kernels.kv_widen import LONG_TOKENS, PAYING_PAIRS
 
-MEASURED = Path(__file__).parent / "results" / "served.json"
+RESULTS = Path(__file__).parent / "results"
+MEASURED = {2: RESULTS / "served.json", 1: RESULTS / "served_fp8_kv.json"}
+"""By bytes of a number in the KV cache."""
 NUM_BLOCKS = 56_000
 """Of an H200 with an 8B model in bf16: 0.9 million tokens."""
 HOST_BLOCKS = 14_000
 """A quarter of what a machine of 128 GiB has free."""
+SMS = 132
+"""Multiprocessors."""
+PROGRAM_TOKENS, KV_HEADS = 32, 8
 DECODE_SIZES = decode_sizes(LARGEST_DECODE)
 
 
@@ -59,12 +68,26 @@ class H200:
         (1280, 25.5e-3), (2048, 40.5e-3), (8192, 160e-3),
     )  # fmt: skip
     step: float = 0.35e-3
-    mixed: float = 1.5e-3
+    mixed: float = 0.5e-3
     """More, where prompts and decodes go together."""
     row: float = 1.6e-6
     """Norms, rotary, activation: a row."""
     context_token: float = 131_072 / 4.2e12
-    pair: float = 1.0e-9
+    fp8_kv: bool = False
+    layers: int = 32
+    program: float = 4e-6
+    """Of prompts' attention, beside its tiles: a program has PROGRAM_TOKENS of a chunk and one KV head."""
+    tile: float = 1.8e-6
+    """128 positions of its context: 4 waves of 2,048 tokens on 32k take 1,850 us, 4 of 4 x 512 on 16k 881."""
+    fp8_tile: float = 3.2e-6
+    """The same in the general kernel, of an FP8 cache that is not widened. A full card takes 3.4 (2,048 on 32k) to 4.1
+    (2 x 512 on 16k); this, for programs that have a multiprocessor nearly to themselves, is what explains P11."""
+    widened_token: float = 1.76e-9
+    """Of context, a layer."""
+    wide_rows: int = WIDE_ROWS
+    split: bool = False
+    """As if contexts could be cut at will: programs fill the card to the end. That decodes go beside prompts where
+    these leave multiprocessors idle is not simulated: cutting takes that from them."""
     host: float = 1.2e-3
     """From the end of a step to the launch of the next but one: it delays what arrives meanwhile, not the device."""
     load_block: float = 4.2e-5
@@ -81,10 +104,42 @@ class H200:
     def seconds(self, plan: StepPlan) -> float:
         decodes, prefills = plan.chunks[: plan.num_decodes], plan.chunks[plan.num_decodes :]
         rows = mixed_rows(plan.num_tokens) if prefills else decode_rows(len(decodes))
-        pairs = sum(attention_pairs(chunk.start, chunk.num_tokens) for chunk in prefills)
         context = sum(chunk.start for chunk in decodes)
         own = self.step + (self.mixed if prefills else 0.0)
-        return own + self.linear_s(rows) + self.row * rows + self.context_token * context + self.pair * pairs
+        prompts = self.layers * self.prompts_s([(chunk.start, chunk.num_tokens) for chunk in prefills], plan.num_tokens)
+        return own + self.linear_s(rows) + self.row * rows + self.context_token * context + prompts
+
+    def prompts_s(self, chunks: list[tuple[int, int]], num_tokens: int) -> float:
+        """A layer's attention of (start, tokens), in a step of so many tokens."""
+        if not self.fp8_kv:
+            return self.waves_s(chunks, self.tile, split=self.split)
+        long = [chunk for chunk in chunks if chunk[1] >= LONG_TOKENS]
+        if num_tokens < self.wide_rows or sum(attention_pairs(*chunk) for chunk in long) < PAYING_PAIRS:
+            return self.waves_s(chunks, self.fp8_tile, split=False)
+        short = [chunk for chunk in chunks if chunk[1] < LONG_TOKENS]
+        widening = self.widened_token * sum(start + tokens for start, tokens in long)
+        few = self.waves_s(short, self.fp8_tile, split=False)
+        return widening + few + self.waves_s(long, self.tile, split=self.split)
+
+    def waves_s(self, chunks: list[tuple[int, int]], tile_s: float, *, split: bool) -> float:
+        return waves_s(tuple(chunks), self.program, tile_s, split)
+
+
+@lru_cache(1 << 14)
+def waves_s(chunks: tuple[tuple[int, int], ...], program_s: float, tile_s: float, split: bool) -> float:
+    """Until the last program of these (start, tokens) ends: each multiprocessor takes the next when done with one."""
+    programs = [
+        program_s + tile_s * -(-min(start + first + PROGRAM_TOKENS, start + tokens) // 128)
+        for start, tokens in reversed(chunks)
+        for first in reversed(range(0, tokens, PROGRAM_TOKENS))
+        for _ in range(KV_HEADS)
+    ]
+    if split:
+        return sum(programs) / SMS + (program_s if programs else 0.0)
+    free = [0.0] * SMS
+    for took_s in programs:
+        heapq.heapreplace(free, free[0] + took_s)
+    return max(free)
 
 
 class OverlappedEngine(SimulatedEngine):
@@ -229,10 +284,11 @@ class Server:
 
 
 def play(
-    name: str, budget: int = 8192, kv_bytes: int = 2, host_blocks: int = HOST_BLOCKS, *, fresh: bool = False
-) -> Figures:
+    name: str, budget: int = 8192, kv_bytes: int = 2, host_blocks: int = HOST_BLOCKS, *, fresh: bool = False,
+    card: H200 | None = None,
+) -> Figures:  # fmt: skip
     """One row on an engine of its own, warmed up, or `fresh` from its start."""
-    cost = H200(context_token=65_536 * kv_bytes / 4.2e12)
+    cost = replace(card or H200(), context_token=65_536 * kv_bytes / 4.2e12, fp8_kv=kv_bytes == 1)
     engine = OverlappedEngine(cost, num_blocks=NUM_BLOCKS * 2 // kv_bytes, num_host_blocks=host_blocks, budget=budget)
     server = Server(engine)
     if not fresh:
@@ -263,12 +319,15 @@ def main() -> None:
     parser.add_argument("--kv-bytes", type=int, default=2, choices=(1, 2))
     parser.add_argument("--host-blocks", type=int, default=HOST_BLOCKS)
     parser.add_argument("--fresh", action="store_true", help="a server that has not served anything before")
+    parser.add_argument("--wide-rows", type=int, default=WIDE_ROWS, help="of a step whose FP8 pages may be widened")
+    parser.add_argument("--split", action="store_true", help="as if prompts' attention filled the card to the end")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
-    measured = json.loads(MEASURED.read_text())["rows"]
+    measured = json.loads(MEASURED[args.kv_bytes].read_text())["rows"]
     rows: dict[str, Figures] = {}
     for name in args.rows.split(","):
-        rows[name] = play(name, args.budget, args.kv_bytes, args.host_blocks, fresh=args.fresh)
+        card = H200(wide_rows=args.wide_rows, split=args.split)
+        rows[name] = play(name, args.budget, args.kv_bytes, args.host_blocks, fresh=args.fresh, card=card)
         show(name, rows[name], measured.get(name, {}))
     if args.output:
         args.output.write_text(json.dumps(rows, indent=1) + "\n")
