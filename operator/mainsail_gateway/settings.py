@@ -99,7 +99,7 @@ _HELP = {
     "response_timeout_s": "seconds to the first byte of an engine's answer (not streamed: to all of it); else 504",
     "idle_timeout_s": "seconds between two pieces of an answer; then the stream goes on at another engine, or ends",
     "client_timeout_s": "seconds that a client may take no bytes; then it is dropped",
-    "upstream_idle_s": "seconds that an idle connection to an engine is kept; below the engine's own 5",
+    "upstream_idle_s": "seconds that an idle connection to an engine is kept; less than the engine keeps it",
     "retry_after_s": "seconds of Retry-After where no replica serves and nothing better is known",
     "scrape_s": "seconds between two readings of the engines' metrics, for the balancer; 0: never",
     "kv_events": "listen to what engines store and remove in their KV caches, and balance by it",
