@@ -1,4 +1,4 @@
-"""See the package map in CONTRIBUTING.md. For use from Python: `from mainsail_engine import LLM, SamplingParams`."""
+"""The map: docs/architecture.md. For use from Python: `from mainsail_engine import LLM, SamplingParams`."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""See the package map in CONTRIBUTING.md."""
+"""The map of the code is in docs/architecture.md."""

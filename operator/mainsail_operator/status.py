@@ -135,7 +135,8 @@ def timed(finding: Finding, generation: int, old: Sequence[Condition], now: floa
 
 def _ready(view: _View) -> Finding:
     if view.serving:
-        return Finding("Ready", "True", "Serving", f"{view.serving} replicas answer requests.")
+        told = "1 replica answers" if view.serving == 1 else f"{view.serving} replicas answer"
+        return Finding("Ready", "True", "Serving", f"{told} requests.")
     if view.spec.replicas == 0:
         return Finding("Ready", "True", "ScaledToZero", "No replica is wanted, and none serves.")
     if view.trouble:

@@ -140,7 +140,7 @@ def fields(schema: dict[str, Any], path: list[str]) -> bool:
 @each_page
 def test_fields_exist(page: Path) -> None:
     schemas = [openapi(INFERENCE_SERVICE), openapi(MODEL_ROUTE)]
-    for name in set(re.findall(r"\b((?:spec|status)(?:\.[a-z][A-Za-z0-9]*(?:\[\])?)+)", page.read_text())):
+    for name in set(re.findall(r"\b((?:spec|status)(?:\.[a-z][A-Za-z0-9]*(?:\[\])?)+)(?<!\.py)\b", page.read_text())):
         path = name.replace("[]", "").split(".")
         assert any(fields(schema, path) for schema in schemas), name
 
