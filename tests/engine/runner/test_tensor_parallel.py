@@ -107,7 +107,7 @@ def take_its_memory(rank: psutil.Process) -> None:
 LOSSES: dict[str, tuple[Callable[[psutil.Process], object], str]] = {
     "killed": (psutil.Process.kill, "rank 1 was killed by signal 9"),
     "stopped": (psutil.Process.suspend, "rank 1 has been silent"),
-    "out of memory": (take_its_memory, "rank 1 (ended with code 1|was killed by signal 6)"),
+    "out of memory": (take_its_memory, "rank 1 (ended with code 1|was killed by signal (6|11))"),
 }
 
 
