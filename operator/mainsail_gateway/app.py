@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from mainsail_gateway import admission, auth, balance, request
+from mainsail_gateway import admission, auth, balance, request, request_id
 from mainsail_gateway.admission import Admission, Door
 from mainsail_gateway.asgi import GONE, Headers, Message, OnGone, Receive, Scope, Send
 from mainsail_gateway.attempt import Attempt, stopping
@@ -150,7 +150,9 @@ class Gateway:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
-        record = self.recorder.begin(scope)
+        name = request_id.named(scope)
+        send = request_id.telling(name, send)
+        record = self.recorder.begin(scope, name)
         if record is None:
             await self._answer(scope, receive, send, None)
             return

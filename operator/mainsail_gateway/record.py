@@ -36,6 +36,7 @@ class Record:
 
     method: str
     path: str
+    request_id: str
     began: float = field(default_factory=time.monotonic)
     began_at: float = field(default_factory=time.time)
     asked: Asked | None = None
@@ -64,6 +65,7 @@ class Record:
         found: dict[str, Any] = {
             "method": self.method,
             "path": self.path[:200],
+            "request_id": self.request_id,
             "status": status,
             "duration_ms": round((now - self.began) * 1000, 1),
         }
@@ -88,10 +90,10 @@ class Recorder:
         self._provider = provider
         self._tracer: Tracer | None = provider.get_tracer("mainsail_gateway") if provider else None
 
-    def begin(self, scope: Scope) -> Record | None:
+    def begin(self, scope: Scope, request_id: bytes) -> Record | None:
         if not self._access and self._tracer is None:
             return None
-        record = Record(scope["method"], scope["path"])
+        record = Record(scope["method"], scope["path"], request_id.decode())
         if self._tracer is not None:
             from opentelemetry.propagate import extract
             from opentelemetry.trace import SpanKind

@@ -28,7 +28,7 @@ async def test_a_line_for_each_request_and_nothing_of_its_content(kit, caplog):
         kit.gateway(kit.service(up.endpoint("pod-1")), access_log=True) as gw,
         httpx.AsyncClient(base_url=gw.url) as client,
     ):
-        headers = {"authorization": "Bearer very-secret"}
+        headers = {"authorization": "Bearer very-secret", "x-request-id": "run-7"}
         await client.post(CHAT + "?x=secret", json={**BODY, "stream": True}, headers=headers)
         await client.post(CHAT, json={**BODY, "model": "nope"})
         await client.get("/v1/models")
@@ -37,9 +37,32 @@ async def test_a_line_for_each_request_and_nothing_of_its_content(kit, caplog):
         ("POST", CHAT, 200), ("POST", CHAT, 404), ("GET", "/v1/models", 200)
     ]  # fmt: skip
     first = lines[0]
+    assert first["request_id"] == "run-7"
     assert (first["model"], first["namespace"], first["service"], first["pod"]) == ("m", "default", "m", "pod-1")
     assert 0 <= first["first_token_ms"] <= first["duration_ms"]
     assert "secret" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"), [("run-7/3", True), (None, False), ("two words", False), ("x" * 129, False)]
+)
+async def test_a_request_has_one_name_from_the_client_to_the_engine(kit, given, kept):
+    up = await kit.upstream()
+    headers = {} if given is None else {"x-request-id": given}
+    async with (
+        kit.gateway(kit.service(up.endpoint())) as gw,
+        httpx.AsyncClient(base_url=gw.url, headers=headers) as client,
+    ):
+        answers = [
+            await client.post(CHAT, json=BODY),
+            await client.post(CHAT, json={**BODY, "stream": True}),
+            await client.post(CHAT, json={**BODY, "model": "nope"}),
+            await client.get("/v1/models"),
+        ]
+    told = [name for answer in answers for name in answer.headers.get_list("x-request-id")]
+    assert [seen.header("x-request-id") for seen in up.seen] == told[:2]
+    assert len(told) == 4
+    assert told == [given] * 4 if kept else len({name for name in told if name.startswith("req_")}) == 4
 
 
 async def test_nothing_is_told_unless_asked_for(kit, caplog):
