@@ -104,7 +104,9 @@ class TextStream:
         self._num_tokens = 0
 
     def feed(self, output: RequestOutput) -> Delta:
-        text = self._show(output.token_ids)
+        """What the output's tokens show, up to the one that completes a stop string: what came with it in the same step
+        (guesses that were right, forced tokens) is no part of the answer."""
+        text, count = self._show_until_stop(output.token_ids)
         reason, stop_reason = output.finish_reason, output.stop_reason
         if self._stops.matched is None and reason is not None:
             text += self._stops.feed(self._detokenizer.flush())
@@ -112,9 +114,20 @@ class TextStream:
         if self._stops.matched is not None:
             reason, stop_reason = FinishReason.STOP, self._stops.matched
         return Delta(
-            text, output.token_ids, reason, stop_reason, output.num_cached_tokens,
-            output.logprobs, output.prompt_logprobs, output.embedding,
+            text, output.token_ids[:count], reason, stop_reason, output.num_cached_tokens,
+            output.logprobs and output.logprobs[:count], output.prompt_logprobs, output.embedding,
         )  # fmt: skip
+
+    def _show_until_stop(self, token_ids: list[int]) -> tuple[str, int]:
+        """(their text, how many of them there are before the answer ends)."""
+        if not self._stops.stops or len(token_ids) < 2:
+            return self._show(token_ids), len(token_ids)
+        text = ""
+        for count, token in enumerate(token_ids, 1):
+            text += self._show([token])
+            if self._stops.matched is not None:
+                return text, count
+        return text, len(token_ids)
 
     def replay(self, delivered: Delivered, eos_token_ids: Sequence[int]) -> list[Delta]:
         """Feed what was delivered. Raises RequestError where a stop string would have ended it before."""
@@ -598,14 +611,14 @@ class Generation:
                 self._serving.metrics.corrupted()
             self.on_error(generation_error(output))
             return
-        if output.token_ids:
+        delta = self._text.feed(output)
+        if delta.token_ids:
             if not times.num_tokens:
                 self._serving.first_token(times, now)
             metrics = self._serving.metrics
-            metrics.generated(times, len(output.token_ids), output.num_cached_tokens, output.num_host_tokens)
+            metrics.generated(times, len(delta.token_ids), output.num_cached_tokens, output.num_host_tokens)
             if self._whole:
                 metrics.delivered(times, now)
-        delta = self._text.feed(output)
         if self._job.delivered is not None:  # usage tells of the engine that read the prompt first
             delta = replace(delta, num_cached_tokens=self._job.delivered.num_cached_tokens)
         if delta.finish_reason is not None:

@@ -13,14 +13,14 @@ class StopStrings:
     """Feed text; get back what may be shown. After a match (`matched`), nothing more is to be fed."""
 
     def __init__(self, stops: Sequence[str], *, include: bool = False) -> None:
-        self._stops = tuple(stops)
+        self.stops = tuple(stops)
         self._include = include
         self._held = ""
         self.matched: str | None = None
 
     def feed(self, text: str) -> str:
         """Add text and return what is certain not to belong to a stop string."""
-        if not self._stops:
+        if not self.stops:
             return text
         self._held += text
         found = self._first_match()
@@ -41,7 +41,7 @@ class StopStrings:
         return shown
 
     def _first_match(self) -> tuple[int, str] | None:
-        places = ((self._held.find(stop), stop) for stop in self._stops)
+        places = ((self._held.find(stop), stop) for stop in self.stops)
         matches = [(start + len(stop), start, stop) for start, stop in places if start >= 0]
         if not matches:
             return None
@@ -50,9 +50,9 @@ class StopStrings:
 
     def _longest_possible_beginning(self) -> int:
         """Length of the longest end of the held text with which some stop string begins."""
-        longest = min(len(self._held), max(len(stop) for stop in self._stops) - 1)
+        longest = min(len(self._held), max(len(stop) for stop in self.stops) - 1)
         for length in range(longest, 0, -1):
             tail = self._held[-length:]
-            if any(stop.startswith(tail) for stop in self._stops):
+            if any(stop.startswith(tail) for stop in self.stops):
                 return length
         return 0

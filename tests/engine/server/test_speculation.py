@@ -11,6 +11,10 @@ from tests.engine.server.conftest import Engine, start
 from mainsail_engine.cli import json_config
 from mainsail_engine.config import SpeculativeConfig
 from mainsail_engine.errors import InvalidConfigurationError
+from mainsail_engine.protocol import RequestOutput, TokenLogprobs
+from mainsail_engine.request import FinishReason, SamplingParams
+from mainsail_engine.server.serving import Delta, Job, TextStream
+from mainsail_engine.text.tokenizer import load_tokenizer
 
 FLAG = "--speculative-config"
 ALWAYS = '{"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_min": 1, "adaptive": false}'
@@ -41,6 +45,34 @@ def test_answers_are_the_same_and_stop_where_they_should(
     stopped = answer(guessing, temperature=temperature, stop=[stop])
     assert stopped == answer(tiny_engine, temperature=temperature, stop=[stop])
     assert stopped["text"] == text[: text.index(stop)]
+
+
+def test_an_answer_has_no_tokens_after_its_stop_string(tiny_model: Path) -> None:
+    """Several tokens of one step are as they are one by one, with their log-probabilities."""
+    tokenizer = load_tokenizer(tiny_model)
+    assert tokenizer is not None
+    tokens = tokenizer.encode("a hat, and a cat. the end", add_special_tokens=False)
+    job = Job([0], SamplingParams(max_tokens=99, min_tokens=4), stop=("nd", "cat", "ha"))
+
+    def fed(sizes: list[int]) -> tuple[str, list[int], list[TokenLogprobs], FinishReason | None, int | str | None]:
+        stream, last = TextStream(job, tokenizer.detokenizer(skip_special_tokens=True)), Delta("", [])
+        text, told, logprobs, start = "", list[int](), list[TokenLogprobs](), 0
+        for size in sizes:
+            step = tokens[start : start + size]
+            start += size
+            likely = [TokenLogprobs([token], [-0.5], 1) for token in step]
+            last = stream.feed(RequestOutput("r", step, logprobs=likely))
+            text, told, logprobs = text + last.text, told + last.token_ids, logprobs + (last.logprobs or [])
+            if last.finish_reason is not None:
+                break
+        return text, told, logprobs, last.finish_reason, last.stop_reason
+
+    one_by_one = fed([1] * len(tokens))
+    text, told, logprobs, *end = one_by_one
+    assert (text, end) == ("a hat, a", [FinishReason.STOP, "nd"])
+    assert len(told) == len(logprobs) < len(tokens)
+    for size in range(2, len(tokens) + 1):
+        assert fed([size] * len(tokens)) == one_by_one
 
 
 def test_metrics_have_the_names_of_the_field(guessing: Engine, waiting: Callable[..., None]) -> None:
