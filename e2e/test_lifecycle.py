@@ -103,6 +103,24 @@ def test_the_paused_annotation_stops_all_writes(kube: Kube) -> None:
     kube.delete("mis", "held")
 
 
+def test_what_somebody_changes_of_ours_is_set_right(kube: Kube) -> None:
+    """A policy that lets everybody in, a selector that takes the pods away; a label of theirs stays."""
+    kube.apply(nowhere("opened", replicas=0))
+    settled(kube, "opened")
+    policy, engines = kube.get("networkpolicy", "opened"), kube.get("service", "opened-engines")
+    assert policy is not None
+    assert engines is not None
+    kube.patch("networkpolicy", "opened", {"metadata": {"labels": {"their": "own"}}, "spec": {"ingress": [{}]}})
+    kube.patch("service", "opened-engines", {"spec": {"selector": {"mainsail.dev/service": "other"}}})
+    for kind, before in (("networkpolicy", policy), ("service", engines)):
+        name = before["metadata"]["name"]
+        wait_for(
+            f"{kind} {name} as it was", lambda k=kind, n=name, b=before: (kube.get(k, n) or {}).get("spec") == b["spec"]
+        )
+    assert "their" in (kube.get("networkpolicy", "opened") or {})["metadata"]["labels"]
+    kube.delete("mis", "opened")
+
+
 def test_git_and_an_autoscaler_share_the_object(kube: Kube) -> None:
     """Argo CD applies without replicas, something like an HPA scales: neither undoes the other, and a diff is empty."""
     wanted = nowhere("shared")

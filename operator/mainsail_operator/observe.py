@@ -14,6 +14,7 @@ from datetime import datetime
 from typing import Any, cast
 
 from mainsail_operator.adapters import FETCH_ADAPTER
+from mainsail_operator.drift import content_of
 from mainsail_operator.fetching import CONTAINER as FETCH_CONTAINER
 from mainsail_operator.gpus import held_by
 from mainsail_operator.objects import (
@@ -107,6 +108,8 @@ class Child:
     applied: str
     """Hash of the manifest that was applied last."""
     owner: str = ""
+    content: bytes = b"{}"
+    """What of it `drift` compares with that manifest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +151,8 @@ class Observed:
     """The newest first."""
     applied: Mapping[str, str] = field(default_factory=dict[str, str])
     """Kind/name of the other children → hash of the manifest that was applied last."""
+    contents: Mapping[str, bytes] = field(default_factory=dict[str, bytes])
+    """Kind/name of the other children → what of it `drift` compares with that manifest."""
 
     @property
     def targets(self) -> list[Target]:
@@ -333,7 +338,7 @@ def read_endpoints(piece: JSON) -> frozenset[str]:
 
 
 def read_child(kind: str, obj: JSON) -> Child:
-    return Child(kind, str(_get(obj, "metadata", "name", default="")), applied_hash(obj), _owner(obj))
+    return Child(kind, str(_get(obj, "metadata", "name", default="")), applied_hash(obj), _owner(obj), content_of(obj))
 
 
 def observe(
@@ -368,8 +373,11 @@ def observe(
         if d.owner == owner_uid and not d.ending
     ]  # fmt: skip
     revisions.sort(key=lambda revision: (revision.created, revision.name), reverse=True)
-    applied = {f"{child.kind}/{child.name}": child.applied for child in children if child.owner == owner_uid}
-    return Observed(tuple(revisions), applied)
+    mine = {f"{child.kind}/{child.name}": child for child in children if child.owner == owner_uid}
+    return Observed(
+        tuple(revisions), {name: child.applied for name, child in mine.items()},
+        {name: child.content for name, child in mine.items()},
+    )  # fmt: skip
 
 
 def joined(leaders: Sequence[Pod], workers: Sequence[Pod]) -> list[Pod]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from mainsail_operator import groups, objects
+from mainsail_operator.drift import holds
 from mainsail_operator.fetched import Filler
 from mainsail_operator.objects import GROUP_KIND, Owner, deployment_name, is_grouped, revision_of
 from mainsail_operator.observe import Observed, Revision
@@ -24,6 +25,13 @@ from mainsail_operator.types import JSON, InferenceServiceSpec
 class Apply:
     manifest: JSON
     reason: str
+    repair: bool = False
+    """What is there was applied so, and somebody has changed it since."""
+
+    @property
+    def child(self) -> str:
+        """Kind and name."""
+        return f"{self.manifest['kind']}/{self.manifest['metadata']['name']}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,13 +98,8 @@ def plan(
     runs a new revision can be made here."""
     grouped = is_grouped(spec) or any(revision.kind == GROUP_KIND for revision in observed.revisions)
     made = objects.children(owner, settings, grouped=grouped)
-    wanted_children = {f"{m['kind']}/{m['metadata']['name']}": m for m in made}
-    actions: list[Action] = [
-        Apply(manifest, "missing or changed")
-        for child, manifest in wanted_children.items()
-        if observed.applied.get(child) != objects.digest_of(manifest)
-    ]
-    for child in sorted(observed.applied.keys() - wanted_children.keys()):
+    actions: list[Action] = [action for manifest in made if (action := _child(manifest, observed)) is not None]
+    for child in sorted(observed.applied.keys() - {f"{m['kind']}/{m['metadata']['name']}" for m in made}):
         kind, _, name = child.partition("/")
         if kind in _OPTIONAL:
             actions.append(Delete(name, "no longer wanted", kind=kind))
@@ -125,6 +128,15 @@ def plan(
             actions += marks(revision, wanted, loads) if wanted < revision.replicas else ()
             actions.append(Scale(revision.name, wanted, why, revision.version, revision.kind))
     return Plan(tuple(actions))
+
+
+def _child(manifest: JSON, observed: Observed) -> Apply | None:
+    """What makes a child what it should be; None: it is."""
+    action = Apply(manifest, "missing or changed")
+    if observed.applied.get(action.child) != objects.digest_of(manifest):
+        return action
+    content = observed.contents.get(action.child)
+    return None if content is None or holds(content, manifest) else Apply(manifest, "somebody changed it", repair=True)
 
 
 @dataclass(frozen=True, slots=True)

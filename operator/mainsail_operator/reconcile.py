@@ -44,6 +44,8 @@ SCALED_TICK_S = 5.0
 GATING_TICK_S = 2.0
 _BACKOFF_S = (0.5, 60.0)
 _DEAF_S = 2.0
+_REPAIR_S = 60.0
+"""Between two repairs of one child: whoever else writes it, against us, gets no faster than that."""
 _STALE_S = 0.5
 """After a write that was decided on an old picture: the watch is about to bring the new one."""
 
@@ -95,6 +97,8 @@ class Reconciler:
         """Since when (Unix seconds) the load of its pods and what gateways say of them is asked for."""
         self._refusals: dict[Key, str] = {}
         """What the API server said to the last write, where it refused it."""
+        self._repaired: dict[Key, dict[str, float]] = {}
+        """When (monotonic) a child was last set right that somebody had changed."""
 
     def wake(self, key: Key) -> None:
         """Something about this object changed. Starts its task when there is none."""
@@ -130,6 +134,7 @@ class Reconciler:
             self._tasks.pop(key, None)
             self._wakes.pop(key, None)
             self._refusals.pop(key, None)
+            self._repaired.pop(key, None)
 
     async def _woken(self, key: Key, pause: float) -> None:
         try:
@@ -229,13 +234,23 @@ class Reconciler:
         pods without what guards them are not made, and what serves is scaled, taken back or replaced all the same."""
         refused: RefusedError | None = None
         for action in actions:
-            if refused is None or not isinstance(action, Apply):
+            if not isinstance(action, Apply) or (refused is None and self._due(owner, action)):
                 try:
                     await self._writer.execute(owner, action)
                 except RefusedError as error:
                     refused = refused or error
         if refused is not None:
             raise refused
+
+    def _due(self, owner: Owner, action: Apply) -> bool:
+        """Whether it is time for it: repairs of the same child have a pause between them."""
+        if not action.repair:
+            return True
+        now, repaired = time.monotonic(), self._repaired.setdefault((owner.namespace, owner.name), {})
+        if now - repaired.get(action.child, float("-inf")) < _REPAIR_S:
+            return False
+        repaired[action.child] = now
+        return True
 
     def _plan(self, it: _Pass, decision: Decision) -> Plan:
         return plan(

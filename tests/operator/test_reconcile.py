@@ -44,6 +44,8 @@ class Api:
     objects: dict[str, Json] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     """Part of a path → why writes to such an object are refused."""
+    mutated: str = ""
+    """Part of a path of objects that a webhook changes back to what they are."""
     writes: list[str] = field(default_factory=list)
     events: list[str] = field(default_factory=list)
     version: int = 0
@@ -64,6 +66,8 @@ class Api:
         if request.method == "DELETE":
             self.objects.pop(path, None)
             return httpx2.Response(200, json={})
+        if self.mutated and self.mutated in path:
+            return httpx2.Response(200, json=self.objects[path])
         return httpx2.Response(200, json=self.put(path.removesuffix("/status"), body))
 
     def put(self, path: str, patch: Json) -> Json:
@@ -166,3 +170,14 @@ async def test_a_child_that_is_refused_holds_up_nothing_that_is_there(operator: 
     operator.hear(engine={"maxNumSeqs": 8})
     await operator.passes()
     assert sum("/deployments/" in path for path in operator.api.objects) == 1, "no pods without what is to guard them"
+
+
+async def test_what_somebody_changes_of_ours_is_set_right_and_not_fought_over(operator: Operator) -> None:
+    await operator.passes(3)
+    path = next(path for path in operator.api.objects if "networkpolicies" in path)
+    right = operator.api.objects[path]["spec"]
+    for mutated in ("", "networkpolicies"):
+        operator.store.children["networkpolicies"].put(operator.api.put(path, {"spec": {"ingress": [{}]}}))
+        operator.api.mutated = mutated
+        assert await operator.passes(3) == ["PATCH networkpolicies/demo"]
+        assert (operator.api.objects[path]["spec"] == right) == (not mutated)
