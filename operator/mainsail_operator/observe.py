@@ -195,7 +195,9 @@ def read_pod(pod: JSON) -> Pod:
         ended=_get(pod, "status", "phase") in ("Succeeded", "Failed"),
         scheduled=bool(_get(pod, "spec", "nodeName")),
         unschedulable_since=_unix(str(unplaced.get("lastTransitionTime", ""))) if refused else None,
-        trouble=None if serving else _trouble(engine, unplaced if refused else None) or _fetch_trouble(pod),
+        trouble=None
+        if serving
+        else (_trouble(engine, unplaced if refused else None) or _fetch_trouble(pod) or _others_trouble(pod)),
         uid=str(_get(pod, "metadata", "uid", default="")),
         metrics=scrape_target(pod, HTTP_PORT),
         revision=str(_get(pod, "metadata", "labels", REVISION_LABEL, default="")),
@@ -259,6 +261,33 @@ def _fetch_trouble(pod: JSON) -> Trouble | None:
             message = words[1].replace("spec.model.secretRef", "the adapter's secretRef")
             return Trouble(reason, f"adapter {_source(pod, name)}: {message}", adapter=True)
     return None
+
+
+def _others_trouble(pod: JSON) -> Trouble | None:
+    """What keeps a container of spec.podTemplate from running, for which the engine waits, or the pod's readiness."""
+    for statuses in ("initContainerStatuses", "containerStatuses"):
+        for status in cast("list[JSON]", _get(pod, "status", statuses, default=[])):
+            name = str(status.get("name"))
+            ours = name in (CONTAINER, FETCH_CONTAINER) or name.startswith(FETCH_ADAPTER)
+            if not ours and (trouble := _other_trouble(name, status)) is not None:
+                return trouble
+    return None
+
+
+def _other_trouble(name: str, status: JSON) -> Trouble | None:
+    """The same words whether it has just ended or waits to be started again."""
+    waiting = cast(JSON, _get(status, "state", "waiting", default={}))
+    for state in ("state", "lastState") if waiting else ("state",):
+        ended = cast(JSON, _get(status, state, "terminated", default={}))
+        if code := ended.get("exitCode"):
+            said = str(ended.get("message") or "").strip()
+            return Trouble(
+                "ContainerFailed", f"container {name} ends with exit code {code}{f': {said}' if said else ''}"
+            )
+    reason = str(waiting.get("reason", ""))
+    if reason in ("", "ContainerCreating", "PodInitializing"):
+        return None
+    return Trouble(reason, f"container {name}: {waiting.get('message') or reason}")
 
 
 def _unfetched(fetch: JSON, what: str) -> tuple[str, str] | None:

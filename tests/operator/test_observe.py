@@ -63,6 +63,40 @@ SLICE = {
 }
 
 
+WAITS_AGAIN = {"waiting": {"reason": "CrashLoopBackOff", "message": "back-off 10s restarting failed container"}}
+ENDED = {"terminated": {"exitCode": 3, "message": "no disk\n"}}
+NO_IMAGE = {"waiting": {"reason": "ImagePullBackOff", "message": "no such image"}}
+
+
+@pytest.mark.parametrize("where", ["initContainerStatuses", "containerStatuses"])
+@pytest.mark.parametrize(
+    ("status", "reason", "words"),
+    [
+        ({"state": NO_IMAGE}, "ImagePullBackOff", "container theirs: no such image"),
+        ({"state": ENDED}, "ContainerFailed", "container theirs ends with exit code 3: no disk"),
+        (
+            {"state": WAITS_AGAIN, "lastState": ENDED},
+            "ContainerFailed",
+            "container theirs ends with exit code 3: no disk",
+        ),
+    ],
+)
+def test_containers_of_the_pod_template_have_troubles_too(where: str, status, reason: str, words: str) -> None:
+    """An init container that fails, a sidecar without an image: the engine itself has nothing to say."""
+    found = pod(state={"waiting": {"reason": "PodInitializing"}})
+    found["status"].setdefault(where, []).append({"name": "theirs", **status})
+    trouble = read_pod(found).trouble
+    assert trouble is not None
+    assert (trouble.reason, trouble.message, trouble.load_failure) == (reason, words, False)
+
+
+def test_a_sidecar_that_was_started_again_and_an_init_container_that_is_done_are_no_trouble() -> None:
+    found = pod(state={"running": {}})
+    found["status"]["containerStatuses"].append({"name": "theirs", "state": {"running": {}}, "lastState": ENDED})
+    found["status"]["initContainerStatuses"] = [{"name": "prep", "state": {"terminated": {"exitCode": 0}}}]
+    assert read_pod(found).trouble is None
+
+
 def test_what_keeps_an_adapter_from_being_fetched_names_it() -> None:
     said = json.dumps({"reason": "ModelNotFound", "message": "no such repository; see spec.model.secretRef"})
     failed = {"terminated": {"exitCode": 1, "message": said}}
