@@ -210,12 +210,21 @@ def _progress(view: _View) -> tuple[str, str]:
     """Reason and message of a service that is not settled."""
     if view.rollout.phase == "Complete":
         serving = view.target.serving if view.target else 0
-        return "Progressing", f"{serving} of {view.spec.replicas} replicas serve."
+        return "Progressing", f"{serving} of {view.spec.replicas} replicas serve.{_missing(view)}"
     serving = view.target.serving if view.target else 0
     message = view.rollout.message or f"{serving} of {view.spec.replicas} replicas of the newest revision serve."
     if view.rollout.phase == "RollingBack":
         return "RollingBack", message
     return view.rollout.reason or view.rollout.phase, message
+
+
+def _missing(view: _View) -> str:
+    """Why there are no more replicas, where somebody says so: of a service that grew, no rollout tells it."""
+    if view.target is None or view.target.serving >= view.spec.replicas:
+        return ""
+    if view.target.refusal and len(view.target.alive) < view.target.replicas:
+        return f" The API server refuses further pods: {view.target.refusal}"
+    return f" {view.trouble.reason}: {view.trouble.message}" if view.trouble else ""
 
 
 def _movement(view: _View, refusal: str, paused: bool) -> list[Finding]:

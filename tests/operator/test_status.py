@@ -51,6 +51,25 @@ def test_all_well(owner, make_spec) -> None:
     assert found.revisions[0].weight == 100
 
 
+def test_a_service_that_grew_says_what_keeps_the_others(owner, make_spec) -> None:
+    """Ready all the while: without these words nobody would know why it goes on reconciling."""
+    spec = make_spec(replicas=2)
+    before = told(owner, make_spec(), revision(owner, make_spec(), SERVING))
+    unplaced = Pod("d", False, False, False, unschedulable_since=NOW, trouble=Trouble("Unschedulable", "no GPU"))
+
+    def message(*pods: Pod, **fields) -> str:
+        found = told(owner, spec, revision(owner, spec, *pods, **fields), before=before)
+        assert conditions(found)["Ready"] == ("True", "Serving")
+        (moving,) = (c for c in found.conditions if c.type == "Reconciling")
+        return moving.message
+
+    assert message(SERVING, unplaced) == "1 of 2 replicas serve. Unschedulable: no GPU"
+    assert message(SERVING, refusal="exceeded quota") == (
+        "1 of 2 replicas serve. The API server refuses further pods: exceeded quota"
+    )
+    assert message(SERVING, LOADING) == "1 of 2 replicas serve."
+
+
 def test_the_url_is_the_gateways(owner, make_spec) -> None:
     spec = make_spec()
 
