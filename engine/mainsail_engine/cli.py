@@ -67,6 +67,13 @@ PROFILES = {
 """latency: a step that few share is a short one, and of a text that repeats itself it makes several tokens; throughput:
 as many as the KV pool feeds share each reading of the weights, and prompts go in large pieces."""
 
+VARIABLES = (
+    "Environment: $MAINSAIL_API_KEY (what --api-key says), $MAINSAIL_CPU_KERNELS (0: PyTorch's operations on the CPU, "
+    "not compiled ones), $MAINSAIL_KERNELS (a folder of kernels that compile-kernels has filled), "
+    "$MAINSAIL_TERMINATION_LOG (a file for the reason of a failed start; default: /dev/termination-log), and in a pod "
+    "of a LeaderWorkerSet the three that the flags about nodes name."
+)
+
 
 class _Parser(argparse.ArgumentParser):
     """A wrong flag is an invalid configuration like any other, and reported the same way. A shortened one is wrong too:
@@ -97,6 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
         "serve",
         help="serve a model over HTTP",
         description="Serve a model over HTTP: OpenAI's API, /metrics, /health/*.",
+        epilog=VARIABLES,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         argument_default=argparse.SUPPRESS,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import re
 from collections.abc import Iterator
 from functools import cache
@@ -100,6 +101,16 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert not anchor or anchor in anchors(there), target
 
 
+def test_the_readme_leads_to_every_page() -> None:
+    seen, next_ = set[Path](), [ROOT / "README.md"]
+    while next_:
+        page = next_.pop()
+        seen.add(page)
+        links = (page.parent / link for link in re.findall(r"\]\(([^)#:]+\.md)", page.read_text()))
+        next_ += [link.resolve() for link in links if link.resolve() not in seen]
+    assert set(PAGES) - seen == set()
+
+
 @each_page
 def test_flags_exist(page: Path) -> None:
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", page.read_text()))
@@ -143,6 +154,19 @@ def test_fields_exist(page: Path) -> None:
     for name in set(re.findall(r"\b((?:spec|status)(?:\.[a-z][A-Za-z0-9]*(?:\[\])?)+)(?<!\.py)\b", page.read_text())):
         path = name.replace("[]", "").split(".")
         assert any(fields(schema, path) for schema in schemas), name
+
+
+def test_messages_and_docstrings_name_flags_fields_and_pages_that_exist() -> None:
+    """An error that says what to do is of no use when that is not there."""
+    known, schemas = flags() | {"--as-needed", "--check"}, [openapi(INFERENCE_SERVICE), openapi(MODEL_ROUTE)]
+    for source in (path for room in ("operator", "engine", "kernels") for path in (ROOT / room).rglob("*.py")):
+        nodes = ast.walk(ast.parse(source.read_text()))
+        for text in (n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)):
+            assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", text)) <= known, (source, text)
+            for name in re.findall(r"\b((?:spec|status)(?:\.[a-z][A-Za-z0-9]+)+)(?<!\.py)\b", text):
+                assert any(fields(schema, name.split(".")) for schema in schemas), (source, name)
+            for name in re.findall(r"(?<![\w./])(?:docs/[\w-]+|README|CONTRIBUTING)\.md", text):
+                assert (ROOT / name).exists(), (source, name)
 
 
 @each_page
