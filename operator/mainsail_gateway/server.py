@@ -257,7 +257,9 @@ async def picker(gateway: Gateway) -> AsyncGenerator[None]:
     try:
         from mainsail_gateway.epp import Picker
     except ImportError as error:
-        raise ConfigError(f"--epp-port needs the optional part: pip install 'mainsail[epp]' ({error})") from None
+        raise ConfigError(
+            f"--epp-port needs an optional part: pip install '.[epp]' in Mainsail's repository ({error})"
+        ) from None
     server = Picker(gateway, settings.host, settings.epp_port)
     await server.start()
     try:
@@ -442,7 +444,7 @@ def _traces(settings: Settings) -> "TracerProvider | None":
     try:
         return record.tracing(settings.otlp_endpoint, settings.trace_ratio)
     except ImportError as error:
-        message = f"--otlp-endpoint needs the optional part: pip install 'mainsail[tracing]' ({error})"
+        message = f"--otlp-endpoint needs an optional part: pip install '.[tracing]' in Mainsail's repository ({error})"
         raise ConfigError(message) from None
 
 

@@ -155,6 +155,8 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
     for name, value in values.items():
         if isinstance(value, int | float) and value < 0:
             parser.error(f"--{name.replace('_', '-')} must not be negative, got {value}")
+    if values["trace_ratio"] > 1:
+        parser.error(f"--trace-ratio is a share from 0 to 1, got {values['trace_ratio']}")
     if values["workers"] < 1:
         parser.error(f"--workers must be at least 1, got {values['workers']}")
     if values["log_level"] not in ("debug", "info", "warning", "error"):

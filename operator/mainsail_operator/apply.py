@@ -17,6 +17,7 @@ from typing import cast
 import httpx2
 from lightkube import KubeConfig
 from lightkube.config.client_adapter import AsyncClient, ConnectionParams
+from lightkube.config.kubeconfig import SingleConfig
 
 from mainsail_operator.events import Event
 from mainsail_operator.objects import DELETION_COST, Owner
@@ -61,10 +62,19 @@ class NotLeaderError(Exception):
 
 def kube_client() -> httpx2.AsyncClient:
     """An authenticated client of the API server: the Pod's account, else $KUBECONFIG."""
+    return AsyncClient(_kube_config(), ConnectionParams(trust_env=False))
+
+
+def current_namespace() -> str:
+    """The Pod's own, or that of the kubeconfig's current context."""
+    return _kube_config().namespace
+
+
+def _kube_config() -> SingleConfig:
     config = KubeConfig.from_env().get()
     if config is None:
         raise ValueError("the kubeconfig has no current context")
-    return AsyncClient(config, ConnectionParams(trust_env=False))
+    return config
 
 
 class Writer:

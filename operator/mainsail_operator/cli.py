@@ -22,7 +22,7 @@ from typing import cast
 
 import httpx2
 
-from mainsail_operator.apply import kube_client
+from mainsail_operator.apply import current_namespace, kube_client
 from mainsail_operator.rollout import COMMAND
 from mainsail_operator.types import GROUP, JSON, PLURAL, VERSION
 
@@ -40,7 +40,7 @@ def parser(prog: str, more: str = "") -> argparse.ArgumentParser:
     rollout = commands.add_parser("rollout", help="look at a rollout, and steer it")
     rollout.add_argument("verb", choices=VERBS, help="what to do")
     rollout.add_argument("name", help="the InferenceService")
-    rollout.add_argument("-n", "--namespace", default="default", help="where it is (default: %(default)s)")
+    rollout.add_argument("-n", "--namespace", help="where it is (default: as kubectl's, of the current context)")
     return made
 
 
@@ -84,7 +84,7 @@ async def run(verb: str, namespace: str, name: str, client: httpx2.AsyncClient) 
 
 async def _main(options: argparse.Namespace) -> str:
     async with kube_client() as client:
-        return await run(options.verb, options.namespace, options.name, client)
+        return await run(options.verb, options.namespace or current_namespace(), options.name, client)
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "kubectl mis", more: str = "") -> None:

@@ -15,7 +15,9 @@ def test_flags():
     assert (got.access_log, got.kv_events) == (True, False)
 
 
-@pytest.mark.parametrize("argv", [["--port", "x"], ["--port", "-1"], ["--log-level", "loud"], ["--nope"], ["extra"]])
+@pytest.mark.parametrize(
+    "argv", [["--port", "x"], ["--port", "-1"], ["--trace-ratio", "5"], ["--log-level", "loud"], ["--nope"], ["extra"]]
+)
 def test_bad_flags_end_with_2(argv):
     with pytest.raises(SystemExit) as end:
         parse(argv)

@@ -7,11 +7,12 @@ import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import httpx2
 import pytest
 
-from mainsail_operator.cli import annotation, parser, run
+from mainsail_operator.cli import annotation, main, parser, run
 from mainsail_operator.rollout import verb
 
 OBJECT = {
@@ -83,6 +84,23 @@ def test_a_command_that_is_carried_out_once_is_a_new_one_each_time() -> None:
     one, two = datetime(2026, 1, 1, tzinfo=UTC), datetime(2026, 1, 2, tzinfo=UTC)
     assert annotation("promote", one) != annotation("promote", two)
     assert verb(annotation("rollback", one) or "") == "rollback"
+
+
+@pytest.mark.parametrize(("flags", "namespace"), [([], "team"), (["--namespace", "other"], "other")])
+def test_the_namespace_is_the_contexts_where_none_is_given(
+    api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], namespace: str
+) -> None:
+    """As kubectl's own commands have it."""
+    url, heard = api
+    context = {"cluster": "c", "user": "u", "namespace": "team"}
+    config = {
+        "current-context": "here", "contexts": [{"name": "here", "context": context}],
+        "clusters": [{"name": "c", "cluster": {"server": url}}], "users": [{"name": "u", "user": {}}],
+    }  # fmt: skip
+    (tmp_path / "config").write_text(json.dumps(config))
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "config"))
+    main(["rollout", "pause", "demo", *flags])
+    assert heard[0][1].startswith(f"/apis/mainsail.dev/v1alpha1/namespaces/{namespace}/")
 
 
 def test_a_wrong_verb_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -35,7 +35,8 @@ def provider_for(endpoint: str, exporter: SpanExporter | None = None) -> TracerP
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError as error:
-        message = f"--otlp-traces-endpoint needs the optional part: pip install 'mainsail[tracing]' ({error})"
+        needed = "an optional part: pip install '.[tracing]' in Mainsail's repository"
+        message = f"--otlp-traces-endpoint needs {needed} ({error})"
         raise StartupError(message) from None
     provider = TracerProvider(resource=Resource.create({"service.name": "mainsail-engine"}))
     provider.add_span_processor(BatchSpanProcessor(exporter or OTLPSpanExporter(endpoint=endpoint)))
