@@ -88,6 +88,18 @@ def test_settings_become_flags_rights_and_files(render: Render) -> None:
         assert all(binding["subjects"] == [account] for binding in bindings)
 
 
+def test_a_chart_may_depend_on_this_one_under_a_condition(render: Render) -> None:
+    """`condition: mainsail.enabled` hands that value down, where the schema refuses what it does not know."""
+    assert render("enabled=true") == render()
+
+
+def test_a_priority_class_is_for_operator_and_gateway(render: Render) -> None:
+    for settings, expected in ((("priorityClassName=system-cluster-critical",), "system-cluster-critical"), ((), None)):
+        deployments = [found for found in render(*settings) if found["kind"] == "Deployment"]
+        assert len(deployments) == 2
+        assert {d["spec"]["template"]["spec"].get("priorityClassName") for d in deployments} == {expected}
+
+
 def test_an_endpoint_picker_has_a_port_of_its_own(render: Render) -> None:
     objects = render("gateway.endpointPicker.enabled=true", "gateway.endpointPicker.port=9004")
     deployment, service = gateway(objects), named(objects, "Service", "mainsail-gateway")
