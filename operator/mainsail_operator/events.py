@@ -1,7 +1,8 @@
 """Kubernetes events about a service: few, and only what a person would want to have been told (pure).
 
-One for each turn of a rollout, each change of the number of replicas that the load asked for, each model that was
-fetched or cannot be, each refusal of a write, and each stop; nothing for what the conditions show anyway.
+One for each turn of a rollout, each command that does nothing, each change of the number of replicas that the load
+asked for, each model that was fetched or cannot be, each refusal of a write, and each stop; nothing for what the
+conditions show anyway.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from mainsail_operator.rollout import COMMAND, verb
 from mainsail_operator.types import Condition, InferenceServiceStatus, RolloutStatus, ScalingStatus
 
 
@@ -21,7 +23,8 @@ class Event:
 
 def events(before: InferenceServiceStatus, after: InferenceServiceStatus) -> list[Event]:
     """What the change from one status to the next is worth telling."""
-    told = (_turn(before.rollout, after.rollout), _refusal(before, after), _fetch(before, after))
+    turns = before.rollout, after.rollout
+    told = (_turn(*turns), _in_vain(*turns), _refusal(before, after), _fetch(before, after))
     found = [event for event in told if event] + _scaling(before.scaling, after.scaling)
     old, new = before.rollout, after.rollout
     if new is not None and new.drain_first and not (old is not None and old.drain_first):
@@ -50,6 +53,16 @@ def _turn(old: RolloutStatus | None, new: RolloutStatus | None) -> Event | None:
             return Event("Normal", "RolledBack", f"{new.stable} serves alone again.")
         case _:
             return Event("Warning", "RolloutStalled", new.message)
+
+
+def _in_vain(old: RolloutStatus | None, new: RolloutStatus | None) -> Event | None:
+    """A command that was read and changed nothing: misspelt, or of no use where the rollout stands."""
+    if old is None or new is None or new.command == old.command or verb(new.command) in ("", "pause", "resume"):
+        return None
+    if (old.phase, old.step, old.target, old.since) != (new.phase, new.step, new.target, new.since):
+        return None
+    words = f"The annotation {COMMAND}: {new.command[:64]} does nothing while the rollout is {new.phase}."
+    return Event("Warning", "CommandIgnored", f"{words} There are pause, promote, rollback and retry.")
 
 
 def _scaling(old: ScalingStatus | None, new: ScalingStatus | None) -> list[Event]:
