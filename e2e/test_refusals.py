@@ -51,6 +51,9 @@ BAD: list[tuple[str, Callable[[Object], None], str]] = [
     ("GPUs that are not the ranks", put("resources.limits", {"nvidia.com/gpu": 2}), "tensorParallelSize"),
     ("too many ranks", put("engine.tensorParallelSize", 16), "tensorParallelSize"),
     ("host memory that is no quantity", put("engine.kvCache.hostMemory", "much"), "not a quantity"),
+    ("a negative quantity", put("engine.kvCache.hostMemory", "-1Gi"), "hostMemory"),
+    ("no time for progress", put("rollout.progressDeadline", "0s"), "progressDeadline"),
+    ("a label's value with a space", put("podTemplate.metadata.labels", {"team": "a b"}), "labels.team"),
     ("unknown load format", put("engine.loadFormat", "magic"), "loadFormat"),
 ]
 
@@ -63,6 +66,33 @@ def test_refused_with_a_helpful_message(kube: Kube, change: Callable[[Object], N
         kube.apply(obj)
     assert names in str(refusal.value)
     assert kube.get("mis", "refused") is None
+
+
+def test_a_name_that_the_pods_of_groups_cannot_carry(kube: Kube) -> None:
+    """Their StatefulSets would be there, and never get a pod."""
+
+    def applied(length: int) -> str:
+        obj = service("x" * length, pipelineParallelSize=2)
+        return kube.run("apply", "--server-side", "--dry-run=server", "-f", "-", stdin=json.dumps(obj))
+
+    applied(37)
+    with pytest.raises(KubectlError, match="at most 37 characters"):
+        applied(38)
+
+
+def test_scaling_after_a_scale_by_hand_says_what_to_do(kube: Kube) -> None:
+    """The manifest has no replicas then: they are what `kubectl scale` has written."""
+    obj = service("switched")
+    obj["spec"] |= {"replicas": 0, "podTemplate": {"spec": {"nodeSelector": {"no": "such"}}}}
+    kube.apply(obj)
+    kube.run("scale", "mis/switched", "--replicas=2")
+    del obj["spec"]["replicas"]
+    obj["spec"]["scaling"] = {"max": 3}
+    with pytest.raises(KubectlError, match="set it to 1"):
+        kube.apply(obj)
+    obj["spec"]["replicas"] = 1
+    kube.apply(obj)
+    kube.delete("mis", "switched")
 
 
 def test_a_good_object_passes_the_same_door(kube: Kube) -> None:

@@ -415,7 +415,7 @@ def filler(
     base = _account(owner) | ({} if stay else {"restartPolicy": "OnFailure"})
     pod = fetching.pod(spec, settings, base, stay=stay)
     nameless = {**pod, "containers": [{k: v for k, v in c.items() if "image" not in k} for c in pod["containers"]]}
-    name = f"{owner.name}-fetch-{digest(nameless)}"
+    name = _filler_name(owner, nameless)
     pod["containers"][0]["args"] += fetching.eviction(spec, kept, now)
     marks = {"app.kubernetes.io/name": fetching.NAME, "app.kubernetes.io/managed-by": "mainsail",
              fetching.LABEL: owner.name}  # fmt: skip
@@ -429,6 +429,13 @@ def filler(
     # It is tried again for as long as the model is asked for: a Secret or a disk may be put right at any time.
     body = {"backoffLimit": 100_000, "template": template}
     return {"apiVersion": "batch/v1", "kind": "Job", "metadata": metadata, "spec": body}
+
+
+def _filler_name(owner: Owner, pod: JSON) -> str:
+    """At most 63 characters: a Job's name is a label of its pods. The hash tells services apart whose names are cut."""
+    most = 63 - len("-fetch-") - 10
+    hashed = digest(pod) if len(owner.name) <= most else digest([owner.name, pod])
+    return f"{owner.name[:most]}-fetch-{hashed}"
 
 
 def deployment_name(owner: Owner, revision: str) -> str:

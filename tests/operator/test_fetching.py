@@ -10,6 +10,7 @@ import pytest
 from mainsail_operator import fetching, objects
 from mainsail_operator.fetched import FETCHED, Bytes, Fetch, Fetcher, Filler, judge, read_fetcher, read_filler
 from mainsail_operator.handlers import Store
+from mainsail_operator.objects import Owner
 from mainsail_operator.observe import Observed
 from mainsail_operator.plan import Apply, plan
 from mainsail_operator.rollout import Situation, decide
@@ -30,6 +31,17 @@ def test_paths_and_names_follow_the_model_alone() -> None:
     assert fetching.copy_name(spec()) == fetching.copy_name(spec(secretRef={"name": "s"}))
     assert fetching.copy_name(spec()) != fetching.copy_name(spec(revision="v2"))
     assert not fetching.is_fetched(spec("pvc://claim/x"))
+
+
+def test_a_name_that_is_long_leaves_room_for_the_label_of_the_pods(settings) -> None:
+    """Two services whose names begin alike have fetchers of their own."""
+    names: set[str] = set()
+    for name in ("a" * 46, "a" * 47, "a" * 50, "a" * 49 + "b"):
+        job = objects.filler(Owner(name, "ns", "uid"), spec(cache={"claim": "c"}), settings)
+        assert job is not None
+        names.add(job["metadata"]["name"])
+    assert len(names) == 4
+    assert {len(name) for name in names} == {63}
 
 
 def test_volumes() -> None:

@@ -8,6 +8,7 @@ from pydantic import ConfigDict, Field
 
 from mainsail_operator.types.schema import GROUP, JSON, Model, Quantity, rule, rules
 
+_LABEL_VALUE = "^([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?$"
 OWNED_LABELS = ("app.kubernetes.io/name", "app.kubernetes.io/instance", "app.kubernetes.io/managed-by")
 
 
@@ -47,7 +48,7 @@ class ResourcesSpec(Model):
 class PodTemplateMetadata(Model):
     """Labels and annotations that every pod gets besides the operator's own."""
 
-    labels: dict[str, Annotated[str, Field(max_length=63)]] = Field(
+    labels: dict[str, Annotated[str, Field(max_length=63, pattern=_LABEL_VALUE)]] = Field(
         default_factory=dict[str, str],
         max_length=64,
         description="Further labels of the pods.",

@@ -55,13 +55,15 @@ _DURATION_RULE = rule(
 _DURATION_CEL = "!self.matches('^([0-9]+h)?([0-9]+m)?([0-9]+s)?$') || self == '' || "
 
 
-def duration_field(most: str) -> Any:
-    bound = rule(f"{_DURATION_CEL}duration(self) <= duration('{most}')", f"at most {most}")
-    return Field(max_length=16, json_schema_extra=rules(_DURATION_RULE, bound))
+def duration_field(most: str, *, above_zero: bool = False) -> Any:
+    bounds = [rule(f"{_DURATION_CEL}duration(self) <= duration('{most}')", f"at most {most}")]
+    if above_zero:
+        bounds.append(rule(f"{_DURATION_CEL}duration(self) > duration('0s')", "more than 0s"))
+    return Field(max_length=16, json_schema_extra=rules(_DURATION_RULE, *bounds))
 
 
 DrainTimeout = Annotated[str, AfterValidator(check_duration), duration_field("1h")]
-ProgressDeadline = Annotated[str, AfterValidator(check_duration), duration_field("24h")]
+ProgressDeadline = Annotated[str, AfterValidator(check_duration), duration_field("24h", above_zero=True)]
 Duration = Annotated[str, AfterValidator(check_duration), duration_field("168h")]
 
 Quantity = Annotated[
@@ -74,7 +76,11 @@ Quantity = Annotated[
                 rule(
                     "type(self) == int || isQuantity(self)",
                     "not a quantity: write 1, 500m, 2Gi, …",
-                )
+                ),
+                rule(
+                    "type(self) == int ? self >= 0 : !isQuantity(self) || !quantity(self).isLessThan(quantity('0'))",
+                    "a quantity cannot be negative",
+                ),
             ),
             "maxLength": 32,
         }

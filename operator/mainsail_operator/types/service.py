@@ -13,6 +13,10 @@ from mainsail_operator.types.scaling import ScalingSpec
 from mainsail_operator.types.schema import Model, rule, rules
 from mainsail_operator.types.status import InferenceServiceStatus
 
+GROUPED_NAME = 37
+"""A StatefulSet's name may have 52 characters, as its pods' label for its revision has 11 more; a group's has the
+revision (11) and the group's number (up to 4) besides the service's name."""
+
 
 class InferenceServiceSpec(Model):
     """What the user asks for."""
@@ -22,8 +26,9 @@ class InferenceServiceSpec(Model):
             rule(
                 "!has(self.scaling) || self.replicas == 1",
                 "spec.replicas and spec.scaling exclude one another: with scaling the operator decides between "
-                "scaling.min and scaling.max, so remove replicas; or remove scaling to set replicas by hand, by "
-                "kubectl scale or by an autoscaler of your own",
+                "scaling.min and scaling.max, so remove replicas (set it to 1, where kubectl scale or an autoscaler "
+                "has written it); or remove scaling to set replicas by hand, by kubectl scale or by an autoscaler of "
+                "your own",
                 path=".replicas",
             ),
             rule(
@@ -87,7 +92,13 @@ class InferenceService(Model):
                 "self.metadata.name.size() <= 50 && self.metadata.name.matches('^[a-z]([-a-z0-9]*[a-z0-9])?$')",
                 "the name becomes a Service and the prefix of Deployments: at most 50 lower-case letters, digits and "
                 "-, beginning with a letter",
-            )
+            ),
+            rule(
+                f"!has(self.spec.engine) || self.spec.engine.pipelineParallelSize == 1 || "
+                f"self.metadata.name.size() <= {GROUPED_NAME}",
+                "with engine.pipelineParallelSize the name becomes part of StatefulSets, whose pods carry it in a "
+                f"label: at most {GROUPED_NAME} characters",
+            ),
         )
     )
 
