@@ -37,7 +37,7 @@ def _turn(old: RolloutStatus | None, new: RolloutStatus | None) -> Event | None:
         return None
     match new.phase:
         case "Starting" if new.step > 1:
-            return Event("Normal", "RolloutStep", f"{new.target} has passed step {new.step - 1}.")
+            return Event("Normal", "RolloutStep", f"{new.target} is past step {new.step - 1}.")
         case "Starting":
             beside = f" beside {new.stable}" if new.stable else ""
             return Event("Normal", "RolloutStarted", f"Starting {new.target}{beside}.")

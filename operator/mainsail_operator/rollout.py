@@ -317,7 +317,9 @@ def _judged(state: RolloutStatus, it: Situation) -> RolloutStatus:
     if state.step < len(it.steps):
         weight = it.steps[state.step].weight
         return _moved(state, it, "Starting", "NextStep", f"{verdict.message}. On to {weight} %.", step=state.step + 1)
-    return _moved(state, it, "Promoting", "GatePassed", f"The gate has passed: {verdict.message}.")
+    unsure = "The gate could not be judged in time, and gate.onInconclusive is Proceed"
+    told = "The gate has passed" if verdict.outcome == "Pass" else unsure
+    return _moved(state, it, "Promoting", "GatePassed", f"{told}: {verdict.message}.")
 
 
 def _back(state: RolloutStatus, it: Situation) -> RolloutStatus:

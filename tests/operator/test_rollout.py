@@ -86,6 +86,16 @@ def test_blue_green_moves_the_requests_at_once_and_keeps_the_old_one_for_a_while
     assert cluster.names == {name_of(new)}
 
 
+@pytest.mark.parametrize(("requests", "words"), [(40.0, "The gate has passed"), (0.0, "could not be judged in time")])
+def test_what_was_not_judged_is_not_said_to_have_passed(requests: float, words: str) -> None:
+    cluster, _ = settled(1, 2, 4)
+    cluster.requests_per_tick = requests
+    new = spec_of(2, 2, **BLUE_GREEN, gate={"onInconclusive": "Proceed"})
+    run_until(cluster, new, "Promoting")
+    assert cluster.rollout.reason == "GatePassed"
+    assert words in cluster.rollout.message
+
+
 def test_a_surge_is_a_quarter_at_a_time() -> None:
     cluster, _ = settled(1, 8, 100)
     new = spec_of(2, 8)
