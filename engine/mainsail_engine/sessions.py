@@ -195,9 +195,13 @@ class SessionTable:
     def _continued(self, prompt: Sequence[int], chain: list[int]) -> Session | None:
         """The acting session with the longest last prompt that this one begins with."""
         for num_blocks in range(len(chain) - 1, 0, -1):
-            for tail, sessions in self._by_anchor.get(chain[num_blocks], {}).items():
-                end = num_blocks * BLOCK_SIZE + len(tail)
-                if end < len(prompt) and tuple(prompt[num_blocks * BLOCK_SIZE : end]) == tail:
+            tails, start = self._by_anchor.get(chain[num_blocks]), num_blocks * BLOCK_SIZE
+            if tails is None:
+                continue
+            longest = min(BLOCK_SIZE, len(prompt) - start) - 1
+            for length in range(longest, -1, -1):  # not one tail after another: there may be thousands
+                sessions = tails.get(tuple(prompt[start : start + length]))
+                if sessions is not None:
                     return sessions[-1]
         return None
 

@@ -92,6 +92,18 @@ def test_the_longest_known_prompt_wins():
     assert traffic.turn([*first, 9]) is other
 
 
+@pytest.mark.parametrize("order", itertools.permutations((32, 35, 40)))
+def test_the_longest_wins_also_of_those_that_end_in_the_same_block(order):
+    traffic, whole = Traffic(), prompt(0, 60)
+    table = traffic.table
+    sessions = {length: traffic.turn(whole[:length], ends=False) for length in order}
+    for length in order:
+        table.finished(sessions[length], length + 5, 0.0)
+    assert traffic.turn(whole[:38]) is sessions[35]
+    assert traffic.turn(whole[:34]) is sessions[32]
+    assert traffic.turn(whole) is sessions[40]
+
+
 def test_an_id_survives_a_rewritten_history():
     traffic = Traffic()
     session = traffic.turn(prompt(0, 200), session_id="run 1")
