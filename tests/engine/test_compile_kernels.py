@@ -87,7 +87,7 @@ def run(script: str, *, orders: str = "", **environment: str) -> Any:
     """In a process of its own, whose Triton never sees a card."""
     unset = {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
     ended = subprocess.run(
-        [sys.executable, "-c", script], input=orders, capture_output=True, text=True, timeout=280,
+        [sys.executable, "-c", script], input=orders, capture_output=True, text=True, timeout=560,
         env={**os.environ, **unset, **environment}, check=False,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr

@@ -153,7 +153,7 @@ def idle_streams(tmp_path, streams: int, workers: int) -> dict:
     out = tmp_path / "figures.json"
     command = [sys.executable, "benchmarks/gateway_idle.py", "--streams", str(streams), "--workers", str(workers)]
     more = ["--requests", "50", "--idle-s", "1", "--json", out]
-    subprocess.run([*command, *more], check=True, timeout=280, cwd=ROOT)
+    subprocess.run([*command, *more], check=True, timeout=560, cwd=ROOT)
     (found,) = json.loads(out.read_text())["rows"]
     print(found)
     assert found["begun"] == found["ended_whole"] == streams
