@@ -32,7 +32,7 @@ import msgspec
 
 from mainsail_engine.server.told_blocks import packed
 from mainsail_gateway import balance, sessions
-from mainsail_gateway.fleet import Flight, Pool
+from mainsail_gateway.fleet import Pool
 from mainsail_gateway.kv_events import Feed, apply
 from mainsail_gateway.kv_index import SAMPLE, Blocks
 from mainsail_gateway.request import Chain
@@ -283,13 +283,14 @@ class Gateway:
         self, session: sessions.Session, talk: Conversation, blocks: list[int], tokens: int, weight: int, start: Start,
         places: frozenset[str] | None, now: float,
     ) -> None:  # fmt: skip
-        found = self._pool.pick(weight, session.prefixes, set(), now, places=places)
+        found = self._pool.pick(tokens, session.prefixes, set(), now, places=places)
         if found is None:
             raise RuntimeError("no endpoint")
-        endpoint, load, cost = found
+        endpoint = found.endpoint
         self._pool.index.learn(session.prefixes, endpoint.key)
         self._pool.sessions.begin(session, endpoint.key)
-        flight = Flight(load, cost)
+        running = self._pool.in_flight(found, session.prefixes)
+        flight = running.__enter__()
 
         def answering() -> None:
             flight.answering()
@@ -297,7 +298,7 @@ class Gateway:
                 self._pool.kv.learn(session.prefixes, told, tokens)
 
         def end(then: float) -> None:
-            flight.end()
+            running.__exit__(None, None, None)
             self._pool.sessions.end(session, weight - tokens, then)
             self._let_in(then)
 

@@ -34,7 +34,7 @@ from mainsail_gateway.errors import (
     unknown_model,
 )
 from mainsail_gateway.external import Outside
-from mainsail_gateway.fleet import Fleet, Pool, in_flight
+from mainsail_gateway.fleet import Fleet, Pool
 from mainsail_gateway.health import Health
 from mainsail_gateway.hold import Reply
 from mainsail_gateway.journal import NO_FAILOVER_HEADER
@@ -338,16 +338,16 @@ class Gateway:
                 async with self._admitted(call, asked, asked.reply) as pool:
                     avoid = {e.key for e in service.endpoints if subset and f"{e.host}:{e.port}" not in subset}
                     found = pool.pick(
-                        call.weight, call.prefixes, avoid, time.monotonic(), call.sticky, places=call.places
+                        call.prompt_tokens, call.prefixes, avoid, time.monotonic(), call.sticky, places=call.places
                     )  # fmt: skip
                     if found is None:
                         raise no_capacity(call.model, self.settings.retry_after_s)
-                    endpoint, load, weight = found
+                    endpoint, load, _ = found
                     call.at(metrics.pod(endpoint))
                     pool.index.learn(call.prefixes, endpoint.key)
                     if call.session is not None:
                         pool.sessions.begin(call.session, endpoint.key)
-                    with in_flight(load, weight):
+                    with pool.in_flight(found, call.prefixes):
                         yield endpoint, call
                     (balance.succeeded(load) if call.code < 500 else balance.failed(load, time.monotonic()))
             except GatewayError as error:

@@ -6,18 +6,23 @@ The rules, in order:
    ejection, as in Envoy). Never more than half of a service: above that the failures are taken to be everybody's, and
    ejections are ignored (panic threshold) instead of burying the rest. Whoever comes back, and whoever is new, gets a
    share that grows over `SLOW_START_S`.
-2. **Affinity, for what it saves.** What a prompt's beginning has left in an endpoint's cache need not be computed
-   again. So the endpoint is taken where the least is to be done before this request is: the tokens in flight there, and
-   those of this request that it has not served before. A full queue is never worth a cache, and a cache is never given
-   up for noise. A conversation is known by the name that its client gives it, or by its *anchor*: its messages up to
-   the first that is not the system's, with which all its turns begin.
-3. **New conversations** go where consistent hashing (rendezvous) puts them, so that gateways agree without talking, as
-   far as the load allows: being there counts like a cache of the prompt. This bounds the load that hashing alone would
-   not (Mirrokni et al., "Consistent hashing with bounded loads", 2016).
-4. **Least loaded** otherwise, in tokens per share; ties go to the one picked least recently, then by key.
+2. **Affinity, for what it saves.** The endpoint is taken where the least is to be done for this request: the prompts
+   that are still to be computed there, a fixed cost for each request that runs there (every step of this one takes
+   longer for it, however short it is), and what of its own prompt is not in the cache. That saves its tokens once: the
+   next one like it finds them in both places. Many requests that begin alike so spread as soon as their number weighs
+   more than one more copy of their beginning.
+3. **Next turns** of a conversation that is at rest stay where it was, for `STICKINESS` times what that saves: its KV
+   would be in two places for nothing. It is known by its messages, or by the name that its client gives it.
+4. **New conversations** go where consistent hashing (rendezvous) of their *anchor* puts them (the messages up to the
+   first that is not the system's, with which all its turns begin), so that gateways agree without talking and do not
+   all run to whom an old reading shows idle; as far as the load allows, which hashing alone would not bound (Mirrokni
+   et al., "Consistent hashing with bounded loads", 2016). Not where a cache would be given up that has most of the
+   prompt: questions about one long document go where the document is.
+5. **Least loaded** otherwise, in tokens per share; ties go to the one picked least recently, then by key.
 
-Tokens in flight are what this gateway sent, and what the engine says that it has besides (from other gateways), while
-that is fresh. An engine whose KV pool is full and whose requests wait comes last.
+What is to be done at an endpoint is what this gateway sent, and what the engine says that it has besides (from other
+gateways), while that is fresh. Who has more requests than it runs at once lets them wait, which costs more; an engine
+whose KV pool is full and whose requests wait comes last.
 """
 
 import hashlib
@@ -41,17 +46,24 @@ FULL_KV = 0.95
 """Share of an engine's KV blocks in use from which requests that wait there wait for memory."""
 WAITING_TOKENS = 2048
 """What a request of others that waits at an engine is taken to cost."""
+SLOT_TOKENS = 65536
+"""What waiting for its turn is taken to cost at an engine that runs one request at a time: some 250 steps, an answer's.
+Where several run, one of them is through so many times sooner."""
 ANSWERING_TOKENS = 256
-"""What a request costs others once its prompt is computed: one row of many in each step, whatever its length."""
+"""What a request costs others besides its prompt: one row of many in each step, whatever its length."""
 STICKINESS = 8
-"""How much more a cached token is worth than one computed: what moves is cached twice, and gateways that do not talk
-look for it in two places. Measured: benchmarks/gateway_balance.py."""
+"""How much more a cached token of a conversation at rest is worth than one computed: what moves is cached twice, and
+gateways that do not talk look for it in two places. Measured: benchmarks/gateway_balance.py."""
+LOSS = 2
+"""A new conversation is not drawn to its home for which, somewhere else, so many times as much of its prompt is cached
+as would be left to compute there."""
 LEAST_TOKENS = 64
 """What a conversation that the client names is worth at least: its answers are cached too."""
-HOMES = 4
-"""Endpoints that are remembered for a prefix."""
-PREFIX_LENGTHS = (512, 2048, 8192, 32768)
-"""Bytes of a prompt's text. Shorter prompts have too little to gain from a cache to be tied to an endpoint."""
+HOMES = 16
+"""Endpoints that are remembered for a prefix. With fewer than have it, the others look as if they had not."""
+PREFIX_LENGTHS = tuple(512 << doubled for doubled in range(11))
+"""Bytes of a prompt's text, to 512 KiB: at least half of what two prompts share is known. Shorter ones have too little
+to gain from a cache to be tied to an endpoint."""
 
 
 @dataclass(slots=True)
@@ -62,8 +74,8 @@ class Load:
     since: float
     """When the endpoint was first seen, or came back from an ejection: its share grows from here."""
     requests: int = 0
-    tokens: int = 0
-    """Expected cost of the requests in flight: of those that wait for their first token, what is to be computed."""
+    prefill: int = 0
+    """Tokens of prompts that are to be computed for those of them that wait for their first token."""
     picked: int = 0
     """Sequence number of the last pick."""
     failures: int = 0
@@ -79,7 +91,9 @@ class Load:
     waiting: int = 0
     """Requests that it had, ours among them, when it last said so."""
     others: int = 0
-    """Cost of the requests at the endpoint that are not ours, when it last said what it has."""
+    """Requests at the endpoint that are not ours, when it last said what it has …"""
+    others_cost: int = 0
+    """… and what they cost, in tokens."""
     resident: int = 0
     """Tokens of KV that its requests hold and that it keeps for sessions between turns, when it last said so."""
     full: bool = False
@@ -91,17 +105,28 @@ class Load:
 def observe(load: Load, *, running: int, waiting: int, kv_usage: float, now: float, kept_tokens: int = 0) -> None:
     """Note what an engine says of itself. kept_tokens: KV that it keeps for sessions between turns."""
     load.running, load.waiting = running, waiting
-    others = max(0, running + waiting - load.requests)
-    queued = min(waiting, others)
-    load.others = queued * WAITING_TOKENS + (others - queued) * ANSWERING_TOKENS
+    load.others = max(0, running + waiting - load.requests)
+    queued = min(waiting, load.others)
+    load.others_cost = queued * WAITING_TOKENS + (load.others - queued) * ANSWERING_TOKENS
     load.full = waiting > 0 and kv_usage >= FULL_KV
     load.resident = int(kv_usage * load.kv_tokens) + kept_tokens
     load.observed = now
 
 
+def backlog(load: Load, now: float) -> int:
+    """Tokens that are still to be computed there before the next prompt is, others' requests among them."""
+    return load.prefill + (load.others_cost if now - load.observed < FRESH_S else 0)
+
+
 def burden(load: Load, now: float) -> int:
     """What is to be done at the endpoint, in tokens, as far as is known."""
-    return load.tokens + (load.others if now - load.observed < FRESH_S else 0)
+    return backlog(load, now) + ANSWERING_TOKENS * load.requests
+
+
+def turn(load: Load, now: float) -> float:
+    """What it costs one more request to wait there until it runs; 0 where it is not known how many run at once."""
+    there = load.requests + (load.others if now - load.observed < FRESH_S else 0)
+    return max(0, there + 1 - load.max_running) * SLOT_TOKENS / load.max_running if load.max_running else 0.0
 
 
 def share(load: Load, now: float) -> float:
@@ -209,33 +234,42 @@ def rendezvous(prefix: bytes, loads: Sequence[Load]) -> list[Load]:
 
 def pick(
     loads: Sequence[Load],
-    weight: int,
+    prompt: int,
     prefixes: Sequence[Prefix],
     index: PrefixIndex,
     now: float,
     known: Mapping[str, int] = _NOTHING,
+    *,
+    alone: bool = True,
 ) -> tuple[Load, int] | None:
-    """The endpoint for a request of `weight` tokens, and how many of those are to be computed there; None only when
-    there is no endpoint at all. known: what endpoints themselves say that they have of it, in tokens."""
+    """The endpoint for a request with a prompt of so many tokens, and how many of those are to be computed there; None
+    only when there is no endpoint at all. known: what endpoints themselves say that they have of it, in tokens.
+    alone: no other request of its conversation is in flight: it is the next turn, not one of many that begin alike."""
     candidates = usable(loads, now)
     if not candidates:
         return None
     saved = {**index.saved(prefixes), **known} if prefixes else {}
-    drawn = dict(saved)
-    if prefixes and not any(key in saved for key, _ in index.get(prefixes[-1].key)):
-        home = rendezvous(prefixes[-1].key, candidates)[0]
-        drawn[home.key] = prefixes[-1].tokens  # where the next one like it is sent too; nothing is there yet
+    drawn: dict[str, int] = {}
+    if prefixes and any(key in saved for key, _ in index.get(prefixes[-1].key)):
+        drawn = {key: (STICKINESS - 1) * tokens for key, tokens in saved.items()} if alone else {}
+    elif prefixes and (home := _home(candidates, prefixes[-1], saved)) is not None:
+        drawn = {home.key: STICKINESS * prefixes[-1].tokens}
 
     def cost(load: Load) -> tuple[bool, float, int, str]:
-        return _cost(load, weight - STICKINESS * drawn.get(load.key, 0), now)
+        work = burden(load, now) + max(0, prompt - saved.get(load.key, 0)) + turn(load, now)
+        return _full(load, now), work / share(load, now) - drawn.get(load.key, 0), load.picked, load.key
 
     best = min(candidates, key=cost)
-    return best, max(1, weight - saved.get(best.key, 0))
+    return best, max(1, prompt - saved.get(best.key, 0))
+
+
+def _home(candidates: Sequence[Load], conversation: Prefix, saved: Mapping[str, int]) -> Load | None:
+    """Where a conversation belongs that nobody has served yet, and where the next gateway will look for it."""
+    home = rendezvous(conversation.key, candidates)[0]
+    most = max(saved.values(), default=0)
+    lost = most - saved.get(home.key, 0)
+    return home if lost <= LOSS * (conversation.tokens - most) else None
 
 
 def _full(load: Load, now: float) -> bool:
     return load.full and now - load.observed < FRESH_S
-
-
-def _cost(load: Load, weight: int, now: float) -> tuple[bool, float, int, str]:
-    return _full(load, now), (burden(load, now) + weight) / share(load, now), load.picked, load.key

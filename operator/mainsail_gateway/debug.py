@@ -15,6 +15,7 @@ from urllib.parse import parse_qs
 from mainsail_gateway import balance
 from mainsail_gateway.errors import unknown_model
 from mainsail_gateway.fleet import Pool
+from mainsail_gateway.request import BYTES_PER_TOKEN
 from mainsail_gateway.routes import Service
 from mainsail_gateway.split import Sticky, eligible, placed, position
 from mainsail_gateway.virtual import Virtual
@@ -93,7 +94,7 @@ def _endpoint(pool: Pool, key: str, now: float) -> dict[str, Any]:
         "revision": endpoint.revision,
         "address": f"{endpoint.host}:{endpoint.port}",
         "requests": load.requests,
-        "tokens": load.tokens,
+        "prefill": load.prefill,
         "burden": balance.burden(load, now),
         "full": load.full,
         "kv_tokens": load.kv_tokens,
@@ -112,7 +113,8 @@ def pick(gateway: Gateway, found: Service, session: str | None, prompt: bytes, n
     probe.split = copy.deepcopy(pool.split)
     probe.loads = {key: copy.copy(load) for key, load in pool.loads.items()}
     prefixes = balance.prefix_keys(prompt, session)
-    chosen = probe.pick(len(prompt) // 4 + 1, prefixes, set(), now, Sticky(session) if session else None)
+    tokens = len(prompt) // BYTES_PER_TOKEN
+    chosen = probe.pick(tokens, prefixes, set(), now, Sticky(session) if session else None)
     if chosen is None:
         return {"pod": None, "because": ["no endpoint is ready"]}
     endpoint, load, remaining = chosen
@@ -131,8 +133,8 @@ def pick(gateway: Gateway, found: Service, session: str | None, prompt: bytes, n
         because.append("it has the least load for its share")
     if len(balance.usable(list(pool.loads.values()), now)) < len(pool.loads):
         because.append("others are ejected after failures")
-    return {"pod": endpoint.pod, "revision": endpoint.revision, "tokens": load.tokens, "remaining": remaining,
-            "because": because}  # fmt: skip
+    return {"pod": endpoint.pod, "revision": endpoint.revision, "burden": balance.burden(load, now),
+            "remaining": remaining, "because": because}  # fmt: skip
 
 
 def _revision(pool: Pool, name: str, session: str | None, now: float) -> str:

@@ -5,6 +5,7 @@ or ends, and when an endpoint fails. An endpoint that leaves the table is forgot
 their own `Load` and end quietly.
 """
 
+from collections import Counter
 from collections.abc import Collection, Generator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -22,8 +23,28 @@ from mainsail_gateway.watch import Key
 class Picked(NamedTuple):
     endpoint: Endpoint
     load: Load
-    weight: int
-    """What the request costs there, in tokens."""
+    prefill: int
+    """Tokens of the prompt that are to be computed there."""
+
+
+class Flight:
+    """A request at an endpoint, as it weighs on it."""
+
+    def __init__(self, load: Load, prefill: int) -> None:
+        """prefill: tokens of its prompt that are to be computed there."""
+        self._load = load
+        self._prefill = prefill
+        load.requests += 1
+        load.prefill += prefill
+
+    def answering(self) -> None:
+        """Its first token has come: the prompt is computed."""
+        self._load.prefill -= self._prefill
+        self._prefill = 0
+
+    def end(self) -> None:
+        self.answering()
+        self._load.requests -= 1
 
 
 class Pool:
@@ -43,6 +64,8 @@ class Pool:
         self.split = Split()
         self.failovers = failover_budget()
         self._picks = 0
+        self._in_flight: Counter[bytes] = Counter()
+        """Requests, by the conversation that they are of: the last of their prefixes."""
 
     def update(self, endpoints: Sequence[Endpoint], now: float, weights: Weights = ()) -> None:
         several = len({endpoint.revision for endpoint in endpoints}) > 1
@@ -54,7 +77,7 @@ class Pool:
 
     def pick(
         self,
-        weight: int,
+        prompt: int,
         prefixes: Sequence[Prefix],
         avoid: set[str],
         now: float,
@@ -62,7 +85,7 @@ class Pool:
         revision: str | None = None,
         places: Collection[str] | None = None,
     ) -> Picked | None:
-        """An endpoint that is not in `avoid`; None when there is none left.
+        """An endpoint for a prompt of so many tokens that is not in `avoid`; None when there is none left.
 
         First the revision, by its weight or by `sticky` (a session's or user's name), then the balance inside it. What
         one `revision` has begun another one finishes only where nobody else is left: it may be another model. places:
@@ -72,13 +95,28 @@ class Pool:
             loads = [load for load in loads if load.key in places] or loads
         same = [load for load in loads if self.endpoints[load.key].revision == revision]
         several = same or self._of_one_revision(loads, now, sticky)
-        found = balance.pick(several, weight, prefixes, self.index, now, self.kv.cached(prefixes))
+        known, alone = self.kv.cached(prefixes), not (prefixes and self._in_flight[prefixes[-1].key])
+        found = balance.pick(several, prompt, prefixes, self.index, now, known, alone=alone)
         if found is None:
             return None
         load, remaining = found
         self._picks += 1
         load.picked = self._picks
         return Picked(self.endpoints[load.key], load, remaining)
+
+    @contextmanager
+    def in_flight(self, picked: Picked, prefixes: Sequence[Prefix]) -> Generator[Flight]:
+        """Counts a request at the endpoint that was picked for it, while it runs."""
+        flight = Flight(picked.load, picked.prefill)
+        conversation = prefixes[-1].key if prefixes else b""
+        self._in_flight[conversation] += 1
+        try:
+            yield flight
+        finally:
+            flight.end()
+            self._in_flight[conversation] -= 1
+            if not self._in_flight[conversation]:
+                del self._in_flight[conversation]
 
     def sound(self, now: float) -> bool:
         """Most endpoints work: what one has lost is no more than the others can take over."""
@@ -108,36 +146,6 @@ class Pool:
             return loads
         chosen = self.split.choose(weighted, sticky)
         return [load for load in loads if self.endpoints[load.key].revision == chosen]
-
-
-class Flight:
-    """A request at an endpoint, as it weighs on it."""
-
-    def __init__(self, load: Load, weight: int) -> None:
-        self._load = load
-        self._weight = weight
-        load.requests += 1
-        load.tokens += weight
-
-    def answering(self) -> None:
-        """Its first token has come: the prompt is computed."""
-        less = self._weight - min(self._weight, balance.ANSWERING_TOKENS)
-        self._weight -= less
-        self._load.tokens -= less
-
-    def end(self) -> None:
-        self._load.requests -= 1
-        self._load.tokens -= self._weight
-
-
-@contextmanager
-def in_flight(load: Load, weight: int) -> Generator[Flight]:
-    """Counts a request at an endpoint while it runs."""
-    flight = Flight(load, weight)
-    try:
-        yield flight
-    finally:
-        flight.end()
 
 
 class Fleet:

@@ -30,7 +30,7 @@ from mainsail_gateway import balance
 from mainsail_gateway.asgi import Headers, OnGone, Receive, Send
 from mainsail_gateway.balance import Load, Prefix
 from mainsail_gateway.errors import GatewayError, no_capacity, out_of_sockets
-from mainsail_gateway.fleet import Flight, Picked, Pool, in_flight
+from mainsail_gateway.fleet import Flight, Picked, Pool
 from mainsail_gateway.journal import OWN_HEADERS, RESUME_HEADER, STREAM_HEADER, Journal
 from mainsail_gateway.kv_index import BLOCKS_HEADER, Blocks
 from mainsail_gateway.metrics import ServiceMetrics
@@ -253,11 +253,11 @@ class Relay:
         tried: set[str] = set()
         failure: UpstreamError | None = None
         while (found := _pick(call, pool, tried)) is not None:
-            endpoint, load, weight = found
+            endpoint, load, _ = found
             tried.add(endpoint.key)
             call.at(metrics.pod(endpoint))
             answering = False
-            with in_flight(load, weight) as flight:
+            with pool.in_flight(found, call.prefixes) as flight:
                 try:
                     connection = await self._exchange(call, endpoint)
                     if connection.status == 503 and _elsewhere(call, pool, tried, metrics):
@@ -405,7 +405,7 @@ class Relay:
 
 def _pick(call: Call, pool: Pool, tried: set[str]) -> Picked | None:
     found = pool.pick(
-        call.weight, call.prefixes, tried, time.monotonic(), call.sticky, call.revision, call.places
+        call.prompt_tokens, call.prefixes, tried, time.monotonic(), call.sticky, call.revision, call.places
     )  # fmt: skip
     if found is not None and call.session is not None:
         pool.sessions.begin(call.session, found.endpoint.key)

@@ -41,7 +41,7 @@ from math import inf
 from types import MappingProxyType
 from typing import NamedTuple
 
-from mainsail_gateway.balance import ANSWERING_TOKENS, FRESH_S, Load, Prefix, burden
+from mainsail_gateway.balance import FRESH_S, Load, Prefix, backlog
 from mainsail_gateway.request import Chain
 
 FULL = 0.95
@@ -140,11 +140,6 @@ class Pauses:
         if len(self._seen) % 16 == 0:
             usual = sorted(self._seen)[int(RETURNED * (len(self._seen) - 1))]
             self.live_s = min(MOST_LIVE_S, max(LEAST_LIVE_S, 1.5 * usual))
-
-
-def backlog(load: Load, now: float) -> int:
-    """Tokens that are still to be computed there before the next prompt is, as far as is known."""
-    return burden(load, now) - ANSWERING_TOKENS * load.requests
 
 
 def is_idle(load: Load, now: float) -> bool:

@@ -5,12 +5,13 @@ from hypothesis import strategies as st
 
 from mainsail_gateway import balance
 from mainsail_gateway.balance import Load, Prefix, PrefixIndex
+from mainsail_gateway.fleet import Flight
 
 NOW = 1000.0
 PREFIX = [Prefix(b"12345678", 500)]
 
 loads = st.lists(st.integers(0, 100_000), min_size=1, max_size=20).map(
-    lambda tokens: [Load(f"e{i}", 0.0, tokens=n, picked=i) for i, n in enumerate(tokens)]
+    lambda tokens: [Load(f"e{i}", 0.0, prefill=n, picked=i) for i, n in enumerate(tokens)]
 )
 weights = st.integers(1, 50_000)
 
@@ -28,23 +29,100 @@ def test_none_without_endpoints():
 @given(loads, weights)
 def test_without_prefix_the_least_loaded(fleet, weight):
     chosen = pick(fleet, weight, [], PrefixIndex(), NOW)
-    assert chosen.tokens == min(load.tokens for load in fleet)
+    assert chosen.prefill == min(load.prefill for load in fleet)
 
 
-@given(loads, weights, st.integers(0, 19), st.integers(0, 50_000))
-def test_affinity_costs_no_more_than_a_cache_is_worth(fleet, weight, home, served):
+@given(loads, weights, st.integers(0, 19), st.data(), st.booleans())
+def test_affinity_costs_no_more_than_a_cache_is_worth(fleet, prompt, home, data, alone):
+    """Once what it saves, and more for a conversation's next turn."""
+    served = data.draw(st.integers(0, prompt))
     index = PrefixIndex()
     prefix = Prefix(b"12345678", served)
     index.learn([prefix], f"e{home % len(fleet)}")
-    found = balance.pick(fleet, weight, [prefix], index, NOW)
+    found = balance.pick(fleet, prompt, [prefix], index, NOW, alone=alone)
     assert found is not None
     chosen, remaining = found
-    least = min(load.tokens for load in fleet)
-    assert chosen.tokens <= least + balance.STICKINESS * served
+    least = min(load.prefill for load in fleet)
+    worth = served * (balance.STICKINESS if alone else 1)
+    assert chosen.prefill <= least + worth
     at_home = chosen is fleet[home % len(fleet)]
-    assert remaining == (max(1, weight - served) if at_home else weight)
-    if fleet[home % len(fleet)].tokens < least + balance.STICKINESS * served:
+    assert remaining == (max(1, prompt - served) if at_home else prompt)
+    if fleet[home % len(fleet)].prefill < least + worth:
         assert at_home
+
+
+@given(st.integers(2, 8), st.integers(1, 200), st.integers(0, 60_000), st.booleans())
+def test_streams_that_begin_alike_spread_however_short_they_are(engines, streams, prompt_bytes, answering):
+    """By no more than one copy of their beginning is worth; afterwards all have it, and all get as many."""
+    fleet = [Load(f"e{i}", 0.0) for i in range(engines)]
+    index, text = PrefixIndex(), b"x" * prompt_bytes
+    prefixes = balance.prefix_keys(text, anchor=text)
+    tokens = prompt_bytes // 4
+    for number in range(streams):
+        found = balance.pick(fleet, tokens, prefixes, index, NOW, alone=not number)
+        assert found is not None
+        chosen, prefill = found
+        index.learn(prefixes, chosen.key)
+        chosen.picked = number + 1
+        flight = Flight(chosen, prefill)
+        if answering:
+            flight.answering()
+        running = [load.requests for load in fleet]
+        assert max(running) - min(running) <= tokens // balance.ANSWERING_TOKENS + 1
+        if all(running):  # everybody has its beginning
+            least = min(balance.burden(load, NOW) for load in fleet if load is not chosen)
+            assert balance.burden(chosen, NOW) - balance.ANSWERING_TOKENS - prefill <= least
+    running = [load.requests for load in fleet]
+    if answering and streams >= engines * (tokens // balance.ANSWERING_TOKENS + 2):
+        assert max(running) - min(running) <= 1
+
+
+def test_a_next_turn_stays_where_a_new_one_like_it_would_not():
+    index = PrefixIndex()
+    index.learn([Prefix(b"12345678", 1000)], "a")
+    fleet = [Load("a", 0.0, requests=10), Load("b", 0.0)]
+    for alone, where, prefill in ((False, "b", 1000), (True, "a", 1)):
+        found = balance.pick(fleet, 1000, [Prefix(b"12345678", 1000)], index, NOW, alone=alone)
+        assert found is not None
+        assert (found[0].key, found[1]) == (where, prefill)
+
+
+def test_questions_about_one_document_go_where_the_document_is():
+    """Though each of them is a conversation of its own, whose hash says something else."""
+    document = b"a long document " * 5000
+    index, fleet = PrefixIndex(), [Load(f"e{i}", 0.0) for i in range(8)]
+    homes = set()
+    for number in range(20):
+        question = document + b"question %d" % number
+        prefixes = balance.prefix_keys(question, anchor=question)
+        chosen = pick(fleet, len(question) // 4, prefixes, index, NOW)
+        index.learn(prefixes, chosen.key)
+        homes.add(chosen.key)
+    assert len(homes) == 1
+
+
+@given(weights, st.integers(0, 50_000))
+def test_what_a_newcomer_has_cached_does_not_flood_it(prompt, others_tokens):
+    """Its share divides what it has to do; it must not multiply what it saves."""
+    index = PrefixIndex()
+    index.learn([Prefix(b"12345678", prompt)], "new")
+    index.learn([Prefix(b"12345678", prompt)], "old")
+    fleet = [Load("old", 0.0, prefill=others_tokens), Load("new", NOW, prefill=others_tokens // 10 + 1)]
+    found = balance.pick(fleet, prompt, [Prefix(b"12345678", prompt)], index, NOW)
+    assert found is not None
+    assert found[0].key == "old"
+
+
+@given(st.integers(1, 16), st.integers(1, 64))
+def test_who_runs_more_at_once_gets_more(few, many):
+    """One waits for its turn only where that is shorter than what it would lose among the many."""
+    fleet = [Load("a", 0.0, max_running=few), Load("b", 0.0, max_running=few + many)]
+    for number in range(2 * few + many):
+        chosen = pick(fleet, 10, [], PrefixIndex(), NOW)
+        chosen.requests += 1
+        chosen.picked = number + 1
+    waiting = fleet[0].requests - few
+    assert 0 <= waiting <= many * few * balance.ANSWERING_TOKENS // balance.SLOT_TOKENS + 1
 
 
 def test_nothing_of_a_new_prefix_is_counted_as_cached():
@@ -57,7 +135,7 @@ def test_nothing_of_a_new_prefix_is_counted_as_cached():
 @given(loads, st.binary(min_size=8, max_size=8))
 def test_gateways_agree_on_a_new_prefix_and_a_departure_moves_only_its_own(fleet, key):
     for load in fleet:
-        load.tokens = 0
+        load.prefill = 0
     prefix = [Prefix(key, 100)]
     first = pick(fleet, 10, prefix, PrefixIndex(), NOW)
     assert pick(fleet[::-1], 10, prefix, PrefixIndex(), NOW) is first
@@ -76,17 +154,16 @@ def test_where_the_conversation_was_beats_where_its_beginning_was():
 
 
 def test_of_those_who_have_a_prefix_the_least_loaded():
-    fleet = [Load("a", 0.0, tokens=900), Load("b", 0.0, tokens=800), Load("c", 0.0)]
+    fleet = [Load("a", 0.0, prefill=400), Load("b", 0.0, prefill=300), Load("c", 0.0)]
     index = PrefixIndex()
     for name in "ab":
         index.learn([Prefix(b"short", 500)], name)
     assert index.saved([Prefix(b"short", 500)]) == {"a": 500, "b": 500}
-    talk = balance.prefix_keys(b"x" * 4, "talk")
-    assert pick(fleet, 1000, [Prefix(b"short", 500), *talk], index, NOW).key == "b"
+    assert pick(fleet, 600, [Prefix(b"short", 500)], index, NOW).key == "b"
 
 
 def test_what_an_engine_says_counts_while_it_is_fresh():
-    fleet = [Load("a", 0.0), Load("b", 0.0, tokens=1000)]
+    fleet = [Load("a", 0.0), Load("b", 0.0, prefill=1000)]
     balance.observe(fleet[0], running=3, waiting=2, kv_usage=0.5, now=NOW)
     assert pick(fleet, 10, [], PrefixIndex(), NOW + 1).key == "b"
     assert pick(fleet, 10, [], PrefixIndex(), NOW + balance.FRESH_S).key == "a"
@@ -94,13 +171,14 @@ def test_what_an_engine_says_counts_while_it_is_fresh():
 
 @given(st.integers(0, 100), st.integers(0, 100), st.integers(0, 100))
 def test_our_own_requests_are_not_counted_twice(own, running, waiting):
-    load = Load("a", 0.0, requests=own, tokens=own * 100)
+    load = Load("a", 0.0, requests=own, prefill=own * 100)
+    alone = balance.burden(load, NOW)
     balance.observe(load, running=running, waiting=waiting, kv_usage=0.0, now=NOW)
-    assert (balance.burden(load, NOW) == load.tokens) == (running + waiting <= own)
+    assert (balance.burden(load, NOW) == alone) == (running + waiting <= own)
 
 
 def test_an_engine_without_room_comes_last_whatever_it_has_cached():
-    fleet = [Load("a", 0.0), Load("b", 0.0, tokens=50_000)]
+    fleet = [Load("a", 0.0), Load("b", 0.0, prefill=50_000)]
     index = PrefixIndex()
     index.learn(PREFIX, "a")
     balance.observe(fleet[0], running=4, waiting=1, kv_usage=0.97, now=NOW)
@@ -155,7 +233,7 @@ def test_a_newcomer_gets_little_at_first():
     counts = {"old": 0, "new": 0}
     for n in range(110):
         chosen = pick(fleet, 100, [], PrefixIndex(), NOW)
-        chosen.tokens += 100
+        chosen.prefill += 100
         chosen.picked = n + 1
         counts[chosen.key] += 1
     assert counts == {"old": 100, "new": 10}

@@ -1,9 +1,12 @@
 """What the balancer remembers, and that it reaches the wire."""
 
-import httpx
+from contextlib import AsyncExitStack
 
-from mainsail_gateway.balance import ANSWERING_TOKENS, SLOW_START_FLOOR, SLOW_START_S, share
-from mainsail_gateway.fleet import Pool, in_flight
+import httpx
+import pytest
+
+from mainsail_gateway.balance import ANSWERING_TOKENS, SLOW_START_FLOOR, SLOW_START_S, burden, share
+from mainsail_gateway.fleet import Picked, Pool
 from mainsail_gateway.routes import Endpoint
 
 CHAT = "/v1/chat/completions"
@@ -11,6 +14,12 @@ CHAT = "/v1/chat/completions"
 
 def endpoint(key: str) -> Endpoint:
     return Endpoint(key=key, host="127.0.0.1", port=1, pod=key)
+
+
+def picked(pool: Pool, prompt: int, now: float, avoid: set[str] | None = None) -> Picked:
+    found = pool.pick(prompt, [], avoid or set(), now)
+    assert found is not None
+    return found
 
 
 def test_the_first_endpoints_start_warm_and_later_ones_slowly():
@@ -26,25 +35,26 @@ def test_the_first_endpoints_start_warm_and_later_ones_slowly():
 def test_load_in_flight_survives_a_new_table_and_ends_with_its_request():
     pool = Pool()
     pool.update([endpoint("a"), endpoint("b")], 0.0)
-    first, load, _ = pool.pick(10, [], set(), 50.0)
-    with in_flight(load, 10):
+    first, load, _ = found = picked(pool, 10, 50.0)
+    with pool.in_flight(found, []):
         pool.update([endpoint("a"), endpoint("b"), endpoint("c")], 60.0)
-        assert pool.loads[first.key].tokens == 10
-        assert pool.pick(1, [], {first.key}, 100.0).endpoint.key != first.key
-    assert (load.tokens, load.requests) == (0, 0)
+        assert pool.loads[first.key].prefill == 10
+        assert picked(pool, 1, 100.0, {first.key}).endpoint.key != first.key
+    assert (load.prefill, load.requests) == (0, 0)
     assert pool.pick(1, [], {"a", "b", "c"}, 100.0) is None
 
 
-def test_a_request_weighs_less_once_it_answers():
+@pytest.mark.parametrize("prefill", [1, 5000])
+def test_a_request_weighs_less_once_it_answers_but_never_nothing(prefill):
     pool = Pool()
     pool.update([endpoint("a")], 0.0)
     load = pool.loads["a"]
-    with in_flight(load, 5000) as flight:
-        assert (load.requests, load.tokens) == (1, 5000)
+    with pool.in_flight(picked(pool, prefill, 0.0), []) as flight:
+        assert burden(load, 0.0) == prefill + ANSWERING_TOKENS
         flight.answering()
         flight.answering()
-        assert (load.requests, load.tokens) == (1, ANSWERING_TOKENS)
-    assert (load.requests, load.tokens) == (0, 0)
+        assert burden(load, 0.0) == ANSWERING_TOKENS
+    assert (load.requests, load.prefill, burden(load, 0.0)) == (0, 0, 0)
 
 
 async def test_one_conversation_stays_and_others_spread(kit):
@@ -79,6 +89,24 @@ async def test_short_prompts_go_round(kit):
         for _ in range(9):
             await client.post(CHAT, json={"model": "m", "messages": [{"role": "user", "content": "hi"}]})
     assert [len(up.seen) for up in ups] == [3, 3, 3]
+
+
+@pytest.mark.parametrize("named", [{}, {"user": "somebody"}], ids=["unnamed", "one user"])
+async def test_short_streams_that_are_alike_spread_over_equal_engines(kit, named):
+    """Fifty at once, of 200 tokens and answers of 8, which a cache draws to one engine."""
+    ups = [await kit.upstream(kit.hold) for _ in range(2)]
+    service = kit.service(*(up.endpoint(f"p{i}") for i, up in enumerate(ups)))
+    body = {"model": "m", "stream": True, "max_tokens": 8, **named}
+    body["messages"] = [{"role": "user", "content": "Say it again. " * 60}]
+    async with (
+        kit.gateway(service) as gw,
+        httpx.AsyncClient(base_url=gw.url, timeout=None) as client,
+        AsyncExitStack() as open,
+    ):
+        for _ in range(50):
+            stream = await open.enter_async_context(client.stream("POST", CHAT, json=body))
+            assert await anext(stream.aiter_lines()) == "data: first"
+        assert [len(up.seen) for up in ups] == [25, 25]
 
 
 async def test_an_endpoint_that_leaves_the_table_gets_nothing_more(kit):

@@ -176,7 +176,7 @@ async def test_a_client_that_leaves_frees_its_endpoint(kit, when):
         writer.close()
         await kit.until(lambda: up.closed_early == 1)
         load = next(iter(gw.gateway.fleet.pools["default", "m"].loads.values()))
-        await kit.until(lambda: (load.requests, load.tokens) == (0, 0) and not gw.gateway.relay.calls)
+        await kit.until(lambda: (load.requests, load.prefill) == (0, 0) and not gw.gateway.relay.calls)
     assert gw.metric("mainsail:gateway_requests_total", namespace="default", service="m", code="499") == 1
 
 
@@ -202,7 +202,7 @@ async def test_clients_that_leave_at_once_leave_nothing(kit):
         assert not gw.gateway.relay.calls
         assert gw.gateway.admission.doors["default", "m"].shedder.running == 0
         load = next(iter(gw.gateway.fleet.pools["default", "m"].loads.values()))
-        assert (load.requests, load.tokens, load.failures) == (0, 0, 0)
+        assert (load.requests, load.prefill, load.failures) == (0, 0, 0)
 
 
 async def test_chunks_pass_at_once_and_a_slow_client_holds_back_the_engine(kit):

@@ -22,7 +22,7 @@ def link(name: str, turn: int, tokens: int, system: int = 0) -> Chain:
 
 def pool(*names: str, kv_tokens: int = POOL, busy: bool = True) -> dict[str, Load]:
     """Replicas that have enough to compute not to take a turn there is no room for."""
-    return {name: Load(name, 0.0, kv_tokens=kv_tokens, tokens=5000 if busy else 0) for name in names}
+    return {name: Load(name, 0.0, kv_tokens=kv_tokens, prefill=5000 if busy else 0) for name in names}
 
 
 def known(session: sessions.Session) -> sessions.Known:
@@ -219,7 +219,7 @@ class Traffic(RuleBasedStateMachine):
     def time_passes(self, passed: float, tokens: int) -> None:
         self.now += passed
         for load in self.loads.values():
-            load.tokens = tokens
+            load.prefill = tokens
         self.policy.advance(self.loads, self.now)
         while (found := self.policy.next(self.loads.values(), self.now, known)) is not None:
             self._start(*found)
