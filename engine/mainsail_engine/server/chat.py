@@ -53,11 +53,12 @@ def _as_template_message(message: Message) -> dict[str, Any]:
 
 
 def _as_template_call(call: dict[str, Any]) -> dict[str, Any]:
-    """Templates write arguments with tojson: give them the object, not its text (text that is no JSON stays text)."""
+    """Templates write arguments with tojson: give them the object, not its text (what is no JSON, or none that anybody
+    could write out again, stays text)."""
     function = call["function"]
     try:
         arguments = msgspec.json.decode(function["arguments"])
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):
         arguments = function["arguments"]
     return {**call, "function": {**function, "arguments": arguments}}
 

@@ -14,6 +14,7 @@ from mainsail_engine.errors import RequestError
 from mainsail_engine.request import SamplingParams
 from mainsail_engine.server.schemas import GenerationRequest
 
+MAX_ID_DIGITS = 20
 MAX_BAD_WORD_TOKENS = 32
 """As many as the sampler remembers (sampling/edits.py, which the API process must not import: it needs torch)."""
 
@@ -65,8 +66,8 @@ def _known(token_ids: Iterable[int], vocab_size: int, param: str) -> tuple[int, 
 def _logit_bias(bias: dict[str, float], vocab_size: int) -> tuple[tuple[int, float], ...]:
     values: dict[int, float] = {}
     for name, value in bias.items():
-        if not (name.isascii() and name.isdigit()) or int(name) >= vocab_size:
-            message = f"{name!r} is not a token id of this model ({vocab_size} ids)"
+        if not (name.isascii() and name.isdigit() and len(name) <= MAX_ID_DIGITS) or int(name) >= vocab_size:
+            message = f"{name[:MAX_ID_DIGITS]!r} is not a token id of this model ({vocab_size} ids)"
             raise RequestError(message, param="logit_bias")
         values[int(name)] = value
     return tuple(sorted(values.items()))

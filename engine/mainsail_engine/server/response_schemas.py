@@ -142,6 +142,8 @@ class ResponsesRequest(Strict):
     stream: bool | None = None
     metadata: Metadata | None = None
     """Comes back with the response."""
+    client_metadata: dict[str, Any] | None = None
+    """Codex' own labels: nothing depends on them."""
     user: Annotated[Unicode, Field(max_length=256)] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None

@@ -262,14 +262,18 @@ class Serving:
         template = self.text().template
         if template is None:
             raise RequestError("this model has no chat template: use /v1/completions", param="messages")
-        if self.answer_format.harmony:
-            messages = as_harmony(messages)
-        if not self.answer_format.template_has_tools:
-            messages, tools = with_tools_written_out(messages, tools), None
-        return template.render(
-            messages, add_generation_prompt=add_generation_prompt, tools=tools or None, variables=variables,
-            continue_final_message=continue_final_message,
-        )  # fmt: skip
+        try:
+            if self.answer_format.harmony:
+                messages = as_harmony(messages)
+            if not self.answer_format.template_has_tools:
+                messages, tools = with_tools_written_out(messages, tools), None
+            return template.render(
+                messages, add_generation_prompt=add_generation_prompt, tools=tools or None, variables=variables,
+                continue_final_message=continue_final_message,
+            )  # fmt: skip
+        except RecursionError as error:
+            message = "messages: arguments of a call, or a tool's parameters, are nested too deeply to be written out"
+            raise RequestError(message, param="messages") from error
 
     def effort(self, effort: str | None) -> dict[str, Any]:
         """The template's variables for a reasoning effort. Raises RequestError."""

@@ -56,6 +56,7 @@ BAD_CHATS: list[tuple[dict[str, Any], str]] = [
     ({"response_format": {"type": "nonsense"}}, "response_format"),
     ({"audio": {"voice": "x"}}, "audio"),
     ({"store": True}, "store"),
+    ({"logit_bias": {"9" * 5000: 1}}, "logit_bias"),
 ]
 
 
@@ -114,6 +115,17 @@ def test_bad_bodies(engine: Any, content: bytes, headers: dict[str, str], status
     response = engine.http.post(engine.url + "/v1/chat/completions", content=content, headers=headers)
     assert response.status_code == status, response.text
     assert response.json()["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("depth", [800, 950, 1000, 100_000])
+def test_calls_whose_arguments_are_deep(tiny_engine: Any, depth: int) -> None:
+    """They are shown to the model as they are, or refused: nothing breaks."""
+    for arguments in ("[" * depth, "[" * depth + "]" * depth, "1" * depth):
+        call = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": arguments}}
+        result = {"role": "tool", "tool_call_id": "call_1", "content": ""}
+        told = [*USER, {"role": "assistant", "tool_calls": [call]}, result]
+        response = tiny_engine.chat(messages=told, max_tokens=1)
+        assert response.status_code == 200 or response.json()["error"]["param"] == "messages", response.text
 
 
 def test_a_large_body_of_unknown_length(engine: Any) -> None:

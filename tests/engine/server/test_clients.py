@@ -134,7 +134,8 @@ def test_what_is_still_refused_is_named(engine: Any, fields: dict[str, Any], par
 def test_responses_as_agents_ask_for_them(engine: Any) -> None:
     told = {
         "include": ["reasoning.encrypted_content"], "reasoning": {"effort": "none", "summary": "auto"}, "store": False,
-        "prompt_cache_retention": "in_memory", "metadata": {"run": "1"}, "max_output_tokens": 2,
+        "prompt_cache_retention": "in_memory", "metadata": {"run": "1"}, "client_metadata": {"turn": "1"},
+        "max_output_tokens": 2,
     }  # fmt: skip
     answer = engine.post("/v1/responses", model="smol", input="Hi", **told)
     assert answer.status_code == 200, answer.text
