@@ -565,7 +565,7 @@ def grouped_linear(x: torch.Tensor, codes: Codes, bias: torch.Tensor | None = No
         wide = x if x.dtype == torch.float64 else x.float()
         product = F.linear(wide, dequantize(codes, wide.dtype), None if bias is None else bias.to(wide.dtype))
         return product.to(x.dtype)
-    config = grouped_config(x.device, x.shape[0], out, num_in) if x.shape[0] else None
+    config = grouped_config(x.device, x.shape[0], out) if x.shape[0] else None
     if config is None or x.stride(1) != 1:
         return F.linear(x, dequantize(codes, x.dtype), bias)
     return _launch(x, codes, bias, config)
@@ -643,7 +643,7 @@ def _launch_nibbles(x: torch.Tensor, codes: Codes, bias: torch.Tensor | None, ou
         x, spread, num_words, x.stride(0), PER=8, EACH=each, BLOCK_WORDS=block, num_warps=4,
         **dependent_launch(x.device, rows=num_rows),
     )  # fmt: skip
-    config = nibbles_config(x.device, num_rows, num_out)
+    config = nibbles_config(x.device, num_out)
     tiles, rows = -(-num_out // config.block_out), min(max(next_power_of_2(num_rows), 16), config.block_rows)
     row_tiles = -(-num_rows // rows)
     split = split_that_fits(config.split, num_rows, num_out, tiles * row_tiles)

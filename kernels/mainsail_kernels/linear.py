@@ -228,7 +228,7 @@ def _config(x: torch.Tensor, weight: torch.Tensor, num_out: int, *, gated: bool)
         return None
     if on_card(x) and x.element_size() != 2:
         return None  # the table is for 16-bit numbers: tiles of wider ones would not fit into shared memory
-    return linear_config(x.device, x.shape[0], num_out, x.shape[1], gated=gated)
+    return linear_config(x.device, x.shape[0], num_out, gated=gated)
 
 
 def _launch(

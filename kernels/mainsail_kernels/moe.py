@@ -290,7 +290,7 @@ def routed_mlp(x: torch.Tensor, scores: torch.Tensor, m: Mixture) -> torch.Tenso
     require(scores.shape == (x.shape[0], m.gate_up.shape[0]), f"routed_mlp: scores {tuple(scores.shape)}")
     check(x, m)
     if runs_kernels(x) and x.shape[0]:
-        tiles = pair_tiles(x.device, kind_of(m.gate_up, m.gate_up_scale), x.shape[0])
+        tiles = pair_tiles(kind_of(m.gate_up, m.gate_up_scale), x.shape[0])
         if tiles is not None:
             return by_pairs(x, scores, m, tiles.up, tiles.down)
         if applies(x, m):

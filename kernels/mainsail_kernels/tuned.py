@@ -10,6 +10,7 @@ A card without a table gets the defaults, which are safe everywhere (shared memo
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -126,13 +127,14 @@ class HalvesTiles:
 HALVES_ROWS = {"channels": 64, "blocks": 64, "tables": 256}
 """Experts with more rows than this on average have their pairs sorted."""
 
+Config = TypeVar(
+    "Config", PrefillConfig, DecodeConfig, LinearConfig, QuantizedConfig, PairTiles, SortedTile, HalvesTiles
+)
 _override: dict[type, object] = {}
 
 
 @contextmanager
-def override(
-    config: PrefillConfig | DecodeConfig | LinearConfig | QuantizedConfig | PairTiles | SortedTile | HalvesTiles,
-) -> Iterator[None]:
+def override(config: Config) -> Iterator[None]:
     """Use this configuration, wherever one of its kind is asked for, within the block."""
     _override[type(config)] = config
     try:
@@ -141,10 +143,14 @@ def override(
         del _override[type(config)]
 
 
+def _overriding(kind: type[Config]) -> Config | None:
+    chosen = _override.get(kind)
+    return chosen if isinstance(chosen, kind) else None
+
+
 def prefill_config(device: torch.device, head_dim: int, rows: int) -> PrefillConfig:
     """For at most `rows` rows (query tokens times heads of a group) in the longest chunk."""
-    chosen = _override.get(PrefillConfig)
-    if isinstance(chosen, PrefillConfig):
+    if (chosen := _overriding(PrefillConfig)) is not None:
         return chosen
     if INTERPRETED:
         return PrefillConfig(16, 32, 4, 1)
@@ -164,8 +170,7 @@ def decode_config(
     device: torch.device, head_dim: int, num_seqs: int, *, fp8: bool = False, padded: bool = False
 ) -> DecodeConfig:
     """For one query for each of num_seqs sequences; fp8: the cache's numbers; padded: many of them may be none."""
-    chosen = _override.get(DecodeConfig)
-    if isinstance(chosen, DecodeConfig):
+    if (chosen := _overriding(DecodeConfig)) is not None:
         return chosen
     if INTERPRETED:
         return DecodeConfig(32, 4, 1, 2)
@@ -181,12 +186,9 @@ def decode_config(
     return DecodeConfig(64, 4, 3, 4, 2, specialized=fp8 or padded or num_seqs <= 64)
 
 
-def linear_config(
-    device: torch.device, rows: int, num_out: int, num_in: int, *, gated: bool = False
-) -> LinearConfig | None:
-    """For x [rows, num_in] and weight [num_out, num_in] (gated: two of them); None where cuBLAS is to run."""
-    chosen = _override.get(LinearConfig)
-    if isinstance(chosen, LinearConfig):
+def linear_config(device: torch.device, rows: int, num_out: int, *, gated: bool = False) -> LinearConfig | None:
+    """For x [rows, …] and weight [num_out, …] (gated: two of them); None where cuBLAS is to run."""
+    if (chosen := _overriding(LinearConfig)) is not None:
         return chosen
     if INTERPRETED:
         return LinearConfig(16, 64, 4, 1, split=1 if gated else 3) if 1 <= rows <= 32 else None
@@ -230,8 +232,7 @@ def fp8_config(
     device: torch.device, rows: int, num_out: int, num_in: int, *, gated: bool = False, blocks: bool = False
 ) -> QuantizedConfig | None:
     """For x [rows, num_in] and e4m3 weights [num_out, num_in] (gated: two of them); None where cuBLASLt is to run."""
-    chosen = _override.get(QuantizedConfig)
-    if isinstance(chosen, QuantizedConfig):
+    if (chosen := _overriding(QuantizedConfig)) is not None:
         return chosen
     if INTERPRETED:
         return QuantizedConfig(16, 64, 4, 1, split=1 if gated else 3, block_rows=16)
@@ -249,10 +250,9 @@ def fp8_config(
     return None if even and not blocks else QuantizedConfig(128, 128, 8, 3)
 
 
-def grouped_config(device: torch.device, rows: int, num_out: int, num_in: int) -> QuantizedConfig | None:
-    """For x [rows, num_in] and packed codes [num_out, num_in]; None where all are to be dequantized for cuBLAS."""
-    chosen = _override.get(QuantizedConfig)
-    if isinstance(chosen, QuantizedConfig):
+def grouped_config(device: torch.device, rows: int, num_out: int) -> QuantizedConfig | None:
+    """For x [rows, …] and packed codes [num_out, …]; None where all are to be dequantized for cuBLAS."""
+    if (chosen := _overriding(QuantizedConfig)) is not None:
         return chosen
     if INTERPRETED:
         return QuantizedConfig(16, 16, 4, 1, split=3) if rows <= 20 else None
@@ -264,10 +264,9 @@ def grouped_config(device: torch.device, rows: int, num_out: int, num_in: int) -
     return QuantizedConfig(128, 32, 4, 4, split) if rows <= 16 else QuantizedConfig(128, 16, 4, 4, split)
 
 
-def nibbles_config(device: torch.device, rows: int, num_out: int) -> QuantizedConfig:
-    """For x [rows, …] of bfloat16 and codes of 4 bits."""
-    chosen = _override.get(QuantizedConfig)
-    if isinstance(chosen, QuantizedConfig):
+def nibbles_config(device: torch.device, num_out: int) -> QuantizedConfig:
+    """For a few rows of bfloat16 and codes of 4 bits [num_out, …]."""
+    if (chosen := _overriding(QuantizedConfig)) is not None:
         return chosen
     if INTERPRETED:
         return QuantizedConfig(16, 16, 4, 1, split=3, block_rows=16)
@@ -277,16 +276,14 @@ def nibbles_config(device: torch.device, rows: int, num_out: int) -> QuantizedCo
 
 def row_groups_config() -> QuantizedConfig:
     """For one row and codes of 4 bits whose groups have a scale and an integer; block_in: words."""
-    chosen = _override.get(QuantizedConfig)
-    if isinstance(chosen, QuantizedConfig):
+    if (chosen := _overriding(QuantizedConfig)) is not None:
         return chosen
     return QuantizedConfig(16, 16, 4, 1) if INTERPRETED else QuantizedConfig(8, 512, 4, 1)
 
 
-def pair_tiles(device: torch.device, kind: str, tokens: int) -> PairTiles | None:
+def pair_tiles(kind: str, tokens: int) -> PairTiles | None:
     """For so many tokens' experts; kind: as experts.kind_of has it. None where pairs are to be sorted by expert."""
-    chosen = _override.get(PairTiles)
-    if isinstance(chosen, PairTiles):
+    if (chosen := _overriding(PairTiles)) is not None:
         return chosen
     if kind == "tables":
         return None
@@ -304,8 +301,7 @@ def pair_tiles(device: torch.device, kind: str, tokens: int) -> PairTiles | None
 
 def sorted_tile(kind: str, rows: float) -> SortedTile:
     """For experts that have so many rows on average; kind: as experts.kind_of has it."""
-    chosen = _override.get(SortedTile)
-    if isinstance(chosen, SortedTile):
+    if (chosen := _overriding(SortedTile)) is not None:
         return chosen
     if kind == "fp4":
         return SortedTile(16 if rows <= 8 else 32, ExpertTile(64, 16, 4, 4))
@@ -314,8 +310,7 @@ def sorted_tile(kind: str, rows: float) -> SortedTile:
 
 def halves_tiles(kind: str, rows: float) -> HalvesTiles | None:
     """For quantized experts that have so many rows on average; None where they are to be sorted by expert."""
-    chosen = _override.get(HalvesTiles)
-    if isinstance(chosen, HalvesTiles):
+    if (chosen := _overriding(HalvesTiles)) is not None:
         return chosen
     if INTERPRETED:
         return HalvesTiles(8, HalvesTile(128, 128, 4, 1), HalvesTile(64, 64, 4, 1))

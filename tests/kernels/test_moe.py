@@ -148,7 +148,7 @@ def test_shapes_that_do_not_fit_are_refused(device, dtype):
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 300])
-def test_no_tile_steps_over_a_block_of_scales(tokens, device):
-    tiles = pair_tiles(device, "blocks", tokens)
+def test_no_tile_steps_over_a_block_of_scales(tokens):
+    tiles = pair_tiles("blocks", tokens)
     shapes = [sorted_tile("blocks", rows).shape for rows in (1.0, 8.0, 9.0, 100.0)]
     assert all(shape.block_in <= 128 for shape in shapes + ([tiles.up, tiles.down] if tiles else []))
