@@ -12,11 +12,10 @@ on the other rows of its batch within one of the ways. While the kernel before s
 fetches its first weights into the L2 cache; of one row's product only those that are there by then (_FETCHING).
 """
 
-from functools import cache
-
 import torch
 
 from mainsail_kernels import linear_hopper, reference
+from mainsail_kernels._split import split_that_fits, workspace
 from mainsail_kernels._triton import (
     dependent_launch,
     multiprocessors,
@@ -31,8 +30,6 @@ from mainsail_kernels._triton import (
 )
 from mainsail_kernels.tuned import LinearConfig, linear_config, specialized_gate
 
-_WORKSPACE_FLOATS = 8 << 20
-_COUNTERS = 4096
 _FETCHING = 8
 """Programs a multiprocessor of one row's product that fetch weights ahead; later ones start after the kernel before."""
 
@@ -183,14 +180,6 @@ def _rows_kernel(
     tl.store(out_ptr + place, acc.to(out_ptr.dtype.element_ty), mask=fits)
 
 
-@cache
-def _workspace(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """(partial sums, counters that are zero between calls): one for the stream that runs the model."""
-    with torch.inference_mode(False):
-        partial = torch.empty(_WORKSPACE_FLOATS, dtype=torch.float32, device=device)
-        return partial, torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
-
-
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x [n, in] times weight [out, in] transposed, plus bias [out]; returns [n, out] in x's type.
 
@@ -254,10 +243,9 @@ def _launch(
         _row_kernel[(tiles,)](x, weight, added, out, num_out, num_in, weight.stride(0), fetching, **options)
         return out
     rows = max(next_power_of_2(num_rows), 16)
-    partial, counters = _workspace(x.device)
-    split = config.split if config.split * rows * num_out <= _WORKSPACE_FLOATS and tiles <= _COUNTERS else 1
+    split = split_that_fits(config.split, rows, num_out, tiles)
     _rows_kernel[(tiles, split)](
-        x, weight, added, out, partial, counters, num_rows, num_out, num_in, x.stride(0), weight.stride(0),
+        x, weight, added, out, *workspace(x.device), num_rows, num_out, num_in, x.stride(0), weight.stride(0),
         ROWS=rows, SPLIT=split, **options,
     )  # fmt: skip
     return out
