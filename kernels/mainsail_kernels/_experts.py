@@ -119,7 +119,7 @@ def fp4_tile(columns, scales, start, num_in, in_range, of_all, BLOCK_IN: tl.cons
 
 
 @triton.jit
-def e4m3_pairs(words):
+def e4m3_as_bfloat16(words):
     """bfloat16s of the e4m3 in the lower byte of each 16-bit word, and of that in its upper one (Hopper).
 
     By their bits, two words at a time: the card's own conversions, to float16 and on, are too slow to keep up with its
@@ -148,7 +148,7 @@ def bfloat16_pairs(words):
 @triton.jit
 def _paired(acc, even, odd, words, fits, scales, start, in_range, KIND: tl.constexpr):
     """acc plus the products of a tile of words of two e4m3 with the inputs that they meet."""
-    lower, upper = e4m3_pairs(tl.load(words, mask=fits, other=0))
+    lower, upper = e4m3_as_bfloat16(tl.load(words, mask=fits, other=0))
     if KIND == "blocks":
         product = tl.dot(odd, upper, tl.dot(even, lower))
         acc += product * tl.load(scales + start // 64, mask=in_range[None, :], other=0.0)
@@ -211,14 +211,3 @@ def multiply(
         if GATED:
             acc_up = _single(acc_up, x, up_columns + place[:, None], fits, up_scales, start, in_range, KIND)
     return acc, acc_up
-
-
-@triton.jit
-def activate(gate, up, alpha, limit, CLAMPED: tl.constexpr):
-    """silu(gate) * up; CLAMPED: as silu_mul.clamped_swiglu."""
-    exponent = gate
-    if CLAMPED:
-        gate = tl.minimum(gate, limit)
-        up = tl.minimum(tl.maximum(up, -limit), limit) + 1.0
-        exponent = gate * alpha
-    return gate / (1.0 + tl.exp(-exponent)) * up

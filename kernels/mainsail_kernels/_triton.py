@@ -44,6 +44,7 @@ __all__ = [
     "next_power_of_2",
     "on_card",
     "prefetch_lines",
+    "prefetch_rows",
     "pretending",
     "require",
     "runs_kernels",
@@ -186,6 +187,13 @@ def prefetch_lines(pointers):
         is_pure=False,
         pack=1,
     )
+
+
+@triton.jit
+def prefetch_rows(rows, first, end, EACH: tl.constexpr, LINES: tl.constexpr):  # pyright: ignore[reportInvalidTypeForm]
+    """As prefetch_lines, of rows [n, 1] the LINES lines from place `first` on, of EACH numbers; none behind `end`."""
+    line = tl.minimum(first + tl.arange(0, LINES) * EACH, end - 1)
+    prefetch_lines(rows + line[None, :])
 
 
 def dependent_launch(device: torch.device, *, rows: int = 0) -> dict[str, bool | int]:

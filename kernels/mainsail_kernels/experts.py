@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from mainsail_kernels._experts import FP4_REST, activate, multiply
+from mainsail_kernels._activation import activate
+from mainsail_kernels._experts import FP4_REST, multiply
 from mainsail_kernels._split import arrive, collect, split_that_fits, workspace
 from mainsail_kernels._triton import (
     dependent_launch,

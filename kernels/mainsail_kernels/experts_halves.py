@@ -25,7 +25,7 @@ from functools import cache
 
 import torch
 
-from mainsail_kernels._experts import activate
+from mainsail_kernels._activation import activate
 from mainsail_kernels._fp8 import rounded_to_e4m3, to_e4m3
 from mainsail_kernels._triton import (
     INTERPRETED,

@@ -13,6 +13,7 @@ block's sum is scaled before it is added (DeepSeek-V3, 2024, section 3.3). A row
 import torch
 
 from mainsail_kernels import reference_quantized as reference
+from mainsail_kernels._activation import silu
 from mainsail_kernels._fp8 import QuantizedRows, e4m3_words, row_scale, to_e4m3
 from mainsail_kernels._split import arrive, collect, split_that_fits, workspace
 from mainsail_kernels._triton import (
@@ -20,7 +21,7 @@ from mainsail_kernels._triton import (
     dependent_launch,
     next_power_of_2,
     on_card,
-    prefetch_lines,
+    prefetch_rows,
     require,
     runs_kernels,
     tl,
@@ -44,6 +45,7 @@ def _quantize_kernel(
     ROUND: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
+    """codes [n, num_in] and scales [n, num_groups] of GROUPS groups of WIDTH inputs of one row."""
     row = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     channel = group[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
@@ -53,12 +55,6 @@ def _quantize_kernel(
     scale = row_scale(x, 1)
     tl.store(codes_ptr + row * num_in + channel, to_e4m3(x / scale[:, None], ROUND), mask=inside)
     tl.store(scales_ptr + row * num_groups + group, scale, mask=group < num_groups)
-
-
-@triton.jit
-def _prefetch(rows, first, num_in, LINES: tl.constexpr):
-    """Fetch the first LINES * 128 inputs of these weight rows [n, 1]."""
-    prefetch_lines(rows + tl.minimum(first + tl.arange(0, LINES) * 128, num_in - 1)[None, :])
 
 
 @triton.jit
@@ -81,15 +77,16 @@ def _row_kernel(
     STAGES: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
+    """out [num_out] of one row x [num_in], which stays as it is; BLOCKS: scales are of 128 x 128 weights."""
     output = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     inner = tl.minimum(output, num_out - 1).to(tl.int64)
     rows = weight_ptr + inner[:, None] * weight_stride
     up = inner + num_out
     up_rows = weight_ptr + up[:, None] * weight_stride
     if DEPENDENT:
-        _prefetch(rows, 0, num_in, LINES)
+        prefetch_rows(rows, 0, num_in, 128, LINES)
         if GATED:
-            _prefetch(up_rows, 0, num_in, LINES)
+            prefetch_rows(up_rows, 0, num_in, 128, LINES)
     wait_for_inputs(DEPENDENT)
     acc = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
     acc_up = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
@@ -116,7 +113,7 @@ def _row_kernel(
         total_up = tl.sum(acc_up, axis=1)
         if not BLOCKS:
             total_up *= tl.load(scale_ptr + up)
-        total = total / (1.0 + tl.exp(-total)) * total_up
+        total = silu(total) * total_up
     tl.store(out_ptr + output, total.to(out_ptr.dtype.element_ty), mask=output < num_out)
 
 
@@ -146,10 +143,9 @@ def _row_words_kernel(
     rows = words_ptr + inner[:, None] * weight_stride
     up_rows = rows + tl.full((), num_out, tl.int64) * weight_stride
     if DEPENDENT:
-        line = tl.minimum(tl.arange(0, LINES) * 32, num_words - 1)[None, :]
-        prefetch_lines(rows + line)
+        prefetch_rows(rows, 0, num_words, 32, LINES)
         if GATED:
-            prefetch_lines(up_rows + line)
+            prefetch_rows(up_rows, 0, num_words, 32, LINES)
     wait_for_inputs(DEPENDENT)
     acc = tl.zeros((BLOCK_OUT, BLOCK_WORDS), tl.float32)
     acc_up = tl.zeros((BLOCK_OUT, BLOCK_WORDS), tl.float32)
@@ -166,7 +162,7 @@ def _row_words_kernel(
     if HAS_BIAS:
         total += tl.load(bias_ptr + inner).to(tl.float32)
     if GATED:
-        total = total / (1.0 + tl.exp(-total)) * (tl.sum(acc_up, axis=1) * tl.load(scale_ptr + num_out + inner))
+        total = silu(total) * (tl.sum(acc_up, axis=1) * tl.load(scale_ptr + num_out + inner))
     tl.store(out_ptr + output, total.to(out_ptr.dtype.element_ty), mask=output < num_out)
 
 
@@ -197,6 +193,10 @@ def _rows_kernel(
     STAGES: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
+    """out [num_rows, num_out] of quantized rows [num_rows, num_in]: BLOCK_OUT outputs of ROWS rows.
+
+    SPLIT programs share a tile's inputs. BLOCKS: scales are of 128 x 128 weights, and of a row's 128 inputs.
+    """
     tile, part = tl.program_id(0), tl.program_id(1)
     output = tile * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     inner = tl.minimum(output, num_out - 1).to(tl.int64)
@@ -210,9 +210,9 @@ def _rows_kernel(
     last = tl.minimum(first + span, num_in)
     groups = tl.cdiv(num_in, 128)
     if DEPENDENT:
-        _prefetch(weight_rows, first, num_in, LINES)
+        prefetch_rows(weight_rows, first, num_in, 128, LINES)
         if GATED:
-            _prefetch(up_rows, first, num_in, LINES)
+            prefetch_rows(up_rows, first, num_in, 128, LINES)
     wait_for_inputs(DEPENDENT)
     acc = tl.zeros((BLOCK_OUT, ROWS), tl.float32)
     acc_up = tl.zeros((BLOCK_OUT, ROWS), tl.float32)
@@ -256,7 +256,7 @@ def _rows_kernel(
     if GATED:
         if not BLOCKS:
             acc_up *= tl.load(scale_ptr + num_out + inner)[:, None] * x_scale
-        acc = acc / (1.0 + tl.exp(-acc)) * acc_up
+        acc = silu(acc) * acc_up
     tl.store(out_ptr + place, acc.to(out_ptr.dtype.element_ty), mask=fits)
 
 

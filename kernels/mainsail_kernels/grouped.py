@@ -34,6 +34,7 @@ from mainsail_kernels._triton import (
     dependent_launch,
     next_power_of_2,
     prefetch_lines,
+    prefetch_rows,
     require,
     runs_kernels,
     tl,
@@ -157,6 +158,7 @@ def _row_kernel(
     STAGES: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
+    """out [num_out] of one row: a group's sum is scaled once a word. Parts and constants: Codes."""
     PER: tl.constexpr = 32 // BITS
     EACH: tl.constexpr = GROUP // PER
     output = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
@@ -164,7 +166,7 @@ def _row_kernel(
     rows = words_ptr + inner * num_words
     groups = num_words // EACH
     if DEPENDENT:
-        prefetch_lines(rows + tl.minimum(tl.arange(0, LINES) * 32, num_words - 1)[None, :])
+        prefetch_rows(rows, 0, num_words, 32, LINES)
     wait_for_inputs(DEPENDENT)
     acc = tl.zeros((BLOCK_OUT, BLOCK_WORDS), tl.float32)
     for start in tl.range(0, num_words, BLOCK_WORDS, num_stages=STAGES):
@@ -224,6 +226,7 @@ def _rows_kernel(
     STAGES: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
+    """out [num_rows, num_out]: BLOCK_OUT outputs of all rows, of which SPLIT programs share the inputs."""
     PER: tl.constexpr = 32 // BITS
     EACH: tl.constexpr = GROUP // PER
     tile, part = tl.program_id(0), tl.program_id(1)
@@ -235,7 +238,7 @@ def _rows_kernel(
     first = part * span
     last = tl.minimum(first + span, num_words)
     if DEPENDENT:
-        prefetch_lines(word_rows + tl.minimum(first + tl.arange(0, LINES) * 32, num_words - 1)[None, :])
+        prefetch_rows(word_rows, first, num_words, 32, LINES)
     row = tl.arange(0, ROWS)
     real = row < num_rows
     x_rows = x_ptr + row[:, None] * x_stride

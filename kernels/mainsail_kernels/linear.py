@@ -15,13 +15,14 @@ fetches its first weights into the L2 cache; of one row's product only those tha
 import torch
 
 from mainsail_kernels import linear_hopper, reference
+from mainsail_kernels._activation import silu
 from mainsail_kernels._split import split_that_fits, workspace
 from mainsail_kernels._triton import (
     dependent_launch,
     multiprocessors,
     next_power_of_2,
     on_card,
-    prefetch_lines,
+    prefetch_rows,
     require,
     runs_kernels,
     tl,
@@ -32,18 +33,6 @@ from mainsail_kernels.tuned import LinearConfig, linear_config, specialized_gate
 
 _FETCHING = 8
 """Programs a multiprocessor of one row's product that fetch weights ahead; later ones start after the kernel before."""
-
-
-@triton.jit
-def _prefetch_weights(rows, first, num_in, LINES: tl.constexpr):
-    """Fetch the first LINES * 64 inputs of these weight rows [n, 1] of 16-bit numbers."""
-    line = tl.minimum(first + tl.arange(0, LINES) * 64, num_in - 1)
-    prefetch_lines(rows + line[None, :])
-
-
-@triton.jit
-def _silu(x):
-    return x / (1.0 + tl.exp(-x))
 
 
 @triton.jit
@@ -65,6 +54,7 @@ def _row_kernel(
     STAGES: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
+    """out [num_out] of one row x [num_in]: BLOCK_OUT outputs; GATED: of the gate and of up, num_out rows further."""
     output = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     inner = tl.minimum(output, num_out - 1).to(tl.int64)
     rows = weight_ptr + inner[:, None] * weight_stride
@@ -72,9 +62,9 @@ def _row_kernel(
     if DEPENDENT:
         there = tl.program_id(0) < fetching
         if there:
-            _prefetch_weights(rows, 0, num_in, LINES)
+            prefetch_rows(rows, 0, num_in, 64, LINES)
             if GATED:
-                _prefetch_weights(up_rows, 0, num_in, LINES)
+                prefetch_rows(up_rows, 0, num_in, 64, LINES)
     wait_for_inputs(DEPENDENT)
     acc = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
     acc_up = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
@@ -98,7 +88,7 @@ def _row_kernel(
     if HAS_BIAS:
         total += tl.load(bias_ptr + output, mask=output < num_out, other=0.0).to(tl.float32)
     if GATED:
-        total = _silu(total) * tl.sum(acc_up, axis=1)
+        total = silu(total) * tl.sum(acc_up, axis=1)
     tl.store(out_ptr + output, total.to(out_ptr.dtype.element_ty), mask=output < num_out)
 
 
@@ -126,6 +116,7 @@ def _rows_kernel(
     STAGES: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
+    """out [num_rows, num_out]: BLOCK_OUT outputs of all rows, of which SPLIT programs share the inputs."""
     tile, part = tl.program_id(0), tl.program_id(1)
     output = tile * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     inner = tl.minimum(output, num_out - 1).to(tl.int64)
@@ -135,9 +126,9 @@ def _rows_kernel(
     first = part * span
     last = tl.minimum(first + span, num_in)
     if DEPENDENT:
-        _prefetch_weights(weight_rows, first, num_in, LINES)
+        prefetch_rows(weight_rows, first, num_in, 64, LINES)
         if GATED:
-            _prefetch_weights(up_rows, first, num_in, LINES)
+            prefetch_rows(up_rows, first, num_in, 64, LINES)
     row = tl.arange(0, ROWS)
     real = row < num_rows
     wait_for_inputs(DEPENDENT)
@@ -176,7 +167,7 @@ def _rows_kernel(
     if HAS_BIAS:
         acc += tl.load(bias_ptr + output, mask=output < num_out, other=0.0).to(tl.float32)[:, None]
     if GATED:
-        acc = _silu(acc) * acc_up
+        acc = silu(acc) * acc_up
     tl.store(out_ptr + place, acc.to(out_ptr.dtype.element_ty), mask=fits)
 
 

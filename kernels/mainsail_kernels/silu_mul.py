@@ -9,6 +9,7 @@ gate_up is [n, 2*d], the gate first, as one merged linear gives it. Read once, w
 import torch
 
 from mainsail_kernels import reference
+from mainsail_kernels._activation import silu
 from mainsail_kernels._fp8 import QuantizedRows, row_scale, to_e4m3
 from mainsail_kernels._triton import (
     INTERPRETED,
@@ -64,7 +65,7 @@ def _silu_quantized_kernel(
     wait_for_inputs(DEPENDENT)
     gate = tl.load(gate_up_ptr + row * stride + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up_ptr + row * stride + size + column, mask=inside, other=0.0).to(tl.float32)
-    out = (gate / (1.0 + tl.exp(-gate)) * up).to(gate_up_ptr.dtype.element_ty).to(tl.float32)
+    out = (silu(gate) * up).to(gate_up_ptr.dtype.element_ty).to(tl.float32)
     step = row_scale(out, 1)
     tl.store(codes_ptr + row * size + column, to_e4m3(out / step[:, None], ROUND), mask=inside)
     tl.store(scale_ptr + row + tl.arange(0, 1), step)
