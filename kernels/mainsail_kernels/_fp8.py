@@ -1,6 +1,7 @@
 """Numbers of 8 bits in kernels: rounding to e4m3, and back to 16 bits two by two; rows that were quantized."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -59,6 +60,16 @@ def to_e4m3(x, ROUND: tl.constexpr):
     return x.to(tl.float8e4nv)
 
 
+LOWER_E4M3: Any = tl.constexpr(
+    "{ .reg .b32 a; shl.b32 a, $1, 7; and.b32 a, a, 0x3f803f80; "
+    "shl.b32 $0, $1, 8; lop3.b32 $0, $0, 0x80008000, a, 0xea; }"
+)
+UPPER_E4M3: Any = tl.constexpr(
+    "{ .reg .b32 a; shr.b32 a, $1, 1; and.b32 a, a, 0x3f803f80; lop3.b32 $0, $1, 0x80008000, a, 0xea; }"
+)
+"""What `e4m3_pairs` does, in PTX. Any: a kernel sees the text itself."""
+
+
 @triton.jit
 def e4m3_pairs(pairs, PTX: tl.constexpr):
     """Of int16 words that hold two e4m3 numbers each: the lower ones and the upper ones, in float16, over 256.
@@ -68,15 +79,8 @@ def e4m3_pairs(pairs, PTX: tl.constexpr):
     number over 256, small ones included. PTX: two words at a time, on NVIDIA's.
     """
     if PTX:
-        lower = tl.inline_asm_elementwise(
-            "{ .reg .b32 a; shl.b32 a, $1, 7; and.b32 a, a, 0x3f803f80; "
-            "shl.b32 $0, $1, 8; lop3.b32 $0, $0, 0x80008000, a, 0xea; }",
-            "=r,r", [pairs], dtype=tl.float16, is_pure=True, pack=2,
-        )  # fmt: skip
-        upper = tl.inline_asm_elementwise(
-            "{ .reg .b32 a; shr.b32 a, $1, 1; and.b32 a, a, 0x3f803f80; lop3.b32 $0, $1, 0x80008000, a, 0xea; }",
-            "=r,r", [pairs], dtype=tl.float16, is_pure=True, pack=2,
-        )  # fmt: skip
+        lower = tl.inline_asm_elementwise(LOWER_E4M3, "=r,r", [pairs], dtype=tl.float16, is_pure=True, pack=2)
+        upper = tl.inline_asm_elementwise(UPPER_E4M3, "=r,r", [pairs], dtype=tl.float16, is_pure=True, pack=2)
     else:
         word = pairs.to(tl.int32)
         lower = (((word << 7) & 0x3F80) | ((word << 8) & 0x8000)).to(tl.int16).to(tl.float16, bitcast=True)

@@ -2,7 +2,7 @@
 
 It comes with Triton, and some of its names have changed from version to version: this module has one for each. It has
 no interpreter, so what is written in it is tested on the card alone, and every such kernel stands beside a Triton one
-that serves where `AVAILABLE` or `is_hopper` says no.
+that serves where `runs_gluon` says no.
 """
 
 # A kernel's constants are annotated with a name that Gluon may lack: no type form to a checker.
@@ -19,16 +19,15 @@ import torch
 from mainsail_kernels._triton import card_of, is_card
 
 __all__ = [
-    "AVAILABLE",
-    "TensorDescriptor",
     "gl",
     "gluon",
     "group_barrier",
     "hopper",
-    "is_hopper",
     "load_tile",
     "mbarrier",
     "reshaped",
+    "runs_gluon",
+    "tiled",
     "wait_for_inputs",
     "wait_for_kernel_before",
 ]
@@ -86,5 +85,12 @@ def wait_for_inputs(DEPENDENT: gl.constexpr):
         )
 
 
-def is_hopper(device: torch.device) -> bool:
-    return is_card(device) and torch.version.hip is None and card_of(device).capability == (9, 0)
+def runs_gluon(device: torch.device) -> bool:
+    """Whether kernels in Gluon run there: they are for Hopper."""
+    return AVAILABLE and is_card(device) and torch.version.hip is None and card_of(device).capability == (9, 0)
+
+
+def tiled(matrix: torch.Tensor, rows: int) -> object:
+    """A matrix of 16-bit numbers for the copy engine, which brings tiles of so many rows and 64 columns."""
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, 64], layout)

@@ -30,21 +30,21 @@ from __future__ import annotations
 import torch
 
 from mainsail_kernels._attention import LOG2_E
+from mainsail_kernels._fp8 import LOWER_E4M3, UPPER_E4M3
 from mainsail_kernels._gluon import (
-    AVAILABLE,
-    TensorDescriptor,
     gl,
     gluon,
     group_barrier,
     hopper,
-    is_hopper,
     load_tile,
     mbarrier,
     reshaped,
+    runs_gluon,
+    tiled,
     wait_for_inputs,
     wait_for_kernel_before,
 )
-from mainsail_kernels._triton import dependent_launch, multiprocessors, next_power_of_2, on_card, require
+from mainsail_kernels._triton import dependent_launch, multiprocessors, next_power_of_2, require
 from mainsail_kernels.reference_quantized import FP8
 
 PAGE = 16
@@ -153,6 +153,7 @@ def _produce(
     KV_HEADS: gl.constexpr, WORDS: gl.constexpr, SEQS: gl.constexpr, STAGES: gl.constexpr,
     BESIDE: gl.constexpr, DEPENDENT: gl.constexpr,
 ):  # fmt: skip
+    """The warp that fetches: this program's tiles, one after the other, whatever sequence they are of."""
     INDEX: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     ROWS: gl.constexpr = 2 * KV_HEADS * 16
     lens, tiles, ends = _tiles(lens_ptr, num_seqs, SEQS, INDEX)
@@ -288,15 +289,8 @@ def _even_and_odd(queries, DIM: gl.constexpr):
 @gluon.jit
 def _pairs_in_float16(words):
     """As _fp8.e4m3_pairs: of words that hold two e4m3 numbers each the lower ones and the upper ones, over 256."""
-    lower = gl.inline_asm_elementwise(
-        "{ .reg .b32 a; shl.b32 a, $1, 7; and.b32 a, a, 0x3f803f80; "
-        "shl.b32 $0, $1, 8; lop3.b32 $0, $0, 0x80008000, a, 0xea; }",
-        "=r,r", [words], dtype=gl.float16, is_pure=True, pack=2,
-    )  # fmt: skip
-    upper = gl.inline_asm_elementwise(
-        "{ .reg .b32 a; shr.b32 a, $1, 1; and.b32 a, a, 0x3f803f80; lop3.b32 $0, $1, 0x80008000, a, 0xea; }",
-        "=r,r", [words], dtype=gl.float16, is_pure=True, pack=2,
-    )  # fmt: skip
+    lower = gl.inline_asm_elementwise(LOWER_E4M3, "=r,r", [words], dtype=gl.float16, is_pure=True, pack=2)
+    upper = gl.inline_asm_elementwise(UPPER_E4M3, "=r,r", [words], dtype=gl.float16, is_pure=True, pack=2)
     return lower, upper
 
 
@@ -337,6 +331,7 @@ def _consume(
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, DIM: gl.constexpr, WORDS: gl.constexpr,
     SEQS: gl.constexpr, STAGES: gl.constexpr, FP8: gl.constexpr, BESIDE: gl.constexpr, DEPENDENT: gl.constexpr,
 ):  # fmt: skip
+    """The warps that compute: of each sequence that this program has tiles of, its part or the whole result."""
     # Each warp has all lengths: to find a sequence in them, none waits for another.
     INDEX: gl.constexpr = gl.SliceLayout(1, gl.BlockedLayout([1, 1], [32, 1], [1, 4], [0, 1]))
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16])
@@ -452,6 +447,7 @@ def _hopper_decode_kernel(
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, DIM: gl.constexpr, SEQS: gl.constexpr,
     STAGES: gl.constexpr, FP8: gl.constexpr, BESIDE: gl.constexpr, FETCHING: gl.constexpr, DEPENDENT: gl.constexpr,
 ):  # fmt: skip
+    """out [num_seqs, KV_HEADS * GROUP, DIM]; desc: the cache's pages, [rows, WORDS]. See the module."""
     # A cache in FP8 is fetched as words of 16 bits, two numbers each.
     WORDS: gl.constexpr = DIM // 2 if FP8 else DIM
     SHARED: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
@@ -503,9 +499,7 @@ def applies(query: torch.Tensor, kv: torch.Tensor, window: int, soft_cap: float,
     """Whether `launch` can serve this call of paged_attention_decode."""
     fp8 = kv.dtype == FP8
     return (
-        AVAILABLE
-        and on_card(query)
-        and is_hopper(query.device)
+        runs_gluon(query.device)
         and query.dtype in (torch.bfloat16, torch.float16)
         and (kv.dtype == query.dtype or fp8)
         and kv.shape[4] in ((128,) if fp8 else (64, 128))
@@ -521,25 +515,21 @@ def applies(query: torch.Tensor, kv: torch.Tensor, window: int, soft_cap: float,
 
 def launch(
     query: torch.Tensor, kv: torch.Tensor, block_tables: torch.Tensor, seq_lens: torch.Tensor, scale: float,
-    partial: torch.Tensor, stats: torch.Tensor, counters: torch.Tensor, out: torch.Tensor, programs: int = 0,
-    *, beside: bool = False,
+    partial: torch.Tensor, stats: torch.Tensor, counters: torch.Tensor, out: torch.Tensor, *, beside: bool = False,
 ) -> None:  # fmt: skip
     """paged_attention_decode without window, soft cap and sinks; all arguments checked, and `applies`.
 
-    programs: a multiple of the KV heads; 0: one for each multiprocessor, of a cache in FP8 two, whose tiles take half
-    the shared memory. The workspace has room for two parts of each. beside: as paged_attention_decode has it.
+    The workspace has room for two parts of each program. beside: as paged_attention_decode has it.
     """
     num_seqs, num_heads, head_dim = query.shape
     kv_heads = kv.shape[2]
     fp8 = kv.dtype == FP8
-    programs = programs or multiprocessors(query.device) * (2 if fp8 else 1)
-    programs = max(programs // kv_heads, 1) * kv_heads
+    at_once = multiprocessors(query.device) * (2 if fp8 else 1)  # a tile of FP8 takes half the shared memory
+    programs = max(at_once // kv_heads, 1) * kv_heads
     enough = partial.numel() >= 2 * programs * num_heads // kv_heads * head_dim
     require(enough and counters.numel() >= num_seqs * kv_heads, f"the workspace is too small for {num_seqs} sequences")
     words = kv.view(torch.int16) if fp8 else kv
-    row = words.shape[4]
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    pages = TensorDescriptor(words, [words.numel() // row, row], [row, 1], [PAGE, 64], layout)
+    pages = tiled(words.view(-1, words.shape[4]), PAGE)
     _hopper_decode_kernel[(programs,)](
         pages, query, block_tables, seq_lens, out, partial, stats, counters, num_seqs, scale * LOG2_E,
         query.stride(0), query.stride(1), block_tables.stride(0), kv.shape[0],

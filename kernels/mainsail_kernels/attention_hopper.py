@@ -24,20 +24,19 @@ import torch
 
 from mainsail_kernels._attention import LOG2_E
 from mainsail_kernels._gluon import (
-    AVAILABLE,
-    TensorDescriptor,
     gl,
     gluon,
     group_barrier,
     hopper,
-    is_hopper,
     load_tile,
     mbarrier,
     reshaped,
+    runs_gluon,
+    tiled,
     wait_for_inputs,
     wait_for_kernel_before,
 )
-from mainsail_kernels._triton import dependent_launch, next_power_of_2, on_card
+from mainsail_kernels._triton import dependent_launch, next_power_of_2
 
 BLOCK_M = 128
 PAGE = 16
@@ -296,9 +295,7 @@ def applies(query: torch.Tensor, kv: torch.Tensor, window: int, soft_cap: float,
     """Whether `launch` can serve this call of paged_attention_prefill."""
     head_dim, page = kv.shape[4], kv.shape[3]
     return (
-        AVAILABLE
-        and on_card(query)
-        and is_hopper(query.device)
+        runs_gluon(query.device)
         and query.dtype == kv.dtype
         and query.dtype in (torch.bfloat16, torch.float16)
         and head_dim in (64, 128)
@@ -324,13 +321,11 @@ def launch(
     num_tokens, num_heads, head_dim = query.shape
     kv_heads, num_seqs = kv.shape[2], seq_lens.shape[0]
     group = num_heads // kv_heads
-    num_rows = kv.numel() // head_dim
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    pages = TensorDescriptor(kv, [num_rows, head_dim], [head_dim, 1], [PAGE, 64], layout)
+    rows = kv.view(-1, head_dim)
     grid = (kv_heads, num_tokens // (BLOCK_M // group) + num_seqs)
     _hopper_kernel[grid](
-        pages, query, block_tables, query_start, seq_lens, out, num_seqs, scale * LOG2_E, query.stride(0),
-        query.stride(1), out.stride(0), block_tables.stride(0), num_rows,
+        tiled(rows, PAGE), query, block_tables, query_start, seq_lens, out, num_seqs, scale * LOG2_E, query.stride(0),
+        query.stride(1), out.stride(0), block_tables.stride(0), rows.shape[0],
         KV_HEADS=kv_heads, GROUP=group, DIM=head_dim, SEQS=max(next_power_of_2(num_seqs), 256), STAGES=STAGES,
         num_warps=4, **dependent_launch(query.device),
     )  # fmt: skip

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import torch
 
-from mainsail_kernels._gluon import AVAILABLE, gl, gluon, is_hopper, wait_for_inputs
+from mainsail_kernels._gluon import gl, gluon, runs_gluon, wait_for_inputs
 from mainsail_kernels._triton import dependent_launch
 
 GROUP = 128
@@ -173,7 +173,7 @@ def applies(x: torch.Tensor, words: torch.Tensor, group: int) -> bool:
     """Whether `linear` and `gated_linear` can serve, of codes of 4 bits with an integer for a group's zero point."""
     aligned = x.dtype == torch.bfloat16 and x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.storage_offset() % 8 == 0
     fits = 2 <= x.shape[0] <= MOST_ROWS and words.shape[0] % 32 == 0 and words.shape[1] % 16 == 0 and group == GROUP
-    return AVAILABLE and is_hopper(x.device) and bool(aligned) and fits
+    return runs_gluon(x.device) and bool(aligned) and fits
 
 
 def linear(

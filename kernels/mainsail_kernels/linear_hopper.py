@@ -1,11 +1,11 @@
-"""Matrix products of many rows on Hopper: one warp fetches, two groups of four compute; an MLP's gate on top.
+"""A gated MLP's first half for many rows on Hopper: one warp fetches, two groups of four compute.
 
-    producer, 1 warp       tiles of x [128, 64] and of the weight [256, 64] ─▶ a ring in shared memory
-    consumers, 2 × 4 warps 64 rows × 256 outputs each; with a gate, 128 of the gate and the same 128 of up
+    producer, 1 warp       tiles of x [128, 64] and of gate and up [128, 64] each ─▶ a ring in shared memory
+    consumers, 2 × 4 warps 64 rows × 128 outputs of the gate and the same 128 of up
 
 Programs stay for the whole launch and take tile after tile, so the producer fetches the next one's while the last
 one's results are stored. Tiles go through the rows in groups, so that a group's x stays in the L2 cache.
-`gated_linear` saves a pass over [n, 2 * d]: the gate is applied to the sums in registers. See _gluon.py.
+It saves a pass over [n, 2 * d]: the gate is applied to the sums in registers. See _gluon.py.
 """
 
 # A kernel's constants are annotated with a name that Gluon may lack (_gluon.py): no type form to a checker.
@@ -16,16 +16,15 @@ from __future__ import annotations
 import torch
 
 from mainsail_kernels._gluon import (
-    AVAILABLE,
-    TensorDescriptor,
     gl,
     gluon,
     group_barrier,
     hopper,
-    is_hopper,
     load_tile,
     mbarrier,
     reshaped,
+    runs_gluon,
+    tiled,
 )
 from mainsail_kernels._triton import multiprocessors
 
@@ -46,8 +45,8 @@ def _place(tile, m_tiles, n_tiles, GROUP: gl.constexpr):
 
 @gluon.jit
 def _produce(
-    x_desc, weight_desc, x_ring, weight_ring, full, free, m_tiles, n_tiles, k_tiles, second,
-    OUTPUTS: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
+    x_desc, weight_desc, x_ring, weight_ring, full, free, num_out, m_tiles, n_tiles, k_tiles,
+    GROUP: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     step = 0
     for tile in range(gl.program_id(0), m_tiles * n_tiles, gl.num_programs(0)):
@@ -58,15 +57,15 @@ def _produce(
             barrier = full.index(stage)
             mbarrier.expect(barrier, (128 + 256) * 64 * 2)
             load_tile(x_desc, [m * 128, k * 64], barrier, x_ring.index(stage))
-            load_tile(weight_desc, [n * OUTPUTS, k * 64], barrier, weight_ring.index(2 * stage))
-            load_tile(weight_desc, [n * OUTPUTS + second, k * 64], barrier, weight_ring.index(2 * stage + 1))
+            load_tile(weight_desc, [n * 128, k * 64], barrier, weight_ring.index(2 * stage))
+            load_tile(weight_desc, [n * 128 + num_out, k * 64], barrier, weight_ring.index(2 * stage + 1))
             step += 1
 
 
 @gluon.jit
 def _consume(
     out_ptr, x_tiles, weight_tiles, full, free, num_rows, num_out, m_tiles, n_tiles, k_tiles,
-    PART: gl.constexpr, GATED: gl.constexpr, OUTPUTS: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
+    PART: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
     step = 0
@@ -87,26 +86,19 @@ def _consume(
         acc = hopper.warpgroup_mma_wait(0, deps=[acc])
         group_barrier()
         mbarrier.arrive(free.index((step + STAGES - 1) % STAGES), count=1)
-        if GATED:
-            gate, up = acc.reshape([64, 2, 128]).permute([0, 2, 1]).split()
-            result = gate / (1.0 + gl.exp(-gate)) * up
-        else:
-            result = acc
+        gate, up = acc.reshape([64, 2, 128]).permute([0, 2, 1]).split()
+        result = gate / (1.0 + gl.exp(-gate)) * up
         row = m * 128 + PART * 64 + gl.arange(0, 64, gl.SliceLayout(1, result.type.layout))
-        output = n * OUTPUTS + gl.arange(0, OUTPUTS, gl.SliceLayout(0, result.type.layout))
+        output = n * 128 + gl.arange(0, 128, gl.SliceLayout(0, result.type.layout))
         at = row.to(gl.int64)[:, None] * num_out + output[None, :]
         fits = (row < num_rows)[:, None] & (output < num_out)[None, :]
         gl.store(out_ptr + at, result.to(out_ptr.dtype.element_ty), mask=fits)
 
 
 @gluon.jit(do_not_specialize=["num_rows"])
-def _linear_kernel(
-    x_desc, weight_desc, out_ptr, num_rows, num_out, num_in, GATED: gl.constexpr, GROUP: gl.constexpr,
-    STAGES: gl.constexpr,
-):  # fmt: skip
-    OUTPUTS: gl.constexpr = 128 if GATED else 256
-    m_tiles, n_tiles, k_tiles = (num_rows + 127) // 128, (num_out + OUTPUTS - 1) // OUTPUTS, (num_in + 63) // 64
-    second = num_out if GATED else 128
+def _linear_kernel(x_desc, weight_desc, out_ptr, num_rows, num_out, num_in, GROUP: gl.constexpr, STAGES: gl.constexpr):
+    """out [num_rows, num_out] of x [num_rows, num_in] and the weight [2 * num_out, num_in], the gate first."""
+    m_tiles, n_tiles, k_tiles = (num_rows + 127) // 128, (num_out + 127) // 128, (num_in + 63) // 64
     dtype: gl.constexpr = x_desc.dtype
     SHARED: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     x_ring = gl.allocate_shared_memory(dtype, [STAGES, 128, 64], SHARED)
@@ -125,21 +117,21 @@ def _linear_kernel(
                 _consume,
                 (
                     out_ptr, x_tiles, weight_tiles, full, free, num_rows, num_out, m_tiles, n_tiles, k_tiles,
-                    gl.constexpr(0), GATED, OUTPUTS, GROUP, STAGES,
+                    gl.constexpr(0), GROUP, STAGES,
                 ),
             ),
             (
                 _consume,
                 (
                     out_ptr, x_tiles, weight_tiles, full, free, num_rows, num_out, m_tiles, n_tiles, k_tiles,
-                    gl.constexpr(1), GATED, OUTPUTS, GROUP, STAGES,
+                    gl.constexpr(1), GROUP, STAGES,
                 ),
             ),
             (
                 _produce,
                 (
-                    x_desc, weight_desc, x_ring, weight_ring, full, free, m_tiles, n_tiles, k_tiles, second,
-                    OUTPUTS, GROUP, STAGES,
+                    x_desc, weight_desc, x_ring, weight_ring, full, free, num_out, m_tiles, n_tiles, k_tiles,
+                    GROUP, STAGES,
                 ),
             ),
         ],
@@ -149,10 +141,9 @@ def _linear_kernel(
 
 
 def applies(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether `linear` and `gated_linear` can serve this product."""
+    """Whether `gated_linear` can serve this product."""
     return (
-        AVAILABLE
-        and is_hopper(x.device)
+        runs_gluon(x.device)
         and x.dtype in (torch.bfloat16, torch.float16)
         and x.dtype == weight.dtype
         and x.stride(1) == weight.stride(1) == 1
@@ -162,28 +153,14 @@ def applies(x: torch.Tensor, weight: torch.Tensor) -> bool:
     )
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x [n, in] times weight [out, in] transposed: [n, out]. Only where `applies`."""
-    return _launch(x, weight, weight.shape[0], gated=False)
-
-
 def gated_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """silu(x @ gate.T) * (x @ up.T) for weight [2 * d, in], the gate first: [n, d]. Only where `applies`."""
-    return _launch(x, weight, weight.shape[0] // 2, gated=True)
-
-
-def _launch(x: torch.Tensor, weight: torch.Tensor, num_out: int, *, gated: bool) -> torch.Tensor:
+    num_out = weight.shape[0] // 2
     out = torch.empty((x.shape[0], num_out), dtype=x.dtype, device=x.device)
-    tiles = -(-x.shape[0] // 128) * -(-num_out // (128 if gated else 256))
+    tiles = -(-x.shape[0] // 128) * -(-num_out // 128)
     grid = (min(multiprocessors(x.device), tiles),)
     _linear_kernel[grid](
-        _tiled(x), _tiled(weight), out, x.shape[0], num_out, x.shape[1], GATED=gated, GROUP=GROUP, STAGES=STAGES,
+        tiled(x, 128), tiled(weight, 128), out, x.shape[0], num_out, x.shape[1], GROUP=GROUP, STAGES=STAGES,
         num_warps=4,
     )  # fmt: skip
     return out
-
-
-def _tiled(matrix: torch.Tensor) -> object:
-    """A matrix for the copy engine, by tiles of 128 rows and 64 columns."""
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [128, 64], layout)

@@ -49,13 +49,12 @@ def test_one_row_by_the_cards_own_tile(size, num_in, close, device, dtype):
 @pytest.mark.parametrize(
     ("rows", "size", "num_in"), [(1, 128, 64), (200, 256, 256), (257, 300, 1032), (900, 5000, 512)]
 )
-def test_linears_by_specialized_warps(rows, size, num_in, close, device, dtype):
+def test_gated_linear_by_specialized_warps(rows, size, num_in, close, device, dtype):
     x = torch.randn(rows, num_in).to(device, dtype)
     weight = torch.randn(2 * size, num_in).to(device, dtype)
     if not linear_hopper.applies(x, weight):
         pytest.skip("for Hopper")
     truth = x.double() @ weight.double().T
-    close(linear_hopper.linear(x, weight), truth)
     close(linear_hopper.gated_linear(x, weight), reference.silu_mul(truth))
 
 
