@@ -79,6 +79,80 @@ def _combine(
     return acc / tl.where(total > 0, total, 1.0)[:, None]
 
 
+@triton.jit
+def _chunks(
+    lens_ptr, num_seqs, target, window, BLOCK_N: tl.constexpr, LEAST: tl.constexpr, SEQS: tl.constexpr,
+    WINDOW: tl.constexpr,
+):  # fmt: skip
+    """(lengths, chunks of each sequence, running sums of these, positions of a chunk)."""
+    index = tl.arange(0, SEQS)
+    lens = tl.load(lens_ptr + index, mask=index < num_seqs, other=0)
+    spans = lens
+    if WINDOW:  # the part of the context that is read, with the tile that the window's edge cuts
+        spans = tl.minimum(lens, window + BLOCK_N)
+    # int64: the lengths of a full batch can add up to more than 2**31 only in theory, and theory is cheap here
+    chunk = tl.cdiv(tl.cdiv(tl.sum(spans.to(tl.int64), axis=0), target), BLOCK_N).to(tl.int32) * BLOCK_N
+    chunk = tl.maximum(chunk, LEAST * BLOCK_N)
+    # Padding rows get one chunk too, so that somebody writes their zeros.
+    counts = tl.where(index < num_seqs, tl.maximum(tl.cdiv(spans, chunk), 1), 0)
+    return lens, counts, tl.cumsum(counts, axis=0), chunk
+
+
+@triton.jit
+def _attend(
+    q, kv, table, channel, lane, start, end, lowest, scale, soft_cap, block_stride, side_stride, HEAD_DIM: tl.constexpr,
+    DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr,
+    SOFT_CAP: tl.constexpr, PAIRS: tl.constexpr, STAGES: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """(sums, maxima, weights) of q [ROWS, DIM] over positions start to end; kv: the KV head's part of the first block.
+
+    PAIRS: the cache is in FP8, and its values are read as words of two.
+    """
+    WIDE: tl.constexpr = DIM // 2 if PAIRS else DIM  # pyright: ignore[reportAssignmentType]
+    acc = tl.zeros((ROWS, WIDE), tl.float32)
+    upper_acc = tl.zeros((ROWS, WIDE), tl.float32)
+    pair = tl.arange(0, DIM // 2)
+    pairs = (kv + side_stride).to(tl.pointer_type(tl.int16), bitcast=True)
+    top = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    for first in tl.range(start, end, BLOCK_N, num_stages=STAGES):
+        at = first + lane
+        owned = at < end
+        block = tl.load(table + at // BLOCK_SIZE, mask=owned, other=0).to(tl.int64)
+        rows = block * block_stride + (at % BLOCK_SIZE) * HEAD_DIM
+        tile = rows[:, None] + channel[None, :]
+        readable = owned[:, None]
+        if DIM != HEAD_DIM:
+            readable = readable & (channel < HEAD_DIM)[None, :]
+        k = tl.load(kv + tile, mask=readable, other=0.0).to(q.dtype)
+        if PAIRS:
+            half_rows = block * (block_stride // 2) + (at % BLOCK_SIZE) * (HEAD_DIM // 2)
+            readable = owned[:, None]
+            if DIM != HEAD_DIM:
+                readable = readable & (pair < HEAD_DIM // 2)[None, :]
+            v, upper_v = e4m3_pairs(tl.load(pairs + half_rows[:, None] + pair[None, :], mask=readable, other=0), PTX)
+        else:
+            v = tl.load(kv + side_stride + tile, mask=readable, other=0.0).to(q.dtype)
+        scores = scaled_scores(tl.dot(q, tl.trans(k)), scale, soft_cap, SOFT_CAP)
+        visible = owned
+        if WINDOW:
+            visible = owned & (at >= lowest)
+        scores = tl.where(visible[None, :], scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, axis=1))
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)
+        p = tl.exp2(scores - base[:, None])
+        fade = tl.exp2(top - base)
+        total = total * fade + tl.sum(p, axis=1)
+        acc = acc * fade[:, None]
+        acc = tl.dot(p.to(v.dtype), v, acc)
+        if PAIRS:
+            upper_acc = tl.dot(p.to(v.dtype), upper_v, upper_acc * fade[:, None])
+        top = new_top
+    if PAIRS:
+        acc = tl.interleave(acc, upper_acc) * 256.0
+    return acc, top, total
+
+
 # The number of sequences and the width of the tables change with every step: few compiled kernels for all.
 @triton.jit(do_not_specialize=["num_seqs", "table_stride"])
 def _decode_kernel(
@@ -119,24 +193,15 @@ def _decode_kernel(
     STAGES: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
+    """out [num_seqs, heads, HEAD_DIM]: program (KV head, work) takes one chunk of one sequence. See the module."""
     kv_head, work = tl.program_id(0), tl.program_id(1)
     num_kv_heads = tl.num_programs(0)
-    index = tl.arange(0, SEQS)
-    lens = tl.load(lens_ptr + index, mask=index < num_seqs, other=0)
-    spans = lens
-    if WINDOW:  # the part of the context that is read, with the tile that the window's edge cuts
-        spans = tl.minimum(lens, window + BLOCK_N)
-    # int64: the lengths of a full batch can add up to more than 2**31 only in theory, and theory is cheap here
-    chunk = tl.cdiv(tl.cdiv(tl.sum(spans.to(tl.int64), axis=0), target), BLOCK_N).to(tl.int32) * BLOCK_N
-    chunk = tl.maximum(chunk, LEAST * BLOCK_N)
-    # Padding rows get one chunk too, so that somebody writes their zeros.
-    counts = tl.where(index < num_seqs, tl.maximum(tl.cdiv(spans, chunk), 1), 0)
-    ends = tl.cumsum(counts, axis=0)
+    lens, counts, ends, chunk = _chunks(lens_ptr, num_seqs, target, window, BLOCK_N, LEAST, SEQS, WINDOW)
     seq = tl.sum((ends <= work).to(tl.int32), axis=0)
     if seq >= num_seqs:
         wait_for_inputs(DEPENDENT)
         return
-    mine = index == seq
+    mine = tl.arange(0, SEQS) == seq
     num_chunks = tl.sum(tl.where(mine, counts, 0), axis=0)
     first_slot = tl.sum(tl.where(mine, ends, 0), axis=0) - num_chunks
     length = tl.sum(tl.where(mine, lens, 0), axis=0)
@@ -169,51 +234,10 @@ def _decode_kernel(
     q = tl.load(query_ptr + q_row[:, None] + channel[None, :], mask=fits, other=0.0)
     q = beside_cache(q, kv_ptr.dtype.element_ty)
 
-    WIDE: tl.constexpr = DIM // 2 if PAIRS else DIM  # pyright: ignore[reportAssignmentType]
-    acc = tl.zeros((ROWS, WIDE), tl.float32)
-    upper_acc = tl.zeros((ROWS, WIDE), tl.float32)
-    pair = tl.arange(0, DIM // 2)
-    pairs = (kv + side_stride).to(tl.pointer_type(tl.int16), bitcast=True)
-    top = tl.full((ROWS,), float("-inf"), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    for first in tl.range(start, end, BLOCK_N, num_stages=STAGES):
-        at = first + lane
-        owned = at < end
-        block = tl.load(table + at // BLOCK_SIZE, mask=owned, other=0).to(tl.int64)
-        rows = block * block_stride + (at % BLOCK_SIZE) * HEAD_DIM
-        tile = rows[:, None] + channel[None, :]
-        readable = owned[:, None]
-        if DIM != HEAD_DIM:
-            readable = readable & (channel < HEAD_DIM)[None, :]
-        k = tl.load(kv + tile, mask=readable, other=0.0).to(q.dtype)
-        if PAIRS:
-            half_rows = block * (block_stride // 2) + (at % BLOCK_SIZE) * (HEAD_DIM // 2)
-            readable = owned[:, None]
-            if DIM != HEAD_DIM:
-                readable = readable & (pair < HEAD_DIM // 2)[None, :]
-            v, upper_v = e4m3_pairs(
-                tl.load(pairs + half_rows[:, None] + pair[None, :], mask=readable, other=0), DEPENDENT
-            )
-        else:
-            v = tl.load(kv + side_stride + tile, mask=readable, other=0.0).to(q.dtype)
-        scores = scaled_scores(tl.dot(q, tl.trans(k)), scale, soft_cap, SOFT_CAP)
-        visible = owned
-        if WINDOW:
-            visible = owned & (at >= lowest)
-        scores = tl.where(visible[None, :], scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, axis=1))
-        base = tl.where(new_top == float("-inf"), 0.0, new_top)
-        p = tl.exp2(scores - base[:, None])
-        fade = tl.exp2(top - base)
-        total = total * fade + tl.sum(p, axis=1)
-        acc = acc * fade[:, None]
-        acc = tl.dot(p.to(v.dtype), v, acc)
-        if PAIRS:
-            upper_acc = tl.dot(p.to(v.dtype), upper_v, upper_acc * fade[:, None])
-        top = new_top
-
-    if PAIRS:
-        acc = tl.interleave(acc, upper_acc) * 256.0
+    acc, top, total = _attend(
+        q, kv, table, channel, lane, start, end, lowest, scale, soft_cap, block_stride, side_stride, HEAD_DIM, DIM,
+        ROWS, BLOCK_SIZE, BLOCK_N, WINDOW, SOFT_CAP, PAIRS, STAGES, DEPENDENT,
+    )  # fmt: skip
     if num_chunks > 1:
         item = (work * num_kv_heads + kv_head).to(tl.int64) * GROUP + row
         tl.store(partial_ptr + item[:, None] * HEAD_DIM + channel[None, :], acc, mask=fits)
