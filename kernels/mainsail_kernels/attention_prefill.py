@@ -60,6 +60,10 @@ def _attend_range(
     SOFT_CAP: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    """(sums, maxima, weights) of a tile's rows q [BLOCK_M, DIM], with positions start to end of KV added.
+
+    position [BLOCK_M]: each row's own. MASKED: not every row sees all of these positions.
+    """
     channel = tl.arange(0, DIM)
     lane = tl.arange(0, BLOCK_N)
     for first in tl.range(start, end, BLOCK_N, num_stages=STAGES):
@@ -146,6 +150,10 @@ def _prefill_kernel(
     STAGES: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
+    """out [num_tokens, heads, HEAD_DIM] of BLOCK_Q tokens' rows of one KV head. See the module.
+
+    TAKEN: sequences for which taken [num_seqs] is above 0 are another kernel's.
+    """
     wait_for_inputs(DEPENDENT)
     kv_head = tl.program_id(0)
     tile = tl.num_programs(1) - 1 - tl.program_id(1)

@@ -59,6 +59,7 @@ def _rope_write_kernel(
     ROUND: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
+    """HEADS heads (queries, keys, then values) of one token: normed, rotated, and to query_ptr or the cache."""
     token = tl.program_id(0).to(tl.int64)
     position = tl.load(positions_ptr + token).to(tl.int64)
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]

@@ -51,6 +51,7 @@ def _route_kernel(
     EXPERTS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
+    """A row's K best scores: weights [n, K] float32 and chosen [n, K] int64, the best first."""
     row = tl.program_id(0).to(tl.int64)
     expert = tl.arange(0, EXPERTS)
     wait_for_inputs(DEPENDENT)
@@ -157,6 +158,10 @@ def _grouped_kernel(
     PTX: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
+    """out [pairs, num_out]: TILE pairs of one expert, as _group_kernel sorted them, by BLOCK_OUT outputs.
+
+    WEIGHTED: times the pair's weight. The other constants: experts.Product.
+    """
     num_in = num_units * UNIT
     tile = tl.program_id(1)
     wait_for_inputs(DEPENDENT)

@@ -180,6 +180,7 @@ def _draw_kernel(
     CHUNKS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
+    """out [n]: the token of one row of logits [n, vocab], from its chunks' best logits and masses. See the module."""
     row = tl.program_id(0).to(tl.int64)
     index = tl.arange(0, CHUNKS)
     inside = index < num_chunks
