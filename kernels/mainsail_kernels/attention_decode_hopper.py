@@ -325,6 +325,80 @@ def _scores(keys, q_tile, FP8: gl.constexpr, MMA: gl.constexpr):
 
 
 @gluon.jit
+def _attend(
+    step, tile, mine, end, unit, q_tile, p_tile, k_tiles, v_tiles, v_ring, k_full, v_full, k_free, v_free,
+    WORDS: gl.constexpr, STAGES: gl.constexpr, FP8: gl.constexpr, MMA: gl.constexpr,
+):  # fmt: skip
+    """(sums [WORDS, 8], in FP8 those of the odd channels, weights [128, 8], maxima [8], steps done) of `mine` tiles of
+    a sequence from `tile` on; q_tile: its queries, whose scores are times unit [8]."""
+    VALUES: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
+    acc = gl.zeros([WORDS, 8], gl.float32, MMA)
+    upper = gl.zeros([WORDS, 8], gl.float32, MMA)
+    sums = gl.zeros([128, 8], gl.float32, MMA)
+    top = gl.full([8], float("-inf"), gl.float32, gl.SliceLayout(0, MMA))
+    for i in range(tile, tile + mine):
+        stage = step % STAGES
+        phase = step // STAGES & 1
+        mbarrier.wait(k_full.index(stage), phase)
+        scores = _scores(k_tiles.index(stage), q_tile, FP8, MMA)
+        group_barrier()
+        mbarrier.arrive(k_free.index(stage), count=1)
+        at = i * 128 + gl.arange(0, 128, gl.SliceLayout(1, MMA))
+        scores = gl.where((at < end)[:, None], scores, float("-inf"))
+        new_top = gl.maximum(top, gl.max(scores, axis=0) * unit)
+        weights = gl.exp2(scores * unit[None, :] - new_top[None, :])
+        fade = gl.exp2(top - new_top)
+        sums = sums * fade[None, :] + weights
+        acc = acc * fade[None, :]
+        p_tile.permute((1, 0)).store(weights.to(p_tile.dtype))
+        hopper.fence_async_shared()
+        group_barrier()
+        mbarrier.wait(v_full.index(stage), phase)
+        if FP8:
+            upper = upper * fade[None, :]
+            words = v_tiles.index(stage).permute((1, 0)).load(VALUES)
+            lower_v, upper_v = _pairs_in_float16(words)
+            one = hopper.warpgroup_mma(lower_v, p_tile.permute((1, 0)), acc, is_async=True)
+            two = hopper.warpgroup_mma(upper_v, p_tile.permute((1, 0)), upper, is_async=True)
+            acc, upper = hopper.warpgroup_mma_wait(0, deps=[one, two])
+        else:
+            inside = end - i * 128
+            if (inside < 128) & (inside % 16 != 0):
+                _clear_behind(v_ring, stage, inside, WORDS)
+            added = hopper.warpgroup_mma(
+                v_tiles.index(stage).permute((1, 0)), p_tile.permute((1, 0)), acc, is_async=True
+            )
+            acc = hopper.warpgroup_mma_wait(0, deps=[added])
+        group_barrier()
+        mbarrier.arrive(v_free.index(stage), count=1)
+        top = new_top
+        step += 1
+    return acc, upper, sums, top, step
+
+
+@gluon.jit
+def _leave(
+    out_row, partial_ptr, stats_ptr, counters_ptr, seq, kv_head, head, current, tile, count, total_tiles, acc, upper,
+    top, total, whole, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, DIM: gl.constexpr, WORDS: gl.constexpr,
+    FP8: gl.constexpr, MMA: gl.constexpr,
+):  # fmt: skip
+    """Leave this program's part of a sequence of which others have parts; the last to arrive combines them."""
+    slot = _slot(gl.program_id(0), tile == 0) * GROUP + head
+    _store_sums(partial_ptr + slot * DIM, acc, upper, gl.full_like(total, whole), WORDS, GROUP, FP8, MMA)
+    gl.store(stats_ptr + slot * 2, top, mask=head < GROUP)
+    gl.store(stats_ptr + slot * 2 + 1, total, mask=head < GROUP)
+    first = _owner(current - tile, total_tiles, KV_HEADS)
+    last = _owner(current - tile + count - 1, total_tiles, KV_HEADS)
+    group_barrier()  # every thread's part is stored before one thread says so
+    arrived = gl.atomic_add(counters_ptr + seq * KV_HEADS + kv_head, 1, sem="acq_rel")
+    if arrived == last - first:
+        group_barrier()
+        gl.store(counters_ptr + seq * KV_HEADS + kv_head, 0)
+        result = _combine(partial_ptr, stats_ptr, first, last, kv_head, KV_HEADS, DIM, GROUP, MMA)
+        _store_sums(out_row, result, result, gl.full_like(total, 1.0), DIM, GROUP, False, MMA)
+
+
+@gluon.jit
 def _consume(
     query_ptr, out_ptr, partial_ptr, stats_ptr, counters_ptr, lens_ptr, num_seqs, factor, query_stride,
     query_head_stride, q_tile, p_tile, k_tiles, v_tiles, v_ring, k_full, v_full, k_free, v_free,
@@ -335,7 +409,6 @@ def _consume(
     # Each warp has all lengths: to find a sequence in them, none waits for another.
     INDEX: gl.constexpr = gl.SliceLayout(1, gl.BlockedLayout([1, 1], [32, 1], [1, 4], [0, 1]))
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16])
-    VALUES: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
     SCAN: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     lens, tiles, ends = _tiles(lens_ptr, num_seqs, SEQS, SCAN)
@@ -371,66 +444,20 @@ def _consume(
         queries = _queries(
             query_ptr, seq_2, kv_head, following < stop, query_stride, query_head_stride, GROUP, DIM, ROWS
         )
-        acc = gl.zeros([WORDS, 8], gl.float32, MMA)
-        upper = gl.zeros([WORDS, 8], gl.float32, MMA)
-        sums = gl.zeros([128, 8], gl.float32, MMA)
-        top = gl.full([8], float("-inf"), gl.float32, gl.SliceLayout(0, MMA))
-        for i in range(tile, tile + mine):
-            stage = step % STAGES
-            phase = step // STAGES & 1
-            mbarrier.wait(k_full.index(stage), phase)
-            scores = _scores(k_tiles.index(stage), q_tile, FP8, MMA)
-            group_barrier()
-            mbarrier.arrive(k_free.index(stage), count=1)
-            at = i * 128 + gl.arange(0, 128, gl.SliceLayout(1, MMA))
-            scores = gl.where((at < end)[:, None], scores, float("-inf"))
-            new_top = gl.maximum(top, gl.max(scores, axis=0) * unit)
-            weights = gl.exp2(scores * unit[None, :] - new_top[None, :])
-            fade = gl.exp2(top - new_top)
-            sums = sums * fade[None, :] + weights
-            acc = acc * fade[None, :]
-            p_tile.permute((1, 0)).store(weights.to(p_tile.dtype))
-            hopper.fence_async_shared()
-            group_barrier()
-            mbarrier.wait(v_full.index(stage), phase)
-            if FP8:
-                upper = upper * fade[None, :]
-                words = v_tiles.index(stage).permute((1, 0)).load(VALUES)
-                lower_v, upper_v = _pairs_in_float16(words)
-                one = hopper.warpgroup_mma(lower_v, p_tile.permute((1, 0)), acc, is_async=True)
-                two = hopper.warpgroup_mma(upper_v, p_tile.permute((1, 0)), upper, is_async=True)
-                acc, upper = hopper.warpgroup_mma_wait(0, deps=[one, two])
-            else:
-                inside = end - i * 128
-                if (inside < 128) & (inside % 16 != 0):
-                    _clear_behind(v_ring, stage, inside, WORDS)
-                added = hopper.warpgroup_mma(
-                    v_tiles.index(stage).permute((1, 0)), p_tile.permute((1, 0)), acc, is_async=True
-                )
-                acc = hopper.warpgroup_mma_wait(0, deps=[added])
-            group_barrier()
-            mbarrier.arrive(v_free.index(stage), count=1)
-            top = new_top
-            step += 1
+        acc, upper, sums, top, step = _attend(
+            step, tile, mine, end, unit, q_tile, p_tile, k_tiles, v_tiles, v_ring, k_full, v_full, k_free, v_free,
+            WORDS, STAGES, FP8, MMA,
+        )  # fmt: skip
         total = gl.sum(sums, axis=0)
         whole = 256.0 if FP8 else 1.0  # values are over 256
         out_row = out_ptr + (seq.to(gl.int64) * (KV_HEADS * GROUP) + kv_head * GROUP + head) * DIM
         if mine == count:
             _store_sums(out_row, acc, upper, whole / total, WORDS, GROUP, FP8, MMA)
         else:
-            slot = _slot(gl.program_id(0), tile == 0) * GROUP + head
-            _store_sums(partial_ptr + slot * DIM, acc, upper, gl.full_like(total, whole), WORDS, GROUP, FP8, MMA)
-            gl.store(stats_ptr + slot * 2, top, mask=head < GROUP)
-            gl.store(stats_ptr + slot * 2 + 1, total, mask=head < GROUP)
-            first = _owner(current - tile, total_tiles, KV_HEADS)
-            last = _owner(current - tile + count - 1, total_tiles, KV_HEADS)
-            group_barrier()  # every thread's part is stored before one thread says so
-            arrived = gl.atomic_add(counters_ptr + seq * KV_HEADS + kv_head, 1, sem="acq_rel")
-            if arrived == last - first:
-                group_barrier()
-                gl.store(counters_ptr + seq * KV_HEADS + kv_head, 0)
-                result = _combine(partial_ptr, stats_ptr, first, last, kv_head, KV_HEADS, DIM, GROUP, MMA)
-                _store_sums(out_row, result, result, gl.full_like(total, 1.0), DIM, GROUP, False, MMA)
+            _leave(
+                out_row, partial_ptr, stats_ptr, counters_ptr, seq, kv_head, head, current, tile, count, total_tiles,
+                acc, upper, top, total, whole, KV_HEADS, GROUP, DIM, WORDS, FP8, MMA,
+            )  # fmt: skip
         current = following
         seq, tile, count, mine, end = seq_2, tile_2, count_2, mine_2, end_2
     if BESIDE:  # whoever waits for this kernel waits for the one before as well
