@@ -11,7 +11,8 @@ import yaml
 
 from e2e import product
 from e2e.cluster.place import Place
-from e2e.kube import Object
+from e2e.kube import Kube, Object, wait_for
+from e2e.services import service
 
 SYSTEM = product.NAMESPACE
 CHART = Path(__file__).parents[1] / "charts/mainsail"
@@ -93,11 +94,49 @@ def test_a_chart_may_depend_on_this_one_under_a_condition(render: Render) -> Non
     assert render("enabled=true") == render()
 
 
+def test_a_load_balancer_is_told_what_its_cloud_wants(render: Render) -> None:
+    found = named(render("gateway.service.annotations.internal=yes"), "Service", "mainsail-gateway")
+    assert found["metadata"]["annotations"] == {"internal": "yes"}
+    assert "annotations" not in named(render(), "Service", "mainsail-gateway")["metadata"]
+
+
 def test_a_priority_class_is_for_operator_and_gateway(render: Render) -> None:
     for settings, expected in ((("priorityClassName=system-cluster-critical",), "system-cluster-critical"), ((), None)):
         deployments = [found for found in render(*settings) if found["kind"] == "Deployment"]
         assert len(deployments) == 2
         assert {d["spec"]["template"]["spec"].get("priorityClassName") for d in deployments} == {expected}
+
+
+def test_pod_monitors_choose_pods_and_ports_that_are_there(render: Render, kube: Kube) -> None:
+    """Of operator and gateway by what the chart gives their pods; of engines by what the operator does."""
+    assert "PodMonitor" not in {found["kind"] for found in render()}
+    objects = render("metrics.podMonitors.enabled=true", "metrics.podMonitors.labels.release=prom")
+    monitors = {found["metadata"]["name"]: found for found in objects if found["kind"] == "PodMonitor"}
+    assert all(monitor["metadata"]["labels"]["release"] == "prom" for monitor in monitors.values())
+    for component in ("operator", "gateway"):
+        pod = named(objects, "Deployment", f"mainsail-{component}")["spec"]["template"]
+        assert chooses(monitors.pop(f"mainsail-{component}"), pod)
+    engines = monitors.pop("mainsail-engine")
+    assert not monitors
+    kube.apply(service("monitored", replicas=0))
+    selector = "mainsail.dev/service=monitored"
+    (deployment,) = wait_for("its Deployment", lambda: kube.list("deployments", selector=selector), story=kube.story)
+    pod = deployment["spec"]["template"]
+    kube.delete("mis", "monitored")
+    assert chooses(engines, pod)
+    assert set(engines["spec"]["podTargetLabels"]) <= pod["metadata"]["labels"].keys()
+    assert engines["spec"]["namespaceSelector"] == {"any": True}
+
+
+def chooses(monitor: Object, pod: Object) -> bool:
+    """Whether a PodMonitor takes the pod, and the port that it asks is one of the pod's."""
+    labels, selector = pod["metadata"]["labels"], monitor["spec"]["selector"]
+    ports = {port["name"] for container in pod["spec"]["containers"] for port in container["ports"]}
+    return (
+        selector["matchLabels"].items() <= labels.items()
+        and all(it["operator"] == "Exists" and it["key"] in labels for it in selector.get("matchExpressions", []))
+        and {endpoint["port"] for endpoint in monitor["spec"]["podMetricsEndpoints"]} <= ports
+    )
 
 
 def test_an_endpoint_picker_has_a_port_of_its_own(render: Render) -> None:

@@ -33,6 +33,10 @@ HEAD = """\
 
 Made by `python -m tests.docs.metrics_page` from the registries themselves. Times are in seconds, shares from 0 to 1.
 A histogram has the series `…_bucket{le}`, `…_sum` and `…_count`.
+
+The chart makes PodMonitors (of the Prometheus Operator) for operator, gateway and all engines with
+`metrics.podMonitors.enabled`. Engines' series then carry `mainsail_dev_service` and `mainsail_dev_revision`. The
+namespace of Prometheus must be among `networkPolicy.metricsNamespaces` to reach engines.
 """
 OLDER_HEAD = """\
 ## Names that vLLM has given up
