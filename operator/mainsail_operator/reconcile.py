@@ -230,17 +230,20 @@ class Reconciler:
         return min(tick, max(decision.check_at - it.now, 0.1)) if decision.check_at else tick
 
     async def _execute(self, owner: Owner, actions: Sequence[Action]) -> None:
-        """What is refused (by a quota, by a policy) holds up what is made after it, and nothing that is there already:
-        pods without what guards them are not made, and what serves is scaled, taken back or replaced all the same."""
-        refused: RefusedError | None = None
+        """What is refused (by a quota, by a policy, for a webhook that is down) holds up what is made after it, and
+        nothing that is there already: pods without what guards them are not made, and what serves is scaled, taken back
+        or replaced all the same."""
+        failed: WriteError | None = None
         for action in actions:
-            if not isinstance(action, Apply) or (refused is None and self._due(owner, action)):
+            if not isinstance(action, Apply):
+                await self._writer.execute(owner, action)
+            elif failed is None and self._due(owner, action):
                 try:
                     await self._writer.execute(owner, action)
-                except RefusedError as error:
-                    refused = refused or error
-        if refused is not None:
-            raise refused
+                except WriteError as error:
+                    failed = failed or error
+        if failed is not None:
+            raise failed
 
     def _due(self, owner: Owner, action: Apply) -> bool:
         """Whether it is time for it: repairs of the same child have a pause between them."""

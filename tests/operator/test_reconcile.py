@@ -44,6 +44,8 @@ class Api:
     objects: dict[str, Json] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     """Part of a path → why writes to such an object are refused."""
+    code: int = 403
+    """And how."""
     mutated: str = ""
     """Part of a path of objects that a webhook changes back to what they are."""
     writes: list[str] = field(default_factory=list)
@@ -62,7 +64,7 @@ class Api:
         self.writes.append(f"{request.method} {'/'.join(path.split('/')[-2:])}")
         for part, why in self.refused.items():
             if part in path:
-                return httpx2.Response(403, json={"message": why})
+                return httpx2.Response(self.code, json={"message": why})
         if request.method == "DELETE":
             self.objects.pop(path, None)
             return httpx2.Response(200, json={})
@@ -156,8 +158,11 @@ async def test_the_status_of_a_newer_operator_is_gone_on_from(operator: Operator
     assert operator.api.events == []
 
 
-async def test_a_child_that_is_refused_holds_up_nothing_that_is_there(operator: Operator) -> None:
-    """A policy of the cluster refuses NetworkPolicies from now on, and somebody deletes ours: still it scales."""
+@pytest.mark.parametrize("code", [403, 500])
+async def test_a_child_that_is_refused_holds_up_nothing_that_is_there(operator: Operator, code: int) -> None:
+    """A policy of the cluster refuses NetworkPolicies from now on, or its webhook is down, and somebody deletes ours:
+    still it scales."""
+    operator.api.code = code
     await operator.passes(3)
     for path in [path for path in operator.api.objects if "networkpolicies" in path]:
         operator.store.children["networkpolicies"].remove(operator.api.objects.pop(path)["metadata"])
@@ -166,7 +171,8 @@ async def test_a_child_that_is_refused_holds_up_nothing_that_is_there(operator: 
     await operator.passes(2)
     (deployment,) = (it for path, it in operator.api.objects.items() if "/deployments/" in path)
     assert deployment["spec"]["replicas"] == 3
-    assert operator.conditions()["Stalled"] == ("True", "WriteRefused")
+    if code == 403:
+        assert operator.conditions()["Stalled"] == ("True", "WriteRefused")
     operator.hear(engine={"maxNumSeqs": 8})
     await operator.passes()
     assert sum("/deployments/" in path for path in operator.api.objects) == 1, "no pods without what is to guard them"
