@@ -264,7 +264,7 @@ class EngineCore:
             params=seeded(add.params),
             arrival_time_s=now,
             priority=add.priority,
-            cache_salt=add.cache_salt,
+            cache_salt=tenant(add.cache_salt),
             user=add.user,
             session_id=add.session_id,
             deadline_s=None if add.timeout_s is None else now + add.timeout_s,
@@ -441,6 +441,11 @@ def may_jump(params: SamplingParams) -> bool:
         or params.logprobs is not None or params.prompt_logprobs is not None
     )  # fmt: skip
     return not watched
+
+
+def tenant(salt: str) -> str:
+    """A client's salt as the prefix cache has it: none of the engine's own, which a lone NUL begins (`Loaded.salt`)."""
+    return salt.replace("\0", "\0\0")
 
 
 def seeded(params: SamplingParams) -> SamplingParams:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import pytest
+from tests.engine.test_core import CONFIG, EOS, NamingRunner, drive
 
 from mainsail_engine.adapters import AdapterDesk
 from mainsail_engine.config import EngineConfig, LoraConfig, ModelConfig
+from mainsail_engine.core import EngineCore
 from mainsail_engine.errors import InvalidAdapterError, InvalidConfigurationError
 from mainsail_engine.model.lora import Adapter
+from mainsail_engine.protocol import Add
 from mainsail_engine.request import Request, RequestStatus, SamplingParams
+from mainsail_engine.scheduler import Scheduler
 
 
 class Slots:
@@ -162,3 +166,22 @@ def test_a_request_that_comes_again_holds_the_adapter_of_its_second_coming_alone
     assert slots.num_fills == 3
     desk.table.release(["1"])
     assert desk.table.paths == {"a": "/second", "b": "/"}
+
+
+def test_no_clients_salt_reaches_what_went_through_an_adapter() -> None:
+    """Nor may what it leaves there be taken for an adapter's: that would spoil the answers of others."""
+    house = House("a", 1)
+    loaded = house.desk.table.use("a", Request("0", [1], SamplingParams(max_tokens=1), 0.0))
+    assert loaded is not None
+    core = EngineCore(Scheduler(CONFIG, 16, 64, {EOS}), NamingRunner(), depth=1, adapters=house.desk)
+    params, cached = SamplingParams(max_tokens=2, temperature=0.0), dict[str, int]()
+    salts = ("", "x", "\0")
+    for client in salts:
+        for name, salt, adapter in (("base", client + loaded.salt, ""), ("adapted", client, "a")):
+            for turn in (1, 2):
+                core.handle(Add(f"{client}{name}{turn}", [1] * 33, params, cache_salt=salt, adapter=adapter), 0.0)
+                for step in drive(core):
+                    cached |= {output.request_id: output.num_cached_tokens for output in step.outputs}
+    assert cached == {
+        f"{client}{name}{turn}": 32 * (turn - 1) for client in salts for name in ("base", "adapted") for turn in (1, 2)
+    }
