@@ -58,6 +58,8 @@ log = logging.getLogger(__name__)
 
 _PATH = re.compile(rb"/v1(?:/(?!\.\.?(?:/|$))[A-Za-z0-9._~:-]+)+")
 _MODEL_PATH = re.compile(r"/v1/models/(.+)")
+_OF_ONE_ENGINE = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
+"""What only an engine itself is asked: through the gateway one replica of several would change, at anybody's wish."""
 _CLOSE: Headers = [(b"connection", b"close")]
 _OPEN_PATHS = ("/health", "/health/ready", "/health/live")
 STOPPING_S, STOPPING_TRIES = 0.25, 40
@@ -197,7 +199,7 @@ class Gateway:
             if method in ("GET", "HEAD") and (answer := self._own(path, key, table)) is not None:
                 await self._send_json(reply.send, answer)
                 return 200
-            if not _PATH.fullmatch(scope["raw_path"]):
+            if not _PATH.fullmatch(scope["raw_path"]) or path in _OF_ONE_ENGINE:
                 raise GatewayError(404, f"Unknown path {path[:200]}. The API is under /v1/.", code="not_found")
             if method != "POST":
                 allow: Headers = [(b"allow", b"POST")]
