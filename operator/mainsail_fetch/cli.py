@@ -104,7 +104,7 @@ def _fill(remote: Remote, place: Place, progress: Progress, rules: Rules | None)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    flags = build_parser().parse_args(arguments)
+    flags = _parsed(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     place = Place(flags.folder)
     progress = Progress(place)
@@ -121,6 +121,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             signal.signal(number, lambda number, frame: ended.set())
         ended.wait()
     return 0
+
+
+def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = build_parser()
+    flags = parser.parse_args(arguments)
+    if flags.decided_at is None and (flags.limit is not None or flags.keep):
+        parser.error("--limit and --keep decide which copies may be deleted: they need --decided-at")
+    return flags
 
 
 def _rules(flags: argparse.Namespace) -> Rules | None:

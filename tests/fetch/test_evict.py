@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mainsail_fetch.cli import main
 from mainsail_fetch.evict import SKEW_S, Copy, Rules, make_room, victims
 from mainsail_fetch.place import MARGIN, Place
 
@@ -106,3 +107,12 @@ def test_asking_for_a_copy_is_using_it(tmp_path: Path) -> None:
     with Place(tmp_path / "a").locked():
         pass
     assert (tmp_path / ".a.lock").stat().st_mtime > 1e9
+
+
+@pytest.mark.parametrize("flags", [["--limit", "5"], ["--keep", "other"]])
+def test_what_would_decide_nothing_is_refused(
+    tmp_path: Path, flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["hf://org/name", str(tmp_path / "copy"), *flags])
+    assert "--decided-at" in capsys.readouterr().err
