@@ -89,6 +89,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 WARM_UP_ID = "warm-up"
+ASLEEP = "the engine is asleep: POST /wake_up first"
 IDLE_S = 0.005
 """How long to wait for a command while the scheduler holds everything back."""
 CUDA_LATENCY_MS = 40.0
@@ -203,17 +204,19 @@ class EngineCore:
     def handle(self, command: Command, now: float) -> None:
         if isinstance(command, Add):
             if self._asleep:
-                self._refuse(command.request_id, "the engine is asleep: POST /wake_up first", "asleep")
+                self._refuse(command.request_id, ASLEEP, "asleep")
                 return
             self._add(command, now)
         elif isinstance(command, Control):
             self._controls.append(command)
         elif isinstance(command, Abort):
             self._abort(command)
-        elif self._adapters is not None:
-            self._adapters.handle(command)
-        else:
+        elif self._adapters is None:
             self._answers.append(Controlled(command.control_id, "this engine takes no adapters: see --enable-lora"))
+        elif self._asleep and isinstance(command, LoadAdapter):  # there is no memory to put it into
+            self._answers.append(Controlled(command.control_id, ASLEEP))
+        else:
+            self._adapters.handle(command)
 
     def take_answers(self) -> list[FromCore]:
         """To controls, as far as they are done. Call it between two steps."""

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from tests.engine.test_core import CONFIG, EOS, NamingRunner, drive
 
 from mainsail_engine.adapters import AdapterDesk
 from mainsail_engine.config import EngineConfig, LoraConfig, ModelConfig
-from mainsail_engine.core import EngineCore
+from mainsail_engine.core import ASLEEP, EngineCore
 from mainsail_engine.errors import InvalidAdapterError, InvalidConfigurationError
 from mainsail_engine.model.lora import Adapter
-from mainsail_engine.protocol import Add
+from mainsail_engine.protocol import Adapters, Add, Control, Controlled, LoadAdapter, UnloadAdapter
 from mainsail_engine.request import Request, RequestStatus, SamplingParams
 from mainsail_engine.scheduler import Scheduler
 
@@ -185,3 +187,35 @@ def test_no_clients_salt_reaches_what_went_through_an_adapter() -> None:
     assert cached == {
         f"{client}{name}{turn}": 32 * (turn - 1) for client in salts for name in ("base", "adapted") for turn in (1, 2)
     }
+
+
+class Bed:
+    """See core.Sleeper: as it lay down, so it gets up."""
+
+    def resting_runner(self) -> NamingRunner:
+        return NamingRunner()
+
+    def sleep(self) -> None: ...
+
+    def wake_up(self) -> tuple[Scheduler, NamingRunner]:
+        return Scheduler(CONFIG, 16, 64, {EOS}), NamingRunner()
+
+
+def test_nothing_is_put_into_the_memory_of_an_engine_that_sleeps() -> None:
+    house = House("ab", 2)
+    house.desk.table.forget("b")
+    scheduler, runner = Bed().wake_up()
+    core = EngineCore(scheduler, runner, depth=1, adapters=house.desk, sleeper=Bed())
+    core.handle(Control("1", "sleep"), 0.0)
+    assert core.take_answers() == [Controlled("1")]
+    core.handle(LoadAdapter("2", "b", "/"), 0.0)
+    core.handle(UnloadAdapter("3", "a"), 0.0)
+    assert core.take_answers() == [Controlled("2", ASLEEP), Adapters({}), Controlled("3")]
+    assert house.slots.num_fills == 2
+    core.handle(Control("4", "wake_up"), 0.0)
+    assert core.take_answers() == [Controlled("4")]
+    core.handle(LoadAdapter("5", "b", "/"), 0.0)
+    while not (answers := core.take_answers()):
+        time.sleep(0.001)
+    assert answers == [Adapters({"b": "/"}), Controlled("5")]
+    assert house.slots.num_fills == 3
