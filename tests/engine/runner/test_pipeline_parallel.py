@@ -109,7 +109,7 @@ def test_a_lost_stage_is_noticed_and_ends_the_engine(tiny: Path, kill: bool) -> 
         threading.Timer(0.3, stage.kill if kill else stage.suspend).start()
         with pytest.raises(EngineDeadError, match=r"rank 1 (was killed by signal 9|has been silent)"):
             answer_for_ever()
-        core.wait(timeout=60)
+        core.wait(timeout=240)
     finally:
         if stage.is_running():
             stage.kill()

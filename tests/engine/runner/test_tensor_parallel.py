@@ -130,7 +130,7 @@ def test_a_lost_rank_is_noticed_and_ends_the_engine(folder: Path, loss: str) -> 
         threading.Timer(0.3, lose, (rank,)).start()
         with pytest.raises(EngineDeadError, match=words):
             answer_for_ever()
-        core.wait(timeout=60)
+        core.wait(timeout=240)
     finally:
         if rank.is_running():
             rank.kill()

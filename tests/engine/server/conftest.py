@@ -24,7 +24,7 @@ PATIENT = ("--max-queue-wait", "0")
 """Nobody is refused because this machine is slow."""
 
 
-def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = 60.0) -> None:
+def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = 240.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline:
@@ -75,7 +75,7 @@ class Engine:
         self.process.send_signal(signal.SIGTERM)
 
     def wait(self) -> int:
-        return self.process.wait(timeout=120)
+        return self.process.wait(timeout=240)
 
     def close(self) -> None:
         """Ends also what a test has stopped."""

@@ -117,7 +117,7 @@ async def test_endpoint_pickers_see_which_adapters_run_and_wait(
     """By any API process: whichever answers the scrape."""
 
     def seen() -> set[tuple[str, str, str]]:
-        texts = [httpx.get(adapted.url + "/metrics", timeout=60).text for _ in range(8)]
+        texts = [httpx.get(adapted.url + "/metrics", timeout=240).text for _ in range(8)]
         families = [family for text in texts for family in text_string_to_metric_families(text)]
         samples = [family.samples for family in families if family.name == "vllm:lora_requests_info"]
         assert [len(each) for each in samples] == [1] * 8

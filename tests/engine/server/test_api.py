@@ -27,7 +27,7 @@ CHAT: list[Any] = [{"role": "user", "content": PROMPT}]
 
 @pytest.fixture(scope="module")
 def client(tiny_engine: Engine) -> openai.OpenAI:
-    return openai.OpenAI(base_url=tiny_engine.url + "/v1", api_key="none", max_retries=0, timeout=60)
+    return openai.OpenAI(base_url=tiny_engine.url + "/v1", api_key="none", max_retries=0, timeout=240)
 
 
 def events(engine: Engine, path: str, **body: Any) -> list[dict[str, Any]]:

@@ -43,7 +43,7 @@ async def test_500_clients_half_of_them_leave(tiny_engine: Engine, waiting: Call
         counted.append(seen)
 
     async def probe() -> None:
-        async with httpx.AsyncClient(timeout=60) as http:
+        async with httpx.AsyncClient(timeout=240) as http:
             while True:
                 lives.append((await http.get(tiny_engine.url + "/health/live")).status_code)
                 await asyncio.sleep(0.2)
@@ -55,7 +55,7 @@ async def test_500_clients_half_of_them_leave(tiny_engine: Engine, waiting: Call
         await asyncio.gather(*(one(http, index) for index in range(500)))
     probing.cancel()
     assert set(lives) == {200}
-    waiting(tiny_engine.idle, "nothing running, all blocks free", timeout_s=100)
+    waiting(tiny_engine.idle, "nothing running, all blocks free", timeout_s=240)
     assert counted == [16] * sum(after is None for after in leaves_after)
     ended = lambda: tiny_engine.metric("vllm:request_success_total") - before  # noqa: E731
     waiting(lambda: ended() == 500, "whoever left to be counted by the process that served it")
@@ -67,10 +67,10 @@ def test_a_scrape_of_any_process_shows_all(tiny_engine: Engine, waiting: Callabl
 
     before, handled_before = tiny_engine.metric("vllm:generation_tokens_total"), handled()
     for _ in range(12):  # a connection each: the kernel spreads them
-        httpx.post(tiny_engine.url + "/v1/completions", json={**stream_body(0, 5), "stream": False}, timeout=60)
+        httpx.post(tiny_engine.url + "/v1/completions", json={**stream_body(0, 5), "stream": False}, timeout=240)
     waiting(lambda: handled() - handled_before == 12, "the last of them to be counted: it is when its client has it")
     for _ in range(8):
-        text = httpx.get(tiny_engine.url + "/metrics", timeout=60).text
+        text = httpx.get(tiny_engine.url + "/metrics", timeout=240).text
         assert text.count("# TYPE vllm:generation_tokens_total counter") == 1
         assert tiny_engine.metric("vllm:generation_tokens_total") - before == 12 * 5
         assert handled() - handled_before == 12
@@ -81,10 +81,10 @@ def test_sleep_and_wake_up(tiny_engine: Engine) -> None:
     answer = tiny_engine.post("/v1/completions", **body).json()["choices"][0]["text"]
     assert tiny_engine.post("/sleep").json() == {"is_sleeping": True}
     for _ in range(6):
-        refused = httpx.post(tiny_engine.url + "/v1/completions", json=body, timeout=60)
+        refused = httpx.post(tiny_engine.url + "/v1/completions", json=body, timeout=240)
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "asleep")
-        assert httpx.get(tiny_engine.url + "/health/ready", timeout=60).status_code == 503
-        assert httpx.get(tiny_engine.url + "/health/live", timeout=60).status_code == 200
+        assert httpx.get(tiny_engine.url + "/health/ready", timeout=240).status_code == 503
+        assert httpx.get(tiny_engine.url + "/health/live", timeout=240).status_code == 200
     assert tiny_engine.metric("vllm:engine_sleep_state", sleep_state="weights_offloaded") == 1
     assert tiny_engine.post("/wake_up").json() == {"is_sleeping": False}
     again = tiny_engine.post("/v1/completions", **body).json()
@@ -102,7 +102,7 @@ def test_admission_counts_over_processes_and_a_drain_is_for_all(
     )  # fmt: skip
     try:
         long = {**stream_body(1, 1500), "stream": True}
-        with httpx.Client(timeout=60) as one, one.stream("POST", engine.url + "/v1/completions", json=long) as running:
+        with httpx.Client(timeout=240) as one, one.stream("POST", engine.url + "/v1/completions", json=long) as running:
             lines = running.iter_lines()
             assert next(lines)
             os.kill(engine.core_pid(), signal.SIGSTOP)  # so that nothing leaves the queue meanwhile
@@ -112,9 +112,9 @@ def test_admission_counts_over_processes_and_a_drain_is_for_all(
                 num_refused = engine.metric("vllm:admission_rejections_total", reason="max_num_queued_reqs")
                 assert 7 <= num_refused <= 9  # three wait; processes that ask at the same moment let in one each
                 engine.process.send_signal(signal.SIGTERM)
-                waiting(lambda: httpx.get(engine.url + "/health/ready", timeout=60).status_code == 503, "not ready")
+                waiting(lambda: httpx.get(engine.url + "/health/ready", timeout=240).status_code == 503, "not ready")
                 for _ in range(6):
-                    assert httpx.post(engine.url + "/v1/completions", json=long, timeout=60).status_code == 503
+                    assert httpx.post(engine.url + "/v1/completions", json=long, timeout=240).status_code == 503
                 os.kill(engine.core_pid(), signal.SIGCONT)
             assert crowded.result().count(429) == num_refused
             assert crowded.result().count(200) == 12 - num_refused
@@ -133,7 +133,7 @@ def num_queued_or_refused(engine: Engine) -> float:
 async def crowd(url: str, count: int) -> list[int]:
     """So many requests at once, a connection each."""
 
-    async with httpx.AsyncClient(timeout=60) as http:
+    async with httpx.AsyncClient(timeout=240) as http:
 
         async def one(index: int) -> int:
             body = {**stream_body(index, 1), "stream": False}

@@ -41,11 +41,11 @@ def test_the_listener_of_its_own() -> None:
     server.start()
     try:
         base = f"http://127.0.0.1:{server.port}"
-        with urllib.request.urlopen(f"{base}/health/live", timeout=60) as answer:
+        with urllib.request.urlopen(f"{base}/health/live", timeout=240) as answer:
             assert answer.status == 200
         for path, status in (("/health/ready", 503), ("/nothing", 404)):
             with pytest.raises(urllib.error.HTTPError) as caught:
-                urllib.request.urlopen(base + path, timeout=60)
+                urllib.request.urlopen(base + path, timeout=240)
             assert caught.value.code == status
             caught.value.close()
         with pytest.raises(InvalidConfigurationError, match="--health-port"):

@@ -96,7 +96,7 @@ class Stream(threading.Thread):
                     self.begun.set()
 
     def finished(self) -> list[Any]:
-        self.join(timeout=120)
+        self.join(timeout=500)
         assert not self.is_alive()
         return self.events
 
@@ -105,7 +105,7 @@ class Stream(threading.Thread):
 def test_sigterm_drains(own_engine: Callable[..., Any], waiting: Callable[..., None]) -> None:
     engine = own_engine("--drain-timeout", "600")
     stream = Stream(engine.url, 500)
-    assert stream.begun.wait(60)
+    assert stream.begun.wait(240)
     os.kill(engine.core_pid(), signal.SIGSTOP)  # so that the stream does not end while we look
     engine.terminate()
     waiting(lambda: engine.http.get(engine.url + "/health/ready").status_code == 503, "readiness to fail")
@@ -124,7 +124,7 @@ def test_sigterm_drains(own_engine: Callable[..., Any], waiting: Callable[..., N
 def test_what_does_not_finish_in_time_is_told(own_engine: Callable[..., Any]) -> None:
     engine = own_engine("--drain-timeout", "0.2")
     stream = Stream(engine.url, 3000)
-    assert stream.begun.wait(60)
+    assert stream.begun.wait(240)
     assert engine.post("/drain").status_code == 202
     events = stream.finished()
     assert events[-2]["error"]["code"] == "shutting_down"
@@ -135,7 +135,7 @@ def test_what_does_not_finish_in_time_is_told(own_engine: Callable[..., Any]) ->
 def test_the_cores_death_is_an_error_and_an_exit(own_engine: Callable[..., Any]) -> None:
     engine = own_engine()
     stream = Stream(engine.url, 3000)
-    assert stream.begun.wait(60)
+    assert stream.begun.wait(240)
     os.kill(engine.core_pid(), signal.SIGKILL)
     events = stream.finished()
     assert events[-2]["error"]["code"] == "engine_failed"
@@ -151,7 +151,7 @@ def test_a_hung_step_fails_liveness_and_the_core_goes_with_its_parent(
     engine = own_engine("--live-limit", "1", "--health-port", "0")
     core = engine.core_pid()
     stream = Stream(engine.url, 3000)
-    assert stream.begun.wait(60)
+    assert stream.begun.wait(240)
     process = psutil.Process(engine.process.pid)
     listeners = [each.laddr.port for each in process.net_connections("tcp") if each.status == psutil.CONN_LISTEN]
     assert len(listeners) == 2

@@ -37,7 +37,7 @@ class Nodes:
     """The worker's."""
 
     def probe(self, path: str) -> int:
-        return httpx.get(f"{self.health}{path}", timeout=60).status_code
+        return httpx.get(f"{self.health}{path}", timeout=240).status_code
 
     def close(self) -> None:
         self.leader.close()

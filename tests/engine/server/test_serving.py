@@ -23,12 +23,12 @@ SEEDED: dict[str, Any] = {"temperature": 0.8, "seed": 4}
 
 @pytest.fixture(scope="module")
 def client(engine: Any) -> openai.OpenAI:
-    return openai.OpenAI(base_url=engine.url + "/v1", api_key="none", max_retries=0, timeout=60)
+    return openai.OpenAI(base_url=engine.url + "/v1", api_key="none", max_retries=0, timeout=240)
 
 
 @pytest.fixture
 def async_client(engine: Any) -> openai.AsyncOpenAI:
-    return openai.AsyncOpenAI(base_url=engine.url + "/v1", api_key="none", max_retries=0, timeout=60)
+    return openai.AsyncOpenAI(base_url=engine.url + "/v1", api_key="none", max_retries=0, timeout=240)
 
 
 def test_chat(client: openai.OpenAI) -> None:
@@ -189,7 +189,7 @@ def test_a_client_that_goes_is_aborted(engine: Any, waiting: Callable[..., None]
     aborted = engine.metric("vllm:request_success_total", finished_reason="abort")
     body = {"model": "smol", "messages": COUNT, "max_tokens": 4000, "ignore_eos": True, "stream": True}
     with (
-        httpx.Client(timeout=60) as http,
+        httpx.Client(timeout=240) as http,
         http.stream("POST", engine.url + "/v1/chat/completions", json=body) as answer,
     ):
         lines = answer.iter_lines()  # kept: letting go of it would close the stream
