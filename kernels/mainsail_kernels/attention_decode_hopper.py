@@ -542,17 +542,19 @@ def applies(query: torch.Tensor, kv: torch.Tensor, window: int, soft_cap: float,
 
 def launch(
     query: torch.Tensor, kv: torch.Tensor, block_tables: torch.Tensor, seq_lens: torch.Tensor, scale: float,
-    partial: torch.Tensor, stats: torch.Tensor, counters: torch.Tensor, out: torch.Tensor, *, beside: bool = False,
+    partial: torch.Tensor, stats: torch.Tensor, counters: torch.Tensor, out: torch.Tensor, programs: int = 0,
+    *, beside: bool = False,
 ) -> None:  # fmt: skip
     """paged_attention_decode without window, soft cap and sinks; all arguments checked, and `applies`.
 
-    The workspace has room for two parts of each program. beside: as paged_attention_decode has it.
+    programs: a multiple of the KV heads; 0: one for each multiprocessor, of a cache in FP8 two, whose tiles take half
+    the shared memory. The workspace has room for two parts of each. beside: as paged_attention_decode has it.
     """
     num_seqs, num_heads, head_dim = query.shape
     kv_heads = kv.shape[2]
     fp8 = kv.dtype == FP8
-    at_once = multiprocessors(query.device) * (2 if fp8 else 1)  # a tile of FP8 takes half the shared memory
-    programs = max(at_once // kv_heads, 1) * kv_heads
+    programs = programs or multiprocessors(query.device) * (2 if fp8 else 1)
+    programs = max(programs // kv_heads, 1) * kv_heads
     enough = partial.numel() >= 2 * programs * num_heads // kv_heads * head_dim
     require(enough and counters.numel() >= num_seqs * kv_heads, f"the workspace is too small for {num_seqs} sequences")
     words = kv.view(torch.int16) if fp8 else kv
