@@ -291,9 +291,9 @@ def _grown(state: RolloutStatus, it: Situation) -> RolloutStatus:
         weight = _weight(state, it)
         return _moved(state, it, "Gating", "Judging", f"Judging it at {weight} % of the requests.", step=state.step)
     if alone and serving >= it.desired:
-        return _moved(
-            state, it, "Complete", "Complete", "All replicas are of the newest revision and serve."
-        ).model_copy(update={"stable": it.target, "drain_first": False})
+        return _moved(state, it, "Complete", "Complete", "The newest revision is the only one.").model_copy(
+            update={"stable": it.target, "drain_first": False}
+        )
     if state.phase == "Starting" and state.stable and _fit(state, it):
         moved = _moved(state, it, "Promoting", "Serves", "The newest revision serves and takes over.")
         return moved.model_copy(update={"since": state.since})  # what was seen of its pods goes on counting

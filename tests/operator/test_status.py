@@ -60,6 +60,8 @@ def test_a_service_that_grew_says_what_keeps_the_others(owner, make_spec) -> Non
     def message(*pods: Pod, **fields) -> str:
         found = told(owner, spec, revision(owner, spec, *pods, **fields), before=before)
         assert conditions(found)["Ready"] == ("True", "Serving")
+        assert found.rollout is not None
+        assert "All replicas" not in found.rollout.message
         (moving,) = (c for c in found.conditions if c.type == "Reconciling")
         return moving.message
 
