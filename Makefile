@@ -1,6 +1,7 @@
 # Everything is driven by these; `make up` and `make test` are all that a newcomer needs.
 #   PYTHON=…            the interpreter to start with (3.11 or later)
 #   KUBECONFIG=…        with `up`: use that cluster instead of building one (see e2e/existing.py for the images)
+#   MAINSAIL_CLUSTER=own  with `up`: build one, though a kind or k3d cluster runs
 #   MAINSAIL_PORT=…     the gateway's port on 127.0.0.1; MAINSAIL_API_PORT=… the API server's
 PYTHON ?= python3
 VENV := .venv/bin

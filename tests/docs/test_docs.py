@@ -34,7 +34,7 @@ ROOMS = ("operator", "engine", "kernels", "benchmarks", "e2e", "tests", "docs")
 FILES = [path for room in ROOMS for path in (ROOT / room).rglob("*.*")]
 RESULTS = sorted((ROOT / "benchmarks/results").glob("*.json"))
 NOT_OURS = {
-    *("--create-namespace", "--wait", "--for", "--overwrite", "--from-literal"),  # helm, kubectl
+    *("--create-namespace", "--set", "--wait", "--for", "--overwrite", "--from-literal"),  # helm, kubectl
     *("--backend", "--data", "--constraint", "--tokenizer"),  # guidellm
     *("--url", "--endpoint-type", "--streaming", "--synthetic-input-tokens-mean", "--output-tokens-mean"),  # aiperf
     *("--concurrency", "--request-count", "--ui"),
