@@ -32,7 +32,8 @@ HEAD = """\
 # Metrics
 
 Made by `python -m tests.docs.metrics_page` from the registries themselves. Times are in seconds, shares from 0 to 1.
-A histogram has the series `…_bucket{le}`, `…_sum` and `…_count`.
+A histogram has the series `…_bucket{le}`, `…_sum` and `…_count`. What ends in `_created` says
+when a series began.
 
 The chart makes PodMonitors (of the Prometheus Operator) for operator, gateway and all engines with
 `metrics.podMonitors.enabled`. Engines' series then carry `mainsail_dev_service` and `mainsail_dev_revision`. The
