@@ -169,13 +169,25 @@ class Minute:
         self._sum = 0
 
     def add(self, amount: int, now: float) -> None:
-        """An amount of now; a negative one takes back."""
+        """An amount of now; a negative one gives back what was added before, and never more than that."""
+        if amount < 0:
+            self._give_back(-amount, now)
+            return
         second = math.floor(now)
         if self._seconds and self._seconds[-1][0] == second:
             self._seconds[-1] = (second, self._seconds[-1][1] + amount)
         else:
             self._seconds.append((second, amount))
         self._sum += amount
+
+    def _give_back(self, amount: int, now: float) -> None:
+        """The oldest first. A debt would let more through than the limit once what it was of has left the window."""
+        self.total(now)
+        for place, (second, held) in enumerate(self._seconds):
+            less = min(held, amount)
+            self._seconds[place] = (second, held - less)
+            self._sum -= less
+            amount -= less
 
     def total(self, now: float) -> int:
         while self._seconds and self._seconds[0][0] <= now - WINDOW_S - 1:
@@ -214,6 +226,8 @@ class Account:
             (key.requests_per_minute, self._requests, 1, "requests"),
             (key.tokens_per_minute, self._tokens, tokens, "tokens"),
         ):
+            if limit == 0:
+                raise over_limit(key.name, f"0 {unit} per minute", float(WINDOW_S))
             # A request larger than a whole minute's worth waits for a minute in which nothing else was used.
             if limit is not None and (wait := meter.wait_for(min(amount, limit), limit, now)):
                 raise over_limit(key.name, f"{limit} {unit} per minute", wait)
@@ -221,11 +235,16 @@ class Account:
         self._requests.add(1, now)
         self._tokens.add(tokens, now)
 
-    def settle(self, taken: int, used: int | None, now: float) -> None:
-        """The request has ended. used: the tokens that it really used; None: that is not known."""
+    def settle(self, taken: int, used: int | None, now: float, *, since: float | None = None) -> int:
+        """The request has ended; by how many tokens its charge is corrected. used: those that it really used; None:
+        that is not known. since: when it was charged, of which nothing is left to give back after a minute."""
         self.running -= 1
-        if used is not None and used != taken:
-            self._tokens.add(used - taken, now)
+        more = 0 if used is None else used - taken
+        if more < 0 and since is not None and since <= now - WINDOW_S - 1:
+            more = 0
+        if more:
+            self._tokens.add(more, now)
+        return more
 
     def hear(self, worker: int, running: int, requests: int, tokens: int, now: float) -> None:
         """What another worker has begun and ended."""

@@ -151,10 +151,10 @@ class Chain:
             body = request.renamed(asked.body, target.external.model)
             path: str = asked.scope["path"]
             return await self._outside.answer(
-                route.key[0], target.external, path, body, asked.receive, attempt.send
+                route.key[0], target.external, path, body, asked.receive, asked.charge.meter(attempt.send)
             )  # fmt: skip
         service = table.services.get((route.key[0], target.service or ""))
-        if service is None:
+        if service is None or service.key not in self._admission.doors:  # deleted while another was asked
             raise no_capacity(asked.parsed.model, 5.0)
         return await self._serve(asked, service, request.renamed(asked.body, service.served_names[0]), attempt)
 

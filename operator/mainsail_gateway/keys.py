@@ -6,8 +6,9 @@ Secret is in force as soon as the watch brings it, and with the API server away,
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import httpx2
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -32,6 +33,7 @@ class Charge:
     """None: nobody counts."""
     code: int = 499
     """What came of it; 499: the client left."""
+    since: float = field(default_factory=time.monotonic)
 
     def meter(self, send: Send) -> Send:
         """`send`, with what passes counted."""
@@ -88,12 +90,14 @@ class Keys(Collector):
     def settle(self, key: ApiKey, account: Account, taken: int, charge: Charge) -> None:
         """A charged request has ended."""
         usage, code = charge.usage or Usage(0), charge.code
-        used = usage.total if code == 200 else 0
-        account.settle(taken, used, asyncio.get_running_loop().time())
+        # A stream is charged for what its client has of it, also if that left before the end.
+        answered = code == 200 or usage.streamed
+        used = usage.total if answered else 0
+        more = account.settle(taken, used, asyncio.get_running_loop().time(), since=charge.since)
         if self.on_use is not None:
-            self.on_use(key.name, account.running, 0, used - taken)
+            self.on_use(key.name, account.running, 0, more)
         self.count(key, code)
-        if code == 200:
+        if answered:
             for kind, count in (("prompt", usage.prompt), ("completion", usage.completion)):
                 label = (key.name, kind)
                 self._tokens[label] = self._tokens.get(label, 0) + count

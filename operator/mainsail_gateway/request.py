@@ -5,6 +5,7 @@ and the body goes on to the engine unchanged, byte for byte. The engine validate
 """
 
 import hashlib
+import sys
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -164,7 +165,9 @@ def _conversation(turns: msgspec.Raw) -> tuple[bytes, list[bytes], bool]:
 
 
 def _positive(value: object) -> float | None:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) and value > 0 else None
+    if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
+        return None
+    return float(min(value, sys.maxsize))  # JSON's whole numbers have no end
 
 
 def _answer_tokens(fields: _Body) -> int:

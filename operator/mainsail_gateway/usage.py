@@ -16,6 +16,9 @@ _TAIL_BYTES = 16384
 """A response says its metadata after its usage."""
 _USAGE = re.compile(rb'"usage"\s*:\s*(\{(?:[^{}]|\{[^{}]*\})*\})')
 
+_FAILED = b'data: {"error"'
+"""The event of a stream that nobody could finish."""
+
 
 class _Said(msgspec.Struct):
     """Chat and completions say prompt and completion, responses say input and output."""
@@ -48,8 +51,13 @@ class Usage:
         return watched
 
     def feed(self, data: bytes) -> None:
-        self._events += data.count(b"data: ")
+        self._events += data.count(b"data: ") - data.count(_FAILED)
         self._tail, self._last = self._last, data
+
+    @property
+    def streamed(self) -> bool:
+        """Something of a stream's answer has passed."""
+        return self._events > 0
 
     def _found(self) -> _Said | None:
         if self._said is None:

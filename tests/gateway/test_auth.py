@@ -109,6 +109,38 @@ def test_what_was_not_used_is_given_back():
         account.take(key, 1, 3.0)
 
 
+def test_nothing_is_given_back_of_what_the_minute_has_forgotten():
+    key, account = ApiKey("k", tokens_per_minute=100), Account()
+    account.take(key, 100, 0.0)
+    account.settle(100, 10, 65.0, since=0.0)
+    account.take(key, 100, 66.0)
+    with pytest.raises(GatewayError):
+        account.take(key, 1, 67.0)
+
+
+@given(st.lists(st.tuples(st.floats(0, 30), st.integers(-9, 9)), max_size=40))
+def test_a_minute_is_never_in_debt(steps):
+    """Whatever is given back when: a debt would be more than the limit for who comes after."""
+    meter, now = Minute(), 0.0
+    for step, amount in steps:
+        now += step
+        meter.add(amount, now)
+        assert meter.total(now) >= 0
+    for later in range(62):
+        assert meter.total(now + later) >= 0
+    assert meter.total(now + 62) == 0
+
+
+@pytest.mark.parametrize(
+    "key",
+    [ApiKey("k", requests_per_minute=0), ApiKey("k", tokens_per_minute=0), ApiKey("k", max_concurrency=0)],
+    ids=["requests", "tokens", "at once"],
+)
+def test_a_limit_of_nothing_lets_nothing_through(key):
+    with pytest.raises(GatewayError, match="limit of 0"):
+        Account().take(key, 10, 100.0)
+
+
 @pytest.mark.parametrize("pieces", [1, 3, 50])
 def test_usage_is_read_from_the_tail(pieces):
     events = [b'data: {"choices": [{"delta": {"content": "x"}}]}\n\n'] * 9
@@ -205,6 +237,19 @@ async def test_limits_of_a_key(kit):
         assert gw.metric("mainsail:gateway_key_requests_total", key="few", code="429") == 1
         assert gw.metric("mainsail:gateway_key_tokens_total", key="few", kind="prompt") > 0
         assert gw.metric("mainsail:gateway_key_requests_in_flight", key="one") == 0
+
+
+async def test_a_stream_is_charged_for_what_its_client_has_though_it_leaves_before_the_end(kit):
+    up = await kit.upstream(kit.hold)
+    body = {**BODY, "stream": True, "max_tokens": 10}
+    async with kit.gateway(kit.service(up.endpoint()), auth="keys") as gw, httpx.AsyncClient(timeout=None) as client:
+        _keys(gw, secret("few", key=KEY))
+        headers = {"authorization": f"Bearer {KEY}"}
+        async with client.stream("POST", gw.url + CHAT, json=body, headers=headers) as answer:
+            assert await anext(answer.aiter_lines()) == "data: first"
+        await kit.until(lambda: gw.metric("mainsail:gateway_key_requests_total", key="few", code="499") == 1)
+        assert gw.metric("mainsail:gateway_key_tokens_total", key="few", kind="completion") == 1
+        assert gw.gateway.keys.standing()["few"][2] > 1
 
 
 async def test_a_keys_priority_is_its_highest(kit):

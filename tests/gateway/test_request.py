@@ -53,3 +53,9 @@ def test_any_object_is_read_or_refused(fields):
     except GatewayError as error:
         assert (error.status, error.param) == (400, "model")  # noqa: PT017
         assert not isinstance(fields.get("model"), str) or not fields["model"]
+
+
+def test_a_timeout_without_end_is_no_failure_of_the_gateway():
+    found = parse(b'{"model": "m", "timeout": 1%b}' % (b"0" * 400))
+    assert found.timeout_s is not None
+    assert found.timeout_s > 1e15

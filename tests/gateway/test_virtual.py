@@ -287,3 +287,42 @@ async def test_a_key_that_may_use_the_name_only(kit):
         assert (await client.post(CHAT, json=BODY, headers=headers)).status_code == 200
         assert (await client.post(CHAT, json={**BODY, "model": "small"}, headers=headers)).status_code == 403
         assert gw.metric("mainsail:gateway_key_requests_total", key="k", code="200") == 1
+
+
+async def test_what_an_endpoint_outside_answers_is_charged_to_the_key(kit):
+    outside = await kit.upstream()
+    url = f"http://127.0.0.1:{outside.port}/v1"
+    rules = [{"to": [{"external": {"url": url, "model": "other-model"}}]}]
+    async with (
+        kit.gateway(auth="keys", external_namespaces=("default",)) as gw,
+        httpx.AsyncClient(base_url=gw.url) as client,
+    ):
+        gw.gateway.use(routed(kit, rules=rules))
+        key = "sk-" + "a" * 30
+        data = {"key": base64.b64encode(key.encode()).decode()}
+        secret = Secret(metadata=Metadata(name="k", namespace="ns"), data=data)
+        gw.gateway.keys.use(*ring({("ns", "k"): secret}))
+        headers = {"authorization": f"Bearer {key}"}
+        answer = await client.post(CHAT, json={**BODY, "stream": True}, headers=headers)
+        events = answer.text.count("data: ")
+        assert events > 0
+        assert gw.metric("mainsail:gateway_key_tokens_total", key="k", kind="completion") == events
+
+
+async def test_a_fallback_that_was_deleted_meanwhile_is_no_failure_of_the_gateway(kit):
+    """The routing table changes while the first target is asked."""
+    small, big = await kit.upstream(), await kit.upstream()
+    services = kit.service(small.endpoint(), name="small"), kit.service(big.endpoint(), name="big")
+    rules = [{"to": [{"service": "small"}], "fallback": [{"service": "big"}], "fallbackOn": ["Down"]}]
+    async with kit.gateway(*services) as gw, httpx.AsyncClient(base_url=gw.url) as client:
+        gw.gateway.use(routed(kit, *services, rules=rules))
+
+        async def stop(up, seen, reader, writer) -> None:
+            gw.gateway.use(routed(kit, services[0], rules=rules))
+            writer.write(b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 2\r\n\r\n{}")
+            await writer.drain()
+
+        small.behave = stop
+        answer = await client.post(CHAT, json=BODY)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "no_capacity")
+        assert not big.seen
