@@ -338,7 +338,7 @@ class Gateway:
         with self._charged(asked) as charge:
             try:
                 async with self._admitted(call, asked, asked.reply) as pool:
-                    avoid = {e.key for e in service.endpoints if subset and f"{e.host}:{e.port}" not in subset}
+                    avoid = {e.key for e in pool.endpoints.values() if subset and f"{e.host}:{e.port}" not in subset}
                     found = pool.pick(
                         call.prompt_tokens, call.prefixes, avoid, time.monotonic(), call.sticky, places=call.places
                     )  # fmt: skip
@@ -349,7 +349,8 @@ class Gateway:
                     pool.index.learn(call.prefixes, endpoint.key)
                     if call.session is not None:
                         pool.sessions.begin(call.session, endpoint.key)
-                    with pool.in_flight(found, call.prefixes):
+                    with pool.in_flight(found, call.prefixes) as flight:
+                        call.on_first = _both(flight.answering, call.on_first)
                         yield endpoint, call
                     (balance.succeeded(load) if call.code < 500 else balance.failed(load, time.monotonic()))
             except GatewayError as error:
@@ -478,6 +479,15 @@ class Gateway:
         await send(start)
         await send({"type": "http.response.body", "body": body, "more_body": False})
         self.metrics.refused(200)
+
+
+def _both(first: Callable[[], None], then: Callable[[float], None] | None) -> Callable[[float], None]:
+    def on_first(latency_s: float) -> None:
+        first()
+        if then is not None:
+            then(latency_s)
+
+    return on_first
 
 
 def _must_be_allowed(key: ApiKey | None, model: str) -> None:

@@ -92,6 +92,10 @@ class Turns:
             deadline = asyncio.get_running_loop().call_later(ticket.timeout_s, self._refuse, session, "deadline")
         try:
             found = await hold.until(future, receive, beat)
+        except BaseException:
+            if future.done() and not isinstance(future.result(), Refused):
+                pool.sessions.end(session, 0, time.monotonic())  # it was let in at the moment when its client left
+            raise
         finally:
             if deadline is not None:
                 deadline.cancel()

@@ -205,7 +205,7 @@ class Connection(asyncio.Protocol):
             return
         name = name.lower()
         self.headers.append((name, value))
-        if name == b"content-length" or (name == b"transfer-encoding" and value.lower() == b"chunked"):
+        if name == b"content-length" or (name == b"transfer-encoding" and value.lower().endswith(b"chunked")):
             self._framed = True
 
     def on_headers_complete(self) -> None:

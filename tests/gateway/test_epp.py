@@ -93,7 +93,9 @@ async def test_a_buffered_body_and_the_whole_life_of_a_request(kit):
         await other.tell(headers())
         second = await other.tell(body(BODY))
         assert chosen(second.request_body.response, second.dynamic_metadata) != address, "the least loaded one"
+        to_compute = sum(load.prefill for load in loads.values())
         assert (await stream.tell(status(200))).WhichOneof("kind") == "response_headers"
+        assert 0 < sum(load.prefill for load in loads.values()) < to_compute, "its prompt is computed"
         end = ext_proc.Request(response_body={"body": b"data: x\n\n", "end_of_stream": True})
         assert (await stream.tell(end)).WhichOneof("kind") == "response_body"
         await stream.end()
@@ -179,6 +181,21 @@ async def test_a_subset(kit, hint):
             answer = await stream.tell(body(BODY))
             assert chosen(answer.request_body.response, answer.dynamic_metadata) == "10.0.0.1:8000"
             await stream.end()
+
+
+async def test_a_subset_bounds_who_came_while_the_request_waited(kit):
+    asleep = kit.service(policy=Policy(hold_requests=10))
+    async with picking(kit, asleep) as (gw, envoy):
+        stream = envoy()
+        value = {"x-gateway-destination-endpoint-subset": "10.0.0.1:8000"}
+        subset = {"filter_metadata": [{"key": "envoy.lb.subset_hint", "value": value}]}
+        await stream.tell(headers(metadata_context=subset))
+        await stream.say(body(BODY))
+        await kit.until(lambda: gw.metric("mainsail:gateway_held_requests", service="m") == 1)
+        gw.gateway.use(kit.table(kit.service(*ENDS, policy=asleep.policy)))
+        answer = await stream.hear()
+        assert chosen(answer.request_body.response, answer.dynamic_metadata) == "10.0.0.1:8000"
+        await stream.end()
 
 
 @given(st.binary(max_size=200))

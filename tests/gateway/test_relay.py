@@ -246,3 +246,11 @@ async def test_headers_end_at_a_hop(kit):
     assert seen.head.lower().count(b"content-length") == 1
     assert response.headers["x-e"] == "1"
     assert "x-hop" not in response.headers
+
+
+async def test_half_of_an_answer_is_no_whole_one_whatever_else_its_encoding_says(kit):
+    head = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ntransfer-encoding: gzip, chunked\r\n\r\n"
+    up = await kit.upstream(kit.raw(head + b'5\r\n{"a":\r\n'))
+    async with kit.gateway(kit.service(up.endpoint())) as gw, httpx.AsyncClient(base_url=gw.url) as client:
+        answer = await client.post("/v1/chat/completions", json={"model": "m"})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (502, "upstream_failed")

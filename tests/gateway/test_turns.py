@@ -150,3 +150,28 @@ async def test_an_anonymous_conversation_stays_with_its_revision(kit):
         for _ in range(40):
             await post(gw, body("the same for everybody"))
     assert abs(len(old.seen) - before - 20) <= SOFT_TURNS + 1, "equal first turns are split"
+
+
+async def test_who_leaves_at_the_moment_of_being_let_in_keeps_no_room(kit):
+    """Its turn had been given its room, and nobody was left to give it back."""
+    up = await kit.upstream()
+    async with kit.gateway(kit.service(up.endpoint())) as gw:
+        pool, key = gw.gateway.fleet.pools["default", "m"], ("default", "m")
+        full(gw, kit)
+        never = asyncio.Event()
+        scope = {"type": "http", "method": "POST", "path": CHAT, "raw_path": CHAT.encode(), "query_string": b"",
+                 "headers": []}  # fmt: skip
+
+        async def picked() -> None:
+            async with gw.gateway.picked(scope, json.dumps(body("x")).encode(), never.wait, ()):
+                pass
+
+        turn = asyncio.create_task(picked())
+        await kit.until(lambda: len(pool.sessions.held) == 1)
+        room(gw)
+        gw.gateway.turns.of(key).tick(time.monotonic() + 1)
+        assert not pool.sessions.held
+        turn.cancel()
+        await asyncio.gather(turn, return_exceptions=True)
+        pool.sessions.advance(pool.loads, time.monotonic() + 1000)
+        assert pool.sessions.kv_tokens()["live"] == 0
