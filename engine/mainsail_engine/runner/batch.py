@@ -27,7 +27,7 @@ from mainsail_engine.step import Chunk, StepPlan
 from mainsail_kernels.kv_widen import LONG_TOKENS, PAYING_PAIRS
 from mainsail_kernels.lora import tiles_of
 
-WIDE_ROWS = 512
+WIDE_ROWS = 256
 """Of a step in which pages may be widened, at least: smaller ones have no time to win it back."""
 
 

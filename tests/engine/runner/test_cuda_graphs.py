@@ -27,7 +27,7 @@ from mainsail_engine.config import (
 from mainsail_engine.model.checkpoint_config import read_architecture
 from mainsail_engine.request import Request, SamplingParams
 from mainsail_engine.runner import model_runner
-from mainsail_engine.runner.batch import BlockTables, StepArrays, build
+from mainsail_engine.runner.batch import WIDE_ROWS, BlockTables, StepArrays, build
 from mainsail_engine.runner.cuda_graphs import (
     Layout,
     PaddedSteps,
@@ -109,7 +109,8 @@ def arrays_of(decodes: int, chunks: list[tuple[int, int]]) -> StepArrays:
     [
         (25, [(512, 16_000)] * 2, True, 1152),
         (0, [(512, 3_800)], True, 512),
-        (0, [(511, 16_000)], False, 512),  # would take as long without
+        (14, [(370, 16_000)], True, 384),
+        (0, [(255, 16_000)], False, 256),
         (64, [(448, 0)], False, 512),
         (0, [(300, 1_748)] + [(75, 8_162)] * 4, False, 640),  # most of it in short chunks
         (0, [(127, 30_000)] * 10, False, 1280),
@@ -131,7 +132,7 @@ def test_steps_of_much_attention_in_long_chunks_have_shapes_that_widen(decodes, 
 def test_wide_shapes_are_the_large_mixed_ones_again() -> None:
     plain, both = (shapes_of(256, guess_rows=64, adapter_slots=3, widens=widens) for widens in (False, True))
     assert [shape for shape in both if not shape.wide] == plain
-    large = [shape for shape in plain if shape.is_mixed and not shape.longest and shape.tokens >= 512]
+    large = [shape for shape in plain if shape.is_mixed and not shape.longest and shape.tokens >= WIDE_ROWS]
     assert [replace(shape, wide=False) for shape in both if shape.wide] == large
 
 
