@@ -34,7 +34,7 @@ from mainsail_engine.runner.cuda_graphs import LARGEST_DECODE, decode_sizes
 from mainsail_engine.server.admission import Admission
 from mainsail_engine.server.board import Board
 from mainsail_engine.step import StepPlan, StepResult
-from mainsail_kernels.kv_widen import LONG_TOKENS, PAYING_PAIRS
+from mainsail_kernels.kv_widen import PAYING_PAIRS, are_widened
 
 RESULTS = Path(__file__).parent / "results"
 MEASURED = {2: RESULTS / "served.json", 1: RESULTS / "served_fp8_kv.json"}
@@ -113,10 +113,11 @@ class H200:
         """A layer's attention of (start, tokens), in a step of so many tokens."""
         if not self.fp8_kv:
             return self.waves_s(chunks, self.tile, split=self.split)
-        long = [chunk for chunk in chunks if chunk[1] >= LONG_TOKENS]
+        are_wide = are_widened([tokens for _, tokens in chunks])
+        long = [chunk for chunk, is_wide in zip(chunks, are_wide, strict=True) if is_wide]
         if num_tokens < self.wide_rows or sum(attention_pairs(*chunk) for chunk in long) < PAYING_PAIRS:
             return self.waves_s(chunks, self.fp8_tile, split=False)
-        short = [chunk for chunk in chunks if chunk[1] < LONG_TOKENS]
+        short = [chunk for chunk, is_wide in zip(chunks, are_wide, strict=True) if not is_wide]
         widening = self.widened_token * sum(start + tokens for start, tokens in long)
         few = self.waves_s(short, self.fp8_tile, split=False)
         return widening + few + self.waves_s(long, self.tile, split=self.split)

@@ -10,7 +10,10 @@ costs with the context, and with what short chunks of the step wait for: whoever
                                             tables[s, j] = page, lens[s] = seq_lens[s]
 
 and chunks that are short, or that the room has no place for, have a length of 0 there and are attended to as they are.
+Few short ones are widened too: theirs is the time of one program that reads a whole context, which is longer as it is.
 """
+
+from collections.abc import Sequence
 
 import torch
 
@@ -30,7 +33,9 @@ from mainsail_kernels.reference_quantized import FP8
 ROOM_BYTES = 1 << 30
 """That a room takes at most: contexts of 262,144 tokens together, of 8 KV heads of 128 channels."""
 LONG_TOKENS = 128
-"""Of a chunk whose pages are widened, at least."""
+"""Of a chunk whose pages are widened, at least …"""
+FEW_SHORT = 2
+"""… if more than so many chunks of the step have fewer."""
 PAYING_PAIRS = 2_000_000
 """Of query and key in a step's long chunks, from which on widening pays: on an H200 1.6 million, most of them in short
 chunks, lose 12 % of a layer's attention, 4.2 million gain 25 %."""
@@ -57,6 +62,7 @@ def _widen_pages_kernel(
     SEQS: tl.constexpr,
     BLOCK: tl.constexpr,
     LONG: tl.constexpr,
+    FEW: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     wait_for_inputs(DEPENDENT)
@@ -64,7 +70,9 @@ def _widen_pages_kernel(
     real = index < num_seqs
     start = tl.load(starts_ptr + index, mask=real, other=0)
     lens = tl.load(lens_ptr + index, mask=real, other=0)
-    long = tl.load(starts_ptr + index + 1, mask=real, other=0) - start >= LONG
+    tokens = tl.load(starts_ptr + index + 1, mask=real, other=0) - start
+    short = (tokens > 0) & (tokens < LONG)
+    long = (tokens >= LONG) | (short & (tl.sum(short.to(tl.int32), axis=0) <= FEW))
     pages = tl.where(long, (lens + PAGE - 1) // PAGE, 0)
     ends = tl.cumsum(pages, axis=0)
     widened = long & (ends <= num_pages)
@@ -85,6 +93,12 @@ def _widen_pages_kernel(
             tl.store(target, numbers.to(tl.float32).to(room_ptr.dtype.element_ty), mask=inside)
 
 
+def are_widened(tokens: Sequence[int]) -> list[bool]:
+    """Whether pages of chunks of so many tokens, which a step has together, are widened if it widens any."""
+    few = sum(0 < count < LONG_TOKENS for count in tokens) <= FEW_SHORT
+    return [count >= LONG_TOKENS or (few and count > 0) for count in tokens]
+
+
 def room_shape(kv: torch.Tensor, most_pages: int, num_heads: int, dtype: torch.dtype) -> tuple[int, ...] | None:
     """The shape of a room of dtype beside kv [num_blocks, 2, num_kv_heads, page, head_dim], for most_pages or what
     ROOM_BYTES hold. None where prompts' attention would not use one: of caches that are not in FP8, on other cards."""
@@ -97,12 +111,13 @@ def room_shape(kv: torch.Tensor, most_pages: int, num_heads: int, dtype: torch.d
 
 def widen_pages(
     kv: torch.Tensor, block_tables: torch.Tensor, query_start: torch.Tensor, seq_lens: torch.Tensor,
-    room: torch.Tensor, long_tokens: int = LONG_TOKENS,
+    room: torch.Tensor, long_tokens: int = LONG_TOKENS, few_short: int = FEW_SHORT,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """(tables [num_seqs, max_blocks] int32, lens [num_seqs] int32) of room's pages, into which goes what block_tables
     name of kv [num_blocks, 2, num_kv_heads, page, head_dim] in FP8, up to seq_lens, of chunks of long_tokens and
-    more, in their order for as long as room [pages, 2, num_kv_heads, page, head_dim] holds them; what it held is gone.
-    The lens of all other chunks are 0. query_start [num_seqs + 1] int32, as of paged_attention_prefill.
+    more, and of shorter ones if these are few_short or fewer, in their order for as long as room [pages, 2,
+    num_kv_heads, page, head_dim] holds them; what it held is gone. The lens of all other chunks are 0.
+    query_start [num_seqs + 1] int32, as of paged_attention_prefill.
     Raises ValueError when shapes or types do not fit."""
     require(kv.dtype == FP8 and kv.is_contiguous(), f"a contiguous cache in FP8, not {kv.dtype}")
     require(room.shape[1:] == kv.shape[1:] and room.is_contiguous(), f"room for pages {tuple(kv.shape[1:])}")
@@ -115,6 +130,6 @@ def widen_pages(
         kv, block_tables, query_start, seq_lens, room, tables, lens, num_seqs, block_tables.stride(0), width,
         room.shape[0],
         PAGE=kv.shape[3], SIZE=size, SEQS=max(next_power_of_2(num_seqs), 2), BLOCK=min(next_power_of_2(size), 4096),
-        LONG=long_tokens, num_warps=8, **dependent_launch(kv.device),
+        LONG=long_tokens, FEW=few_short, num_warps=8, **dependent_launch(kv.device),
     )  # fmt: skip
     return tables, lens

@@ -226,22 +226,24 @@ def test_fp8_cache_is_read_as_what_it_holds(heads, kv_heads, dim, halves, paged,
     close(out, reference.paged_attention_prefill(query.double(), kv.double(), *args))
 
 
+@pytest.mark.parametrize("few", [0, 2])
 @pytest.mark.parametrize(
     ("chunks", "lens"),
-    [([12, 1, 0, 40], [33, 1, 0, 200]), ([8], [16]), ([0, 0, 9], [0, 0, 40]), ([7, 8, 2, 20, 9], [90, 80, 33, 20, 50])],
-)
-def test_pages_of_long_chunks_are_widened_as_the_tables_name_them(chunks, lens, paged, device, dtype):
+    [([12, 1, 0, 40], [33, 1, 0, 200]), ([8], [16]), ([0, 0, 9], [0, 0, 40]), ([7, 8, 2, 20, 9], [90, 80, 33, 20, 50]),
+     ([1, 3, 0, 8, 2], [64, 90, 0, 40, 21])],
+)  # fmt: skip
+def test_pages_of_long_chunks_are_widened_as_the_tables_name_them(chunks, lens, few, paged, device, dtype):
     """And what does not fit into the room is written nowhere, and said not to be there."""
-    least = 8
+    least, short = 8, sum(0 < rows < 8 for rows in chunks)
     if not runs_kernels(torch.empty(0, device=device)):
         pytest.skip("a kernel")
     batch = paged(lens, 3, 64, seed=len(lens))
     kv = batch.kv.to(torch.float8_e4m3fn)
     starts = torch.tensor([0, *torch.tensor(chunks).cumsum(0).tolist()], dtype=torch.int32, device=device)
-    want = [length if rows >= least else 0 for rows, length in zip(chunks, lens, strict=True)]
+    want = [length if rows >= least or short <= few else 0 for rows, length in zip(chunks, lens, strict=True)]
     pages = sum(-(-length // 16) for length in want)
     memory = torch.full((pages + 1, *kv.shape[1:]), 7.0, device=device, dtype=dtype)
-    tables, widened = widen_pages(kv, batch.tables, starts, batch.lens, memory[:pages], least)
+    tables, widened = widen_pages(kv, batch.tables, starts, batch.lens, memory[:pages], least, few)
     assert widened.tolist() == want
     for row, length in enumerate(want):
         wide = reference.gather_sequence(memory, tables[row], length)
@@ -250,7 +252,7 @@ def test_pages_of_long_chunks_are_widened_as_the_tables_name_them(chunks, lens, 
             assert torch.equal(side, truth)
     assert torch.all(memory[pages] == 7)
     memory.fill_(7)
-    _, widened = widen_pages(kv, batch.tables, starts, batch.lens, memory[: pages - 1], least)
+    _, widened = widen_pages(kv, batch.tables, starts, batch.lens, memory[: pages - 1], least, few)
     last = max(row for row, length in enumerate(want) if length)
     assert widened.tolist() == [length if row < last else 0 for row, length in enumerate(want)]
     assert torch.all(memory[pages - 1 :] == 7)

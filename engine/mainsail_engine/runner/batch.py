@@ -24,7 +24,7 @@ from mainsail_engine.chunking import attention_pairs
 from mainsail_engine.config import BLOCK_SIZE
 from mainsail_engine.request import Request
 from mainsail_engine.step import Chunk, StepPlan
-from mainsail_kernels.kv_widen import LONG_TOKENS, PAYING_PAIRS
+from mainsail_kernels.kv_widen import PAYING_PAIRS, are_widened
 from mainsail_kernels.lora import tiles_of
 
 WIDE_ROWS = 256
@@ -70,13 +70,13 @@ class StepArrays:
     """[num_tiles] int32: whose rows a tile's are. Empty: no row goes through an adapter."""
 
     def is_wide(self) -> bool:
-        """Whether widening the pages of an FP8 cache for its long chunks pays (`mainsail_kernels.kv_widen`)."""
+        """Whether widening the pages of an FP8 cache for its chunks pays (`mainsail_kernels.kv_widen`)."""
         if len(self.token_ids) < WIDE_ROWS:
             return False
         tokens = np.diff(self.query_start[self.num_decodes :]).tolist()
         ends = self.seq_lens[self.num_decodes :].tolist()
-        long = [(end - n, n) for end, n in zip(ends, tokens, strict=True) if n >= LONG_TOKENS]
-        return sum(attention_pairs(start, n) for start, n in long) >= PAYING_PAIRS
+        widened = zip(ends, tokens, are_widened(tokens), strict=True)
+        return sum(attention_pairs(end - n, n) for end, n, is_widened in widened if is_widened) >= PAYING_PAIRS
 
     def from_slots_of_rows(self) -> np.ndarray:
         """[num_tokens] int64: the slot whose newest token a row takes, -1 where token_ids has it."""

@@ -114,6 +114,8 @@ def arrays_of(decodes: int, chunks: list[tuple[int, int]]) -> StepArrays:
         (64, [(448, 0)], False, 512),
         (0, [(300, 1_748)] + [(75, 8_162)] * 4, False, 640),  # most of it in short chunks
         (0, [(127, 30_000)] * 10, False, 1280),
+        (0, [(127, 30_000)] * 3, False, 384),
+        (300, [(127, 30_000)] * 2, True, 640),  # few short ones
         (300, [(1024, 4_000)], True, 1408),
         (0, [(1024, 0)] * 8, True, None),
     ],
