@@ -129,7 +129,8 @@ class Launcher:
 
     Triton finds a launch's variant anew each time, by its arguments' types and options, which takes several times what
     the launch does. Here a variant is the device and which of the tensors begin at a multiple of 16 bytes: the kernel's
-    integers must be `do_not_specialize` and of 32 bits, and its tensors always of the same types.
+    integers must be `do_not_specialize` and of 32 bits, and its tensors always of the same types. All but one may
+    lie in pinned memory, which says nothing of the device.
     """
 
     def __init__(self, kernel: Any, constants: tuple[int, ...], **options: Any) -> None:
@@ -139,13 +140,14 @@ class Launcher:
 
     def __call__(self, num_programs: int, tensors: tuple[torch.Tensor, ...], *numbers: int) -> None:
         """Launch it with the tensors, then the numbers."""
-        variant = (tensors[0].get_device(), *[tensor.data_ptr() % 16 for tensor in tensors])
+        device = max([tensor.get_device() for tensor in tensors])  # -1: of the host
+        variant = (device, *[tensor.data_ptr() % 16 for tensor in tensors])
         compiled = self._compiled.get(variant)
         if compiled is not None:
             compiled[num_programs, 1, 1](*tensors, *numbers, *self._constants)
             return
         compiled = self._kernel[(num_programs,)](*tensors, *numbers, *self._constants, **self._options)
-        if tensors[0].is_cuda and compiled is not None:
+        if device >= 0 and compiled is not None:
             self._compiled[variant] = compiled
 
 
