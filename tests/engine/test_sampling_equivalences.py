@@ -13,6 +13,7 @@ from itertools import count, pairwise
 
 import pytest
 import torch
+from tests.engine.one_place import logits_in_one_place
 
 from mainsail_engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from mainsail_engine.core import EngineCore
@@ -132,6 +133,15 @@ def test_alone_is_as_in_a_batch_of_32_mixed(tiny, reference):
 
 def test_overlapped_is_as_step_by_step(tiny, reference):
     same(run(tiny[0], mixed(32), depth=2)[0], reference)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_logits_are_read_before_the_next_step_begins(tiny, reference, depth, monkeypatch):
+    """Where steps are captured all leave them in the same memory."""
+    rows = logits_in_one_place(tiny[0], monkeypatch)
+    same(run(tiny[0], mixed(32), depth=depth)[0], reference)
+    assert len(rows) > 8
+    assert max(rows) >= 8
 
 
 def test_in_small_chunks_is_as_whole(tiny, reference):

@@ -17,8 +17,13 @@ as so many rows can make: which row goes through which adapter, if through any, 
 the kernels. So have, with a cache in FP8, steps in which much of prompts' attention is in long chunks, whose pages are
 widened first (`mainsail_kernels.kv_widen`): that is other kernels.
 
-With graphs off the same shapes run kernel by kernel: the arithmetic is the same, so the tokens are. Shapes are captured
-from large to small out of one memory pool, so that the small reuse the large's.
+With graphs off the same shapes run kernel by kernel: the arithmetic is the same, so the tokens are.
+
+Shapes are captured from large to small out of one memory pool, so that the small reuse the large's. That goes for their
+logits, too, most of what steps take, so a step's lie where any other step may write from its beginning on. They may be
+read by what is queued on the same stream before the next step is, and by nothing else; the next may be of the same
+shape, so it was never otherwise. Who samples later (a constrained row waits for its mask) does so before the next step
+is launched: EngineCore has one such step at most, and samples it first. The tokens of each shape are its own.
 """
 
 from __future__ import annotations
@@ -154,12 +159,29 @@ def _mixed(tokens: int, most: int) -> list[StepShape]:
 
 
 def graph_bytes(architecture: Architecture, shapes: Sequence[StepShape]) -> int:
-    """What the graphs of all shapes take together, roughly: the logits of each, which it keeps, and the widest
-    activations. On an H200 46 graphs of 6,535 sampled rows, vocabulary 128,256, took 1,764 MiB, 1,598 of it logits."""
+    """What the graphs of all shapes take together, roughly: the most logits that one has, three times, since a soft cap
+    and parts from other ranks are made by way of others, and the widest activations."""
     a = architecture
-    logits = 2 * a.vocab_size * sum(shape.sampled for shape in shapes)
+    logits = 3 * 2 * a.vocab_size * max(shape.sampled for shape in shapes)
     activations = 2 * step_rows(a)[-1] * (4 * a.intermediate_size + 8 * a.hidden_size)
     return logits + activations + (256 << 20)
+
+
+class _Place:
+    """Where a tensor lies, in the words in which libraries tell one another of a GPU's memory."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        size = tensor.element_size()
+        strides = tuple(size * stride for stride in tensor.stride())
+        self.__cuda_array_interface__ = {
+            "shape": tuple(tensor.shape), "strides": strides, "typestr": f"<i{size}",
+            "data": (tensor.data_ptr(), False), "version": 3,
+        }  # fmt: skip
+
+
+def unowned(tensor: torch.Tensor) -> torch.Tensor:
+    """The same numbers on a GPU, whose memory others may have once `tensor` is gone."""
+    return torch.as_tensor(_Place(tensor), device=tensor.device).view(tensor.dtype)
 
 
 @dataclass(slots=True)
@@ -278,22 +300,29 @@ class PaddedSteps:
     def _capture_all(self) -> None:
         started = time.perf_counter()
         before = torch.cuda.memory_reserved()
-        pool: tuple[tuple[int, int], ...] = ()
+        last: torch.cuda.CUDAGraph | None = None
         torch.cuda.synchronize()
         with torch.cuda.stream(torch.cuda.Stream(self._newest.device)):
             for shape in sorted(self._shapes, key=lambda s: (s.sampled, s.tokens), reverse=True):
-                self._blank(shape)
-                self._run(shape)  # compiles what is not compiled yet, outside the capture
-                graph = torch.cuda.CUDAGraph()  # not torch.cuda.graph, which gives cached memory back for each anew
-                graph.capture_begin(*pool, capture_error_mode="thread_local")  # NCCL's watchdog goes on
-                logits, tokens = self._run(shape)
-                graph.capture_end()
-                pool = (graph.pool(),)
-                self._graphs[shape] = (graph, logits, tokens)
+                self._graphs[shape] = self._capture(shape, last)
+                last = self._graphs[shape][0]
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # of what ran outside the captures
         seconds, taken = time.perf_counter() - started, torch.cuda.memory_reserved() - before
         log.info("captured %d CUDA graphs in %.1f s, %d MiB", len(self._shapes), seconds, taken >> 20)
+
+    def _capture(
+        self, shape: StepShape, before: torch.cuda.CUDAGraph | None
+    ) -> tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]:
+        """(the graph, where it leaves its logits, its tokens), out of the memory of the one before."""
+        self._blank(shape)
+        self._run(shape)  # compiles what is not compiled yet, outside the capture
+        graph = torch.cuda.CUDAGraph()  # not torch.cuda.graph, which gives cached memory back for each anew
+        pool = () if before is None else (before.pool(),)
+        graph.capture_begin(*pool, capture_error_mode="thread_local")  # NCCL's watchdog goes on
+        logits, tokens = self._run(shape)
+        graph.capture_end()
+        return graph, logits if self._logits is None else unowned(logits), tokens
 
     def run_all(self) -> None:
         """Every shape once, with nothing but padding."""
@@ -355,8 +384,8 @@ class PaddedSteps:
         return None
 
     def launch(self, shape: StepShape, arrays: StepArrays) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queue the step: the (logits, greedy tokens) of its sampled rows, which the next step overwrites; in a stage
-        that does not sample, its hidden states twice."""
+        """Queue the step: the (logits, greedy tokens) of its sampled rows, which the next step overwrites, the logits
+        from its beginning on; in a stage that does not sample, its hidden states twice."""
         layout, decodes = self._layouts[shape], arrays.num_decodes
         seqs, used = arrays.block_tables.shape
         numbers = layout.tables + seqs * used

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ from mainsail_engine.runner.cuda_graphs import (
     Layout,
     PaddedSteps,
     StepShape,
+    _Place,
     decode_sizes,
     graph_bytes,
     pack,
@@ -138,15 +140,26 @@ def test_wide_shapes_are_the_large_mixed_ones_again() -> None:
     assert [replace(shape, wide=False) for shape in both if shape.wide] == large
 
 
-@pytest.mark.parametrize("more", [{}, {"guess_rows": 1024}, {"adapter_slots": 4}, {"widens": True}])
-def test_memory_is_set_aside_for_the_logits_of_every_graph(more: dict[str, Any]) -> None:
-    """Each keeps its own: what a shape more takes is counted before the KV pool is sized."""
+@pytest.mark.parametrize(
+    ("more", "rows"), [({}, 256), ({"guess_rows": 1024}, 1024), ({"adapter_slots": 4}, 256), ({"widens": True}, 256)]
+)
+def test_memory_is_set_aside_for_the_most_logits_that_a_graph_has(more: dict[str, Any], rows: int) -> None:
+    """All graphs' lie in the same memory, however many there are."""
     architecture = read_architecture(MODELS / "llama-3-8b")
-    plain, shapes = shapes_of(256), shapes_of(256, **more)
-    added = graph_bytes(architecture, shapes) - graph_bytes(architecture, plain)
-    rows = sum(shape.sampled for shape in shapes) - sum(shape.sampled for shape in plain)
-    assert added == 2 * rows * architecture.vocab_size
-    assert graph_bytes(architecture, plain) > 1764 << 20, "what they took on an H200"
+    shapes = shapes_of(256, **more)
+    assert max(shape.sampled for shape in shapes) == rows
+    logits = 2 * rows * architecture.vocab_size
+    assert 2 * logits < graph_bytes(architecture, shapes) < 4 * logits + (1 << 30)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_place_is_told_as_other_libraries_tell_it(dtype: torch.dtype) -> None:
+    """Columns of a wider matrix, as ranks' parts are put together."""
+    tensor = torch.arange(60).view(5, 12).to(dtype)[:, :7]
+    told = SimpleNamespace(__array_interface__=_Place(tensor).__cuda_array_interface__)
+    same = torch.from_numpy(np.asarray(told)).view(dtype)
+    assert torch.equal(same, tensor)
+    assert same.data_ptr() == tensor.data_ptr()
 
 
 @pytest.mark.parametrize("rows", [20, 256, 1024])
@@ -363,6 +376,20 @@ def test_graphs_and_overlap_change_no_token(tmp_path: Path) -> None:
     graphed = make_runner(tmp_path, True)
     assert tokens_of(graphed, overlap=False) == eager
     assert tokens_of(graphed, overlap=True) == eager
+
+
+@pytest.mark.gpu
+def test_graphs_share_the_memory_of_their_logits(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(TINY | {"vocab_size": 100_000}))
+    config = runner_config(tmp_path, True, NUM_BLOCKS)
+    runner = ModelRunner(config)
+    runner._padded = None
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    runner._padded = runner._pad(config)
+    shapes = shapes_of(runner._decode_rows, **runner._shape_options(config))
+    assert torch.cuda.memory_reserved() - before < 4 * 100_000 * sum(shape.sampled for shape in shapes) / 2
 
 
 @pytest.mark.gpu

@@ -16,6 +16,7 @@ import jsonschema
 import pytest
 import torch
 from benchmarks.speculation import Replay, always
+from tests.engine.one_place import logits_in_one_place
 
 from mainsail_engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from mainsail_engine.core import EngineCore
@@ -177,6 +178,21 @@ def test_all_conform_and_the_pipeline_changes_nothing(engine: Callable[..., Engi
     assert results[0] == results[1] or jump_forward
     free = [{name: ids for name, ids in result.items() if int(name) % 4 == 1} for result in results]
     assert free[0] == free[1]
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_constrained_rows_are_sampled_before_the_next_step_begins(
+    engine: Callable[..., Engine], runner: ModelRunner, depth: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their masks wait for the step before; the logits may lie where the step after writes."""
+    plain = engine()
+    mixed(plain, temperature=1.0, seed=7, logprobs=1)
+    expected = plain.run()
+    rows = logits_in_one_place(runner, monkeypatch)
+    made = engine(depth=depth)
+    mixed(made, temperature=1.0, seed=7, logprobs=1)
+    assert made.run() == expected
+    assert max(rows) >= 8
 
 
 def growing(engine: Engine, **params: Any) -> None:
