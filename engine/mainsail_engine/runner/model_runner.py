@@ -407,7 +407,7 @@ class ModelRunner:
                 return self._passed_on(logits)
             if self._sampler.wants_best(arrays.sampled_slots) and not plan.is_constrained:
                 return self._pending(tokens)
-            return self._sample_or_wait(logits, arrays, plan, None, guessed)
+            return self._sample_or_wait(logits, arrays, plan, None, guessed, tokens)
         hidden, sampled = self._forward(arrays, whole=whole)
         if not self.samples:
             return self._passed_on(hidden)
@@ -456,12 +456,13 @@ class ModelRunner:
         plan: StepPlan,
         extras: PendingExtras | None,
         guessed: Mapping[int, Sequence[int]],
+        best: torch.Tensor | None = None,
     ) -> PendingTokens | PendingConstrained:
         if plan.is_constrained:
             return PendingConstrained(
-                self._masks, lambda masks: self._sample(logits, arrays, plan, extras, masks, guessed)
+                self._masks, lambda masks: self._sample(logits, arrays, plan, extras, masks, guessed, best)
             )
-        return self._sample(logits, arrays, plan, extras, None, guessed)
+        return self._sample(logits, arrays, plan, extras, None, guessed, best)
 
     def _sample(
         self,
@@ -471,9 +472,10 @@ class ModelRunner:
         extras: PendingExtras | None,
         masks: TokenMasks | None,
         guessed: Mapping[int, Sequence[int]],
+        best: torch.Tensor | None,
     ) -> PendingTokens:
         positions = arrays.positions[arrays.sampled] + 1
-        sampled = self._sampler.sample(logits, arrays.sampled_slots, positions, masks, guessed)
+        sampled = self._sampler.sample(logits, arrays.sampled_slots, positions, masks, guessed, best)
         note(self._newest, self._up(arrays.sampled_slots), sampled.tokens)
         if sampled.logprobs is not None:
             extras = extras or PendingExtras()

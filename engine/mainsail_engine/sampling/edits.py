@@ -1,14 +1,16 @@
 """What a request's parameters add to single logits: bias, allowed tokens, bad words, no end before min_tokens.
 
-Each is a sparse list, (row, token) pairs for the rows of a step. The lists are put together on the CPU and kept on the
-device for as long as the same requests are in the batch, which is most steps. A bad word of several tokens forbids its
-last one where the others were just written: every slot's last tokens are kept on the device for that, so that a token
-that the CPU does not know yet counts.
+Each is a sparse list of places in a step's logits, row * vocab + token, each at most once where floats are added: one
+small launch then adds them, without a sort. The lists are put together on the CPU and kept on the device for as long as
+the same requests are in the batch, which is most steps. A bad word of several tokens forbids its last one where the
+others were just written: every slot's last tokens are kept on the device for that, so that a token that the CPU does
+not know yet counts.
 """
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -24,23 +26,16 @@ _ANY, _NOTHING = -1, -2
 
 
 @dataclass(slots=True)
-class _Pairs:
-    """(row, token) pairs; each tensor [n]."""
-
-    rows: torch.Tensor
-    tokens: torch.Tensor
-
-
-@dataclass(slots=True)
 class _StepEdits:
     """The edits of one composition of the batch, on the device."""
 
-    added: _Pairs | None
+    added: torch.Tensor | None
+    """Places, each once."""
     added_values: torch.Tensor | None
-    allowed: _Pairs | None
+    allowed: torch.Tensor | None
     allowed_rows: torch.Tensor | None
-    bad: _Pairs | None
-    """Each bad word's row and last token."""
+    bad: torch.Tensor | None
+    """The place of each bad word's last token."""
     bad_rows: list[int]
     bad_slots: torch.Tensor | None
     bad_beginnings: torch.Tensor | None
@@ -56,8 +51,8 @@ def end_tokens(params: SamplingParams, eos_token_ids: frozenset[int]) -> frozens
 
 
 class LogitEdits:
-    def __init__(self, num_slots: int, eos_token_ids: frozenset[int], device: torch.device) -> None:
-        self._device = device
+    def __init__(self, num_slots: int, vocab_size: int, eos_token_ids: frozenset[int], device: torch.device) -> None:
+        self._device, self._vocab_size = device, vocab_size
         self._eos = eos_token_ids
         self._tenants: list[Request | None] = [None] * num_slots
         self._min_until = np.zeros(num_slots, np.int64)
@@ -94,18 +89,17 @@ class LogitEdits:
     def apply(
         self, logits: torch.Tensor, slots: np.ndarray, positions: np.ndarray, guessed: Mapping[int, Sequence[int]]
     ) -> None:
-        """Edit logits [n, vocab] (float32) in place; positions [n] are those of the tokens to be sampled.
+        """Edit logits [n, vocab] (float32, contiguous) in place; positions [n] are those of the tokens to be sampled.
 
         guessed: see Sampler.sample.
         """
-        edits = self._edits_of(slots, positions)
+        edits, flat = self._edits_of(slots, positions), logits.view(-1)
         if edits.allowed is not None and edits.allowed_rows is not None:
-            rows, tokens = edits.allowed.rows, edits.allowed.tokens
-            kept = logits[rows, tokens]
+            kept = flat[edits.allowed]
             logits[edits.allowed_rows] = -math.inf
-            logits[rows, tokens] = kept
+            flat[edits.allowed] = kept
         if edits.added is not None and edits.added_values is not None:
-            logits.index_put_((edits.added.rows, edits.added.tokens), edits.added_values, accumulate=True)
+            flat.index_add_(0, edits.added, edits.added_values)
         if edits.bad is not None and self._history is not None and edits.bad_beginnings is not None:
             beginnings = edits.bad_beginnings
             history = self._history[edits.bad_slots]
@@ -113,7 +107,7 @@ class LogitEdits:
                 history = self._with_guesses(history, edits.bad_rows, guessed)
             written = ((history == beginnings) | (beginnings == _ANY)).all(dim=1)
             forbidden = torch.where(written, -math.inf, 0.0)
-            logits.index_put_((edits.bad.rows, edits.bad.tokens), forbidden, accumulate=True)
+            flat.index_add_(0, edits.bad, forbidden)  # 0 or -inf: in any order the same sum
 
     def _with_guesses(
         self, history: torch.Tensor, rows: list[int], guessed: Mapping[int, Sequence[int]]
@@ -145,7 +139,7 @@ class LogitEdits:
         return self._known[1]
 
     def _build(self, slots: np.ndarray, early: np.ndarray) -> _StepEdits:
-        added: list[tuple[int, int, float]] = []
+        added: defaultdict[tuple[int, int], float] = defaultdict(float)
         allowed: list[tuple[int, int]] = []
         bad: list[tuple[int, int, int, list[int]]] = []
         history: set[int] = set()
@@ -154,9 +148,10 @@ class LogitEdits:
             if request is None:
                 continue
             params = request.params
-            added.extend((row, token, value) for token, value in params.logit_bias)
-            if early[row]:
-                added.extend((row, token, -math.inf) for token in sorted(end_tokens(params, self._eos)))
+            for token, value in params.logit_bias:
+                added[row, token] += value
+            for token in sorted(end_tokens(params, self._eos)) if early[row] else ():
+                added[row, token] = -math.inf
             allowed.extend((row, token) for token in params.allowed_token_ids)
             for word in params.bad_words:
                 beginning, last = list(word[:-1]), word[-1]
@@ -164,12 +159,12 @@ class LogitEdits:
                     history.add(row)
                     bad.append((row, last, slot, beginning))
                 else:
-                    added.append((row, last, -math.inf))
+                    added[row, last] = -math.inf
         return self._on_device(added, allowed, bad, np.array(sorted(history), np.int64))
 
     def _on_device(
         self,
-        added: list[tuple[int, int, float]],
+        added: Mapping[tuple[int, int], float],
         allowed: list[tuple[int, int]],
         bad: list[tuple[int, int, int, list[int]]],
         history_rows: np.ndarray,
@@ -179,22 +174,20 @@ class LogitEdits:
             beginnings[index, -len(beginning) :] = beginning
         allowed_rows = np.unique(np.array([row for row, _ in allowed], np.int64))
         return _StepEdits(
-            added=self._pairs([(row, token) for row, token, _ in added]),
-            added_values=self._up(np.array([value for _, _, value in added], np.float32)) if added else None,
-            allowed=self._pairs(allowed),
+            added=self._places(list(added)),
+            added_values=self._up(np.array(list(added.values()), np.float32)) if added else None,
+            allowed=self._places(allowed),
             allowed_rows=self._up(allowed_rows) if allowed else None,
-            bad=self._pairs([(row, last) for row, last, _, _ in bad]),
+            bad=self._places([(row, last) for row, last, _, _ in bad]),
             bad_rows=[row for row, _, _, _ in bad],
             bad_slots=self._up(np.array([slot for _, _, slot, _ in bad], np.int64)) if bad else None,
             bad_beginnings=self._up(beginnings) if bad else None,
             history_rows=history_rows,
         )
 
-    def _pairs(self, pairs: list[tuple[int, int]]) -> _Pairs | None:
-        if not pairs:
-            return None
-        rows, tokens = np.array(pairs, np.int64).T
-        return _Pairs(self._up(np.ascontiguousarray(rows)), self._up(np.ascontiguousarray(tokens)))
+    def _places(self, pairs: list[tuple[int, int]]) -> torch.Tensor | None:
+        """Of (row, token) pairs."""
+        return self._up(np.array([row * self._vocab_size + token for row, token in pairs], np.int64)) if pairs else None
 
     def _up(self, values: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(values).to(self._device, non_blocking=True)  # pyright: ignore[reportUnknownMemberType]

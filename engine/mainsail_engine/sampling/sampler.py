@@ -142,7 +142,7 @@ class Sampler:
     ) -> None:
         self._device, self._send = device, send
         self.slots = SlotParameters(num_slots)
-        self._edits = LogitEdits(num_slots, eos_token_ids, device)
+        self._edits = LogitEdits(num_slots, vocab_size, eos_token_ids, device)
         self._counts = TokenCounts(num_slots, vocab_size, device)
         self._behind: dict[int, tuple[Request, int]] = {}
         """Slots whose last step verified guesses, and how many output tokens were known before it."""
@@ -191,31 +191,39 @@ class Sampler:
         positions: np.ndarray,
         masks: TokenMasks | None = None,
         guessed: Mapping[int, Sequence[int]] = NO_GUESSES,
+        best: torch.Tensor | None = None,
     ) -> Sampled:
         """The next token of each row. logits [n, vocab], maybe changed in place; slots and positions [n] int64.
 
         positions are those of the tokens to be sampled. masks: what grammars allow, for the rows that have one.
-        guessed: the guesses that come before a row's token (`verify`). A code below 0 instead of a token: see step.py.
+        guessed: the guesses that come before a row's token (`verify`). best [n] int64: `greedy(logits)`, of steps that
+        have it already. A code below 0 instead of a token: see step.py.
         """
         asks, raw = self.slots.asks(slots), logits
         if asks & (EDITS | PENALTIES) or (masks is not None and asks & LOGPROBS):
-            logits = logits.float() if logits.dtype != torch.float32 else logits.clone()
+            logits = logits.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         if masks is not None:
             apply_token_bitmask(logits, masks.bits, masks.rows)
         if not asks & (EDITS | PENALTIES):
-            sampled = Sampled(sample(logits, self.slots.rows(slots, positions, self._send)))
+            known = best if masks is None and not asks & DRAWS else None
+            sampled = Sampled(self._draw(logits, slots, positions) if known is None else known)
             return self._with_logprobs(sampled, raw, slots) if asks & LOGPROBS else sampled
         if asks & EDITS:
             self._edits.apply(logits, slots, positions, guessed)
         if asks & PENALTIES:
             self._counts.penalize(logits, slots, self._rows_with(slots, PENALTIES), guessed)
-        tokens = sample(logits, self.slots.rows(slots, positions, self._send))
-        sampled = Sampled(_told_apart(tokens, raw))
+        tokens = self._draw(logits, slots, positions)
+        sampled = Sampled(_told_apart(tokens, greedy(raw) if best is None else best))
         if asks & EDITS and not guessed:
             self._edits.note(slots, tokens)
         if asks & PENALTIES and not guessed:
             self._counts.count(slots, tokens, self._rows_with(slots, PENALTIES))
         return self._with_logprobs(sampled, raw, slots) if asks & LOGPROBS else sampled
+
+    def _draw(self, logits: torch.Tensor, slots: np.ndarray, positions: np.ndarray) -> torch.Tensor:
+        if not self.slots.asks(slots) & DRAWS:
+            return greedy(logits)
+        return sample(logits, self.slots.rows(slots, positions, self._send))
 
     def _rows_with(self, slots: np.ndarray, flag: int) -> np.ndarray:
         return np.flatnonzero(self.slots.flags[slots] & flag)
@@ -232,8 +240,8 @@ class Sampler:
         return sampled
 
 
-def _told_apart(tokens: torch.Tensor, raw: torch.Tensor) -> torch.Tensor:
-    """A row without a token failed in the model, or its own parameters forbid all: the untouched logits tell."""
-    broken = greedy(raw) < 0
+def _told_apart(tokens: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
+    """A row without a token failed in the model, or its own parameters forbid all: the best token of the untouched
+    logits tells, which a failed row has not."""
     forbidden = torch.where(tokens < 0, FORBIDDEN_TOKEN, tokens)
-    return torch.where(broken, FAILED_TOKEN, forbidden)
+    return torch.where(best < 0, FAILED_TOKEN, forbidden)

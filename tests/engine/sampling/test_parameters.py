@@ -13,7 +13,7 @@ import torch
 from mainsail_engine.request import Request, SamplingParams
 from mainsail_engine.runner.uploads import Uploads
 from mainsail_engine.sampling.logprobs import PIECE, logprob_rows, prompt_logprob_rows
-from mainsail_engine.sampling.sampler import Sampler
+from mainsail_engine.sampling.sampler import Sampler, greedy
 from mainsail_engine.step import FAILED_TOKEN, FORBIDDEN_TOKEN
 
 VOCAB, EOS = 40, 3
@@ -184,3 +184,34 @@ def test_log_probabilities_are_the_models_own_and_for_who_asked() -> None:
     assert first.token_ids == [2, *expected.topk(2).indices.tolist()]
     assert first.logprobs[0] == pytest.approx(float(expected[2]), abs=1e-5)
     assert second.token_ids == [int(sampled.tokens[2])]
+
+
+def test_what_several_parameters_add_to_one_token_adds_up() -> None:
+    """A bias given twice; a bias on an end that min_tokens forbids, and on a bad word, whichever comes last."""
+    made, logits = sampler(3), base_logits().repeat(3, 1)
+    made.move_in(0, request(0, temperature=0.0, logit_bias=((2, 3.0), (9, 7.5), (2, 5.0))))
+    made.move_in(1, request(1, temperature=0.0, logit_bias=((EOS, 90.0), (12, 80.0)), min_tokens=5))
+    made.move_in(2, request(2, temperature=0.0, logit_bias=((12, 90.0), (9, 80.0)), bad_words=((12,), (12,))))
+    tokens = made.sample(logits, np.arange(3), np.full(3, 8)).tokens
+    biased = base_logits()
+    biased[2] += 8.0
+    biased[9] += 7.5
+    assert tokens.tolist() == [int(biased.argmax()), 12, 9]
+
+
+@pytest.mark.parametrize(
+    "params", [{"logprobs": 2}, {"logit_bias": ((2, 1.0),)}, {"temperature": 1.0}, {"frequency_penalty": 0.5}], ids=str
+)
+def test_a_step_that_knows_the_best_tokens_samples_as_one_that_does_not(params: dict) -> None:
+    """Among them a row that failed, which only the untouched logits tell where a parameter hides it."""
+    logits = torch.randn(4, VOCAB, generator=torch.Generator().manual_seed(6)).to(torch.bfloat16)
+    logits[2, 5] = math.nan
+    settings: dict[str, Any] = {"temperature": 0.0} | params
+    drawn: list[list[int]] = []
+    for best in (None, greedy(logits)):
+        made = sampler(4)
+        for slot in range(4):
+            made.move_in(slot, request(slot, **settings))
+        drawn.append(made.sample(logits.clone(), np.arange(4), np.full(4, 8), best=best).tokens.tolist())
+    assert drawn[0] == drawn[1]
+    assert drawn[0][2] == FAILED_TOKEN
