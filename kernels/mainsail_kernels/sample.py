@@ -1,16 +1,27 @@
 """Choosing tokens from logits on the GPU: argmax, and temperature / top-k / top-p / min-p without a sort.
 
-    1. per chunk of 4096 logits   best logit and where, and the sum of exp((x - best) / temperature)
+    1. per chunk of 4096 logits   best logit and where, the sum of exp((x - best) / temperature), and the best logit of
+                                  each group of 64
     2. per row                    the threshold that top-k, top-p and min-p ask for; the mass of each chunk above
                                   it; the chunk with the largest log(mass) + noise; its token with the largest
                                   logit / temperature + noise
 
 The kept set of every filter is "logits at or above a threshold". The threshold is the largest value at which enough
-tokens (top-k) or enough probability (top-p) lie at or above; both only grow as the value falls, so three pivots a pass
-quarter the interval until one distinct logit is left in it, and passes skip chunks whose best lies below. The noise is
-Gumbel's, a pure function (Philox) of seed, step and token, so the same seed draws the same token in whatever batch it
-runs, and a logit that another order of sums has moved by a bit changes hardly any draw. The meaning of every parameter
-is in reference.py.
+tokens (top-k) or enough probability (top-p) lie at or above; both only grow as the value falls, so three pivots quarter
+the interval that it is in until one distinct logit is left there. How a row is searched:
+
+    few groups matter     The groups' best logits alone prove a bound: k of them at or above it are k tokens, and what
+                          they weigh is a part of the mass. Groups with nothing at or above the bound are out. If at
+                          most 128 are left, they are held in registers, and nothing else of the row is read again.
+    many (flat rows)      A sample of 4096 logits tells about where top-p's threshold lies: the pivots of the first of
+                          few passes over the row are set around it. A pass gives the mass of each chunk above each
+                          pivot, so bounds of what a chunk keeps; as soon as these agree on the chunk, and its token is
+                          above the interval that is left, the token is what the threshold itself would give, and the
+                          search ends (as the rejections of FlashInfer's sampling do, but the same tokens are drawn).
+
+The noise is Gumbel's, a pure function (Philox) of seed, step and token, so the same seed draws the same token in
+whatever batch it runs, and a logit that another order of sums has moved by a bit changes hardly any draw. The meaning
+of every parameter is in reference.py.
 """
 
 import torch
@@ -19,6 +30,16 @@ from mainsail_kernels import reference
 from mainsail_kernels._triton import INTERPRETED, next_power_of_2, require, runs_kernels, tl, triton
 
 _CHUNK = reference.SAMPLE_CHUNK
+_GROUP = 64
+"""Logits whose best is noted: 128 bytes of bfloat16, a line."""
+_FEW = 128
+"""Groups that are held in registers."""
+_ROUNDS = 40
+"""After so many the interval is too small for float32."""
+_TILE, _WARPS = 8192, 16
+"""Logits of a row that are looked at at once, and by how many warps."""
+_SAMPLED = 256
+"""Of so many logits, eight beside each other are in the sample of a flat row."""
 
 
 @triton.jit
@@ -28,11 +49,13 @@ def _chunk_kernel(
     best_ptr,
     where_ptr,
     mass_ptr,
+    groups_ptr,
     vocab,
     stride,
     num_chunks,
     WITH_MASS: tl.constexpr,
     CHUNK: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     token = chunk * CHUNK + tl.arange(0, CHUNK)
@@ -50,6 +73,8 @@ def _chunk_kernel(
         heat = tl.where(heat > 0, heat, 1.0)
         base = tl.where(best == float("-inf"), 0.0, best)
         tl.store(mass_ptr + at, tl.sum(tl.exp((x - base) / heat), axis=0))
+        bests = tl.max(tl.reshape(x, (CHUNK // GROUP, GROUP)), axis=1)
+        tl.store(groups_ptr + at * (CHUNK // GROUP) + tl.arange(0, CHUNK // GROUP), bests)
 
 
 @triton.jit
@@ -91,11 +116,20 @@ def _both(a, b, c, least, most, other_a, other_b, other_c, other_least, other_mo
     return a + other_a, b + other_b, c + other_c, tl.minimum(least, other_least), tl.maximum(most, other_most)
 
 
+@triton.jit
+def _all(a, b, c, d, other_a, other_b, other_c, other_d):
+    return a + other_a, b + other_b, c + other_c, d + other_d
+
+
 if INTERPRETED:  # which combines with a function of ours element by element, for minutes
 
     @triton.jit
     def _reduced(a, b, c, least, most):
         return tl.sum(a, axis=0), tl.sum(b, axis=0), tl.sum(c, axis=0), tl.min(least, axis=0), tl.max(most, axis=0)
+
+    @triton.jit
+    def _sums(a, b, c, d):
+        return tl.sum(a, axis=0), tl.sum(b, axis=0), tl.sum(c, axis=0), tl.sum(d, axis=0)
 
 else:
 
@@ -104,13 +138,55 @@ else:
         """Three sums, a minimum and a maximum in one go: warps meet once and not five times."""
         return tl.reduce((a, b, c, least, most), 0, _both)
 
+    @triton.jit
+    def _sums(a, b, c, d):
+        return tl.reduce((a, b, c, d), 0, _all)
+
 
 @triton.jit
-def _above(
-    row_ptr, best_ptr, vocab, num_chunks, low, high, a, b, c, top, rate, BY_MASS: tl.constexpr, CHUNK: tl.constexpr
-):
-    """How much lies at or above each of a, b and c, which are at least low: mass, exp2((x - top) * rate) for a logit
-    x, or a count. And the range of the logits within [low, high)."""
+def _pivots(low, high):
+    step = (high - low) * 0.25
+    return low + step, low + 2 * step, low + 3 * step
+
+
+@triton.jit
+def _narrowed(low, high, a, b, c, enough_a, enough_b, enough_c, least):
+    """The part of [low, high) that has the threshold: from the ends of what is there, so that ties and gaps cost
+    nothing."""
+    next_low = tl.where(enough_c, c, tl.where(enough_b, b, tl.where(enough_a, a, least)))
+    next_high = tl.where(enough_c, high, tl.where(enough_b, c, tl.where(enough_a, b, a)))
+    return next_low, next_high
+
+
+@triton.jit
+def _search(x, weight, wanted, low, high, ROUNDS: tl.constexpr):
+    """The largest of the values x [n] at or above which lies `wanted` of weight [n]; enough does above low."""
+    searching = 1
+    rounds = 0
+    while searching == 1:
+        a, b, c = _pivots(low, high)
+        within = (x >= low) & (x < high)
+        at_a, at_b, at_c, least, most = _reduced(
+            tl.where(x >= a, weight, 0.0),
+            tl.where(x >= b, weight, 0.0),
+            tl.where(x >= c, weight, 0.0),
+            tl.where(within, x, float("inf")),
+            tl.where(within, x, float("-inf")),
+        )
+        rounds += 1
+        if least >= most:  # one distinct value left: it is the one
+            low = least
+            searching = 0
+        elif rounds >= ROUNDS:
+            searching = 0
+        else:
+            low, high = _narrowed(low, high, a, b, c, at_a >= wanted, at_b >= wanted, at_c >= wanted, least)
+    return low
+
+
+@triton.jit
+def _counts(row_ptr, best_ptr, vocab, num_chunks, low, high, a, b, c, CHUNK: tl.constexpr):
+    """How many logits lie at or above each of a, b and c, which are at least low; the range of those in [low, high)."""
     lane = tl.arange(0, CHUNK)
     zero = tl.zeros((CHUNK,), tl.float32)
     at_a, at_b, at_c = zero, zero, zero
@@ -120,10 +196,9 @@ def _above(
         if tl.load(best_ptr + chunk) >= low:
             token = chunk * CHUNK + lane
             x = tl.load(row_ptr + token, mask=token < vocab, other=float("-inf")).to(tl.float32)
-            weight = tl.exp2((x - top) * rate) if BY_MASS else zero + 1.0
-            at_a += tl.where(x >= a, weight, 0.0)
-            at_b += tl.where(x >= b, weight, 0.0)
-            at_c += tl.where(x >= c, weight, 0.0)
+            at_a += tl.where(x >= a, 1.0, 0.0)
+            at_b += tl.where(x >= b, 1.0, 0.0)
+            at_c += tl.where(x >= c, 1.0, 0.0)
             within = (x >= low) & (x < high)
             least = tl.minimum(least, tl.where(within, x, float("inf")))
             most = tl.maximum(most, tl.where(within, x, float("-inf")))
@@ -131,34 +206,174 @@ def _above(
 
 
 @triton.jit
-def _threshold(
-    row_ptr, best_ptr, vocab, num_chunks, low, high, top, rate, wanted, BY_MASS: tl.constexpr, CHUNK: tl.constexpr
+def _kth(
+    row_ptr, best_ptr, vocab, num_chunks, floor, top, over, least_best, k, CHUNK: tl.constexpr, ROUNDS: tl.constexpr
 ):
-    """The largest logit, of those >= low, at or above which lie `wanted` tokens, or `wanted` of mass.
+    """The k-th best logit, or floor if fewer than k are at or above it: by passes over the row.
 
-    Enough lies at or above low, and too little at or above high.
+    least_best: the least of the chunks' best logits. It is near the k-th best where logits lie about evenly, so that
+    the search begins in the interval that it and its mirror image below make; over: a value just over the best logit.
     """
+    b = tl.maximum(least_best, floor)
+    a = tl.maximum(2.0 * b - top, floor)
+    c = over
+    low, high = floor, over
     searching = 1
     rounds = 0
     while searching == 1:
-        step = (high - low) * 0.25
-        a, b, c = low + step, low + 2 * step, low + 3 * step
-        at_a, at_b, at_c, least, most = _above(
-            row_ptr, best_ptr, vocab, num_chunks, low, high, a, b, c, top, rate, BY_MASS, CHUNK
-        )
+        at_a, at_b, at_c, least, most = _counts(row_ptr, best_ptr, vocab, num_chunks, low, high, a, b, c, CHUNK)
         rounds += 1
-        if least >= most:  # one distinct logit left: it is the one
-            low = least
+        if least >= most:
+            low = tl.where(least == float("inf"), low, least)
             searching = 0
-        elif rounds >= 40:
+        elif rounds >= ROUNDS:
             searching = 0
         else:
-            # From the ends of what is there, not of the interval: ties and gaps cost nothing.
-            enough_a, enough_b, enough_c = at_a >= wanted, at_b >= wanted, at_c >= wanted
-            next_low = tl.where(enough_c, c, tl.where(enough_b, b, tl.where(enough_a, a, least)))
-            high = tl.where(enough_c, high, tl.where(enough_b, c, tl.where(enough_a, b, a)))
-            low = next_low
+            low, high = _narrowed(low, high, a, b, c, at_a >= k, at_b >= k, at_c >= k, least)
+            a, b, c = _pivots(low, high)
     return low
+
+
+@triton.jit
+def _masses(
+    row_ptr, vocab, low, high, a, b, c, top, rate, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, LANES: tl.constexpr
+):
+    """exp2((x - top) * rate) of the logits x at or above a, b and c, summed for each chunk: three [CHUNKS]; and the
+    range of those in [low, high). Every chunk is a row of the tile, so that no step waits for another warp."""
+    first = (tl.arange(0, CHUNKS) * CHUNK)[:, None, None]
+    lane = (tl.arange(0, LANES) * 8)[None, :, None]
+    zero = tl.zeros((CHUNKS, LANES), tl.float32)
+    at_a, at_b, at_c = zero, zero, zero
+    least = zero + float("inf")
+    most = zero - float("inf")
+    for begin in range(0, CHUNK, LANES * 8):
+        token = first + (begin + lane) + tl.arange(0, 8)[None, None, :]
+        x = tl.load(row_ptr + token, mask=token < vocab, other=float("-inf")).to(tl.float32)
+        weight = tl.exp2((x - top) * rate)
+        at_a += tl.sum(tl.where(x >= a, weight, 0.0), axis=2)
+        at_b += tl.sum(tl.where(x >= b, weight, 0.0), axis=2)
+        at_c += tl.sum(tl.where(x >= c, weight, 0.0), axis=2)
+        within = (x >= low) & (x < high)
+        least = tl.minimum(least, tl.min(tl.where(within, x, float("inf")), axis=2))
+        most = tl.maximum(most, tl.max(tl.where(within, x, float("-inf")), axis=2))
+    least = tl.min(tl.min(least, axis=1), axis=0)
+    most = tl.max(tl.max(most, axis=1), axis=0)
+    return tl.sum(at_a, axis=1), tl.sum(at_b, axis=1), tl.sum(at_c, axis=1), least, most
+
+
+@triton.jit
+def _guess(row_ptr, vocab, low, top, rate, tail, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, SAMPLED: tl.constexpr):
+    """Values a <= c between which the logit likely lies under which, down to low, there is `tail` of mass.
+
+    From the sums of a sample of the row and two and a half times their standard deviation; what is heavy is above, so
+    that a few logits of much weight spoil nothing. Where it lies is found out by passes over the whole row.
+    """
+    place = tl.arange(0, CHUNKS * (CHUNK // SAMPLED))[:, None]
+    token = place * SAMPLED + (place * 37) % (SAMPLED // 8) * 8 + tl.arange(0, 8)[None, :]
+    inside = token < vocab
+    x = tl.load(row_ptr + token, mask=inside, other=float("inf")).to(tl.float32)
+    weight = tl.where(inside & (x >= low), tl.exp2((tl.minimum(x, top) - top) * rate), 0.0)
+    share = tl.sum(tl.sum(inside.to(tl.float32), axis=1), axis=0) / vocab
+    low_a, high_a, low_c, high_c = low, top, low, top
+    for _ in range(12):
+        a, c = 0.5 * (low_a + high_a), 0.5 * (low_c + high_c)
+        below_a, below_c = tl.where(x < a, weight, 0.0), tl.where(x < c, weight, 0.0)
+        sum_a, spread_a, sum_c, spread_c = _sums(
+            tl.sum(below_a, axis=1),
+            tl.sum(below_a * below_a, axis=1),
+            tl.sum(below_c, axis=1),
+            tl.sum(below_c * below_c, axis=1),
+        )
+        under = sum_a + 2.5 * tl.sqrt(spread_a) <= tail * share
+        over = sum_c - 2.5 * tl.sqrt(spread_c) >= tail * share
+        low_a, high_a = tl.where(under, a, low_a), tl.where(under, high_a, a)
+        low_c, high_c = tl.where(over, low_c, c), tl.where(over, c, high_c)
+    return low_a, tl.maximum(high_c, low_a)
+
+
+@triton.jit
+def _next(x):
+    """The next larger float32."""
+    bits = x.to(tl.int32, bitcast=True)
+    following = tl.where(x > 0, bits + 1, tl.where(x < 0, bits - 1, 0x00800000))
+    return following.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _bounded(bests, low, over, top, heat, rate, vocab, limited, k, p, wanted, minimum, ROUNDS: tl.constexpr):
+    """A value that no kept logit lies below (min_p apart, if the k best are asked for), as high as the groups' best
+    logits prove: k of them are k tokens, and what they weigh is a part of the row's mass."""
+    if limited:
+        ones = tl.where(bests >= low, 1.0, 0.0)
+        if tl.sum(ones, axis=0) >= k:
+            low = _search(bests, ones, k.to(tl.float32), low, over, ROUNDS)
+    else:
+        if p < 1.0:
+            # What lies below this is all together less than top-p leaves out.
+            spare = tl.maximum(1.0 - p, 1e-7)
+            low = tl.maximum(low, top + heat * (tl.log(spare) - tl.log(vocab.to(tl.float32))) - 1e-3)
+            heavy = tl.where(bests >= low, tl.exp2((bests - top) * rate), 0.0)
+            if tl.sum(heavy, axis=0) >= wanted:
+                low = _search(bests, heavy, wanted, low, over, ROUNDS)
+        low = tl.maximum(low, minimum)
+    return low
+
+
+@triton.jit
+def _noted(active_ptr, bests, low, FEW: tl.constexpr, GROUPS: tl.constexpr):
+    """The groups with something at or above low, the first FEW in order at active_ptr; how many there are."""
+    matters = (bests >= low).to(tl.int32)
+    place = tl.cumsum(matters, axis=0) - 1
+    tl.store(active_ptr + place, tl.arange(0, GROUPS), mask=(matters > 0) & (place < FEW))
+    tl.debug_barrier()  # other threads read them
+    return tl.sum(matters, axis=0)
+
+
+@triton.jit
+def _of_groups(
+    row_ptr, active_ptr, active, low, over, top, rate, vocab, limited, k, p, wanted, minimum,
+    CHUNKS: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr, FEW: tl.constexpr, ROUNDS: tl.constexpr,
+):  # fmt: skip
+    """The threshold, and what each chunk keeps [CHUNKS], where nothing outside of the `active` groups is at or above
+    low, which is `_bounded`."""
+    index = tl.arange(0, FEW)
+    group = tl.load(active_ptr + index, mask=index < active, other=0)
+    token = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    there = (index < active)[:, None] & (token < vocab)
+    tile = tl.load(row_ptr + token, mask=there, other=float("-inf")).to(tl.float32)
+    x = tl.reshape(tile, (FEW * GROUP,))
+    weight = tl.exp2((x - top) * rate)
+    if limited:
+        ones = tl.where(x >= low, 1.0, 0.0)
+        if tl.sum(ones, axis=0) > k:
+            low = _search(x, ones, k.to(tl.float32), low, over, ROUNDS)
+    if p < 1.0:
+        here = tl.sum(tl.where(x >= low, weight, 0.0), axis=0)
+        wanted = tl.where(limited, _share(p) * here, wanted)
+        if here >= wanted:
+            low = _search(x, weight, wanted, low, over, ROUNDS)
+    low = tl.maximum(low, minimum)
+    kept = tl.sum(tl.reshape(tl.where(x >= low, weight, 0.0), (FEW, GROUP)), axis=1, keep_dims=True)
+    chunk = group // (CHUNK // GROUP)
+    return low, tl.sum(tl.where(chunk[:, None] == tl.arange(0, CHUNKS)[None, :], kept, 0.0), axis=0)
+
+
+@triton.jit
+def _share(p):
+    # 1e-7 keeps a sum that rounding has taken just below the whole from asking for more than there is
+    return tl.maximum(p * (1.0 - 1e-7), 1e-30)
+
+
+@triton.jit
+def _token(row_ptr, vocab, chunk, low, top, heat, seed, step, CHUNK: tl.constexpr):
+    """The token of a chunk with the largest logit / temperature + noise of those at or above low, and its logit."""
+    lane = tl.arange(0, CHUNK)
+    token = chunk * CHUNK + lane
+    x = tl.load(row_ptr + token, mask=token < vocab, other=float("-inf")).to(tl.float32)
+    kept = (x >= low) & (x > float("-inf"))
+    score = tl.where(kept, (x - top) / heat + _gumbel(seed, step, 1, token), float("-inf"))
+    picked = tl.min(tl.where(score == tl.max(score, axis=0), lane, CHUNK), axis=0)
+    return (chunk * CHUNK + picked).to(tl.int64), tl.max(tl.where(lane == picked, x, float("-inf")), axis=0)
 
 
 @triton.jit
@@ -167,6 +382,8 @@ def _draw_kernel(
     best_ptr,
     where_ptr,
     mass_ptr,
+    groups_ptr,
+    active_ptr,
     temperature_ptr,
     top_k_ptr,
     top_p_ptr,
@@ -179,12 +396,17 @@ def _draw_kernel(
     num_chunks,
     CHUNKS: tl.constexpr,
     CHUNK: tl.constexpr,
+    GROUP: tl.constexpr,
+    FEW: tl.constexpr,
+    LANES: tl.constexpr,
+    SAMPLED: tl.constexpr,
+    ROUNDS: tl.constexpr,
 ):
     """out [n]: the token of one row of logits [n, vocab], from its chunks' best logits and masses. See the module."""
     row = tl.program_id(0).to(tl.int64)
     index = tl.arange(0, CHUNKS)
     inside = index < num_chunks
-    best_row, mass_row = best_ptr + row * num_chunks, mass_ptr + row * num_chunks
+    best_row, row_ptr = best_ptr + row * num_chunks, logits_ptr + row * stride
     best = tl.load(best_row + index, mask=inside, other=float("-inf"))
     where = tl.load(where_ptr + row * num_chunks + index, mask=inside, other=2147483647)
     top = tl.max(best, axis=0)
@@ -196,80 +418,91 @@ def _draw_kernel(
         tl.store(out_ptr + row, tl.min(tl.where(best == top, where, 2147483647), axis=0).to(tl.int64))
         return
 
-    row_ptr = logits_ptr + row * stride
-    lane = tl.arange(0, CHUNK)
-    top_k, top_p, min_p = tl.load(top_k_ptr + row), tl.load(top_p_ptr + row), tl.load(min_p_ptr + row)
-    mass = tl.load(mass_row + index, mask=inside, other=0.0)
+    top_k, p, min_p = tl.load(top_k_ptr + row), tl.load(top_p_ptr + row), tl.load(min_p_ptr + row)
+    limited = (top_k > 0) & (top_k < vocab)
+    k = top_k.to(tl.int32)
+    mass = tl.load(mass_ptr + row * num_chunks + index, mask=inside, other=0.0)
     mass = tl.where(best == float("-inf"), 0.0, mass * tl.exp((best - top) / heat))
     rate = 1.4426950408889634 / heat
-    floor = top - 90.0 * heat  # what float32 cannot tell from probability zero
     over = top + tl.abs(top) * 1e-6 + 1e-30
-    limited = (top_k > 0) & (top_k < vocab)
-    if limited:
-        least_best = tl.min(tl.where(inside, best, float("inf")), axis=0)
-        floor = _kth(row_ptr, best_row, vocab, num_chunks, floor, top, over, least_best, top_k, CHUNK)
-    if top_p < 1.0:
-        total = tl.sum(mass, axis=0)
-        if limited:
-            total = _mass_above(row_ptr, best_row, vocab, num_chunks, floor, top, rate, CHUNK)
-        # 1e-7 keeps a sum that rounding has taken just below the whole from asking for more than there is
-        wanted = tl.maximum(top_p * (1.0 - 1e-7), 1e-30) * total
-        nucleus = top + heat * (tl.log(tl.maximum(1.0 - top_p, 1e-7)) - tl.log(vocab.to(tl.float32))) - 1e-3
-        low = tl.maximum(floor, nucleus)
-        floor = tl.maximum(
-            floor, _threshold(row_ptr, best_row, vocab, num_chunks, low, over, top, rate, wanted, True, CHUNK)
-        )
-    filtered = limited | (top_p < 1.0) | (min_p > 0.0)
-    if min_p > 0.0:
-        floor = tl.maximum(floor, top + heat * tl.log(min_p))
-    if filtered:
-        for chunk in range(num_chunks):
-            kept_mass = 0.0
-            if tl.load(best_row + chunk) >= floor:
-                token = chunk * CHUNK + lane
-                x = tl.load(row_ptr + token, mask=token < vocab, other=float("-inf")).to(tl.float32)
-                kept_mass = tl.sum(tl.where(x >= floor, tl.exp2((x - top) * rate), 0.0), axis=0)
-            mass = tl.where(index == chunk, kept_mass, mass)
-    else:
-        floor = float("-inf")
+    # The threshold is in [low, high). If it is low, chunks keep `most` (which may be a mere bound until it is `exact`),
+    # and if it is just under high, `fewest`. Settled: it is low.
+    low, high = top * 0.0 + float("-inf"), over
+    most, fewest = mass, mass * 0.0
+    total = tl.sum(mass, axis=0)
+    wanted = _share(p) * total
+    a, c = low, low
+    settled, exact = 1, p >= 1.0
+    if limited | (p < 1.0) | (min_p > 0.0):
+        minimum = tl.where(min_p > 0.0, top + heat * tl.log(tl.maximum(min_p, 1e-37)), float("-inf"))
+        group = tl.arange(0, CHUNKS * (CHUNK // GROUP))
+        groups = num_chunks * (CHUNK // GROUP)
+        bests = tl.load(groups_ptr + row * groups + group, mask=group < groups, other=float("-inf"))
+        floor = top - 90.0 * heat  # what float32 cannot tell from probability zero
+        low = _bounded(bests, floor, over, top, heat, rate, vocab, limited, k, p, wanted, minimum, ROUNDS)
+        active_row = active_ptr + row * FEW
+        active = _noted(active_row, bests, low, FEW, CHUNKS * (CHUNK // GROUP))
+        if active <= FEW:
+            low, most = _of_groups(
+                row_ptr, active_row, active, low, over, top, rate, vocab, limited, k, p, wanted, minimum,
+                CHUNKS, CHUNK, GROUP, FEW, ROUNDS,
+            )  # fmt: skip
+        else:
+            if limited:
+                least_best = tl.min(tl.where(inside, best, float("inf")), axis=0)
+                low = _kth(row_ptr, best_row, vocab, num_chunks, floor, top, over, least_best, k, CHUNK, ROUNDS)
+            if limited | (min_p > 0.0):
+                kth, low = low, tl.maximum(low, minimum)
+                of_top_k, most, _most, _least, _greatest = _masses(
+                    row_ptr, vocab, kth, over, kth, low, low, top, rate, CHUNKS, CHUNK, LANES
+                )
+                if limited:
+                    total = tl.sum(of_top_k, axis=0)
+                    wanted = _share(p) * total
+                exact = p <= 1.0
+            if (p < 1.0) & (tl.sum(most, axis=0) >= wanted):
+                settled = 0
+                a, c = _guess(row_ptr, vocab, low, top, rate, total - wanted, CHUNKS, CHUNK, SAMPLED)
 
     seed, step = tl.load(seeds_ptr + row).to(tl.int64), tl.load(steps_ptr + row).to(tl.int64)
-    score = tl.where(mass > 0, tl.log(mass) + _gumbel(seed, step, 0, index), float("-inf"))
-    chosen = tl.min(tl.where(score == tl.max(score, axis=0), index, CHUNKS), axis=0)
-    token = chosen * CHUNK + lane
-    x = tl.load(row_ptr + token, mask=token < vocab, other=float("-inf")).to(tl.float32)
-    kept = (x >= floor) & (x > float("-inf"))
-    score = tl.where(kept, (x - top) / heat + _gumbel(seed, step, 1, token), float("-inf"))
-    picked = tl.min(tl.where(score == tl.max(score, axis=0), lane, CHUNK), axis=0)
-    tl.store(out_ptr + row, (chosen * CHUNK + picked).to(tl.int64))
-
-
-@triton.jit
-def _kth(row_ptr, best_ptr, vocab, num_chunks, floor, top, over, least_best, k, CHUNK: tl.constexpr):
-    """The k-th best logit, or floor if fewer than k are at or above it.
-
-    least_best: the least of the chunks' best logits. It is near the k-th best where logits lie about evenly, so that
-    the search begins in the interval that it and its mirror image below make; over: a value just over the best logit.
-    """
-    near = tl.maximum(least_best, floor)
-    far = tl.maximum(2.0 * near - top, floor)
-    n, n_far, n_near, _l, _m = _above(
-        row_ptr, best_ptr, vocab, num_chunks, floor, top, floor, far, near, top, 0.0, False, CHUNK
-    )
-    kth = floor
-    if n > k:
-        low = tl.where(n_near >= k, near, tl.where(n_far >= k, far, floor))
-        high = tl.where(n_near >= k, over, tl.where(n_far >= k, near, far))
-        kth = _threshold(row_ptr, best_ptr, vocab, num_chunks, low, high, top, 0.0, k.to(tl.float32), False, CHUNK)
-    return kth
-
-
-@triton.jit
-def _mass_above(row_ptr, best_ptr, vocab, num_chunks, floor, top, rate, CHUNK: tl.constexpr):
-    mass, _b, _c, _l, _m = _above(
-        row_ptr, best_ptr, vocab, num_chunks, floor, top, floor, floor, floor, top, rate, True, CHUNK
-    )
-    return mass
+    noise = _gumbel(seed, step, 0, index)
+    token = tl.full((), -1, tl.int64)
+    b = 0.5 * (a + c)
+    rounds, one = 0, 0
+    searching = 1
+    while searching == 1:
+        if settled == 0:
+            at_a, at_b, at_c, least, greatest = _masses(
+                row_ptr, vocab, low, high, a, b, c, top, rate, CHUNKS, CHUNK, LANES
+            )
+            rounds += 1
+            enough_a, enough_b = tl.sum(at_a, axis=0) >= wanted, tl.sum(at_b, axis=0) >= wanted
+            enough_c = tl.sum(at_c, axis=0) >= wanted
+            fewest = tl.where(enough_c, fewest, tl.where(enough_b, at_c, tl.where(enough_a, at_b, at_a)))
+            most = tl.where(enough_c, at_c, tl.where(enough_b, at_b, tl.where(enough_a, at_a, most)))
+            exact = exact | enough_a
+            if (rounds >= ROUNDS) | (one == 1):
+                settled = 1
+            elif least >= greatest:  # one distinct logit left: it is the one
+                low = tl.where(least == float("inf"), low, least)
+                a, b, c = low, low, low
+                one = 1
+                settled = exact.to(tl.int32)  # else a pass for what is kept with it
+            else:
+                low, high = _narrowed(low, high, a, b, c, enough_a, enough_b, enough_c, least)
+        score = tl.where(most > 0, tl.log(most) + noise, float("-inf"))
+        chosen = tl.min(tl.where(score == tl.max(score, axis=0), index, CHUNKS), axis=0)
+        rival = tl.max(tl.where(index == chosen, float("-inf"), score), axis=0)
+        surely = tl.max(tl.where((index == chosen) & (fewest > 0), tl.log(fewest) + noise, float("-inf")), axis=0)
+        token, logit = _token(row_ptr, vocab, chosen, low, top, heat, seed, step, CHUNK)
+        if (settled == 1) | ((surely > rival) & (_next(logit) >= high)):
+            searching = 0
+        elif one == 0:
+            a, b, c = _pivots(low, high)
+            if surely > rival:  # is this token kept?
+                a, b = logit, _next(logit)
+                c = 0.5 * (b + high)
+    tl.store(out_ptr + row, token)
 
 
 def argmax(logits: torch.Tensor) -> torch.Tensor:
@@ -282,7 +515,7 @@ def argmax(logits: torch.Tensor) -> torch.Tensor:
         return reference.argmax(logits)
     out = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
     if logits.shape[0]:
-        best, where, _ = _chunk_stats(logits, None)
+        best, where, _mass, _groups = _chunk_stats(logits, None)
         chunks = best.shape[1]
         _argmax_kernel[(logits.shape[0],)](best, where, out, chunks, CHUNKS=next_power_of_2(chunks), num_warps=1)
     return out
@@ -316,28 +549,34 @@ def sample(
     if logits.shape[0] == 0:
         return out
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
-    best, where, mass = _chunk_stats(logits, temperature)
+    best, where, mass, groups = _chunk_stats(logits, temperature)
+    active = torch.empty((logits.shape[0], _FEW), dtype=torch.int32, device=logits.device)
     chunks = best.shape[1]
+    rows_of_tile = next_power_of_2(chunks)
     _draw_kernel[(logits.shape[0],)](
-        logits, best, where, mass, temperature, top_k, top_p, min_p, seeds, steps, out,
-        logits.shape[1], logits.stride(0), chunks, CHUNKS=next_power_of_2(chunks), CHUNK=_CHUNK, num_warps=16,
+        logits, best, where, mass, groups, active, temperature, top_k, top_p, min_p, seeds, steps, out,
+        logits.shape[1], logits.stride(0), chunks, CHUNKS=rows_of_tile, CHUNK=_CHUNK, GROUP=_GROUP, FEW=_FEW,
+        LANES=max(1, min(_TILE // rows_of_tile, _CHUNK) // 8), SAMPLED=_SAMPLED, ROUNDS=_ROUNDS, num_warps=_WARPS,
     )  # fmt: skip
     return out
 
 
 def _chunk_stats(
     logits: torch.Tensor, temperature: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Best logit, its token, and (with a temperature) the mass of each chunk of each row, all [n, chunks]."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Best logit, its token, and (with a temperature) the mass of each chunk of each row, all [n, chunks], and the best
+    logits of groups [n, chunks * 64]."""
     rows, vocab = logits.shape
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     chunks = -(-vocab // _CHUNK)
     best = torch.empty((rows, chunks), dtype=torch.float32, device=logits.device)
     where = torch.empty((rows, chunks), dtype=torch.int32, device=logits.device)
-    mass = torch.empty_like(best) if temperature is not None else best
-    heat = best if temperature is None else temperature
+    mass, heat, groups = best, best, best
+    if temperature is not None:
+        mass, heat = torch.empty_like(best), temperature
+        groups = torch.empty((rows, chunks * (_CHUNK // _GROUP)), dtype=torch.float32, device=logits.device)
     _chunk_kernel[(chunks, rows)](
-        logits, heat, best, where, mass, vocab, logits.stride(0), chunks,
-        WITH_MASS=temperature is not None, CHUNK=_CHUNK, num_warps=8,
+        logits, heat, best, where, mass, groups, vocab, logits.stride(0), chunks,
+        WITH_MASS=temperature is not None, CHUNK=_CHUNK, GROUP=_GROUP, num_warps=8,
     )  # fmt: skip
-    return best, where, mass
+    return best, where, mass, groups

@@ -72,13 +72,63 @@ def _parts(logits, settings, seed):
 @pytest.mark.parametrize("vocab", [50, 9001])
 def test_the_drawn_token_is_the_noisiest_of_the_noisiest_chunk(settings, vocab, device):
     logits = (torch.randn(4, vocab) * 2).to(torch.bfloat16).float()  # rounded: with ties
-    drawn = _draw(logits, device, seed=7, **settings)
-    chunks, tokens = _parts(logits, settings, seed=7)
+    _check(logits, _draw(logits, device, seed=7, **settings), settings, seed=7)
+
+
+def _check(logits, drawn, settings, seed):
+    """Each token is kept, and the noisiest of the chunk that is the noisiest by what it keeps."""
+    chunks, tokens = _parts(logits, settings, seed)
     for row, token in enumerate(drawn.tolist()):
         chunk = token // reference.SAMPLE_CHUNK
         assert chunks[row, chunk] >= chunks[row].max() - 1e-4
         own = tokens[row, chunk * reference.SAMPLE_CHUNK :][: reference.SAMPLE_CHUNK]
         assert tokens[row, token] >= own.max() - 1e-4
+        assert tokens[row, token] > -math.inf
+
+
+FLAT = [
+    {"top_p": 0.9},
+    {"top_p": 0.3, "temperature": 3.0},
+    {"top_p": 1e-6, "temperature": 5.0},
+    {"top_k": 40, "top_p": 0.8},
+    {"top_k": 40, "min_p": 0.8},
+    {"top_k": 300, "top_p": 0.3},
+    {"top_k": 9000},
+    {"min_p": 0.001},
+    {"top_p": 0.9, "min_p": 0.0001},
+    {"top_p": 0.99, "min_p": 0.3},
+    {"top_k": 5000, "top_p": 0.9, "min_p": 0.01},
+]
+
+
+@pytest.mark.parametrize("settings", FLAT, ids=str)
+def test_flat_rows_whose_search_ends_before_the_threshold_is_known_draw_as_by_it(settings, device):
+    """More groups of logits matter than are held in registers; of some rows half the logits are the same."""
+    logits = (torch.randn(3 if INTERPRETED else 60, 20_001) * 1.3).to(torch.bfloat16)
+    logits[::3, ::2] = 0.5
+    logits[1, :10_000] -= 4.0  # chunks that keep little beside such that keep much
+    _check(logits.float(), _draw(logits, device, seed=3, **settings), settings, seed=3)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"top_p": 0.5}, {"top_k": 3}, {"top_p": 0.5, "top_k": 500}, {"min_p": 0.9}], ids=str
+)
+def test_equal_logits_share_a_fate(settings, device):
+    """All the same, and two kinds of them where the better ones alone are enough."""
+    logits = torch.full((2, 12_000), -1.5)
+    logits[1, 5000:11_000] = 20.0
+    drawn = torch.cat([_draw(logits, device, seed=seed, **settings) for seed in range(4 if INTERPRETED else 40)])
+    assert len(set(drawn[::2].tolist())) > 2
+    assert ((drawn[1::2] >= 5000) & (drawn[1::2] < 11_000)).all()
+
+
+def test_a_few_heavy_tokens_over_a_long_flat_tail(device):
+    """What a sample of the row does not see: the threshold of top-p is among the heavy, or far down in the tail."""
+    logits = torch.randn(2 if INTERPRETED else 20, 20_001) * 0.5
+    logits[:, 777] = 9.5
+    logits[:, 12_345] = 9.0
+    for p in (0.2, 0.5, 0.9):
+        _check(logits, _draw(logits, device, seed=2, top_p=p), {"top_p": p}, seed=2)
 
 
 def test_small_changes_of_the_logits_change_few_draws(device):
