@@ -6,6 +6,7 @@
     mixed:200@1100+850       … of 200 decodes and 850 tokens of prompts of 1,024
     prefill:8192             … of so many tokens of such prompts
     run:P3                   a whole load offline, its steps by kind: P3, P4, P7, P8, P10, P11 (RUNS)
+    run:P11@1800             … its steps behind the first 1,800, by kernel
     …:eager                  the same steps kernel by kernel in their own shapes: what graphs and their padding cost
     decode:256@272:seed      with a sampling setting, as engine_gpu.py names them
 
@@ -231,6 +232,8 @@ class Situation:
     context: int = PROMPT
     prompt_tokens: int = 0
     run: str = ""
+    after: int = 0
+    """Steps of a run that are not looked at; then some are, by kernel. 0: all are, by kind."""
     mode: str = ""
     """eager, or a sampling setting."""
 
@@ -242,7 +245,8 @@ class Situation:
             raise SystemExit(f"{text}: {mode} is neither eager nor one of {', '.join(SETTINGS)}")
         self = cls(text, mode=mode)
         if kind == "run":
-            self.run = rest
+            self.run, _, after = rest.partition("@")
+            self.after = int(after or 0)
         elif kind == "prefill":
             self.prompt_tokens = int(rest)
         else:
@@ -312,18 +316,23 @@ class Profiler:
         for _ in range(prompts if situation.prompt_tokens else 0):
             self.load.add(PROMPT, 1)
         self._steps(settle)
+        result = self._looked_at(situation.text, timed, profiled)
+        self.watch.scheduler._budget = budget
+        self.load.abort(first)
+        return result
+
+    def _looked_at(self, text: str, timed: int, profiled: int) -> Profile:
+        """So many steps from here on under the clock, and so many more under the profiler."""
         torch.cuda.synchronize()
         self.watch.start()
         started = time.perf_counter()
         self._steps(timed)
         torch.cuda.synchronize()
-        result = Profile(situation.text, step_ms=(time.perf_counter() - started) / timed * 1e3)
+        result = Profile(text, step_ms=(time.perf_counter() - started) / timed * 1e3)
         total = sum(self.watch.seconds.values())
         result.host_ms = self.watch.milliseconds(timed)
         result.host_ms["the rest"] = max(0.0, result.step_ms - total / timed * 1e3)
         self._trace(result, profiled)
-        self.watch.scheduler._budget = budget
-        self.load.abort(first)
         return result
 
     def _decodes(self, situation: Situation) -> None:
@@ -378,8 +387,13 @@ class Profiler:
         self.watch.scheduler.chunking = ChunkController(LATENCY_S) if served else None
         self.watch.start()
         started = time.perf_counter()
-        tokens = closed_loop(self.load, list(jobs(random.Random(0))), places)
+        tokens = closed_loop(self.load, list(jobs(random.Random(0))), places, situation.after)
         total = time.perf_counter() - started
+        if situation.after:
+            result = self._looked_at(situation.text, 24, 12)
+            self._end_all()
+            self.watch.scheduler.chunking = None
+            return result
         self.watch.scheduler.chunking = None
         result = Profile(situation.text, tokens_per_s=tokens / total, total_s=total)
         by_kind: dict[str, list[Step]] = {}
@@ -435,8 +449,10 @@ RUNS: dict[str, tuple[Callable[[random.Random], Iterator[Job]], int, bool]] = {
 """Jobs, how many at once, whether chunks follow the target between tokens."""
 
 
-def closed_loop(load: Load, jobs: list[Job], places: int) -> int:
-    """Run all jobs, so many at a time, each one's turns one after another. Returns the tokens that came out."""
+def closed_loop(load: Load, jobs: list[Job], places: int, most_steps: int = 0) -> int:
+    """Run all jobs, so many at a time, each one's turns one after another. Returns the tokens that came out.
+
+    most_steps: after so many they are left as they are; 0: to their end."""
     waiting, running, tokens = deque(jobs), dict[str, tuple[list[int], deque[int], int]](), 0
 
     def ask(history: list[int], turns: deque[int], out: int) -> None:
@@ -446,7 +462,9 @@ def closed_loop(load: Load, jobs: list[Job], places: int) -> int:
         load.core.handle(Add(str(load.count), list(history), params), time.monotonic())
         running[str(load.count)] = history, turns, out
 
-    while waiting or running:
+    steps = 0
+    while (waiting or running) and (not most_steps or steps < most_steps):
+        steps += 1
         while waiting and len(running) < places:
             turns, out = waiting.popleft()
             ask([], deque(turns), out)
