@@ -23,7 +23,7 @@ from typing import Any
 
 GROUPS: tuple[tuple[str, str], ...] = (
     ("decode attention", r"^_(hopper_)?decode_kernel"),
-    ("prefill attention", r"^_prefill_kernel|^_hopper_kernel|^_widen_pages"),
+    ("prefill attention", r"^_prefill_kernel|^_hopper_(fp8_)?kernel|^_transpose_values_kernel"),
     ("norm", r"rms_norm"),
     ("rotation, KV write", r"^_rope_write"),
     ("activation", r"^_gated_kernel|^_silu"),

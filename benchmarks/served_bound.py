@@ -91,7 +91,6 @@ def main() -> None:
     for name, cost in {
         "as simulated": H200(),
         "prompts' attention fills the card": H200(split=True),
-        "and FP8 pages are widened from 256 rows on": H200(split=True, wide_rows=256),
     }.items():
         print(name)
         for row, work in ROWS.items():

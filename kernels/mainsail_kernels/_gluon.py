@@ -91,6 +91,9 @@ def runs_gluon(device: torch.device) -> bool:
 
 
 def tiled(matrix: torch.Tensor, rows: int) -> object:
-    """A matrix of 16-bit numbers for the copy engine, which brings tiles of so many rows and 64 columns."""
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, 64], layout)
+    """A matrix of numbers of one or two bytes for the copy engine, which brings tiles of so many rows, and of as many
+    columns as have 128 bytes (or all there are)."""
+    size = matrix.element_size()
+    columns = min(matrix.shape[1], 128 // size)
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=columns * size, element_bitwidth=8 * size, rank=2)
+    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns], layout)

@@ -226,7 +226,7 @@ def _hopper_kernel(
     start = gl.load(starts_ptr + at)
     num_queries = gl.load(starts_ptr + at + 1) - start
     first = (tile - (start // BLOCK_Q + seq)) * BLOCK_Q
-    context_end = gl.load(lens_ptr + at, cache_modifier=".cg")  # of this step, where pages were widened: past the L1
+    context_end = gl.load(lens_ptr + at, cache_modifier=".cg")  # past the L1: steps before had others there
     if (seq < 0) | (first >= num_queries) | (context_end <= 0):  # rows before the first chunk, or behind one's last
         wait_for_inputs(DEPENDENT)
         return

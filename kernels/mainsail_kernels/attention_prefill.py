@@ -8,8 +8,8 @@ share the head (GQA packing), so K and V are read once per group and rows of one
     exit at once (the idea is vLLM's unified Triton kernel's). Tiles run from the last to the first: the longest
     context first, which keeps the tail of the launch short.
 
-On Hopper, long chunks go to attention_hopper instead; of a cache in FP8 after kv_widen, where the caller gives it room,
-and the short ones of the same step stay here.
+On Hopper, chunks go to attention_hopper instead. Of a cache in FP8 the long ones go to attention_hopper_fp8, after
+kv_transpose, where the caller gives it room, and the short ones of the same step stay here.
 
 KV tiles that every row sees whole run without a mask; those at the diagonal, the window's edge and the sequence's
 end run with one. Positions past the sequence are never read.
@@ -17,7 +17,7 @@ end run with one. Positions past the sequence are never read.
 
 import torch
 
-from mainsail_kernels import attention_hopper, reference
+from mainsail_kernels import attention_hopper, attention_hopper_fp8, reference
 from mainsail_kernels._attention import beside_cache, check_attention, scaled_scores, sink_weight
 from mainsail_kernels._triton import (
     INTERPRETED,
@@ -29,9 +29,8 @@ from mainsail_kernels._triton import (
     triton,
     wait_for_inputs,
 )
-from mainsail_kernels.kv_widen import widen_pages
-from mainsail_kernels.reference_quantized import FP8
-from mainsail_kernels.tuned import PrefillConfig, prefill_config
+from mainsail_kernels.kv_transpose import transpose_values
+from mainsail_kernels.tuned import prefill_config
 
 
 @triton.jit
@@ -242,8 +241,9 @@ def paged_attention_prefill(
     query [num_tokens, num_heads, head_dim]; kv [num_blocks, 2, num_kv_heads, block_size, head_dim] already holding
     this chunk's keys and values; query_start [num_seqs + 1] int32; seq_lens [num_seqs] int32, the context with this
     chunk. A query at position p sees positions <= p, with a window w only those > p - w; sinks [num_heads] are scores
-    that take part in the softmax only. room (kv_widen.room_shape): where long chunks' pages of a cache
-    in FP8 are widened; None: they are not. Returns out, like query.
+    that take part in the softmax only. room (kv_transpose.room_shape): where long chunks' values of a
+    cache in FP8 are transposed, and their queries and weights rounded to FP8, too (reference.fp8_attention_prefill is
+    what comes out then); None: neither. Returns out, like query.
     Needs no value on the host; max_query_len only has to be an upper bound (0 or less: nothing to do).
     Raises ValueError when shapes or types do not fit.
     """
@@ -269,14 +269,6 @@ def paged_attention_prefill(
     return out
 
 
-def _widens(
-    query: torch.Tensor, kv: torch.Tensor, room: torch.Tensor, config: PrefillConfig, window: int, soft_cap: float,
-    sinks: torch.Tensor | None,
-) -> bool:  # fmt: skip
-    wanted = kv.dtype == FP8 and config.specialized
-    return wanted and attention_hopper.applies(query, room, window, soft_cap, sinks)
-
-
 def _launch(
     query: torch.Tensor,
     kv: torch.Tensor,
@@ -298,9 +290,9 @@ def _launch(
     if config.specialized and attention_hopper.applies(query, kv, window, soft_cap, sinks):
         attention_hopper.launch(query, kv, block_tables, query_start, seq_lens, scale, out)
         return
-    tables, taken = block_tables, None
-    if room is not None and _widens(query, kv, room, config, window, soft_cap, sinks):
-        tables, taken = widen_pages(kv, block_tables, query_start, seq_lens, room)
+    first_tiles = taken = None
+    if room is not None and config.specialized and attention_hopper_fp8.applies(query, kv, window, soft_cap, sinks):
+        first_tiles, taken = transpose_values(kv, block_tables, query_start, seq_lens, room)
     block_m = max(config.block_m, next_power_of_2(group))
     block_q = block_m // group
     grid = (num_kv_heads, num_tokens // block_q + num_seqs)
@@ -340,5 +332,6 @@ def _launch(
         num_warps=config.warps,
         **dependent_launch(query.device),
     )
-    if room is not None and taken is not None:  # behind the others: decodes may run beside it
-        attention_hopper.launch(query, room, tables, query_start, taken, scale, out)
+    # Behind the others: decodes may run beside it.
+    if room is not None and first_tiles is not None and taken is not None:
+        attention_hopper_fp8.launch(query, kv, room, block_tables, query_start, first_tiles, taken, scale, out)

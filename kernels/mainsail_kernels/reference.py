@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from mainsail_kernels.reference_quantized import FP8, to_fp8, widen_blocks, widen_fp4, widen_rows
+from mainsail_kernels.reference_quantized import FP8, quantize_rows, to_fp8, widen_blocks, widen_fp4, widen_rows
 
 BAD_ROW = -1
 """Token reported for a row of logits that holds NaN or +inf, or nothing but -inf."""
@@ -281,6 +281,53 @@ def _attend(
             packed[None], _wide(key)[None], _wide(value)[None], attn_mask=visible, scale=scale
         )[0]
     mixed = mixed.view(num_kv_heads, group, num_queries, head_dim).permute(2, 0, 1, 3)
+    return mixed.reshape(num_queries, num_heads, head_dim).to(query.dtype)
+
+
+def fp8_attention_prefill(
+    query: torch.Tensor,
+    kv: torch.Tensor,
+    block_tables: torch.Tensor,
+    query_start: torch.Tensor,
+    seq_lens: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """paged_attention_prefill over kv in FP8, with what attention_hopper_fp8 rounds to FP8: queries by one scale a row,
+    weights times 256 over the largest so far. So far: of tiles of 128 tokens, from the newest to the oldest, for which
+    power of two a weight is rounded at depends on it. What weights are divided by is not rounded. Tokens of sequences
+    with a length of 0 are 0."""
+    out = torch.zeros_like(query)
+    starts, lengths = query_start.tolist(), seq_lens.tolist()
+    for index, length in enumerate(lengths):
+        first, last = starts[index], starts[index + 1]
+        if last > first and length > 0:
+            key, value = gather_sequence(kv, block_tables[index], length)
+            out[first:last] = _attend_fp8(query[first:last], key, value, scale)
+    return out
+
+
+def _attend_fp8(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+    """One sequence, as `_attend`."""
+    num_queries, num_heads, head_dim = query.shape
+    num_kv_heads, length = key.shape[0], key.shape[1]
+    codes, factor = quantize_rows(query.reshape(-1, head_dim))
+    seen = (num_queries, num_kv_heads, num_heads // num_kv_heads)
+    dtype = _wide(query).dtype
+    rows = codes.to(dtype).view(*seen, head_dim).transpose(0, 1).flatten(1, 2)  # [num_kv_heads, rows, head_dim]
+    factor = factor.to(dtype).view(*seen, 1).transpose(0, 1).flatten(1, 2) * (scale / math.log(2))
+    at = torch.arange(length - num_queries, length, device=query.device).repeat_interleave(seen[2])[:, None]
+    top, total = torch.full_like(factor, -math.inf), torch.zeros_like(factor)
+    mixed = torch.zeros_like(rows)
+    for first in reversed(range(0, length, 128)):
+        last = min(first + 128, length)
+        scores = rows @ key[:, first:last].to(dtype).transpose(-1, -2) * factor
+        scores = scores.masked_fill(torch.arange(first, last, device=query.device) > at, -math.inf)
+        newest = torch.maximum(top, scores.amax(dim=-1, keepdim=True))
+        base = newest.masked_fill(newest == -math.inf, 0.0)
+        fade, weights = torch.exp2(top - base), torch.exp2(scores - base + 8)
+        top, total = newest, total * fade + weights.sum(dim=-1, keepdim=True)
+        mixed = mixed * fade + weights.float().to(FP8).to(dtype) @ value[:, first:last].to(dtype)
+    mixed = (mixed / total).view(num_kv_heads, num_queries, seen[2], head_dim).transpose(0, 1)
     return mixed.reshape(num_queries, num_heads, head_dim).to(query.dtype)
 
 

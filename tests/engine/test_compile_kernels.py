@@ -117,9 +117,11 @@ def test_what_is_launched_is_known_from_the_shapes() -> None:
         assert always | asked <= set(names)
     assert {"_decode_kernel", "_route_kernel", "_grouped_kernel"} <= set(experts)
     assert {"_product_kernel", "_widen_tables_kernel"} <= set(experts), "by how many rows there are"
-    assert {"_hopper_decode_kernel", "_widen_pages_kernel", "_hopper_kernel"} <= set(dense)
+    assert {"_hopper_decode_kernel", "_transpose_values_kernel", "_hopper_fp8_kernel"} <= set(dense)
     assert "_route_kernel" not in dense
-    assert "_widen_pages_kernel" not in experts, "attention with sinks would not read them"
+    assert dense["_transpose_values_kernel"] == 1, "one, of however many chunks a step is"
+    assert "_hopper_kernel" not in dense, "a cache in FP8 is never read as 16 bits"
+    assert "_transpose_values_kernel" not in experts, "attention with sinks would not read them"
     assert dense["_argmax_kernel"] == 1, "each variant once"
 
 

@@ -25,12 +25,14 @@ def test_products_are_told_apart_by_what_ran_before_them() -> None:
         "_rms_norm_kernel", "nvjet_a", "_rope_write_kernel", "_decode_kernel", "_hopper_kernel", "nvjet_b",
         "cublasLt::splitKreduce_kernel", "_rms_norm_kernel",
     ]  # fmt: skip
-    plain, fused = [*layer, "nvjet_c", "_gated_kernel", "nvjet_d"], [*layer, "_rows_kernel", "_rows_kernel"]
+    of_fp8_cache = [*layer[:4], "_transpose_values_kernel", "_prefill_kernel", "_hopper_fp8_kernel", *layer[5:]]
+    plain, fused = [*layer, "nvjet_c", "_gated_kernel", "nvjet_d"], [*of_fp8_cache, "_rows_kernel", "_rows_kernel"]
     end = ["index_kernel", "_rms_norm_kernel", "nvjet_e", "_argmax_kernel"]
     named = labels(_in_a_row("_resolve_kernel", *plain, *fused, *end, *plain))
     products = [name.removeprefix("linear ") for name in named if name.startswith("linear")]
     one = ["qkv", "output", "output", "gate_up", "down"]
     assert products == [*one, *one, "head", *one]
+    assert named.count("prefill attention") == 5
 
 
 def test_a_router_and_a_quantized_product_do_not_shift_the_rest() -> None:

@@ -6,10 +6,8 @@ import pytest
 import torch
 
 from mainsail_kernels import attention_decode_hopper, attention_hopper, reference
-from mainsail_kernels._triton import runs_kernels
 from mainsail_kernels.attention_decode import decode_workspace, paged_attention_decode
 from mainsail_kernels.attention_prefill import paged_attention_prefill
-from mainsail_kernels.kv_widen import room_shape, widen_pages
 from mainsail_kernels.tuned import PrefillConfig, override
 
 SHAPES = [  # (query heads, KV heads, head_dim)
@@ -224,57 +222,6 @@ def test_fp8_cache_is_read_as_what_it_holds(heads, kv_heads, dim, halves, paged,
     args = (batch.tables, starts, batch.lens, 50, 0.1)
     out = paged_attention_prefill(query, kv, *args)
     close(out, reference.paged_attention_prefill(query.double(), kv.double(), *args))
-
-
-@pytest.mark.parametrize("few", [0, 2])
-@pytest.mark.parametrize(
-    ("chunks", "lens"),
-    [([12, 1, 0, 40], [33, 1, 0, 200]), ([8], [16]), ([0, 0, 9], [0, 0, 40]), ([7, 8, 2, 20, 9], [90, 80, 33, 20, 50]),
-     ([1, 3, 0, 8, 2], [64, 90, 0, 40, 21])],
-)  # fmt: skip
-def test_pages_of_long_chunks_are_widened_as_the_tables_name_them(chunks, lens, few, paged, device, dtype):
-    """And what does not fit into the room is written nowhere, and said not to be there."""
-    least, short = 8, sum(0 < rows < 8 for rows in chunks)
-    if not runs_kernels(torch.empty(0, device=device)):
-        pytest.skip("a kernel")
-    batch = paged(lens, 3, 64, seed=len(lens))
-    kv = batch.kv.to(torch.float8_e4m3fn)
-    starts = torch.tensor([0, *torch.tensor(chunks).cumsum(0).tolist()], dtype=torch.int32, device=device)
-    want = [length if rows >= least or short <= few else 0 for rows, length in zip(chunks, lens, strict=True)]
-    pages = sum(-(-length // 16) for length in want)
-    memory = torch.full((pages + 1, *kv.shape[1:]), 7.0, device=device, dtype=dtype)
-    tables, widened = widen_pages(kv, batch.tables, starts, batch.lens, memory[:pages], least, few)
-    assert widened.tolist() == want
-    for row, length in enumerate(want):
-        wide = reference.gather_sequence(memory, tables[row], length)
-        narrow = reference.gather_sequence(kv.to(dtype), batch.tables[row], length)
-        for side, truth in zip(wide, narrow, strict=True):
-            assert torch.equal(side, truth)
-    assert torch.all(memory[pages] == 7)
-    memory.fill_(7)
-    _, widened = widen_pages(kv, batch.tables, starts, batch.lens, memory[: pages - 1], least, few)
-    last = max(row for row, length in enumerate(want) if length)
-    assert widened.tolist() == [length if row < last else 0 for row, length in enumerate(want)]
-    assert torch.all(memory[pages - 1 :] == 7)
-
-
-@pytest.mark.gpu
-def test_prompts_of_an_fp8_cache_by_specialized_warps(paged, close, device, dtype):
-    """Call after call in the same room, as layers do."""
-    memory = None
-    steps = [([300, 1, 130], [400, 95, 0]), ([700], [0]), ([31, 260, 60], [1, 33, 700]), ([400, 300], [3000, 2900])]
-    for seed, (chunks, before) in enumerate(steps):
-        batch = paged([a + b for a, b in zip(chunks, before, strict=True)], 8, 128, seed=seed)
-        batch.kv = batch.kv.to(torch.float8_e4m3fn)
-        shape = room_shape(batch.kv, 220, 32, dtype)  # less than the last step's
-        if shape is None:
-            pytest.skip("for Hopper")
-        memory = torch.full(shape, float("nan"), device=device, dtype=dtype) if memory is None else memory
-        query = torch.randn(sum(chunks), 32, 128).to(device, dtype)
-        starts = torch.tensor([0, *torch.tensor(chunks).cumsum(0).tolist()], dtype=torch.int32, device=device)
-        args = (batch.tables, starts, batch.lens, max(chunks), 0.1)
-        out = paged_attention_prefill(query, batch.kv, *args, room=memory)
-        close(out, reference.paged_attention_prefill(query.double(), batch.wide(), *args))
 
 
 def test_wrong_shapes_are_refused_by_name(paged, device, dtype):

@@ -46,8 +46,8 @@ class Attention:
     workspace: DecodeWorkspace | None = None
     """The decode kernel's scratch, one for all steps of a stream (CUDA)."""
     room: torch.Tensor | None = None
-    """[pages, 2, num_kv_heads, 16, head_dim]: where long chunks' pages of a cache in FP8 are widened. None: they are
-    not."""
+    """[tiles, num_kv_heads, head_dim, 128] FP8 (`mainsail_kernels.kv_transpose.room_shape`): where long chunks' values
+    of a cache in FP8 are transposed, for attention to multiply bytes. None: they are not."""
     adapters: AdapterRows | None = None
     """Which rows go through which LoRA adapter. None: no row does."""
     wanted: torch.Tensor | None = None

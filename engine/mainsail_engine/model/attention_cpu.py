@@ -41,7 +41,7 @@ class Gather:
     def read(self, kv: torch.Tensor, num_seqs: int, dtype: torch.dtype) -> torch.Tensor:
         """Keys and values of a layer, [2, num_seqs * num_kv_heads, length, head_dim]. Valid until the next read.
 
-        dtype: what a kv in FP8 is widened to; another has it already."""
+        dtype: what a kv in FP8 is converted to; another has it already."""
         head_dim = kv.shape[4]
         cached = kv.view(torch.uint8) if kv.dtype == FP8 else kv
         torch.index_select(cached.view(-1, BLOCK_SIZE * head_dim), 0, self.rows, out=self.buffer)

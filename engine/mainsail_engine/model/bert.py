@@ -74,7 +74,7 @@ class Batch:
 
 class BertModel:
     captures_graphs = False
-    reads_widened_pages = False
+    reads_transposed_values = False
 
     def __init__(
         self, architecture: Architecture, weights: Weights, *, max_positions: int, device: torch.device,

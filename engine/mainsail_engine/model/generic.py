@@ -104,7 +104,7 @@ class TransformersForCausalLM:
     """A model of transformers as the runner sees one."""
 
     captures_graphs = False
-    reads_widened_pages = True
+    reads_transposed_values = True
     """Its modules may wait for the device (experts), and torch would then not capture them."""
 
     def __init__(

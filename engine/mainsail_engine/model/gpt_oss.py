@@ -34,7 +34,7 @@ from mainsail_kernels.reference_quantized import FP4_GROUP, pack_fp4, pack_fp4_s
 
 class GptOssForCausalLM(LlamaForCausalLM):
     @property
-    def reads_widened_pages(self) -> bool:
+    def reads_transposed_values(self) -> bool:
         return False  # every layer has sinks
 
     def _sinks(self, weights: Weights, at: str) -> torch.Tensor | None:

@@ -64,8 +64,8 @@ class LlamaForCausalLM:
     """Nothing in a step waits for the device, so CUDA graphs may hold it."""
 
     @property
-    def reads_widened_pages(self) -> bool:
-        """Whether attention of any layer can (`mainsail_kernels.kv_widen`): without a window, a cap or sinks."""
+    def reads_transposed_values(self) -> bool:
+        """Whether attention of any layer can (`mainsail_kernels.kv_transpose`): without a window, a cap or sinks."""
         a = self.architecture
         return not a.attention_soft_cap and not all(a.window(index) for index in range(a.num_layers))
 

@@ -24,11 +24,11 @@ from mainsail_engine.chunking import attention_pairs
 from mainsail_engine.config import BLOCK_SIZE
 from mainsail_engine.request import Request
 from mainsail_engine.step import Chunk, StepPlan
-from mainsail_kernels.kv_widen import PAYING_PAIRS, are_widened
+from mainsail_kernels.kv_transpose import PAYING_PAIRS, are_transposed
 from mainsail_kernels.lora import tiles_of
 
-WIDE_ROWS = 256
-"""Of a step in which pages may be widened, at least: smaller ones have no time to win it back."""
+TRANSPOSE_ROWS = 256
+"""Of a step in which values may be transposed, at least: smaller ones have no time to win it back."""
 
 
 def _none() -> np.ndarray:
@@ -69,14 +69,14 @@ class StepArrays:
     adapter_slots: np.ndarray = field(default_factory=_none)
     """[num_tiles] int32: whose rows a tile's are. Empty: no row goes through an adapter."""
 
-    def is_wide(self) -> bool:
-        """Whether widening the pages of an FP8 cache for its chunks pays (`mainsail_kernels.kv_widen`)."""
-        if len(self.token_ids) < WIDE_ROWS:
+    def transposes_values(self) -> bool:
+        """Whether transposing the values of an FP8 cache for its chunks pays (`mainsail_kernels.kv_transpose`)."""
+        if len(self.token_ids) < TRANSPOSE_ROWS:
             return False
         tokens = np.diff(self.query_start[self.num_decodes :]).tolist()
         ends = self.seq_lens[self.num_decodes :].tolist()
-        widened = zip(ends, tokens, are_widened(tokens), strict=True)
-        return sum(attention_pairs(end - n, n) for end, n, is_widened in widened if is_widened) >= PAYING_PAIRS
+        chunks = zip(ends, tokens, are_transposed(tokens), strict=True)
+        return sum(attention_pairs(end - n, n) for end, n, is_transposed in chunks if is_transposed) >= PAYING_PAIRS
 
     def from_slots_of_rows(self) -> np.ndarray:
         """[num_tokens] int64: the slot whose newest token a row takes, -1 where token_ids has it."""

@@ -14,8 +14,8 @@ All inputs of a step are int32 numbers in one pinned buffer, which a kernel read
 
 Steps with rows of LoRA adapters have shapes of their own, with room for as many tiles of rows (`mainsail_kernels.lora`)
 as so many rows can make: which row goes through which adapter, if through any, is data too. Those without are spared
-the kernels. So have, with a cache in FP8, steps in which much of prompts' attention is in long chunks, whose pages are
-widened first (`mainsail_kernels.kv_widen`): that is other kernels.
+the kernels. So have, with a cache in FP8, steps in which much of prompts' attention is in long chunks, whose values are
+transposed first (`mainsail_kernels.kv_transpose`): that is other kernels.
 
 With graphs off the same shapes run kernel by kernel: the arithmetic is the same, so the tokens are.
 
@@ -42,7 +42,7 @@ from mainsail_engine.config import MAX_SPECULATIVE_ROWS, MAX_SPECULATIVE_TOKENS
 from mainsail_engine.model.architecture import Architecture
 from mainsail_engine.model.attention import Attention
 from mainsail_engine.model.lora import AdapterRows
-from mainsail_engine.runner.batch import WIDE_ROWS, StepArrays
+from mainsail_engine.runner.batch import TRANSPOSE_ROWS, StepArrays
 from mainsail_engine.runner.uploads import Uploads
 from mainsail_kernels.attention_decode import DecodeWorkspace
 from mainsail_kernels.lora import TILE, most_tiles
@@ -90,8 +90,8 @@ class StepShape:
     """Rows of the longest chunk, where chunks verify guesses and every row is sampled. 0: as long as the step."""
     tiles: int = 0
     """Of rows that go through adapters. 0: none does."""
-    wide: bool = False
-    """Long chunks' pages of an FP8 cache are widened."""
+    transposes: bool = False
+    """Long chunks' values of an FP8 cache are transposed."""
 
     @property
     def is_mixed(self) -> bool:
@@ -129,17 +129,17 @@ def shapes_of(
     guess_rows: int = 0,
     adapter_slots: int = 0,
     mixed_rows: Sequence[int] = STEP_ROWS,
-    widens: bool = False,
+    transposes: bool = False,
 ) -> list[StepShape]:
     """Every shape, from small to large within its kind; decodes first, then those that verify guesses, of up to
-    guess_rows rows, then mixed ones, then the large of these again if there is a cache that is widened for them; then,
-    where there are slots for adapters, all again with room for their rows."""
+    guess_rows rows, then mixed ones, then the large of these again if there is a cache whose values are transposed
+    for them; then, where there are slots for adapters, all again with room for their rows."""
     decodes = [StepShape(n, n, 0, n) for n in decode_sizes(max_num_seqs)]
     mixed = [shape for n in mixed_rows for shape in _mixed(n, min(n, max_num_seqs))]
     rows = [n for n in VERIFY_ROWS if n < guess_rows] + ([guess_rows] if guess_rows else [])
     verify = [shape for n in rows for shape in _verifying(n, min(n, max_num_seqs))]
-    wide = [replace(shape, wide=True) for shape in mixed if widens and shape.tokens >= WIDE_ROWS]
-    shapes = decodes + verify + mixed + wide
+    large = [shape for shape in mixed if transposes and shape.tokens >= TRANSPOSE_ROWS]
+    shapes = decodes + verify + mixed + [replace(shape, transposes=True) for shape in large]
     adapted = [replace(shape, tiles=most_tiles(shape.tokens, adapter_slots)) for shape in shapes]
     return shapes + adapted if adapter_slots else shapes
 
@@ -276,7 +276,7 @@ class PaddedSteps:
 
         logits None: of a pipeline stage that is not the last, a step gives its hidden states. incoming [LARGEST_STEP,
         hidden_size]: where a stage that is not the first finds a step's inputs; None: they are token ids. room: where
-        wide steps widen pages of the cache; None: no step does.
+        values of the cache are transposed; None: no step does that.
         """
         self.incoming = incoming
         self._forward, self._logits, self._greedy = forward, logits, greedy
@@ -285,7 +285,7 @@ class PaddedSteps:
         self._spare_slot = newest.shape[0] - 1
         self._shapes = shapes_of(
             max_num_seqs, guess_rows=guess_rows, adapter_slots=adapter_slots, mixed_rows=mixed_rows,
-            widens=room is not None,
+            transposes=room is not None,
         )  # fmt: skip
         self._layouts = {shape: Layout.of(shape) for shape in self._shapes}
         rows = max(shape.decodes + shape.chunks for shape in self._shapes)
@@ -352,7 +352,7 @@ class PaddedSteps:
             num_decodes=shape.decodes,
             max_query_len=shape.longest or shape.tokens,
             workspace=self._workspace,
-            room=self._room if shape.wide else None,
+            room=self._room if shape.transposes else None,
             adapters=AdapterRows(packed[layout.adapter_rows], packed[layout.adapter_slots]) if shape.tiles else None,
             wanted=packed[layout.sampled] if shape.is_mixed and self._logits is not None else None,
         )
@@ -373,9 +373,10 @@ class PaddedSteps:
     def shape_for(self, arrays: StepArrays) -> StepShape | None:
         """The smallest shape that holds the step. None: it is too large, of too many prompts, or samples too much."""
         n, chunks = len(arrays.token_ids), len(arrays.slots) - arrays.num_decodes
-        tiles, wide = len(arrays.adapter_slots), self._room is not None and arrays.is_wide()
+        tiles = len(arrays.adapter_slots)
+        transposes = self._room is not None and arrays.transposes_values()
         for shape in self._shapes:
-            if (shape.tiles > 0) != (tiles > 0) or shape.wide != wide:
+            if (shape.tiles > 0) != (tiles > 0) or shape.transposes != transposes:
                 continue
             fits = shape.decodes >= arrays.num_decodes and shape.sampled >= len(arrays.sampled)
             fits = fits and (not shape.longest or shape.longest >= arrays.max_query_len)

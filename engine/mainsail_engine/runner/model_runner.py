@@ -54,7 +54,7 @@ from mainsail_engine.step import Chunk, StepPlan, StepResult
 from mainsail_engine.timeline import Mark, unmarked
 from mainsail_kernels.attention_decode import decode_workspace
 from mainsail_kernels.blocks import copy_blocks
-from mainsail_kernels.kv_widen import room_shape
+from mainsail_kernels.kv_transpose import TILE, room_shape
 from mainsail_kernels.tokens import note, resolve
 
 CUDA_BATCHED_TOKENS = 8192
@@ -335,7 +335,7 @@ class ModelRunner:
         if not config.cuda_graphs:
             return verified
         options = self._shape_options(config)
-        shapes = shapes_of(self._decode_rows, widens=self._room is not None, **options)
+        shapes = shapes_of(self._decode_rows, transposes=self._room is not None, **options)
         return graph_bytes(self.architecture, shapes) + verified
 
     def _allocate(self, num_blocks: int, slots: int, pool_memory: DeviceMemory | None = None) -> None:
@@ -358,20 +358,20 @@ class ModelRunner:
         cuda = self.device.type == "cuda"
         rows = self._decode_rows
         self._workspace = decode_workspace(rows, heads, kv_heads, a.head_dim, self.device) if cuda else None
-        self._room = self._room_for_pages(slots, pool_memory)
+        self._room = self._room_for_values(slots, pool_memory)
         self._newest = torch.zeros(slots + 1, dtype=torch.int64, device=self.device)
         self._downloads = Downloads(slots + self._guess_rows, max(3, self._parallel.num_stages)) if cuda else None
 
-    def _room_for_pages(self, slots: int, pool_memory: DeviceMemory | None) -> torch.Tensor | None:
-        """[pages, 2, num_kv_heads, 16, head_dim]: where prompts' attention widens a cache in FP8; None: it does not."""
-        if not len(self.kv_cache) or not self._model.reads_widened_pages:
+    def _room_for_values(self, slots: int, pool_memory: DeviceMemory | None) -> torch.Tensor | None:
+        """Where prompts' attention transposes values of a cache in FP8 (kv_transpose.room_shape); None: it does not."""
+        if not len(self.kv_cache) or not self._model.reads_transposed_values:
             return None
-        most = slots * self._tables.rows.shape[1]
-        shape = room_shape(self.kv_cache[0], most, self._model.num_heads, self.dtype)
+        layer, dtype = self.kv_cache[0], self.kv_cache.dtype
+        most = slots * -(-self._tables.rows.shape[1] * BLOCK_SIZE // TILE)
+        shape = room_shape(layer, most, self._model.num_heads, self.dtype)
         if shape is None or pool_memory is None:
-            return torch.empty(shape, dtype=self.dtype, device=self.device) if shape else None
-        num_bytes = torch.Size(shape).numel() * self.dtype.itemsize
-        return pool_memory.passing(num_bytes).view(self.dtype).view(shape)
+            return torch.empty(shape, dtype=dtype, device=self.device) if shape else None
+        return pool_memory.passing(torch.Size(shape).numel() * dtype.itemsize).view(dtype).view(shape)
 
     def _profile(self) -> None:
         """One step of the whole token budget, so that its peak is counted before the pool is sized."""
@@ -526,7 +526,7 @@ class ModelRunner:
             num_decodes=arrays.num_decodes,
             max_query_len=arrays.max_query_len,
             workspace=self._workspace,
-            room=self._room if self._room is not None and arrays.is_wide() else None,
+            room=self._room if self._room is not None and arrays.transposes_values() else None,
         )
 
     def _up(self, values: np.ndarray) -> torch.Tensor:

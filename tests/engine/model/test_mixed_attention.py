@@ -6,7 +6,7 @@ import torch
 from mainsail_engine.model import attention
 from mainsail_engine.model.attention import Attention
 from mainsail_kernels.attention_decode import decode_workspace, goes_beside
-from mainsail_kernels.kv_widen import room_shape
+from mainsail_kernels.kv_transpose import room_shape
 from mainsail_kernels.rms_norm import rms_norm
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
@@ -19,7 +19,7 @@ class Step:
     and behind, from the norm before it to the norm behind it."""
 
     def __init__(
-        self, decodes: list[int], chunks: list[tuple[int, int]], padding: int, kind: torch.dtype, wide: bool
+        self, decodes: list[int], chunks: list[tuple[int, int]], padding: int, kind: torch.dtype, transposes: bool
     ) -> None:
         device = torch.device("cuda")
         numbers = torch.Generator().manual_seed(len(decodes))
@@ -49,8 +49,8 @@ class Step:
             workspace=self.workspace,
         )
         self.kv = torch.randn(sum(blocks), 2, KV_HEADS, 16, DIM, generator=numbers).to(device, kind)
-        room = room_shape(self.kv, sum(blocks), HEADS, torch.bfloat16) if wide else None
-        self.attention.room = torch.empty(room, device=device, dtype=torch.bfloat16) if room else None
+        room = room_shape(self.kv, sum(blocks), HEADS, torch.bfloat16) if transposes else None
+        self.attention.room = torch.empty(room, device=device, dtype=kind) if room else None
         width = (HEADS + 2 * KV_HEADS) * DIM
         self.inputs = [torch.randn(height, width, device=device, dtype=torch.bfloat16) for _ in range(2)]
         self.cos_sin = torch.randn(max(lens), DIM, device=device)
@@ -70,7 +70,7 @@ class Step:
 
 
 @pytest.mark.parametrize(
-    ("kind", "wide"), [(torch.bfloat16, False), (torch.float8_e4m3fn, False), (torch.float8_e4m3fn, True)]
+    ("kind", "transposes"), [(torch.bfloat16, False), (torch.float8_e4m3fn, False), (torch.float8_e4m3fn, True)]
 )
 @pytest.mark.parametrize(
     ("decodes", "chunks", "padding"),
@@ -82,10 +82,10 @@ class Step:
         ([300] * 5, [(1, 0)], 250),
     ],
 )
-def test_decodes_beside_prompts_see_what_the_step_wrote(decodes, chunks, padding, kind, wide, monkeypatch):
+def test_decodes_beside_prompts_see_what_the_step_wrote(decodes, chunks, padding, kind, transposes, monkeypatch):
     """What begins before its inputs are there has those of the step before, which are others; what is not waited for
     at the end, the norm misses."""
-    step = Step(decodes, chunks, padding, kind, wide)
+    step = Step(decodes, chunks, padding, kind, transposes)
     query = step.inputs[0][:, : HEADS * DIM].view(-1, HEADS, DIM)
     if not goes_beside(query[: len(decodes)], step.kv, 0, 0.0, None):
         pytest.skip("for Hopper")

@@ -28,7 +28,7 @@ from mainsail_engine.config import (
 from mainsail_engine.model.checkpoint_config import read_architecture
 from mainsail_engine.request import Request, SamplingParams
 from mainsail_engine.runner import model_runner
-from mainsail_engine.runner.batch import WIDE_ROWS, BlockTables, StepArrays, build
+from mainsail_engine.runner.batch import TRANSPOSE_ROWS, BlockTables, StepArrays, build
 from mainsail_engine.runner.cuda_graphs import (
     Layout,
     PaddedSteps,
@@ -107,7 +107,7 @@ def arrays_of(decodes: int, chunks: list[tuple[int, int]]) -> StepArrays:
 
 
 @pytest.mark.parametrize(
-    ("decodes", "chunks", "wide", "tokens"),
+    ("decodes", "chunks", "transposes", "tokens"),
     [
         (25, [(512, 16_000)] * 2, True, 1152),
         (0, [(512, 3_800)], True, 512),
@@ -122,26 +122,27 @@ def arrays_of(decodes: int, chunks: list[tuple[int, int]]) -> StepArrays:
         (0, [(1024, 0)] * 8, True, None),
     ],
 )
-def test_steps_of_much_attention_in_long_chunks_have_shapes_that_widen(decodes, chunks, wide, tokens) -> None:
+def test_steps_of_much_attention_in_long_chunks_have_shapes_that_transpose(decodes, chunks, transposes, tokens) -> None:
     arrays = arrays_of(decodes, chunks)
-    assert arrays.is_wide() == wide
+    assert arrays.transposes_values() == transposes
     steps = PaddedSteps.__new__(PaddedSteps)
     for room in (torch.empty(1), None):
-        steps._shapes, steps._room = shapes_of(512, widens=room is not None), room
+        steps._shapes, steps._room = shapes_of(512, transposes=room is not None), room
         shape = steps.shape_for(arrays)
         assert (shape and shape.tokens) == tokens
-        assert shape is None or shape.wide == (wide and room is not None)
+        assert shape is None or shape.transposes == (transposes and room is not None)
 
 
-def test_wide_shapes_are_the_large_mixed_ones_again() -> None:
-    plain, both = (shapes_of(256, guess_rows=64, adapter_slots=3, widens=widens) for widens in (False, True))
-    assert [shape for shape in both if not shape.wide] == plain
-    large = [shape for shape in plain if shape.is_mixed and not shape.longest and shape.tokens >= WIDE_ROWS]
-    assert [replace(shape, wide=False) for shape in both if shape.wide] == large
+def test_shapes_that_transpose_are_the_large_mixed_ones_again() -> None:
+    plain, both = (shapes_of(256, guess_rows=64, adapter_slots=3, transposes=also) for also in (False, True))
+    assert [shape for shape in both if not shape.transposes] == plain
+    large = [shape for shape in plain if shape.is_mixed and not shape.longest and shape.tokens >= TRANSPOSE_ROWS]
+    assert [replace(shape, transposes=False) for shape in both if shape.transposes] == large
 
 
 @pytest.mark.parametrize(
-    ("more", "rows"), [({}, 256), ({"guess_rows": 1024}, 1024), ({"adapter_slots": 4}, 256), ({"widens": True}, 256)]
+    ("more", "rows"),
+    [({}, 256), ({"guess_rows": 1024}, 1024), ({"adapter_slots": 4}, 256), ({"transposes": True}, 256)],
 )
 def test_memory_is_set_aside_for_the_most_logits_that_a_graph_has(more: dict[str, Any], rows: int) -> None:
     """All graphs' lie in the same memory, however many there are."""
@@ -435,14 +436,15 @@ def test_a_sleep_gives_the_memory_back_and_changes_no_token(tmp_path: Path) -> N
     assert tokens_of(runner, overlap=True) == before
 
 
-WIDE = {**TINY, "num_attention_heads": 8, "head_dim": 128, "max_position_embeddings": 4096}
+LONG = {**TINY, "num_attention_heads": 8, "head_dim": 128, "max_position_embeddings": 4096}
 
 
 @pytest.mark.gpu
 @torch.inference_mode()
-def test_steps_that_widen_an_fp8_cache_are_replayed(tmp_path: Path) -> None:
-    """Three decodes beside a prompt of 3,800 tokens in chunks: as unpadded steps that widen nothing have it."""
-    (tmp_path / "config.json").write_text(json.dumps(WIDE))
+def test_steps_that_transpose_values_of_an_fp8_cache_are_replayed(tmp_path: Path) -> None:
+    """Three decodes beside a prompt of 3,800 tokens in chunks: as unpadded steps that multiply 16 bits have it. With
+    these weights, rounding queries and weights takes 0.004 of the largest logit on the CPU."""
+    (tmp_path / "config.json").write_text(json.dumps(LONG))
     config = EngineConfig(
         model=ModelConfig(path=str(tmp_path), load_format="dummy", dtype="bfloat16"),
         cache=CacheConfig(num_blocks=NUM_BLOCKS, dtype="fp8"),
@@ -464,7 +466,7 @@ def test_steps_that_widen_an_fp8_cache_are_replayed(tmp_path: Path) -> None:
         if start:
             runner.launch(StepPlan(chunks=[Chunk(request, 0, start, False, request.slot, request.block_ids)]))
     decodes = [Chunk(r, start, 1, True, r.slot, r.block_ids) for r, start in zip(requests, starts, strict=False)]
-    widened = []
+    transposed = []
     for start, length in ((0, 1500), (1500, 1500), (3000, 800)):
         late = Chunk(requests[3], start, length, start == 3000, 3, requests[3].block_ids)
         arrays, _ = build(StepPlan(chunks=[*decodes, late], num_decodes=3), runner._tables)
@@ -472,12 +474,12 @@ def test_steps_that_widen_an_fp8_cache_are_replayed(tmp_path: Path) -> None:
         expected = runner._model.logits(runner._forward(arrays, whole=False)[0]).float()
         runner._room = room
         unpadded = runner._model.logits(runner._forward(arrays, whole=False)[0]).float()
-        room.fill_(float("nan"))
+        room.view(torch.uint8).fill_(0x7F)
         shape = padded.shape_for(arrays)
         assert shape is not None
         logits = padded.launch(shape, arrays)[0].float()
         largest = expected.abs().max()
         assert (logits - expected).abs().max() < 0.05 * largest
         assert (unpadded - expected).abs().max() < 0.05 * largest
-        widened.append((shape.wide, not room.isnan().all().item()))
-    assert widened == [(False, False), (True, True), (True, True)]
+        transposed.append((shape.transposes, bool((room.view(torch.uint8) != 0x7F).any())))
+    assert transposed == [(False, False), (True, True), (True, True)]
