@@ -108,7 +108,9 @@ def _multiply(
 ):  # fmt: skip
     """Queue tile i's weights times its values, and the scores of the tile after it: (sums, scores), not there yet.
 
-    Behind the last tile the scores are of whatever is there, and nobody takes them."""
+    Behind the last tile the scores are of whatever is there, and nobody takes them. Whoever has waited for both gives
+    the turn away, and not before: products of two groups at once would end at once, and leave both to their softmax
+    with nobody at the matrix units."""
     stage, after = i % STAGES, (i + 1) % STAGES
     mbarrier.wait(v_full.index(stage), i // STAGES & 1)
     mbarrier.wait(k_full.index(after), (i + 1) // STAGES & 1, pred=i + 1 < tiles)
@@ -120,7 +122,6 @@ def _multiply(
     scores = hopper.warpgroup_mma(
         q, k_tiles.index(after).permute((1, 0)), gl.zeros([64, 128], gl.float32, MMA), use_acc=False, is_async=True
     )
-    mbarrier.arrive(turns.index(1 - PART), count=1)
     return sums, scores
 
 
@@ -135,6 +136,7 @@ def _range(
     for i in range(begin, end):
         sums, scores = hopper.warpgroup_mma_wait(0, deps=[sums, scores])
         group_barrier()
+        mbarrier.arrive(turns.index(1 - PART), count=1)
         mbarrier.arrive(k_free.index(i % STAGES), count=1)
         mbarrier.arrive(v_free.index((i - 1) % STAGES), count=1)
         acc = acc * gl.convert_layout(fade, gl.SliceLayout(1, SUMS))[:, None] + sums
@@ -181,9 +183,9 @@ def _consume(
     scores = hopper.warpgroup_mma(
         q, k_tiles.index(0).permute((1, 0)), gl.zeros([64, 128], gl.float32, MMA), use_acc=False, is_async=True
     )
-    mbarrier.arrive(turns.index(1 - PART), count=1)
     scores = hopper.warpgroup_mma_wait(0, deps=[scores])
     group_barrier()
+    mbarrier.arrive(turns.index(1 - PART), count=1)
     mbarrier.arrive(k_free.index(0), count=1)
     raw, top, total, fade = _softmax(scores, top, total, factor, position, (tiles - 1) * 128, True, MMA)
     weights = _as_operand(raw, v_tiles.dtype, P)
@@ -199,6 +201,8 @@ def _consume(
         v_free, turns, factor, position, PART, False, DIM, MMA, SUMS, P, STAGES,
     )  # fmt: skip
     sums, scores = hopper.warpgroup_mma_wait(0, deps=[sums, scores])
+    group_barrier()
+    mbarrier.arrive(turns.index(1 - PART), count=1)
     acc = acc * gl.convert_layout(fade, gl.SliceLayout(1, SUMS))[:, None] + sums
     total = gl.convert_layout(total, gl.SliceLayout(1, SUMS))
     acc = acc / gl.where(total > 0, total, 1.0)[:, None]
