@@ -20,6 +20,7 @@ al., 2024), which profiles it beforehand.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
@@ -94,14 +95,14 @@ def spread(backlog: int, num_decodes: int) -> int:
     return max(SPREAD_ROWS - num_decodes, SPREAD_ROWS // 2, -(-backlog // SPREAD_STEPS))
 
 
-def filled(budget: int, num_decodes: int) -> int:
-    """The budget, cut so that decodes and prompts together fill one of STEP_ROWS: padding is work for nothing.
+def filled(budget: int, num_decodes: int, sizes: Sequence[int] = STEP_ROWS) -> int:
+    """The budget, cut so that decodes and prompts together fill one of sizes: padding is work for nothing.
 
     A step beyond the largest of them is not padded.
     """
     rows = num_decodes + budget
-    full = max((size for size in STEP_ROWS if num_decodes + MIN_CHUNK <= size <= rows), default=rows)
-    return budget if rows > STEP_ROWS[-1] else full - num_decodes
+    full = max((size for size in sizes if num_decodes + MIN_CHUNK <= size <= rows), default=rows)
+    return budget if rows > sizes[-1] else full - num_decodes
 
 
 class _Moments:

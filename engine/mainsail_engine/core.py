@@ -655,6 +655,7 @@ class _Engine:
             max_inter_token_latency_s=latency_target_s(config, device),
             speculator=self._speculator(device),
             micro_batches=micro_batches(config),
+            step_rows=runner.step_rows,
         )
         if self.events is not None:
             self.events.cleared()

@@ -33,7 +33,7 @@ from heapq import heapify, heappop, heappush
 from itertools import islice
 from typing import TYPE_CHECKING, TypedDict
 
-from mainsail_engine.chunking import ChunkController, StepWork, attention_pairs, filled, spread
+from mainsail_engine.chunking import STEP_ROWS, ChunkController, StepWork, attention_pairs, filled, spread
 from mainsail_engine.config import BLOCK_SIZE, EngineConfig
 from mainsail_engine.errors import RequestError
 from mainsail_engine.kv.cache import KVCache, blocks_for
@@ -99,12 +99,13 @@ class Scheduler:
         speculator: Speculator | None = None,
         whole_prompts: bool = False,
         micro_batches: int = 1,
+        step_rows: Sequence[int] = STEP_ROWS,
     ) -> None:
         """max_num_batched_tokens, max_inter_token_latency_s (0: no bound): what the configuration leaves open.
 
         whole_prompts: a prompt is computed in one step, and its KV is of no use to others (encoders).
         micro_batches: plans that will be in flight where a token must be known before the next is planned; 1: it need
-        not be.
+        not be. step_rows: what steps with prompts and decodes are padded to, the largest last.
         """
         self.max_model_len = min(max_model_len, num_blocks * BLOCK_SIZE)
         if self.max_model_len < max_model_len:
@@ -159,6 +160,7 @@ class Scheduler:
         self._unshared: list[Request] = []
         """Whose blocks have filled up, since `settle`, and are in no prefix tree yet."""
         self._micro_batches = micro_batches
+        self._step_rows = step_rows
 
     # -- requests come and go ------------------------------------------------------------------------------------
 
@@ -367,7 +369,7 @@ class Scheduler:
         latency = self.chunking.budget(StepWork(rows, plan.decode_context), start)
         backlog = self._backlog()
         budget = min(left, latency, spread(backlog, rows))
-        return filled(budget, rows) if budget < backlog else budget
+        return filled(budget, rows, self._step_rows) if budget < backlog else budget
 
     def _micro_batch_prefill(self) -> int:
         """An equal part of the prompt tokens there are, for as many micro-batches as it pays to share them among."""

@@ -224,9 +224,11 @@ def test_a_small_backlog_is_spread_and_a_long_one_is_not(backlog, decodes, expec
     assert spread(backlog, decodes) == expected
 
 
-@given(st.integers(MIN_CHUNK, 9000), st.integers(0, 1024))
-def test_a_filled_step_wastes_no_row_and_goes_on(budget, decodes):
-    tokens = filled(budget, decodes)
+@given(st.integers(MIN_CHUNK, 9000), st.integers(0, 1024), st.sampled_from([(), (1792, 2048), (3072,)]))
+def test_a_filled_step_wastes_no_row_and_goes_on(budget, decodes, more):
+    sizes = STEP_ROWS + more
+    tokens = filled(budget, decodes, sizes)
     assert MIN_CHUNK <= tokens <= budget
     rows = decodes + tokens
-    assert rows in STEP_ROWS or tokens == budget
+    assert rows in sizes or tokens == budget
+    assert rows in sizes or rows > sizes[-1] or budget + decodes < min(n for n in sizes if n >= decodes + MIN_CHUNK)

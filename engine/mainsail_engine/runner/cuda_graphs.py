@@ -51,13 +51,14 @@ from mainsail_kernels.tokens import note, resolve, unpack
 log = logging.getLogger(__name__)
 LARGEST_DECODE = 1024
 LARGEST_MIXED = STEP_ROWS[-1]
-"""Tokens. Larger steps keep the device busy for longer than it takes to launch them, but for small models:"""
-LARGE_ROWS = (2048, 3072, 4096, 6144, 8192)
-"""… of which there are shapes of these rows, too, as long as that is so."""
-LAYER_LAUNCH_S = 600e-6
-"""What launching a layer kernel by kernel takes the host: 20 ms a step of 32 layers, beside an H200."""
+"""Tokens. Larger steps keep the device busy for longer than it takes to launch them, but of models that are small …"""
+LARGE_ROWS = (1792, 2048, 2304, 2560, 3072, 4096, 6144, 8192)
+"""… or fast, of which there are shapes of these rows, too, as long as that is not so."""
+LAYER_LAUNCH_S = 750e-6
+"""What a layer launched kernel by kernel takes the host: 20 ms a step of 32 layers, beside an H200, and 3 to 4 of what
+else it does for a step."""
 FLOPS = 7e14
-"""Operations a second of large products in 16 bits, on the same."""
+"""Operations a second of large products in 16 bits, on the same. Of those in FP8 twice as many."""
 VERIFY_ROWS = (64, 96, 128, 160, 192, 256, 320, 384, 448, 512, 640, 768, 896, MAX_SPECULATIVE_ROWS)
 """Of steps that verify guesses as chunks."""
 FEW_GUESSES = 7
@@ -104,14 +105,16 @@ def decode_sizes(largest: int) -> list[int]:
     return [size for size in sizes if size < largest] + [min(largest, LARGEST_DECODE)]
 
 
-def step_rows(architecture: Architecture) -> tuple[int, ...]:
-    """Rows of the mixed shapes: those after which a step keeps the device busy longer than the host, and no more."""
+def step_rows(architecture: Architecture, *, fp8: bool = False) -> tuple[int, ...]:
+    """Rows of the mixed shapes: those after which a step keeps the device busy longer than the host, and no more.
+
+    fp8: products of many rows are computed in FP8."""
     a = architecture
     channels = a.intermediate_size
     if a.experts is not None:
         channels = a.experts.experts_per_token * a.experts.intermediate_size
     heads = (2 * a.num_heads + 2 * a.num_kv_heads) * a.head_dim
-    row_s = 2 * a.hidden_size * (heads + 3 * channels) / FLOPS
+    row_s = 2 * a.hidden_size * (heads + 3 * channels) / (2 * FLOPS if fp8 else FLOPS)
     return STEP_ROWS + tuple(n for n in LARGE_ROWS if n * row_s < LAYER_LAUNCH_S)
 
 
@@ -163,7 +166,7 @@ def graph_bytes(architecture: Architecture, shapes: Sequence[StepShape]) -> int:
     and parts from other ranks are made by way of others, and the widest activations."""
     a = architecture
     logits = 3 * 2 * a.vocab_size * max(shape.sampled for shape in shapes)
-    activations = 2 * step_rows(a)[-1] * (4 * a.intermediate_size + 8 * a.hidden_size)
+    activations = 2 * max(shape.tokens for shape in shapes) * (4 * a.intermediate_size + 8 * a.hidden_size)
     return logits + activations + (256 << 20)
 
 

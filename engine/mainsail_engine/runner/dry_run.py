@@ -39,6 +39,7 @@ from mainsail_engine.runner.model_runner import (
     decode_rows,
     guess_rows,
     model_len,
+    multiplies_fp8,
 )
 from mainsail_engine.runner.token_masks import TokenMasks
 from mainsail_engine.runner.uploads import Uploads
@@ -106,6 +107,7 @@ class _DryRun:
         quantization = read_quantization(path, config.model.quantization)
         self.dtype = choose_dtype(config.model.dtype, whole, DEVICE)
         kv_dtype = choose_kv_dtype(config.cache.dtype, quantization, self.dtype)
+        self.step_rows = step_rows(whole, fp8=multiplies_fp8(quantization))
         self.max_model_len = model_len(config.model.max_model_len, whole)
         self.budget = batched_tokens(config, DEVICE)
         self.rows = decode_rows(config, whole)
@@ -136,7 +138,7 @@ class _DryRun:
             self._forward, self.model.logits, greedy, self.newest, Uploads(torch.device("cpu")),
             workspace=self.workspace, room=self.room, max_num_seqs=self.rows, max_blocks=self._max_blocks,
             capture=False, guess_rows=guess_rows(self.config, self.architecture), adapter_slots=self._adapter_slots,
-            mixed_rows=step_rows(self.architecture),
+            mixed_rows=self.step_rows,
         ).run_all()  # fmt: skip
 
     def large_steps(self) -> None:

@@ -140,10 +140,14 @@ def choose_kv_dtype(name: str, quantization: Quantization, dtype: torch.dtype) -
     return torch.float8_e4m3fn if wanted else dtype
 
 
+def multiplies_fp8(quantization: Quantization) -> bool:
+    """Whether matrices are in FP8, and so what many rows of a step are multiplied in."""
+    return quantization.online == "fp8" or any(isinstance(group.form, Fp8) for group in quantization.groups)
+
+
 def check_device(quantization: Quantization, kv_dtype: torch.dtype, device: torch.device) -> None:
     """Raises InvalidConfigurationError for FP8 on a GPU without."""
-    wanted = quantization.online == "fp8" or any(isinstance(group.form, Fp8) for group in quantization.groups)
-    wanted = wanted or kv_dtype == torch.float8_e4m3fn
+    wanted = multiplies_fp8(quantization) or kv_dtype == torch.float8_e4m3fn
     if wanted and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         raise InvalidConfigurationError(
             "FP8 weights and FP8 KV need a GPU of compute capability 8.9 or more (Ada, Hopper), which "
@@ -174,6 +178,9 @@ class ModelRunner:
         quantization = read_quantization(path, config.model.quantization)
         self.kv_dtype = choose_kv_dtype(config.cache.dtype, quantization, self.dtype)
         check_device(quantization, self.kv_dtype, self.device)
+        staged = parallel.num_stages > 1
+        self.step_rows = STEP_ROWS if staged else step_rows(self.architecture, fp8=multiplies_fp8(quantization))
+        """What mixed steps are padded to."""
         self.max_model_len = model_len(config.model.max_model_len, self.architecture)
         self.eos_token_ids = self.architecture.eos_token_ids
         self.vocab_size = self.architecture.vocab_size
@@ -301,7 +308,7 @@ class ModelRunner:
         return {
             "guess_rows": self._guess_rows,
             "adapter_slots": config.lora.max_loras if config.lora else 0,
-            "mixed_rows": step_rows(self.architecture) if self._parallel.num_stages == 1 else STEP_ROWS,
+            "mixed_rows": self.step_rows,
         }
 
     def _room_for_hidden(self, num_tokens: int) -> torch.Tensor:
