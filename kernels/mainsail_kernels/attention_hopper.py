@@ -44,19 +44,23 @@ STAGES = 2
 
 
 @gluon.jit
-def _fetch(desc, table, tile, last, head_row, block_rows, num_rows, ring, stage, barrier, DIM: gl.constexpr):
-    """Queue the copies of one tile's pages into the ring; the barrier tells when they have landed."""
-    HALVES: gl.constexpr = DIM // 64
+def fetch_pages(
+    desc, table, tile, last, head_row, block_rows, num_rows, ring, stage, barrier,
+    DIM: gl.constexpr, COLUMNS: gl.constexpr, SIZE: gl.constexpr,
+):  # fmt: skip
+    """Queue the copies of one tile's pages into the ring, each of so many columns of so many bytes; the barrier tells
+    when they have landed."""
+    PARTS: gl.constexpr = DIM // COLUMNS
     PAGES: gl.constexpr = 128 // 16
-    mbarrier.expect(barrier, 128 * DIM * 2)
+    mbarrier.expect(barrier, 128 * DIM * SIZE)
     for page in gl.static_range(PAGES):
         at = tile * PAGES + page
         row = num_rows  # behind the end: zeros
         if at * 16 < last:
             row = gl.load(table + at) * block_rows + head_row
-        for half in gl.static_range(HALVES):
-            target = ring.index((stage * HALVES + half) * PAGES + page)
-            load_tile(desc, [row, half * 64], barrier, target)
+        for part in gl.static_range(PARTS):
+            target = ring.index((stage * PARTS + part) * PAGES + page)
+            load_tile(desc, [row, part * COLUMNS], barrier, target)
 
 
 @gluon.jit
@@ -79,28 +83,32 @@ def _produce(
     block_rows: gl.constexpr = 2 * KV_HEADS * 16
     k_row, v_row = kv_head * 16, (KV_HEADS + kv_head) * 16
     top = tiles - 1
-    _fetch(desc, table, top, last, k_row, block_rows, num_rows, k_ring, 0, k_full.index(0), DIM)
+    fetch_pages(desc, table, top, last, k_row, block_rows, num_rows, k_ring, 0, k_full.index(0), DIM, 64, 2)
     inside = last % 16
     if (inside != 0) & ((last // 16 + 1) * 16 > context_end):
-        _fetch(desc, table, top, last, v_row, block_rows, num_rows, v_ring, 0, landed.index(0), DIM)
+        fetch_pages(desc, table, top, last, v_row, block_rows, num_rows, v_ring, 0, landed.index(0), DIM, 64, 2)
         mbarrier.wait(landed.index(0), 0)
         _clear_behind(v_ring, last // 16 % 8, inside, DIM)
         hopper.fence_async_shared()
         group_barrier()
         mbarrier.arrive(v_full.index(0), count=1)
     else:
-        _fetch(desc, table, top, last, v_row, block_rows, num_rows, v_ring, 0, v_full.index(0), DIM)
+        fetch_pages(desc, table, top, last, v_row, block_rows, num_rows, v_ring, 0, v_full.index(0), DIM, 64, 2)
     for i in range(1, tiles):
         stage = i % STAGES
         free = (i // STAGES & 1) ^ 1
         mbarrier.wait(k_free.index(stage), free)
-        _fetch(desc, table, top - i, last, k_row, block_rows, num_rows, k_ring, stage, k_full.index(stage), DIM)
+        fetch_pages(
+            desc, table, top - i, last, k_row, block_rows, num_rows, k_ring, stage, k_full.index(stage), DIM, 64, 2
+        )
         mbarrier.wait(v_free.index(stage), free)
-        _fetch(desc, table, top - i, last, v_row, block_rows, num_rows, v_ring, stage, v_full.index(stage), DIM)
+        fetch_pages(
+            desc, table, top - i, last, v_row, block_rows, num_rows, v_ring, stage, v_full.index(stage), DIM, 64, 2
+        )
 
 
 @gluon.jit
-def _wait_turn(turns, i, PART: gl.constexpr):
+def wait_turn(turns, i, PART: gl.constexpr):
     """The groups queue their products in turn, the first one first: one's softmax runs beside the other's products."""
     mbarrier.wait(turns.index(PART), (i & 1) ^ (1 - PART))
 
@@ -129,7 +137,7 @@ def _range(
     for i in range(begin, end):
         stage, before = i % STAGES, (i - 1) % STAGES
         mbarrier.wait(k_full.index(stage), i // STAGES & 1)
-        _wait_turn(turns, i, PART)
+        wait_turn(turns, i, PART)
         scores = hopper.warpgroup_mma(
             q, k_tiles.index(stage).permute((1, 0)), gl.zeros([64, 128], gl.float32, MMA), use_acc=False, is_async=True
         )
@@ -176,7 +184,7 @@ def _consume(
     top = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, MMA))
     total = gl.full([64], 0.0, gl.float32, gl.SliceLayout(1, MMA))
     mbarrier.wait(k_full.index(0), 0)
-    _wait_turn(turns, 0, PART)
+    wait_turn(turns, 0, PART)
     scores = hopper.warpgroup_mma(
         q, k_tiles.index(0).permute((1, 0)), gl.zeros([64, 128], gl.float32, MMA), use_acc=False, is_async=True
     )
@@ -205,6 +213,46 @@ def _consume(
     gl.store(out_ptr + out_at[:, None] + channel[None, :], result, mask=real[:, None])
 
 
+@gluon.jit
+def ring_barriers(STAGES: gl.constexpr):
+    """Of rings of keys and of values: full, and free again of both groups."""
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(stage), count=1)
+        mbarrier.init(v_full.index(stage), count=1)
+        mbarrier.init(k_free.index(stage), count=2)
+        mbarrier.init(v_free.index(stage), count=2)
+    return k_full, v_full, k_free, v_free
+
+
+@gluon.jit
+def turn_barriers():
+    """Of the two groups' turns."""
+    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(turns.index(0), count=1)
+    mbarrier.init(turns.index(1), count=1)
+    return turns
+
+
+@gluon.jit
+def tile_of_program(starts_ptr, num_seqs, BLOCK_Q: gl.constexpr, SEQS: gl.constexpr):
+    """(its sequence, -1 if it has none; the same, 0 if it has none; the sequence's first row, how many it has; which of
+    these the tile begins with). The last tiles, of the longest contexts, are those of the first programs."""
+    INDEX: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    tile = gl.num_programs(1) - 1 - gl.program_id(1)
+    index = gl.arange(0, SEQS, INDEX)
+    bounds = gl.load(starts_ptr + index, mask=index < num_seqs, other=0) // BLOCK_Q + index
+    seq = gl.sum(((bounds <= tile) & (index < num_seqs)).to(gl.int32), axis=0) - 1
+    at = gl.maximum(seq, 0)
+    start = gl.load(starts_ptr + at)
+    num_queries = gl.load(starts_ptr + at + 1) - start
+    first = (tile - (start // BLOCK_Q + seq)) * BLOCK_Q
+    return seq, at, start, num_queries, first
+
+
 @gluon.jit(
     do_not_specialize=["num_seqs", "table_stride", "num_rows"],
     do_not_specialize_on_alignment=["tables_ptr", "starts_ptr", "lens_ptr"],
@@ -216,16 +264,8 @@ def _hopper_kernel(
     DEPENDENT: gl.constexpr,
 ):  # fmt: skip
     BLOCK_Q: gl.constexpr = 128 // GROUP
-    INDEX: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     kv_head = gl.program_id(0)
-    tile = gl.num_programs(1) - 1 - gl.program_id(1)
-    index = gl.arange(0, SEQS, INDEX)
-    bounds = gl.load(starts_ptr + index, mask=index < num_seqs, other=0) // BLOCK_Q + index
-    seq = gl.sum(((bounds <= tile) & (index < num_seqs)).to(gl.int32), axis=0) - 1
-    at = gl.maximum(seq, 0)
-    start = gl.load(starts_ptr + at)
-    num_queries = gl.load(starts_ptr + at + 1) - start
-    first = (tile - (start // BLOCK_Q + seq)) * BLOCK_Q
+    seq, at, start, num_queries, first = tile_of_program(starts_ptr, num_seqs, BLOCK_Q, SEQS)
     context_end = gl.load(lens_ptr + at, cache_modifier=".cg")  # past the L1: steps before had others there
     if (seq < 0) | (first >= num_queries) | (context_end <= 0):  # rows before the first chunk, or behind one's last
         wait_for_inputs(DEPENDENT)
@@ -244,20 +284,10 @@ def _hopper_kernel(
     # A tile lies in memory as its columns' halves, one after the other, each as 8 pages of 16 rows of 128 bytes.
     k_ring = reshaped(k_tiles, [STAGES * DIM // 64 * 8, 16, 64], SHARED)
     v_ring = reshaped(v_tiles, [STAGES * DIM // 64 * 8, 16, 64], SHARED)
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_full, v_full, k_free, v_free = ring_barriers(STAGES)
     landed = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(stage), count=1)
-        mbarrier.init(v_full.index(stage), count=1)
-        mbarrier.init(k_free.index(stage), count=2)
-        mbarrier.init(v_free.index(stage), count=2)
     mbarrier.init(landed.index(0), count=1)
-    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(turns.index(0), count=1)
-    mbarrier.init(turns.index(1), count=1)
+    turns = turn_barriers()
     hopper.fence_async_shared()
 
     gl.warp_specialize(
@@ -293,10 +323,14 @@ def _hopper_kernel(
 
 def applies(query: torch.Tensor, kv: torch.Tensor, window: int, soft_cap: float, sinks: torch.Tensor | None) -> bool:
     """Whether `launch` can serve this call of paged_attention_prefill."""
+    return query.dtype == kv.dtype and fits(query, kv, window, soft_cap, sinks)
+
+
+def fits(query: torch.Tensor, kv: torch.Tensor, window: int, soft_cap: float, sinks: torch.Tensor | None) -> bool:
+    """Whether such a kernel can, of a cache of the right dtype."""
     head_dim, page = kv.shape[4], kv.shape[3]
     return (
         runs_gluon(query.device)
-        and query.dtype == kv.dtype
         and query.dtype in (torch.bfloat16, torch.float16)
         and head_dim in (64, 128)
         and page == PAGE

@@ -32,29 +32,24 @@ from mainsail_kernels._gluon import (
     load_tile,
     mbarrier,
     reshaped,
-    runs_gluon,
     tiled,
     wait_for_inputs,
     wait_for_kernel_before,
 )
 from mainsail_kernels._triton import dependent_launch, next_power_of_2
-from mainsail_kernels.attention_hopper import BLOCK_M, PAGE, _wait_turn
+from mainsail_kernels.attention_hopper import (
+    BLOCK_M,
+    PAGE,
+    fetch_pages,
+    fits,
+    ring_barriers,
+    tile_of_program,
+    turn_barriers,
+    wait_turn,
+)
 from mainsail_kernels.reference_quantized import FP8
 
 STAGES = 4
-
-
-@gluon.jit
-def _fetch_keys(desc, table, tile, last, head_row, block_rows, num_rows, ring, stage, barrier, DIM: gl.constexpr):
-    """Queue the copies of one tile's pages into the ring; the barrier tells when they have landed."""
-    PAGES: gl.constexpr = 128 // 16
-    mbarrier.expect(barrier, 128 * DIM)
-    for page in gl.static_range(PAGES):
-        at = tile * PAGES + page
-        row = num_rows  # behind the end: zeros
-        if at * 16 < last:
-            row = gl.load(table + at) * block_rows + head_row
-        load_tile(desc, [row, 0], barrier, ring.index(stage * PAGES + page))
 
 
 @gluon.jit
@@ -69,9 +64,10 @@ def _produce(
         free = (i // STAGES & 1) ^ 1
         tile = tiles - 1 - i
         mbarrier.wait(k_free.index(stage), free)
-        _fetch_keys(
-            k_desc, table, tile, last, kv_head * 16, block_rows, num_rows, k_ring, stage, k_full.index(stage), DIM
-        )
+        fetch_pages(
+            k_desc, table, tile, last, kv_head * 16, block_rows, num_rows, k_ring, stage, k_full.index(stage), DIM, DIM,
+            1,
+        )  # fmt: skip
         mbarrier.wait(v_free.index(stage), free)
         mbarrier.expect(v_full.index(stage), 128 * DIM)
         load_tile(
@@ -114,7 +110,7 @@ def _multiply(
     stage, after = i % STAGES, (i + 1) % STAGES
     mbarrier.wait(v_full.index(stage), i // STAGES & 1)
     mbarrier.wait(k_full.index(after), (i + 1) // STAGES & 1, pred=i + 1 < tiles)
-    _wait_turn(turns, i + 1, PART)
+    wait_turn(turns, i + 1, PART)
     sums = hopper.warpgroup_mma(
         weights, v_tiles.index(stage).permute((1, 0)), gl.zeros([64, DIM], gl.float32, SUMS), use_acc=False,
         is_async=True,
@@ -179,7 +175,7 @@ def _consume(
     top = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, MMA))
     total = gl.full([64], 0.0, gl.float32, gl.SliceLayout(1, MMA))
     mbarrier.wait(k_full.index(0), 0)
-    _wait_turn(turns, 0, PART)
+    wait_turn(turns, 0, PART)
     scores = hopper.warpgroup_mma(
         q, k_tiles.index(0).permute((1, 0)), gl.zeros([64, 128], gl.float32, MMA), use_acc=False, is_async=True
     )
@@ -222,16 +218,8 @@ def _hopper_fp8_kernel(
     DEPENDENT: gl.constexpr,
 ):  # fmt: skip
     BLOCK_Q: gl.constexpr = 128 // GROUP
-    INDEX: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     kv_head = gl.program_id(0)
-    tile = gl.num_programs(1) - 1 - gl.program_id(1)
-    index = gl.arange(0, SEQS, INDEX)
-    bounds = gl.load(starts_ptr + index, mask=index < num_seqs, other=0) // BLOCK_Q + index
-    seq = gl.sum(((bounds <= tile) & (index < num_seqs)).to(gl.int32), axis=0) - 1
-    at = gl.maximum(seq, 0)
-    start = gl.load(starts_ptr + at)
-    num_queries = gl.load(starts_ptr + at + 1) - start
-    first = (tile - (start // BLOCK_Q + seq)) * BLOCK_Q
+    seq, at, start, num_queries, first = tile_of_program(starts_ptr, num_seqs, BLOCK_Q, SEQS)
     context_end = gl.load(lens_ptr + at, cache_modifier=".cg")  # written in this step: past the L1
     if (seq < 0) | (first >= num_queries) | (context_end <= 0):  # rows before the first chunk, or behind one's last
         wait_for_inputs(DEPENDENT)
@@ -250,18 +238,8 @@ def _hopper_fp8_kernel(
     k_tiles = gl.allocate_shared_memory(dtype, [STAGES, 128, DIM], ROWS)
     v_tiles = gl.allocate_shared_memory(dtype, [STAGES, DIM, 128], TURNED)
     k_ring = reshaped(k_tiles, [STAGES * 8, 16, DIM], ROWS)
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(stage), count=1)
-        mbarrier.init(v_full.index(stage), count=1)
-        mbarrier.init(k_free.index(stage), count=2)
-        mbarrier.init(v_free.index(stage), count=2)
-    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(turns.index(0), count=1)
-    mbarrier.init(turns.index(1), count=1)
+    k_full, v_full, k_free, v_free = ring_barriers(STAGES)
+    turns = turn_barriers()
     hopper.fence_async_shared()
 
     gl.warp_specialize(
@@ -297,19 +275,7 @@ def _hopper_fp8_kernel(
 
 def applies(query: torch.Tensor, kv: torch.Tensor, window: int, soft_cap: float, sinks: torch.Tensor | None) -> bool:
     """Whether `launch` can serve this call of paged_attention_prefill, where it is given room for transposed values."""
-    head_dim, page = kv.shape[4], kv.shape[3]
-    return (
-        runs_gluon(query.device)
-        and kv.dtype == FP8
-        and query.dtype in (torch.bfloat16, torch.float16)
-        and head_dim in (64, 128)
-        and page == PAGE
-        and query.shape[1] // kv.shape[2] <= 64
-        and kv.is_contiguous()
-        and window == 0
-        and soft_cap == 0
-        and sinks is None
-    )
+    return kv.dtype == FP8 and fits(query, kv, window, soft_cap, sinks)
 
 
 def launch(
