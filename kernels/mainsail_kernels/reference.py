@@ -11,7 +11,8 @@ does not own may hold anything, NaN included: nothing here lets them reach a res
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -244,13 +245,24 @@ def paged_attention_prefill(
 ) -> torch.Tensor:
     """Causal attention of each sequence's newest tokens to its whole context, sequence by sequence."""
     del max_query_len  # the launch of the kernel needs it, the meaning does not
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return _attend(query, key, value, scale, sliding_window, soft_cap, sinks)
+
+    return _each_sequence(query, kv, block_tables, query_start, seq_lens, attend)
+
+
+def _each_sequence(
+    query: torch.Tensor, kv: torch.Tensor, block_tables: torch.Tensor, query_start: torch.Tensor,
+    seq_lens: torch.Tensor, attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+) -> torch.Tensor:  # fmt: skip
+    """attend(query, key, value) of each sequence that has some, zeros elsewhere: like query."""
     out = torch.zeros_like(query)
     starts, lengths = query_start.tolist(), seq_lens.tolist()
     for index, length in enumerate(lengths):
         first, last = starts[index], starts[index + 1]
         if last > first and length > 0:
-            key, value = gather_sequence(kv, block_tables[index], length)
-            out[first:last] = _attend(query[first:last], key, value, scale, sliding_window, soft_cap, sinks)
+            out[first:last] = attend(query[first:last], *gather_sequence(kv, block_tables[index], length))
     return out
 
 
@@ -296,14 +308,8 @@ def fp8_attention_prefill(
     weights times 256 over the largest so far. So far: of tiles of 128 tokens, from the newest to the oldest, for which
     power of two a weight is rounded at depends on it. What weights are divided by is not rounded. Tokens of sequences
     with a length of 0 are 0."""
-    out = torch.zeros_like(query)
-    starts, lengths = query_start.tolist(), seq_lens.tolist()
-    for index, length in enumerate(lengths):
-        first, last = starts[index], starts[index + 1]
-        if last > first and length > 0:
-            key, value = gather_sequence(kv, block_tables[index], length)
-            out[first:last] = _attend_fp8(query[first:last], key, value, scale)
-    return out
+    attend = partial(_attend_fp8, scale=scale)
+    return _each_sequence(query, kv, block_tables, query_start, seq_lens, attend)
 
 
 def _attend_fp8(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
