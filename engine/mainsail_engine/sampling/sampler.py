@@ -47,7 +47,6 @@ class SamplingRows:
     min_p: torch.Tensor
     seeds: torch.Tensor
     steps: torch.Tensor
-    all_greedy: bool
 
 
 class SlotParameters:
@@ -89,8 +88,7 @@ class SlotParameters:
                 positions.astype(np.int64),
             ]
         )  # fmt: skip
-        all_greedy = not self.asks(slots) & DRAWS
-        return SamplingRows(temperature, top_k, top_p, min_p, seeds, steps, all_greedy)
+        return SamplingRows(temperature, top_k, top_p, min_p, seeds, steps)
 
 
 def flags_of(params: SamplingParams) -> int:
@@ -115,8 +113,6 @@ def greedy(logits: torch.Tensor) -> torch.Tensor:
 
 def sample(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
     """One token per row, [n] int64; FAILED_TOKEN (-1) for a row that holds NaN or +inf or nothing but -inf."""
-    if rows.all_greedy:
-        return greedy(logits)
     return kernels.sample(
         logits, rows.temperature, rows.top_k, rows.top_p, rows.min_p, rows.seeds, rows.steps
     )  # fmt: skip
@@ -206,13 +202,13 @@ class Sampler:
             apply_token_bitmask(logits, masks.bits, masks.rows)
         if not asks & (EDITS | PENALTIES):
             known = best if masks is None and not asks & DRAWS else None
-            sampled = Sampled(self._draw(logits, slots, positions) if known is None else known)
+            sampled = Sampled(self._draw(logits, slots, positions, asks) if known is None else known)
             return self._with_logprobs(sampled, raw, slots) if asks & LOGPROBS else sampled
         if asks & EDITS:
             self._edits.apply(logits, slots, positions, guessed)
         if asks & PENALTIES:
             self._counts.penalize(logits, slots, self._rows_with(slots, PENALTIES), guessed)
-        tokens = self._draw(logits, slots, positions)
+        tokens = self._draw(logits, slots, positions, asks)
         sampled = Sampled(_told_apart(tokens, greedy(raw) if best is None else best))
         if asks & EDITS and not guessed:
             self._edits.note(slots, tokens)
@@ -220,8 +216,8 @@ class Sampler:
             self._counts.count(slots, tokens, self._rows_with(slots, PENALTIES))
         return self._with_logprobs(sampled, raw, slots) if asks & LOGPROBS else sampled
 
-    def _draw(self, logits: torch.Tensor, slots: np.ndarray, positions: np.ndarray) -> torch.Tensor:
-        if not self.slots.asks(slots) & DRAWS:
+    def _draw(self, logits: torch.Tensor, slots: np.ndarray, positions: np.ndarray, asks: int) -> torch.Tensor:
+        if not asks & DRAWS:
             return greedy(logits)
         return sample(logits, self.slots.rows(slots, positions, self._send))
 
