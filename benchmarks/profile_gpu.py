@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import sys
@@ -387,14 +388,13 @@ class Profiler:
         self.watch.scheduler.chunking = ChunkController(LATENCY_S) if served else None
         self.watch.start()
         started = time.perf_counter()
-        tokens = closed_loop(self.load, list(jobs(random.Random(0))), places, situation.after)
+        tokens = closed_loop(self.load, list(jobs(random.Random(0))), places, situation.after or math.inf)
         total = time.perf_counter() - started
-        if situation.after:
-            result = self._looked_at(situation.text, 24, 12)
-            self._end_all()
-            self.watch.scheduler.chunking = None
-            return result
+        middle = self._looked_at(situation.text, 24, 12) if situation.after else None
+        self._end_all()
         self.watch.scheduler.chunking = None
+        if middle is not None:
+            return middle
         result = Profile(situation.text, tokens_per_s=tokens / total, total_s=total)
         by_kind: dict[str, list[Step]] = {}
         for step in self.watch.steps:
@@ -449,10 +449,10 @@ RUNS: dict[str, tuple[Callable[[random.Random], Iterator[Job]], int, bool]] = {
 """Jobs, how many at once, whether chunks follow the target between tokens."""
 
 
-def closed_loop(load: Load, jobs: list[Job], places: int, most_steps: int = 0) -> int:
+def closed_loop(load: Load, jobs: list[Job], places: int, most_steps: float = math.inf) -> int:
     """Run all jobs, so many at a time, each one's turns one after another. Returns the tokens that came out.
 
-    most_steps: after so many they are left as they are; 0: to their end."""
+    most_steps: after so many they are left as they are."""
     waiting, running, tokens = deque(jobs), dict[str, tuple[list[int], deque[int], int]](), 0
 
     def ask(history: list[int], turns: deque[int], out: int) -> None:
@@ -463,7 +463,7 @@ def closed_loop(load: Load, jobs: list[Job], places: int, most_steps: int = 0) -
         running[str(load.count)] = history, turns, out
 
     steps = 0
-    while (waiting or running) and (not most_steps or steps < most_steps):
+    while (waiting or running) and steps < most_steps:
         steps += 1
         while waiting and len(running) < places:
             turns, out = waiting.popleft()

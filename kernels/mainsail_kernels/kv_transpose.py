@@ -118,14 +118,17 @@ def are_transposed(tokens: Sequence[int]) -> list[bool]:
     return [count >= LONG_TOKENS or (few and count > 0) for count in tokens]
 
 
-def room_shape(kv: torch.Tensor, most_tiles: int, num_heads: int, dtype: torch.dtype) -> tuple[int, ...] | None:
-    """The shape of a room, whose dtype is kv's, beside kv [num_blocks, 2, num_kv_heads, page, head_dim], for most_tiles
-    or what ROOM_BYTES hold, for queries of dtype. None where prompts' attention would not use one: of caches that are
-    not in FP8, on other cards."""
+def room_shape(
+    kv: torch.Tensor, num_seqs: int, max_blocks: int, num_heads: int, dtype: torch.dtype
+) -> tuple[int, ...] | None:
+    """The shape of a room, whose dtype is kv's, beside kv [num_blocks, 2, num_kv_heads, page, head_dim], for so many
+    sequences of at most max_blocks each or what ROOM_BYTES hold, for queries of dtype. None where prompts' attention
+    would not use one: of caches that are not in FP8, on other cards."""
     query = torch.empty((0, num_heads, kv.shape[4]), dtype=dtype, device=kv.device)
     if not attention_hopper_fp8.applies(query, kv, 0, 0.0, None):
         return None
-    _, _, kv_heads, _, head_dim = kv.shape
+    _, _, kv_heads, page, head_dim = kv.shape
+    most_tiles = num_seqs * -(-max_blocks * page // TILE)
     return (min(most_tiles, ROOM_BYTES // (kv_heads * head_dim * TILE)), kv_heads, head_dim, TILE)
 
 

@@ -48,7 +48,7 @@ from mainsail_kernels._triton import Card
 from mainsail_kernels.ahead import Launch, noted
 from mainsail_kernels.attention_decode import decode_workspace
 from mainsail_kernels.blocks import copy_blocks, gather_blocks, scatter_blocks
-from mainsail_kernels.kv_transpose import TILE, room_shape
+from mainsail_kernels.kv_transpose import room_shape
 from mainsail_kernels.tokens import note, send, unpack
 
 log = logging.getLogger(__name__)
@@ -126,8 +126,7 @@ class _DryRun:
         shape = (a.num_layers, NUM_BLOCKS, 2, kv_heads, BLOCK_SIZE, a.head_dim)
         self.kv_cache = torch.empty(shape, dtype=kv_dtype, device=DEVICE)
         self.workspace = decode_workspace(self.rows, heads, kv_heads, a.head_dim, DEVICE)
-        most = self.slots * -(-self._max_blocks * BLOCK_SIZE // TILE)
-        room = room_shape(self.kv_cache[0], most, heads, self.dtype)
+        room = room_shape(self.kv_cache[0], self.slots, self._max_blocks, heads, self.dtype)
         self.room = None
         if room is not None and self.model.reads_transposed_values:
             self.room = torch.empty(room, dtype=kv_dtype, device=DEVICE)

@@ -54,7 +54,7 @@ from mainsail_engine.step import Chunk, StepPlan, StepResult
 from mainsail_engine.timeline import Mark, unmarked
 from mainsail_kernels.attention_decode import decode_workspace
 from mainsail_kernels.blocks import copy_blocks
-from mainsail_kernels.kv_transpose import TILE, room_shape
+from mainsail_kernels.kv_transpose import room_shape
 from mainsail_kernels.tokens import note, resolve
 
 CUDA_BATCHED_TOKENS = 8192
@@ -374,8 +374,7 @@ class ModelRunner:
         if not len(self.kv_cache) or not self._model.reads_transposed_values:
             return None
         layer, dtype = self.kv_cache[0], self.kv_cache.dtype
-        most = slots * -(-self._tables.rows.shape[1] * BLOCK_SIZE // TILE)
-        shape = room_shape(layer, most, self._model.num_heads, self.dtype)
+        shape = room_shape(layer, slots, self._tables.rows.shape[1], self._model.num_heads, self.dtype)
         if shape is None or pool_memory is None:
             return torch.empty(shape, dtype=dtype, device=self.device) if shape else None
         return pool_memory.passing(torch.Size(shape).numel() * dtype.itemsize).view(dtype).view(shape)

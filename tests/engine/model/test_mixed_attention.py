@@ -49,7 +49,7 @@ class Step:
             workspace=self.workspace,
         )
         self.kv = torch.randn(sum(blocks), 2, KV_HEADS, 16, DIM, generator=numbers).to(device, kind)
-        room = room_shape(self.kv, sum(blocks), HEADS, torch.bfloat16) if transposes else None
+        room = room_shape(self.kv, len(blocks), max(blocks), HEADS, torch.bfloat16) if transposes else None
         self.attention.room = torch.empty(room, device=device, dtype=kind) if room else None
         width = (HEADS + 2 * KV_HEADS) * DIM
         self.inputs = [torch.randn(height, width, device=device, dtype=torch.bfloat16) for _ in range(2)]
